@@ -1,0 +1,45 @@
+"""From an image folder to a COLMAP model with learned matchers.
+
+Names are imported when they are used first, so that ``import gim_hloc`` stays fast and runs
+nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from gim_hloc._version import __version__
+
+# A library must not print on its own; the commands install a handler.
+logging.getLogger("gim_hloc").addHandler(logging.NullHandler())
+
+_LAZY = {
+    "reconstruct": "gim_hloc.pipelines.reconstruct",
+    "ReconstructOptions": "gim_hloc.pipelines.reconstruct",
+    "ReconstructResult": "gim_hloc.pipelines.reconstruct",
+    "GimError": "gim_hloc.errors",
+}
+_MODULES = ("colmap", "errors", "evaluation", "geometry", "images", "masks", "matchers", "networks",
+            "pairs", "pipelines", "store", "tracks", "training", "weights")
+
+__all__ = ["GimError", "ReconstructOptions", "ReconstructResult", "__version__", "reconstruct"]
+
+if TYPE_CHECKING:
+    from gim_hloc.errors import GimError
+    from gim_hloc.pipelines.reconstruct import ReconstructOptions, ReconstructResult, reconstruct
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names and sub-packages on first use."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"gim_hloc.{name}")
+    raise AttributeError(f"module 'gim_hloc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the lazy names too."""
+    return sorted([*globals(), *_LAZY, *_MODULES])

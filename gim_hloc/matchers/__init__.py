@@ -1,0 +1,1 @@
+"""Matchers behind one two-phase interface."""

@@ -1,0 +1,172 @@
+"""What a matcher is: ``encode`` once per image, ``match`` per pair.
+
+Coordinates: ``*_px`` and every ``keypoints`` field are in hloc's frame, in which the integer
+coordinate (0, 0) is the *centre* of the top left pixel. Unless a name says ``network``, pixels are
+those of the image *as stored in its file* (EXIF orientation not applied), because that is what
+COLMAP reads. ``network`` pixels are those of the upright, resized tensor that a network sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+Kind = Literal["sparse", "semidense", "dense"]
+Quality = Literal["fast", "base", "precise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatcherInfo:
+    """Facts about a matcher that users choose by."""
+
+    name: str
+    kind: Kind
+    checkpoint: tuple[str, ...]  # weight files by their published names; empty if it learns nothing
+    licence: str  # of code and weights, e.g. "BSD-3-Clause (ALIKED), Apache-2.0 (LightGlue)"
+    commercial: bool  # whether that licence allows commercial use
+    colour: Literal["rgb", "gray"]
+    default_size: int  # long side in pixels at the ``base`` operating point
+    summary: str  # one line for ``describe()``
+
+
+@dataclass(kw_only=True)
+class ImageData:
+    """One image as a network sees it.
+
+    Attributes:
+        image: float32 tensor (C, H, W) in [0, 1], upright.
+        name: POSIX path relative to the image root.
+        size: (width, height) of the stored file in pixels.
+        to_original: (2, 3) float64 affine map, network pixel -> stored pixel, both in hloc's frame.
+            It holds the resize and the EXIF turn.
+        mask: bool tensor (H, W) at network resolution, True where keypoints are allowed, or None.
+    """
+
+    image: torch.Tensor
+    name: str
+    size: tuple[int, int]
+    to_original: np.ndarray
+    mask: torch.Tensor | None = None
+
+    @property
+    def network_size(self) -> tuple[int, int]:
+        """(width, height) of the tensor in pixels."""
+        return int(self.image.shape[-1]), int(self.image.shape[-2])
+
+
+@dataclass(kw_only=True)
+class Encoding:
+    """What depends on one image only. Subclasses hold what their matcher's ``match`` needs."""
+
+    name: str
+    size: tuple[int, int]  # (width, height) of the stored file, pixels
+    network_size: tuple[int, int]  # (width, height) of the tensor, pixels
+    to_original: np.ndarray  # (2, 3) network -> stored pixels, hloc's frame
+
+
+@dataclass(kw_only=True)
+class SparseEncoding(Encoding):
+    """Keypoints and descriptors of one image.
+
+    Attributes:
+        keypoints: (N, 2) float32 x, y in stored pixels, hloc's frame, strongest first.
+        network_keypoints: (N, 2) float32 x, y in network pixels (upright), hloc's frame.
+        descriptors: (N, D) float16. Half precision also in memory, so that encodings read back from
+            ``features.h5`` match exactly as fresh ones do.
+        scores: (N,) float32 detection scores.
+        cache: values that a matcher derives from the encoding alone and reuses for all its pairs.
+            Never stored.
+    """
+
+    keypoints: torch.Tensor
+    network_keypoints: torch.Tensor
+    descriptors: torch.Tensor
+    scores: torch.Tensor
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return int(self.keypoints.shape[0])
+
+
+@dataclass(kw_only=True)
+class Matches:
+    """Correspondences of one pair.
+
+    Attributes:
+        keypoints0: (M, 2) float32 x, y in stored pixels of image 0, hloc's frame.
+        keypoints1: (M, 2) the same in image 1.
+        scores: (M,) float32 confidence in [0, 1].
+        indices: (M, 2) int64 rows into the two encodings' keypoints, or None for matchers without
+            keypoints.
+    """
+
+    keypoints0: torch.Tensor
+    keypoints1: torch.Tensor
+    scores: torch.Tensor
+    indices: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.scores.shape[0])
+
+    @classmethod
+    def from_indices(
+        cls, a: SparseEncoding, b: SparseEncoding, indices: torch.Tensor, scores: torch.Tensor
+    ) -> Matches:
+        """Make matches from rows (M, 2) into the keypoints of ``a`` and ``b``."""
+        indices = indices.long().cpu()
+        return cls(
+            keypoints0=a.keypoints[indices[:, 0]],
+            keypoints1=b.keypoints[indices[:, 1]],
+            scores=scores.float().cpu(),
+            indices=indices,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How a matcher wants its images read."""
+
+    max_size: int | None  # long side in pixels; larger images are reduced (area), None keeps all
+    upsample: bool = False  # also enlarge smaller images to max_size
+    grayscale: bool = False
+    multiple_of: int = 1  # both sides are rounded down to a multiple of this (by resizing)
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """The two-phase interface that every matcher offers. Networks behind it are ``nn.Module``s."""
+
+    info: MatcherInfo
+    options: Any  # frozen dataclass with the resolved numbers
+    image_options: ImageOptions
+    device: torch.device
+    weights_hashes: dict[str, str]  # file name -> sha256 of the weights in use
+
+    def encode(self, image: ImageData) -> Encoding:
+        """Compute what depends on one image only."""
+        ...
+
+    def match(self, a: Encoding, b: Encoding) -> Matches:
+        """Match two encodings."""
+        ...
+
+    def match_batch(self, pairs: Sequence[tuple[Encoding, Encoding]]) -> list[Matches]:
+        """Match many pairs; the same results as ``match`` on each, up to float noise."""
+        ...
+
+
+def apply_affine(matrix: np.ndarray, xy: torch.Tensor) -> torch.Tensor:
+    """Map points (N, 2) by a (2, 3) affine matrix, in float64, returning float32."""
+    m = torch.from_numpy(np.asarray(matrix, dtype=np.float64))
+    return (xy.double().cpu() @ m[:, :2].T + m[:, 2]).float()
+
+
+def invert_affine(matrix: np.ndarray) -> np.ndarray:
+    """Inverse of a (2, 3) affine matrix, float64."""
+    full = np.vstack([np.asarray(matrix, dtype=np.float64), [0.0, 0.0, 1.0]])
+    inverse: np.ndarray = np.linalg.inv(full)[:2]
+    return inverse

@@ -1,0 +1,1 @@
+"""Network definitions that no library gives, one file a network."""

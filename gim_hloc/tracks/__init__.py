@@ -1,0 +1,1 @@
+"""Linking of pairwise matches into multi-view tracks."""

@@ -1,0 +1,1 @@
+"""Training of matchers from videos (a later release fills this room)."""
