@@ -21,8 +21,22 @@ _LAZY = {
     "ReconstructResult": "gim_hloc.pipelines.reconstruct",
     "GimError": "gim_hloc.errors",
 }
-_MODULES = ("colmap", "errors", "evaluation", "geometry", "images", "masks", "matchers", "networks",
-            "pairs", "pipelines", "store", "tracks", "training", "weights")
+_MODULES = (
+    "colmap",
+    "errors",
+    "evaluation",
+    "geometry",
+    "images",
+    "masks",
+    "matchers",
+    "networks",
+    "pairs",
+    "pipelines",
+    "store",
+    "tracks",
+    "training",
+    "weights",
+)
 
 __all__ = ["GimError", "ReconstructOptions", "ReconstructResult", "__version__", "reconstruct"]
 

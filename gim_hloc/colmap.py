@@ -1,0 +1,1029 @@
+"""Everything that touches COLMAP. The only module of the project that imports ``pycolmap``.
+
+Pixel frames: everything that comes in is in hloc's frame (integer = pixel centre); COLMAP's origin
+is the corner of the first pixel. The half pixel is added here, in ``write_database``, and nowhere
+else. Poses are world to camera throughout, as in COLMAP's files.
+
+Supported: pycolmap 4.0 to 4.2 (rigs and frames in the database; see ``tests/test_colmap.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pycolmap
+
+from gim_hloc.errors import InputError, MappingError
+
+if TYPE_CHECKING:
+    from gim_hloc.images import ImageRecord
+
+logger = logging.getLogger(__name__)
+
+Mapper = Literal["auto", "incremental", "global", "hierarchical"]
+CameraMode = Literal["auto", "single", "folder", "image"]
+Refine = Literal["auto", "none", "all"]
+
+# Above this many images ``auto`` maps globally: incremental mapping is the more accurate and the
+# more forgiving of the two, but its time grows faster than linearly.
+AUTO_GLOBAL_ABOVE = 500
+
+_MODEL_FILES = ("cameras", "images", "points3D")
+
+
+# --------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraOptions:
+    """How images share cameras and where intrinsics come from."""
+
+    # auto: one camera for all images of the same size and EXIF camera; single: one for all;
+    # folder: one a sub-folder; image: one each.
+    camera_mode: CameraMode = "auto"
+    # Any COLMAP model; one focal length and one radial term suit an unknown camera.
+    camera_model: str = "SIMPLE_RADIAL"
+    # "PINHOLE,fx,fy,cx,cy" (pixels, COLMAP's corner origin), a COLMAP cameras.txt, or a text file
+    # of lines "GLOB MODEL width height params...".
+    intrinsics: str | None = None
+    # auto: refine what was guessed, keep what was given; none: keep all; all: refine all.
+    refine_intrinsics: Refine = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Two-view geometric verification (COLMAP's ``TwoViewGeometryOptions``)."""
+
+    max_error: float = 4.0  # px, largest epipolar error of an inlier
+    min_num_inliers: int = 15  # fewer: the pair is dropped
+    min_inlier_ratio: float = 0.1  # share assumed by RANSAC's stopping rule
+    confidence: float = 0.999  # of having drawn one outlier-free sample
+    max_num_trials: int = 20000  # RANSAC iterations at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapOptions:
+    """Mapping. Fields left None keep COLMAP's default."""
+
+    mapper: Mapper = "incremental"
+    min_model_size: int = 3  # images; smaller models are dropped unless they are all there is
+    init_min_num_inliers: int | None = None  # of the first pair (COLMAP: 100)
+    init_min_tri_angle: float | None = None  # degrees, of the first pair (COLMAP: 16)
+    abs_pose_min_num_inliers: int | None = None  # to register an image (COLMAP: 30)
+    filter_max_reproj_error: float | None = None  # px, observations above it go (COLMAP: 4)
+    ba_refine_principal_point: bool = False
+    multiple_models: bool = True  # keep going with the images that did not fit the first model
+
+
+# --------------------------------------------------------------------------------------- cameras
+
+
+@dataclass(kw_only=True)
+class CameraSpec:
+    """One camera and the images that share it."""
+
+    model: str
+    width: int  # pixels
+    height: int  # pixels
+    params: tuple[float, ...]  # in the model's order, pixels, corner origin
+    prior: bool  # whether the focal length is known (given or EXIF) rather than guessed
+    given: bool  # whether the user gave the intrinsics
+    names: list[str] = field(default_factory=list)
+
+
+def camera_param_count(model: str) -> int:
+    """Number of parameters of a COLMAP camera model; ``InputError`` for an unknown name."""
+    return len(_create_camera(model, 1.0, 2, 2).params)
+
+
+def _create_camera(model: str, focal: float, width: int, height: int) -> Any:
+    members = pycolmap.CameraModelId.__members__
+    if model not in members or model == "INVALID":
+        known = ", ".join(name for name in members if name != "INVALID")
+        raise InputError(f"Unknown camera model {model!r}. COLMAP knows: {known}.")
+    return pycolmap.Camera.create_from_model_id(0, members[model], focal, width, height)
+
+
+def parse_intrinsics(text: str) -> tuple[str, tuple[float, ...]]:
+    """Parse ``"MODEL,p1,p2,..."``.
+
+    Returns:
+        The model's name and its parameters in COLMAP's order.
+
+    Raises:
+        InputError: for an unknown model, a wrong number of parameters or no numbers.
+    """
+    model, *rest = [part.strip() for part in text.replace(" ", ",").split(",") if part.strip()]
+    try:
+        params = tuple(float(part) for part in rest)
+    except ValueError:
+        raise InputError(
+            f"--intrinsics {text!r}: expected MODEL,number,number,... such as "
+            '"PINHOLE,fx,fy,cx,cy".'
+        ) from None
+    return model, _checked_params(model, params, f"--intrinsics {text!r}")
+
+
+def _checked_params(model: str, params: tuple[float, ...], where: str) -> tuple[float, ...]:
+    camera = _create_camera(model, 1.0, 2, 2)
+    if len(params) != len(camera.params):
+        raise InputError(
+            f"{where}: {model} takes {len(camera.params)} parameters ({camera.params_info}), "
+            f"got {len(params)}."
+        )
+    if not np.isfinite(params).all() or min(params[i] for i in camera.focal_length_idxs()) <= 0:
+        raise InputError(f"{where}: parameters must be finite and focal lengths positive.")
+    return params
+
+
+def assign_cameras(
+    images: Sequence[ImageRecord], options: CameraOptions
+) -> tuple[list[CameraSpec], list[str]]:
+    """Decide which images share a camera and what is known about it.
+
+    Args:
+        images: the usable images.
+        options: see ``CameraOptions``.
+
+    Returns:
+        Cameras in the order of their first image, and notes for the report.
+
+    Raises:
+        InputError: for intrinsics that do not fit the images or cannot be parsed.
+    """
+    notes: list[str] = []
+    given = _given_cameras(images, options.intrinsics) if options.intrinsics else {}
+    missing = [record.name for record in images if record.name not in given]
+    if given and missing:
+        notes.append(
+            f"{options.intrinsics} names no camera for {len(missing)} of {len(images)} images "
+            f"(first: {missing[0]}); these get a guessed one."
+        )
+    groups: dict[tuple[Any, ...], CameraSpec] = {}
+    for record in images:
+        spec = given.get(record.name)
+        key = _group_key(record, spec, options.camera_mode)
+        if key not in groups:
+            groups[key] = spec or _guessed_camera(record, options.camera_model)
+        group = groups[key]
+        if (group.width, group.height) != (record.width, record.height):
+            raise InputError(
+                f"--camera-mode {options.camera_mode}: {group.names[0]} is "
+                f"{group.width}x{group.height} but {record.name} is "
+                f"{record.width}x{record.height}. Images of one camera have one size; use "
+                "--camera-mode auto."
+            )
+        group.names.append(record.name)
+    return list(groups.values()), notes
+
+
+def _group_key(record: ImageRecord, spec: CameraSpec | None, mode: CameraMode) -> tuple[Any, ...]:
+    if mode == "image":
+        return ("image", record.name)
+    if spec is not None:
+        base: tuple[Any, ...] = ("given", spec.model, spec.params, spec.width, spec.height)
+        return (*base, record.name.rpartition("/")[0]) if mode == "folder" else base
+    if mode == "single":
+        return ("single",)
+    if mode == "folder":
+        return ("folder", record.name.rpartition("/")[0])
+    exif = record.exif
+    return (
+        "auto",
+        record.width,
+        record.height,
+        exif.make,
+        exif.model,
+        exif.focal_mm,
+        exif.focal_35mm,
+    )
+
+
+def _guessed_camera(record: ImageRecord, model: str) -> CameraSpec:
+    from gim_hloc.images import focal_prior
+
+    focal = focal_prior(record)
+    # COLMAP's guess for an unknown camera.
+    value = focal if focal else 1.2 * max(record.width, record.height)
+    camera = _create_camera(model, value, record.width, record.height)
+    return CameraSpec(
+        model=model,
+        width=record.width,
+        height=record.height,
+        params=tuple(float(p) for p in camera.params),
+        prior=focal is not None,
+        given=False,
+    )
+
+
+def _given_cameras(images: Sequence[ImageRecord], text: str) -> dict[str, CameraSpec]:
+    path = Path(text)
+    if path.is_dir() and (path / "cameras.txt").is_file():
+        path = path / "cameras.txt"
+    if not path.is_file():
+        if "," not in text:
+            raise InputError(
+                f"--intrinsics {text!r} is neither a file nor MODEL,params (such as "
+                '"PINHOLE,fx,fy,cx,cy").'
+            )
+        model, params = parse_intrinsics(text)
+        sizes = {(record.width, record.height) for record in images}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:4])
+            raise InputError(
+                f"--intrinsics {text!r} is one camera but the images have {len(sizes)} sizes "
+                f"({shown}). Give a file of lines 'GLOB MODEL width height params...' instead."
+            )
+        return {
+            record.name: CameraSpec(
+                model=model,
+                width=record.width,
+                height=record.height,
+                params=params,
+                prior=True,
+                given=True,
+            )
+            for record in images
+        }
+    return _camera_file(images, path)
+
+
+def _camera_file(images: Sequence[ImageRecord], path: Path) -> dict[str, CameraSpec]:
+    """Read a COLMAP cameras.txt (numeric first field) or a glob file."""
+    rules: list[tuple[str | None, str, int, int, tuple[float, ...], int]] = []
+    ids: dict[int, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        where = f"{path}, line {number}"
+        head, *fields = line.split("\t") if "\t" in line else line.split()
+        if len(fields) == 1:
+            fields = fields[0].split()
+        try:
+            model, width, height = fields[0], int(fields[1]), int(fields[2])
+            params = tuple(float(value) for value in fields[3:])
+        except (IndexError, ValueError):
+            raise InputError(
+                f"{where}: expected 'CAMERA_ID MODEL width height params...' (COLMAP) or "
+                "'GLOB MODEL width height params...'."
+            ) from None
+        params = _checked_params(model, params, where)
+        is_id = head.isdigit() and path.name == "cameras.txt"
+        if is_id:
+            ids[int(head)] = len(rules)
+        rules.append((None if is_id else head, model, width, height, params, number))
+    if not rules:
+        raise InputError(f"{path} holds no camera.")
+    by_name = _image_cameras(path.with_name("images.txt")) if ids else {}
+
+    cameras: dict[str, CameraSpec] = {}
+    for record in images:
+        rule = None
+        if record.name in by_name:
+            index = ids.get(by_name[record.name])
+            rule = None if index is None else rules[index]
+        elif ids:
+            fitting = [r for r in rules if (r[2], r[3]) == (record.width, record.height)]
+            if len(fitting) > 1:
+                raise InputError(
+                    f"{path}: {len(fitting)} cameras have the size of {record.name} "
+                    f"({record.width}x{record.height}) and no images.txt beside it says which "
+                    "one it is. Use a file of lines 'GLOB MODEL width height params...'."
+                )
+            rule = fitting[0] if fitting else None
+            if rule is None and len(rules) == 1:
+                rule = rules[0]  # one camera for all: the size check below tells the user
+        else:
+            rule = next((r for r in rules if fnmatch.fnmatchcase(record.name, str(r[0]))), None)
+        if rule is None:
+            continue
+        if (rule[2], rule[3]) != (record.width, record.height):
+            raise InputError(
+                f"{path}, line {rule[5]}: the camera is {rule[2]}x{rule[3]} but {record.name} is "
+                f"{record.width}x{record.height}. Intrinsics belong to one image size."
+            )
+        cameras[record.name] = CameraSpec(
+            model=rule[1], width=rule[2], height=rule[3], params=rule[4], prior=True, given=True
+        )
+    return cameras
+
+
+def _image_cameras(path: Path) -> dict[str, int]:
+    """Image name -> camera id from a COLMAP images.txt; empty when there is none."""
+    if not path.is_file():
+        return {}
+    cameras: dict[str, int] = {}
+    lines = [
+        line
+        for line in path.read_text(encoding="utf-8-sig").splitlines()
+        if not line.startswith("#")
+    ]
+    for line in lines[::2]:  # every second line holds the observations, and may be empty
+        fields = line.strip().split(maxsplit=9)
+        if len(fields) == 10:
+            cameras[fields[9]] = int(fields[8])
+    return cameras
+
+
+# -------------------------------------------------------------------------------------- database
+
+
+@dataclass(kw_only=True)
+class PairVerification:
+    """What verification left of a pair."""
+
+    name0: str
+    name1: str
+    matches: int
+    inliers: int
+    config: str  # COLMAP's two-view configuration, e.g. CALIBRATED, PLANAR, DEGENERATE
+
+
+def build_database(
+    path: Path,
+    *,
+    cameras: Sequence[CameraSpec],
+    names: Sequence[str],
+    keypoints: Callable[[str], np.ndarray],
+    matches: Iterable[tuple[str, str, np.ndarray]],
+    verify: VerifyOptions,
+    seed: int = 0,
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[PairVerification]:
+    """Write a COLMAP database: images, cameras, keypoints, matches and verified geometries.
+
+    Verification runs here rather than through COLMAP's ``verify_matches``: that reads names from a
+    blank-separated file, shows no progress, and draws its random numbers per thread. Each pair has
+    its own seed, so the result does not depend on the number of threads.
+
+    Args:
+        path: database to write; written under a temporary name, then renamed.
+        cameras: every image of ``names`` belongs to exactly one.
+        names: images in the order of their ids.
+        keypoints: name -> (N, 2) float32 x, y in stored pixels, hloc's frame.
+        matches: (name0, name1, (M, 2) rows into the two images' keypoints).
+        verify: thresholds of the two-view estimation.
+        seed: base of the pairs' seeds.
+        threads: pairs verified at a time.
+        progress: called with the number of pairs just finished.
+
+    Returns:
+        One entry for each pair of ``matches``, in its order.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    for stale in (temporary, *(Path(f"{temporary}{end}") for end in ("-wal", "-shm", "-journal"))):
+        stale.unlink(missing_ok=True)
+    results: list[PairVerification] = []
+    with pycolmap.Database.open(temporary) as database:
+        ids, camera_of = _write_images(database, cameras, names)
+        points: dict[str, np.ndarray] = {}
+        for name in names:
+            xy_colmap = np.asarray(keypoints(name), dtype=np.float32).reshape(-1, 2) + 0.5
+            points[name] = xy_colmap
+            database.write_keypoints(ids[name], xy_colmap)
+
+        def estimate(index: int, name0: str, name1: str, rows: np.ndarray) -> Any:
+            options = _two_view_options(verify, seed + index)
+            return pycolmap.estimate_two_view_geometry(
+                camera_of[name0],
+                points[name0].astype(np.float64),
+                camera_of[name1],
+                points[name1].astype(np.float64),
+                rows,
+                options,
+            )
+
+        for name0, name1, rows, geometry in _ordered_map(estimate, matches, threads):
+            if ids[name0] > ids[name1]:
+                raise InputError(
+                    f"Pair {name0} {name1} is not in the order of the image list; sort it."
+                )
+            if len(rows):
+                database.write_matches(ids[name0], ids[name1], rows)
+            inliers = 0
+            config = "NO_MATCHES"
+            if geometry is not None:
+                config = _config_name(geometry.config)
+                inliers = len(geometry.inlier_matches)
+                # A pair below the bound is left out: the mapper must not trust it.
+                if inliers >= verify.min_num_inliers and config not in ("UNDEFINED", "DEGENERATE"):
+                    database.write_two_view_geometry(ids[name0], ids[name1], geometry)
+                else:
+                    inliers = 0
+            results.append(
+                PairVerification(
+                    name0=name0, name1=name1, matches=len(rows), inliers=inliers, config=config
+                )
+            )
+            if progress is not None:
+                progress(1)
+    os.replace(temporary, path)
+    return results
+
+
+def _ordered_map(
+    estimate: Callable[..., Any],
+    matches: Iterable[tuple[str, str, np.ndarray]],
+    threads: int,
+) -> Iterator[tuple[str, str, np.ndarray, Any]]:
+    """Run ``estimate`` over pairs in threads (it releases the GIL), yielding in input order."""
+    pending: list[tuple[str, str, np.ndarray, Future[Any] | None]] = []
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        for index, (name0, name1, rows) in enumerate(matches):
+            rows = np.ascontiguousarray(np.asarray(rows).reshape(-1, 2), dtype=np.uint32)
+            future = pool.submit(estimate, index, name0, name1, rows) if len(rows) else None
+            pending.append((name0, name1, rows, future))
+            while len(pending) > 4 * threads:  # bound the memory of what waits
+                head = pending.pop(0)
+                yield (*head[:3], head[3].result() if head[3] else None)
+        for head in pending:
+            yield (*head[:3], head[3].result() if head[3] else None)
+
+
+def _config_name(config: Any) -> str:
+    value = int(config)
+    for name, member in pycolmap.TwoViewGeometryConfiguration.__members__.items():
+        if int(member) == value:
+            return str(name)
+    return str(config)
+
+
+def _two_view_options(verify: VerifyOptions, seed: int) -> Any:
+    options = pycolmap.TwoViewGeometryOptions()
+    options.min_num_inliers = verify.min_num_inliers
+    options.ransac.max_error = verify.max_error
+    options.ransac.min_inlier_ratio = verify.min_inlier_ratio
+    options.ransac.confidence = verify.confidence
+    options.ransac.max_num_trials = verify.max_num_trials
+    options.ransac.random_seed = seed % (2**31 - 1)
+    return options
+
+
+def _write_images(
+    database: Any, cameras: Sequence[CameraSpec], names: Sequence[str]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Write cameras with one-sensor rigs, and images with one-image frames, as COLMAP's import."""
+    camera_of: dict[str, Any] = {}
+    rig_of: dict[str, int] = {}
+    for spec in cameras:
+        camera = pycolmap.Camera(
+            model=spec.model, width=spec.width, height=spec.height, params=list(spec.params)
+        )
+        camera.has_prior_focal_length = spec.prior
+        camera.camera_id = database.write_camera(camera)
+        rig = pycolmap.Rig()
+        rig.add_ref_sensor(camera.sensor_id)
+        rig_id = database.write_rig(rig)
+        for name in spec.names:
+            camera_of[name] = camera
+            rig_of[name] = rig_id
+    ids: dict[str, int] = {}
+    for name in names:
+        image = pycolmap.Image(name=name, camera_id=camera_of[name].camera_id)
+        image.image_id = ids[name] = database.write_image(image)
+        frame = pycolmap.Frame()
+        frame.rig_id = rig_of[name]
+        frame.add_data_id(image.data_id)
+        database.write_frame(frame)
+    return ids, camera_of
+
+
+# --------------------------------------------------------------------------------------- mapping
+
+
+@dataclass(kw_only=True)
+class MappingResult:
+    """Models of one mapping run, largest first."""
+
+    paths: list[Path]
+    mapper: str
+    notes: list[str]
+
+
+def resolve_mapper(mapper: Mapper, num_images: int) -> str:
+    """The mapper that ``auto`` stands for: global above ``AUTO_GLOBAL_ABOVE`` images."""
+    if mapper != "auto":
+        return mapper
+    return "global" if num_images > AUTO_GLOBAL_ABOVE else "incremental"
+
+
+def run_mapping(
+    database: Path,
+    output: Path,
+    *,
+    options: MapOptions,
+    cameras: Sequence[CameraSpec],
+    refine_intrinsics: Refine = "auto",
+    seed: int = 0,
+    threads: int = -1,
+    log_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    colours: Callable[[str], np.ndarray] | None = None,
+) -> MappingResult:
+    """Map a verified database and write every model, largest first, to ``output/0``, ``1``, ….
+
+    When COLMAP finds no first pair, mapping is repeated once with relaxed values, and a note says
+    so: small scenes and narrow baselines often fail COLMAP's defaults only.
+
+    Args:
+        database: COLMAP database with verified pairs.
+        output: folder that is replaced as a whole once all models are there.
+        options: which mapper, and its thresholds.
+        cameras: as written to the database (ids are 1, 2, … in this order).
+        refine_intrinsics: see ``CameraOptions``.
+        seed: of COLMAP's random numbers.
+        threads: COLMAP's threads; one thread and a seed give the same model twice.
+        log_dir: where COLMAP's own log goes.
+        progress: called with (index of the model, images registered in it).
+        colours: name -> (H, W, 3) uint8 stored pixels, to colour the points with.
+
+    Raises:
+        MappingError: when no model comes out even with relaxed values.
+    """
+    num_images = sum(len(spec.names) for spec in cameras)
+    mapper = resolve_mapper(options.mapper, num_images)
+    notes: list[str] = []
+    temporary = output.with_name(output.name + ".tmp")
+    fixed = _fixed_cameras(cameras, refine_intrinsics)
+
+    def attempt(relaxed: bool) -> list[Any]:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with _colmap_log(log_dir):
+            return _map_once(
+                mapper, database, temporary, options, fixed, len(cameras), num_images, seed,
+                threads, relaxed, progress,
+            )  # fmt: skip
+
+    models = attempt(relaxed=False)
+    if not models:
+        notes.append(
+            f"COLMAP's {mapper} mapper found no first pair with the usual thresholds; it was run "
+            "again with relaxed ones (first pair: 30 inliers and 4 degrees; registration: 15 "
+            "inliers; tracks of two views kept). Look at the model before you trust it."
+        )
+        logger.warning(notes[-1])
+        models = attempt(relaxed=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    if not models:
+        raise MappingError(
+            "COLMAP found no pair of images to start from, even with relaxed thresholds. The "
+            "matches, the database and the report are kept; look at the match graph in the "
+            "report: are there pairs with many inliers and enough parallax?"
+        )
+    models.sort(key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
+    temporary.mkdir(parents=True)
+    paths = []
+    for index, model in enumerate(models):
+        if colours is not None:
+            _extract_colours(model, colours)
+        folder = temporary / str(index)
+        folder.mkdir()
+        model.write(folder)
+        paths.append(output / str(index))
+    shutil.rmtree(output, ignore_errors=True)
+    os.replace(temporary, output)
+    return MappingResult(paths=paths, mapper=mapper, notes=notes)
+
+
+def _fixed_cameras(cameras: Sequence[CameraSpec], refine: Refine) -> set[int]:
+    """Ids of the cameras whose intrinsics must not move."""
+    if refine == "all":
+        return set()
+    return {index for index, spec in enumerate(cameras, 1) if refine == "none" or spec.given}
+
+
+def _map_once(
+    mapper: str,
+    database: Path,
+    output: Path,
+    options: MapOptions,
+    fixed: set[int],
+    num_cameras: int,
+    num_images: int,
+    seed: int,
+    threads: int,
+    relaxed: bool,
+    progress: Callable[[int, int], None] | None,
+) -> list[Any]:
+    # COLMAP reads the images only for colours, which we extract ourselves (any format, any EXIF).
+    images = Path(".")
+    if mapper == "global":
+        return _map_global(database, output, images, options, fixed, num_cameras, seed, threads)
+    incremental = _incremental_options(
+        options, fixed, num_cameras, num_images, seed, threads, relaxed
+    )
+    if mapper == "hierarchical":
+        hierarchical = pycolmap.HierarchicalPipelineOptions()
+        hierarchical.num_threads = threads
+        hierarchical.incremental_options = incremental
+        models = pycolmap.hierarchical_mapping(database, images, output, hierarchical)
+        return _non_empty(models)
+
+    counter = [-1, 0]
+
+    def first_pair() -> None:
+        counter[0] += 1
+        counter[1] = 2
+        if progress is not None:
+            progress(counter[0], 2)
+
+    def next_image() -> None:
+        counter[1] += 1
+        if progress is not None:
+            progress(max(counter[0], 0), counter[1])
+
+    models = pycolmap.incremental_mapping(
+        database,
+        images,
+        output,
+        options=incremental,
+        initial_image_pair_callback=first_pair,
+        next_image_callback=next_image,
+    )
+    return _non_empty(models)
+
+
+def _non_empty(models: Mapping[int, Any]) -> list[Any]:
+    return [model for model in models.values() if model.num_reg_images() >= 2]
+
+
+def _incremental_options(
+    options: MapOptions,
+    fixed: set[int],
+    num_cameras: int,
+    num_images: int,
+    seed: int,
+    threads: int,
+    relaxed: bool,
+) -> Any:
+    pipeline = pycolmap.IncrementalPipelineOptions()
+    pipeline.num_threads = threads
+    pipeline.random_seed = seed
+    pipeline.extract_colors = False
+    pipeline.multiple_models = options.multiple_models
+    pipeline.min_model_size = options.min_model_size
+    pipeline.ba_refine_principal_point = options.ba_refine_principal_point
+    pipeline.constant_cameras = fixed
+    if len(fixed) == num_cameras:
+        pipeline.ba_refine_focal_length = False
+        pipeline.ba_refine_extra_params = False
+        pipeline.mapper.abs_pose_refine_focal_length = False
+        pipeline.mapper.abs_pose_refine_extra_params = False
+    if relaxed:
+        pipeline.mapper.init_min_num_inliers = 30
+        pipeline.mapper.init_min_tri_angle = 4.0
+        pipeline.mapper.abs_pose_min_num_inliers = 15
+        pipeline.mapper.abs_pose_min_inlier_ratio = 0.15
+        pipeline.init_num_trials = 500
+    if relaxed or num_images == 2:
+        # With two images every track has two views; COLMAP would keep no point at all.
+        pipeline.triangulation.ignore_two_view_tracks = False
+    for name in (
+        "init_min_num_inliers",
+        "init_min_tri_angle",
+        "abs_pose_min_num_inliers",
+        "filter_max_reproj_error",
+    ):
+        value = getattr(options, name)
+        if value is not None and not relaxed:
+            setattr(pipeline.mapper, name, value)
+    return pipeline
+
+
+def _map_global(
+    database: Path,
+    output: Path,
+    images: Path,
+    options: MapOptions,
+    fixed: set[int],
+    num_cameras: int,
+    seed: int,
+    threads: int,
+) -> list[Any]:
+    pipeline = pycolmap.GlobalPipelineOptions()
+    pipeline.num_threads = threads
+    pipeline.random_seed = seed
+    pipeline.min_model_size = options.min_model_size
+    pipeline.multiple_models = options.multiple_models
+    adjustment = pipeline.mapper.bundle_adjustment
+    adjustment.refine_principal_point = options.ba_refine_principal_point
+    if len(fixed) == num_cameras:
+        adjustment.refine_focal_length = False
+        adjustment.refine_extra_params = False
+    elif fixed:
+        logger.warning(
+            "The global mapper refines all cameras or none; the %d given ones are refined too.",
+            len(fixed),
+        )
+    return _non_empty(pycolmap.global_mapping(database, images, output, pipeline))
+
+
+def _extract_colours(model: Any, colours: Callable[[str], np.ndarray]) -> None:
+    """Colour each point with the mean over its observations, nearest pixel of the stored image."""
+    total: dict[int, np.ndarray] = {}
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        try:
+            pixels = colours(image.name)
+        except Exception as error:  # a picture that went away must not lose the model
+            logger.warning("%s could not be read for colours: %s", image.name, error)
+            continue
+        observed = [p for p in image.points2D if p.has_point3D()]
+        if not observed:
+            continue
+        xy = np.array([p.xy for p in observed])
+        columns = np.clip(xy[:, 0].astype(int), 0, pixels.shape[1] - 1)  # corner origin: floor
+        rows = np.clip(xy[:, 1].astype(int), 0, pixels.shape[0] - 1)
+        values = pixels[rows, columns].astype(np.float64)
+        for point, value in zip(observed, values, strict=True):
+            entry = total.setdefault(point.point3D_id, np.zeros(4))
+            entry[:3] += value
+            entry[3] += 1
+    for point_id, entry in total.items():
+        model.points3D[point_id].color = np.round(entry[:3] / entry[3]).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def _colmap_log(folder: Path | None) -> Iterator[None]:
+    """Send COLMAP's log to ``folder`` instead of the terminal."""
+    log = pycolmap.logging
+    before = (log.alsologtostderr, log.logtostderr, log.stderrthreshold)
+    log.alsologtostderr = False
+    log.logtostderr = False
+    log.stderrthreshold = int(log.FATAL)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        log.set_log_destination(log.INFO, folder / "colmap.")
+    try:
+        yield
+    finally:
+        log.alsologtostderr, log.logtostderr, log.stderrthreshold = before
+
+
+# ---------------------------------------------------------------------------------- reading models
+
+
+def read_model(path: Path | str) -> Any:
+    """Read a COLMAP model, binary or text.
+
+    Args:
+        path: folder with cameras, images and points3D as ``.bin`` or ``.txt``, or an output folder
+            of ``gim-reconstruct`` (then ``sparse/0``).
+
+    Returns:
+        A ``pycolmap.Reconstruction``.
+
+    Raises:
+        InputError: when there is no model or it cannot be read.
+    """
+    folder = find_model(path)
+    try:
+        return pycolmap.Reconstruction(folder)
+    except Exception as error:
+        raise InputError(f"{folder} is not a readable COLMAP model: {error}") from None
+
+
+def find_model(path: Path | str) -> Path:
+    """The folder at or below ``path`` (``sparse/0``, ``sparse``, ``0``) that holds a model."""
+    root = Path(path)
+    for folder in (root, root / "sparse" / "0", root / "sparse", root / "0"):
+        for suffix in (".bin", ".txt"):
+            if all((folder / f"{stem}{suffix}").is_file() for stem in _MODEL_FILES):
+                return folder
+    raise InputError(
+        f"{root} holds no COLMAP model (cameras, images and points3D as .bin or .txt; also looked "
+        "in sparse/0)."
+    )
+
+
+def registered_names(model: Any) -> list[str]:
+    """Sorted names of the images with a pose."""
+    return sorted(model.image(i).name for i in model.reg_image_ids())
+
+
+def model_cameras(path: Path | str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Poses of a model: name -> (R (3, 3), t (3,)), world to camera, in model units."""
+    model = read_model(path)
+    poses = {}
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        matrix = np.asarray(image.cam_from_world().matrix())
+        poses[image.name] = (matrix[:, :3].copy(), matrix[:, 3].copy())
+    return poses
+
+
+def model_observations(path: Path | str) -> dict[str, np.ndarray]:
+    """Points that each registered image sees: name -> int64 ids of 3D points, unsorted."""
+    model = read_model(path)
+    observations = {}
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        observations[image.name] = np.array(
+            [p.point3D_id for p in image.points2D if p.has_point3D()], dtype=np.int64
+        )
+    return observations
+
+
+def model_statistics(path: Path | str) -> dict[str, float]:
+    """Size and quality of a model.
+
+    Returns:
+        ``images`` registered, ``points``, ``observations``, ``mean_track_length`` (views a point)
+        and ``mean_reprojection_error_px``.
+    """
+    return statistics(read_model(path))
+
+
+def statistics(model: Any) -> dict[str, float]:
+    """As ``model_statistics``, for a model already read."""
+    points = model.num_points3D()
+    return {
+        "images": model.num_reg_images(),
+        "points": points,
+        "observations": model.compute_num_observations(),
+        "mean_track_length": model.compute_mean_track_length() if points else 0.0,
+        "mean_reprojection_error_px": model.compute_mean_reprojection_error() if points else 0.0,
+    }
+
+
+@dataclass(kw_only=True)
+class ImageStatistics:
+    """What the model knows about one registered image."""
+
+    camera_id: int
+    points: int  # 3D points seen
+    mean_reprojection_error_px: float | None
+    focal_px: float
+    rotation: np.ndarray  # (3, 3) world to camera
+    translation: np.ndarray  # (3,)
+
+
+def image_statistics(model: Any) -> dict[str, ImageStatistics]:
+    """Per-image figures of a model; errors are measured in this image, not per point."""
+    result = {}
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        camera = model.camera(image.camera_id)
+        pose = np.asarray(image.cam_from_world().matrix())
+        observed = [p for p in image.points2D if p.has_point3D()]
+        error = None
+        if observed:
+            xyz = np.array([model.point3D(p.point3D_id).xyz for p in observed])
+            xy = np.array([p.xy for p in observed])
+            projected = np.array(
+                [
+                    q if (q := camera.img_from_cam(p)) is not None else (np.nan, np.nan)
+                    for p in xyz @ pose[:, :3].T + pose[:, 3]
+                ]
+            )
+            error = float(np.nanmean(np.linalg.norm(projected - xy, axis=1)))
+        result[image.name] = ImageStatistics(
+            camera_id=int(image.camera_id),
+            points=len(observed),
+            mean_reprojection_error_px=error,
+            focal_px=float(camera.mean_focal_length()),
+            rotation=pose[:, :3].copy(),
+            translation=pose[:, 3].copy(),
+        )
+    return result
+
+
+def points(model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Points of a model.
+
+    Returns:
+        xyz (M, 3) float64, rgb (M, 3) uint8, views a track (M,) int64, reprojection errors (M,) px.
+    """
+    all_points = [model.points3D[i] for i in sorted(model.point3D_ids())]
+    if not all_points:
+        return np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0, np.int64), np.zeros(0)
+    return (
+        np.array([p.xyz for p in all_points]),
+        np.array([p.color for p in all_points], dtype=np.uint8),
+        np.array([p.track.length() for p in all_points]),
+        np.array([p.error for p in all_points]),
+    )
+
+
+def cameras_of(model: Any) -> list[dict[str, Any]]:
+    """Cameras of a model that registered images use, as plain dictionaries for the report."""
+    used: dict[int, int] = {}
+    for image_id in model.reg_image_ids():
+        camera_id = int(model.image(image_id).camera_id)
+        used[camera_id] = used.get(camera_id, 0) + 1
+    return [
+        {
+            "id": camera_id,
+            "model": str(model.camera(camera_id).model_name),
+            "width": int(model.camera(camera_id).width),
+            "height": int(model.camera(camera_id).height),
+            "params": [float(p) for p in model.camera(camera_id).params],
+            "images": count,
+        }
+        for camera_id, count in sorted(used.items())
+    ]
+
+
+def inlier_matches(database: Path, pairs: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+    """Verified matches (M, 2) of some pairs, in their order; empty where there are none."""
+    with pycolmap.Database.open(database) as db:
+        ids = {image.name: image.image_id for image in db.read_all_images()}
+        result = []
+        for name0, name1 in pairs:
+            if not db.exists_two_view_geometry(ids[name0], ids[name1]):
+                result.append(np.zeros((0, 2), np.uint32))
+                continue
+            geometry = db.read_two_view_geometry(ids[name0], ids[name1])
+            result.append(np.asarray(geometry.inlier_matches))
+        return result
+
+
+def version() -> str:
+    """Version of the installed pycolmap."""
+    return str(pycolmap.__version__)
+
+
+def has_cuda() -> bool:
+    """Whether this pycolmap was built with CUDA (needed by PatchMatch stereo)."""
+    return bool(pycolmap.has_cuda)
+
+
+def set_seed(seed: int) -> None:
+    """Seed COLMAP's global random numbers."""
+    pycolmap.set_random_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------- dense
+
+
+def run_dense(
+    images: Path, model: Path, output: Path, *, log_dir: Path | None = None
+) -> tuple[bool, str]:
+    """Undistort, and with CUDA run PatchMatch stereo and fusion.
+
+    Args:
+        images: image root.
+        model: sparse model folder.
+        output: workspace to write: undistorted images and model, depth maps, ``dense.ply``.
+        log_dir: where COLMAP's own log goes.
+
+    Returns:
+        Whether a dense cloud was made, and a sentence for the user.
+    """
+    with _colmap_log(log_dir):
+        pycolmap.undistort_images(output, model, images)
+        if not has_cuda():
+            return False, (
+                f"Undistorted images are in {output}, but this pycolmap has no CUDA, which "
+                "PatchMatch stereo needs: run 'colmap patch_match_stereo --workspace_path "
+                f"{output}' and 'colmap stereo_fusion' with a CUDA build of COLMAP."
+            )
+        pycolmap.patch_match_stereo(output)
+        pycolmap.stereo_fusion(output / "dense.ply", output, output_type="PLY")
+    return True, f"Dense cloud: {output / 'dense.ply'}"
+
+
+__all__ = [
+    "AUTO_GLOBAL_ABOVE",
+    "CameraOptions",
+    "CameraSpec",
+    "ImageStatistics",
+    "MapOptions",
+    "MappingResult",
+    "PairVerification",
+    "VerifyOptions",
+    "assign_cameras",
+    "build_database",
+    "camera_param_count",
+    "cameras_of",
+    "find_model",
+    "has_cuda",
+    "image_statistics",
+    "inlier_matches",
+    "model_cameras",
+    "model_observations",
+    "model_statistics",
+    "parse_intrinsics",
+    "points",
+    "read_model",
+    "registered_names",
+    "resolve_mapper",
+    "run_dense",
+    "run_mapping",
+    "set_seed",
+    "statistics",
+    "version",
+]
