@@ -1,0 +1,207 @@
+"""Learned keypoints matched by LightGlue: ``aliked_lightglue`` and ``disk_lightglue``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from gim_hloc import weights
+from gim_hloc.errors import InputError
+from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
+from gim_hloc.matchers.registry import describe
+from gim_hloc.matchers.sparse import (
+    SparseMatcher,
+    encode_network_keypoints,
+    no_matches,
+    resolve_device,
+    resolve_options,
+)
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseOptions:
+    """Numbers of a matcher with learned keypoints and LightGlue."""
+
+    max_size: int | None = 1024  # long side in pixels that the network sees; None keeps the image's
+    upsample: bool = False  # enlarge smaller images to max_size: finer keypoints, more time
+    max_keypoints: int = 2048  # per image, the strongest; matching time grows with the square
+    detection_threshold: float = 0.0  # lowest score of a keypoint, in units of the network
+    nms_radius: int = 2  # pixels of the network's image: keypoints keep this distance
+    depth_confidence: float = 0.95  # stop early when this part of the points is certain; -1: never
+    width_confidence: float = 0.99  # drop points that are surely unmatchable; -1: never
+    filter_threshold: float = 0.1  # lowest confidence of a match, in [0, 1]
+    precision: Precision = "auto"  # auto: float16 on CUDA, float32 elsewhere
+
+    def __post_init__(self) -> None:
+        if self.max_size is not None and self.max_size < 1:
+            raise InputError(f"max_size is {self.max_size}, it must be positive or None.")
+        if self.max_keypoints < 1:
+            raise InputError(f"max_keypoints is {self.max_keypoints}, it must be positive.")
+        if self.nms_radius < 1:
+            raise InputError(f"nms_radius is {self.nms_radius}, it must be at least 1.")
+        if self.upsample and self.max_size is None:
+            raise InputError("upsample needs max_size: the long side to enlarge images to.")
+
+
+_ENCODE_FIELDS = (
+    "max_size",
+    "upsample",
+    "max_keypoints",
+    "detection_threshold",
+    "nms_radius",
+    "precision",
+)
+
+_ALIKED: dict[Quality, dict[str, Any]] = {
+    "fast": {"max_size": 1024, "max_keypoints": 1024, "detection_threshold": 0.2},
+    "base": {"max_size": 1024, "max_keypoints": 2048, "detection_threshold": 0.2},
+    "precise": {
+        "max_size": 1600,
+        "upsample": True,
+        "max_keypoints": 4096,
+        "detection_threshold": 0.1,
+    },
+}
+_DISK: dict[Quality, dict[str, Any]] = {
+    "fast": {"max_size": 1024, "max_keypoints": 1024},
+    "base": {"max_size": 1024, "max_keypoints": 2048},
+    "precise": {"max_size": 1600, "max_keypoints": 4096},
+}
+
+
+def aliked_lightglue(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> LightGlueMatcher:
+    """ALIKED-n16 and LightGlue with the published weights."""
+    return _make("aliked_lightglue", _ALIKED, quality, device, overrides)
+
+
+def disk_lightglue(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> LightGlueMatcher:
+    """DISK (depth supervision) and LightGlue with the published weights."""
+    return _make("disk_lightglue", _DISK, quality, device, overrides)
+
+
+def _make(
+    name: str,
+    presets: Mapping[Quality, Mapping[str, Any]],
+    quality: Quality,
+    device: str,
+    overrides: Mapping[str, Any],
+) -> LightGlueMatcher:
+    options = resolve_options(
+        SparseOptions, quality=quality, presets=presets, overrides=overrides, matcher=name
+    )
+    return LightGlueMatcher(name, options=options, device=resolve_device(device))
+
+
+def _load_extractor(name: str, path: Any) -> torch.nn.Module:
+    if name == "aliked_lightglue":
+        from gim_hloc.networks.aliked import ALIKED
+
+        network: torch.nn.Module = ALIKED()
+        state = weights.load_state_dict(path, inside=["state_dict"])
+        weights.load_into(network, state, path=path, optional=["dkd.hw_grid"])
+    else:
+        from gim_hloc.networks.disk import DISK
+
+        network = DISK()
+        weights.load_into(network, weights.load_state_dict(path, inside=["extractor"]), path=path)
+    return network
+
+
+def _lightglue_key(key: str) -> str:
+    """The published name of a weight in kornia's words."""
+    parts = key.split(".")
+    if parts[0] in ("self_attn", "cross_attn"):
+        return ".".join(["transformers", parts[1], parts[0], *parts[2:]])
+    return key
+
+
+class LightGlueMatcher(SparseMatcher):
+    """A detector with descriptors, and LightGlue.
+
+    ``match`` may be called from several threads.
+    """
+
+    encode_fields = _ENCODE_FIELDS
+
+    def __init__(self, name: str, *, options: SparseOptions, device: torch.device) -> None:
+        info = describe(name)
+        paths = {file: weights.locate(file) for file in info.checkpoint}
+        super().__init__(
+            info=info,
+            options=options,
+            image_options=ImageOptions(max_size=options.max_size, upsample=options.upsample),
+            device=device,
+            weights_hashes={file: weights.sha256(path) for file, path in paths.items()},
+        )
+        from gim_hloc.networks.lightglue import LightGlue
+
+        extractor_file, glue_file = info.checkpoint
+        self.extractor: Any = _load_extractor(name, paths[extractor_file]).eval().to(device)
+        self.glue: Any = LightGlue(
+            input_dim=128,
+            depth_confidence=options.depth_confidence,
+            width_confidence=options.width_confidence,
+            filter_threshold=options.filter_threshold,
+        )
+        state = {
+            _lightglue_key(key): value
+            for key, value in weights.load_state_dict(paths[glue_file]).items()
+        }
+        derived = ["confidence_thresholds", *(f"log_assignment.{i}.r" for i in range(9))]
+        weights.load_into(self.glue, state, path=paths[glue_file], optional=derived)
+        self.glue.eval().to(device)
+
+    def _versions(self) -> dict[str, str]:
+        return {"kornia": importlib.metadata.version("kornia")}
+
+    def _encode_weights(self) -> list[str]:
+        return [self.info.checkpoint[0]]
+
+    @torch.inference_mode()
+    def encode(self, image: ImageData) -> SparseEncoding:
+        """Detect and describe keypoints.
+
+        Args:
+            image: RGB, (3, H, W); a gray image (1, H, W) is repeated.
+        """
+        tensor = image.image.to(self.device)
+        if tensor.shape[0] == 1:
+            tensor = tensor.expand(3, -1, -1)
+        xy, descriptors, scores = self.extractor.detect_and_describe(
+            tensor,
+            max_keypoints=self.options.max_keypoints,
+            threshold=self.options.detection_threshold,
+            radius=self.options.nms_radius,
+            mask=image.mask,
+        )
+        return encode_network_keypoints(image, xy, descriptors, scores)
+
+    @torch.inference_mode()
+    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        """Match two encodings."""
+        if len(a) == 0 or len(b) == 0:
+            return no_matches(a, b)
+        out = self.glue({"image0": self._input(a), "image1": self._input(b)})
+        return Matches.from_indices(a, b, out["matches"][0], out["scores"][0])
+
+    def _input(self, encoding: SparseEncoding) -> dict[str, torch.Tensor]:
+        size = torch.tensor(encoding.network_size, dtype=torch.float32)
+        xy = encoding.network_keypoints.clamp(min=0).minimum(size)
+        return {
+            "keypoints": xy[None].to(self.device),
+            "descriptors": encoding.descriptors[None].float().to(self.device),
+            "image_size": size[None].to(self.device),
+        }

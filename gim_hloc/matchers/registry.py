@@ -1,0 +1,164 @@
+"""The table of matchers.
+
+Factories are imported when a matcher is loaded, so that listing matchers costs nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args, overload
+
+from gim_hloc.errors import InputError
+from gim_hloc.matchers.base import Matcher, MatcherInfo, Quality
+
+Factory = Callable[..., Matcher]
+"""``factory(*, quality, device, **overrides) -> Matcher``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    info: MatcherInfo
+    factory: Factory | str  # a callable, or "module:attribute" imported on first use
+
+
+_entries: dict[str, _Entry] = {}
+
+
+def names() -> list[str]:
+    """Names of all matchers, sorted."""
+    return sorted(_entries)
+
+
+@overload
+def describe(name: str) -> MatcherInfo: ...
+
+
+@overload
+def describe(name: None = None) -> list[MatcherInfo]: ...
+
+
+def describe(name: str | None = None) -> MatcherInfo | list[MatcherInfo]:
+    """Facts about one matcher, or about all of them sorted by name.
+
+    Raises:
+        InputError: there is no matcher of that name.
+    """
+    if name is None:
+        return [_entries[known].info for known in names()]
+    return _entry(name).info
+
+
+def load(
+    name: str, *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> Matcher:
+    """Make a matcher.
+
+    Args:
+        name: one of ``names()``.
+        quality: operating point: image size, number of keypoints and thresholds together.
+        device: "auto" (CUDA if there is one, else the processor) or a torch device.
+        **overrides: fields of the matcher's options that differ from the operating point.
+
+    Raises:
+        InputError: unknown name, operating point, device or option.
+        WeightsError: the weights cannot be had or are not this network's.
+    """
+    entry = _entry(name)
+    if quality not in get_args(Quality):
+        raise InputError(
+            f"Unknown quality {quality!r}. Choose one of {', '.join(get_args(Quality))}."
+        )
+    factory = entry.factory
+    if isinstance(factory, str):
+        module, _, attribute = factory.partition(":")
+        factory = getattr(importlib.import_module(module), attribute)
+    matcher: Matcher = factory(quality=quality, device=device, **overrides)
+    return matcher
+
+
+def register(name: str, factory: Factory | str, info: MatcherInfo) -> None:
+    """Add a matcher under a new name.
+
+    Args:
+        name: how users will call it; a name that exists already is refused.
+        factory: called as ``factory(quality=..., device=..., **overrides)``, or a string
+            ``"module:attribute"`` that is imported on first use.
+        info: facts about it; ``info.name`` must be ``name``.
+
+    Raises:
+        InputError: the name is taken or differs from ``info.name``.
+    """
+    if name in _entries:
+        raise InputError(f"A matcher named {name!r} exists already.")
+    if info.name != name:
+        raise InputError(f"info.name is {info.name!r}, but the matcher is registered as {name!r}.")
+    _entries[name] = _Entry(info=info, factory=factory)
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _entries:
+        close = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"Unknown matcher {name!r}.{hint} Known matchers: {', '.join(names())}.")
+    return _entries[name]
+
+
+register(
+    "aliked_lightglue",
+    "gim_hloc.matchers.lightglue:aliked_lightglue",
+    MatcherInfo(
+        name="aliked_lightglue",
+        kind="sparse",
+        checkpoint=("aliked-n16.pth", "aliked_lightglue.pth"),
+        licence="BSD-3-Clause (ALIKED), Apache-2.0 (LightGlue)",
+        commercial=True,
+        colour="rgb",
+        default_size=1024,
+        summary="ALIKED-n16 keypoints with sub-pixel positions, matched by LightGlue (default)",
+    ),
+)
+register(
+    "disk_lightglue",
+    "gim_hloc.matchers.lightglue:disk_lightglue",
+    MatcherInfo(
+        name="disk_lightglue",
+        kind="sparse",
+        checkpoint=("disk-depth-save.pth", "disk_lightglue.pth"),
+        licence="Apache-2.0 (DISK), Apache-2.0 (LightGlue)",
+        commercial=True,
+        colour="rgb",
+        default_size=1024,
+        summary="DISK keypoints on whole pixels, matched by LightGlue",
+    ),
+)
+register(
+    "sift",
+    "gim_hloc.matchers.sift:sift",
+    MatcherInfo(
+        name="sift",
+        kind="sparse",
+        checkpoint=(),
+        licence="Apache-2.0 (OpenCV)",
+        commercial=True,
+        colour="gray",
+        default_size=3200,
+        summary="RootSIFT with mutual nearest neighbours and a ratio test; learns nothing",
+    ),
+)
+register(
+    "root_sift",
+    "gim_hloc.matchers.sift:root_sift",
+    MatcherInfo(
+        name="root_sift",
+        kind="sparse",
+        checkpoint=(),
+        licence="Apache-2.0 (OpenCV)",
+        commercial=True,
+        colour="rgb",
+        default_size=1600,
+        summary="RootSIFT with the numbers of the ZEB benchmark, for comparison with its tables",
+    ),
+)

@@ -1,0 +1,92 @@
+"""Keypoints from a score map: local maxima and their sub-pixel positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def select_maxima(
+    scores: torch.Tensor,
+    *,
+    max_keypoints: int,
+    threshold: float,
+    radius: int,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Strict local maxima of a score map, strongest first.
+
+    Args:
+        scores: (H, W).
+        max_keypoints: at most so many.
+        threshold: a maximum must exceed it.
+        radius: a maximum is above all others in the window of side ``2 * radius + 1``; maxima
+            closer to the border than this are dropped.
+        mask: (H, W) bool, True where maxima are allowed. It acts after the suppression, so that a
+            maximum outside the mask makes no new one beside it, and before the best are chosen.
+
+    Returns:
+        (N,) indices into ``scores.flatten()``.
+    """
+    height, width = scores.shape
+    if min(height, width) <= 2 * radius:
+        return torch.empty(0, dtype=torch.long, device=scores.device)
+    highest = F.max_pool2d(scores[None], 2 * radius + 1, stride=1, padding=radius)[0]
+    keep = (scores == highest) & (scores > threshold)
+    keep[:radius] = False
+    keep[-radius:] = False
+    keep[:, :radius] = False
+    keep[:, -radius:] = False
+    if mask is not None:
+        keep &= mask.to(keep.device)
+    index = keep.flatten().nonzero()[:, 0]
+    index = index[_strict(scores, index, radius)]
+    values = scores.flatten()[index]
+    if len(index) > max_keypoints >= 0:
+        chosen = torch.topk(values, max_keypoints, sorted=False).indices
+        index, values = index[chosen], values[chosen]
+    # Raster order decides ties, which keeps the order the same on every device.
+    index, raster = index.sort()
+    order = values[raster].sort(descending=True, stable=True).indices
+    return index[order]
+
+
+def window_indices(radius: int, width: int, device: torch.device) -> torch.Tensor:
+    """Offsets ((2r+1)²,) from a pixel's flat index to those of its window, row by row."""
+    step = torch.arange(-radius, radius + 1, device=device)
+    return (step[:, None] * width + step[None]).flatten()
+
+
+def _strict(scores: torch.Tensor, index: torch.Tensor, radius: int) -> torch.Tensor:
+    """Which maxima have no equal in their window: plateaus are no keypoints."""
+    window = scores.flatten()[
+        index[:, None] + window_indices(radius, scores.shape[1], scores.device)
+    ]
+    return (window == scores.flatten()[index][:, None]).sum(1) == 1
+
+
+def refine(
+    scores: torch.Tensor, index: torch.Tensor, *, radius: int, temperature: float = 0.1
+) -> torch.Tensor:
+    """Sub-pixel positions of maxima by soft-argmax over their windows (ALIKED, section III-B).
+
+    Only the windows of the given maxima are read.
+
+    Args:
+        scores: (H, W).
+        index: (N,) flat indices, at least ``radius`` from the border.
+        radius: of the window, pixels.
+        temperature: of the softmax, in units of score.
+
+    Returns:
+        (N, 2) float32 x, y in pixels, integer = centre.
+    """
+    width = scores.shape[1]
+    window = scores.flatten()[index[:, None] + window_indices(radius, width, scores.device)].float()
+    weight = ((window - window.amax(1, keepdim=True)) / temperature).exp()
+    weight = weight / weight.sum(1, keepdim=True)
+    step = torch.arange(-radius, radius + 1, device=scores.device, dtype=torch.float32)
+    dy, dx = (grid.flatten() for grid in torch.meshgrid(step, step, indexing="ij"))
+    x = (index % width).float() + weight @ dx
+    y = index.div(width, rounding_mode="floor").float() + weight @ dy
+    return torch.stack([x, y], 1)
