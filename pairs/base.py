@@ -1,0 +1,111 @@
+"""What every way of choosing pairs shares: the pair type, its order and the k best partners."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+Pair = tuple[str, str]  # image names, name0 < name1 in plain string order
+
+_DIGITS = re.compile(r"(\d+)")
+_SCORE_ROWS = 512  # rows of a score matrix held at once: 20 MB at 10 000 images
+
+
+def canonical(pairs: Iterable[Pair]) -> list[Pair]:
+    """Order the two names of each pair, drop duplicates (also reversed ones) and sort.
+
+    Raises:
+        ValueError: if an image is paired with itself.
+    """
+    unique = {(a, b) if a < b else (b, a) for a, b in pairs}
+    for a, b in unique:
+        if a == b:
+            raise ValueError(f"Image '{a}' is paired with itself")
+    return sorted(unique)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which ``frame2`` comes before ``frame10``.
+
+    Equal numbers of different width (``1``, ``01``) are told apart by their text, so that the order
+    is total.
+    """
+    parts = _DIGITS.split(name)
+    key = [(1, int(p), "") if i % 2 else (0, 0, p) for i, p in enumerate(parts)]
+    return (*key, (2, 0, name))
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names, sorted; duplicates are an error because rows of arrays belong to them.
+
+    Raises:
+        ValueError: if a name occurs twice.
+    """
+    ordered = sorted(names)
+    for a, b in itertools.pairwise(ordered):
+        if a == b:
+            raise ValueError(f"Image name '{a}' occurs twice")
+    return ordered
+
+
+def top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k highest scores (N,), best first, the earlier index first among equals.
+
+    Entries of minus infinity are never chosen, so fewer than k may come back.
+    """
+    candidates = np.flatnonzero(scores > -np.inf)
+    if k <= 0 or len(candidates) == 0:
+        return candidates[:0]
+    values = scores[candidates]
+    if len(candidates) > k:
+        # Keep everything equal to the k-th value: argpartition alone would choose among equals by
+        # chance, and the result would depend on the order of the input.
+        kth = np.partition(values, len(values) - k)[len(values) - k]
+        candidates = candidates[values >= kth]
+        values = scores[candidates]
+    best: np.ndarray = candidates[np.argsort(-values, kind="stable")[:k]]
+    return best
+
+
+def best_pairs(
+    names: Sequence[str],
+    scores_of: Callable[[np.ndarray], np.ndarray],
+    k: int,
+    *,
+    rows: np.ndarray | None = None,
+    exclude: Iterable[Pair] = (),
+) -> list[Pair]:
+    """Pair each image with the k others of the highest score.
+
+    Args:
+        names: N sorted, distinct names.
+        scores_of: given row indices (B,), returns a new array of scores (B, N); minus infinity
+            forbids a pair.
+        k: partners per image. An image may get more, when others choose it.
+        rows: the images that choose partners; all if None.
+        exclude: pairs that are settled already and take none of the k places.
+
+    Returns:
+        Sorted pairs.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    settled: dict[int, list[int]] = {}
+    for a, b in exclude:
+        i, j = index.get(a), index.get(b)
+        if i is not None and j is not None:
+            settled.setdefault(i, []).append(j)
+            settled.setdefault(j, []).append(i)
+    if rows is None:
+        rows = np.arange(len(names))
+    chosen: set[tuple[int, int]] = set()
+    for start in range(0, len(rows), _SCORE_ROWS):
+        block_rows = rows[start : start + _SCORE_ROWS]
+        for i, scores in zip(block_rows.tolist(), scores_of(block_rows), strict=True):
+            scores[i] = -np.inf
+            scores[settled.get(i, [])] = -np.inf
+            chosen.update((i, j) if i < j else (j, i) for j in top_k(scores, k).tolist())
+    # Names are sorted, so index order is name order.
+    return [(names[i], names[j]) for i, j in sorted(chosen)]

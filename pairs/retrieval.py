@@ -1,0 +1,370 @@
+"""The k most similar images by a global descriptor.
+
+The default descriptor needs no download: VLAD (Jégou et al., "Aggregating local descriptors into a
+compact image representation", CVPR 2010) over the matcher's own local descriptors, with a codebook
+learnt on the scene and the intra-normalisation of Arandjelović and Zisserman ("All about VLAD",
+CVPR 2013). Other descriptors join through ``register_descriptor`` or as a file in hloc's layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gim_hloc.errors import InputError
+from gim_hloc.pairs.base import Pair, best_pairs, top_k, unique_names
+
+_CHUNK = 65536  # descriptors assigned to clusters at once: 16 MB of distances for 64 clusters
+
+
+class GlobalDescriptor(Protocol):
+    """Computes one vector per image. Similar images have a high cosine."""
+
+    needs_local: bool  # whether ``local`` must be given
+
+    def __call__(
+        self,
+        names: Sequence[str],
+        *,
+        local: Mapping[str, np.ndarray] | None,
+        load_image: Callable[[str], Any] | None,
+    ) -> np.ndarray:
+        """Describe images.
+
+        Args:
+            names: N image names, sorted.
+            local: name -> local descriptors (n, D) of the matcher, or None. It may read lazily.
+            load_image: name -> ``ImageData``, or None.
+
+        Returns:
+            (N, E) float array; an all-zero row marks an image that must not be retrieved.
+        """
+        ...
+
+
+class Vlad:
+    """The default global descriptor; see ``vlad``."""
+
+    needs_local = True
+
+    def __init__(self, *, clusters: int = 64, seed: int = 0) -> None:
+        self.clusters = clusters
+        self.seed = seed
+
+    def __call__(
+        self,
+        names: Sequence[str],
+        *,
+        local: Mapping[str, np.ndarray] | None,
+        load_image: Callable[[str], Any] | None,
+    ) -> np.ndarray:
+        """Aggregate the local descriptors of each image."""
+        if local is None:
+            raise InputError("Retrieval by VLAD needs the local descriptors of a sparse matcher")
+        return vlad(_Rows(names, local), clusters=self.clusters, seed=self.seed)
+
+
+class _Rows(Sequence[np.ndarray]):
+    """The values of a mapping in the order of names, read when they are used."""
+
+    def __init__(self, names: Sequence[str], values: Mapping[str, np.ndarray]) -> None:
+        self._names = names
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._values[self._names[i]]
+
+
+_DESCRIPTORS: dict[str, Callable[..., GlobalDescriptor]] = {"vlad": Vlad}
+
+
+def register_descriptor(name: str, make: Callable[..., GlobalDescriptor]) -> None:
+    """Offer another global descriptor to ``PairOptions.descriptor``.
+
+    Args:
+        name: its name in options and on the command line.
+        make: called with ``clusters`` and ``seed`` of the pair options (ignore what does not
+            apply), returns the descriptor.
+    """
+    _DESCRIPTORS[name] = make
+
+
+def make_descriptor(name: str, *, clusters: int = 64, seed: int = 0) -> GlobalDescriptor:
+    """Make a registered global descriptor.
+
+    Raises:
+        InputError: if the name is not registered.
+    """
+    if name not in _DESCRIPTORS:
+        known = ", ".join(sorted(_DESCRIPTORS))
+        raise InputError(f"Unknown global descriptor '{name}'; known are: {known}")
+    return _DESCRIPTORS[name](clusters=clusters, seed=seed)
+
+
+def retrieval(
+    names: Sequence[str],
+    descriptors: np.ndarray,
+    *,
+    k: int = 20,
+    min_score: float | None = None,
+    exclude: Iterable[Pair] = (),
+    database: tuple[Sequence[str], np.ndarray] | None = None,
+) -> list[Pair]:
+    """Pair each image with the k most similar ones by cosine similarity.
+
+    Args:
+        names: N image names.
+        descriptors: (N, D), row i belongs to ``names[i]``; need not be normalised. Rows of zeros
+            (images without features) are never neighbours.
+        k: partners per image.
+        min_score: least cosine similarity of a pair; None accepts every value.
+        exclude: pairs that are settled already, for example by ``sequential``: they take none of
+            the k places, so that the search finds loops instead of the neighbouring frames.
+        database: (names, descriptors) to search in instead, for localisation. Then the pairs are
+            directed, (query, database image), sorted by query and then name, and a query that is in
+            the database is not paired with itself.
+
+    Returns:
+        Sorted pairs.
+
+    Raises:
+        ValueError: if shapes do not fit or a name occurs twice.
+        InputError: if ``k`` is below 1.
+    """
+    if k < 1:
+        raise InputError(f"Retrieval needs at least 1 neighbour per image, not {k}")
+    if database is None:
+        ordered, scores_of = cosine_scores(names, descriptors, min_score=min_score)
+        return best_pairs(ordered, scores_of, k, exclude=exclude)
+    queries, query_rows = _normalised(names, descriptors)
+    targets, target_rows = _normalised(*database)
+    if query_rows.shape[1] != target_rows.shape[1]:
+        raise ValueError(
+            f"Query descriptors have {query_rows.shape[1]} values, database descriptors "
+            f"{target_rows.shape[1]}"
+        )
+    column = {name: j for j, name in enumerate(targets)}
+    settled: dict[str, list[int]] = {}
+    for query, target in exclude:
+        if target in column:
+            settled.setdefault(query, []).append(column[target])
+    pairs: list[Pair] = []
+    for query, row in zip(queries, query_rows, strict=True):
+        scores = _scores(row[None], target_rows, min_score)[0]
+        if query in column:
+            scores[column[query]] = -np.inf
+        scores[settled.get(query, [])] = -np.inf
+        pairs.extend((query, targets[j]) for j in sorted(top_k(scores, k).tolist()))
+    return pairs
+
+
+def cosine_scores(
+    names: Sequence[str], descriptors: np.ndarray, *, min_score: float | None = None
+) -> tuple[list[str], Callable[[np.ndarray], np.ndarray]]:
+    """Sorted names and a function that gives rows of their cosine similarity matrix."""
+    ordered, unit = _normalised(names, descriptors)
+    return ordered, lambda rows: _scores(unit[rows], unit, min_score)
+
+
+def _normalised(names: Sequence[str], descriptors: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Names in sorted order with their descriptors, of unit length or zero."""
+    rows = np.asarray(descriptors, dtype=np.float32)
+    if rows.ndim != 2 or len(rows) != len(names):
+        raise ValueError(
+            f"Need one global descriptor per image: {len(names)} names, array {rows.shape}"
+        )
+    ordered = unique_names(names)
+    position = {name: i for i, name in enumerate(names)}
+    # Sorting first makes the result independent of the input order to the last bit.
+    rows = rows[[position[name] for name in ordered]]
+    return ordered, _unit(rows)
+
+
+def _scores(queries: np.ndarray, rows: np.ndarray, min_score: float | None) -> np.ndarray:
+    """Cosine similarity (Q, N); minus infinity where a side is zero or the score is too low."""
+    scores: np.ndarray = queries @ rows.T
+    if min_score is not None:
+        scores[scores < min_score] = -np.inf
+    scores[~queries.any(axis=1)] = -np.inf
+    scores[:, ~rows.any(axis=1)] = -np.inf
+    return scores
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Scale the last axis to unit length; zeros stay zeros."""
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    unit: np.ndarray = x / np.where(norm > 0, norm, 1)
+    return unit
+
+
+def vlad(
+    local_descriptors: Sequence[np.ndarray],
+    *,
+    clusters: int = 64,
+    seed: int = 0,
+    max_train: int = 100_000,
+    iterations: int = 20,
+    whiten: int = 0,
+) -> np.ndarray:
+    """Aggregate local descriptors into one vector per image, with a codebook learnt on them.
+
+    Each descriptor adds its difference from the nearest cluster centre to that cluster's block.
+    Each block is normalised (a repeated texture counts once), then the whole.
+
+    Args:
+        local_descriptors: per image (n_i, D), n_i may be 0. Read twice, one image at a time, so a
+            lazy sequence keeps memory small.
+        clusters: size of the codebook.
+        seed: of the training sample and of k-means. The same input gives the same output.
+        max_train: descriptors that k-means sees, about equally many from each image.
+        iterations: at most so many rounds of k-means.
+        whiten: if positive, project to so many principal components and give them equal variance:
+            shorter vectors, and directions that all images share count less.
+
+    Returns:
+        (N, clusters * D) float32, or (N, min(whiten, rank)) when whitened; unit length. An image
+        without descriptors gets zeros.
+
+    Raises:
+        ValueError: if descriptors of different length meet.
+        InputError: if ``clusters`` is below 1.
+    """
+    if clusters < 1:
+        raise InputError(f"VLAD needs at least 1 cluster, not {clusters}")
+    n = len(local_descriptors)
+    share = max(1, max_train // max(n, 1))
+    sample = []
+    for i in range(n):
+        rows = np.asarray(local_descriptors[i])
+        if len(rows) > share:
+            chosen = np.random.default_rng([seed, i]).choice(len(rows), share, replace=False)
+            rows = rows[np.sort(chosen)]
+        if len(rows):
+            sample.append(rows.astype(np.float32))
+    if not sample:
+        return np.zeros((n, clusters), dtype=np.float32)
+    lengths = {rows.shape[1] for rows in sample}
+    if len(lengths) > 1:
+        raise ValueError(f"Local descriptors of different length: {sorted(lengths)}")
+    centres = _kmeans(np.concatenate(sample), clusters, seed=seed, iterations=iterations)
+    out = np.zeros((n, clusters * centres.shape[1]), dtype=np.float32)
+    for i in range(n):
+        rows = np.asarray(local_descriptors[i], dtype=np.float32)
+        if len(rows) == 0:
+            continue
+        sums, counts = _cluster_sums(rows, _assign(rows, centres), clusters)
+        blocks = _unit(sums - counts[:, None] * centres)
+        out[i] = _unit(blocks.ravel())
+    return _whitened(out, whiten) if whiten > 0 else out
+
+
+def _whitened(x: np.ndarray, components: int) -> np.ndarray:
+    """PCA-whiten the non-zero rows of (N, D) and scale them to unit length."""
+    valid = x.any(axis=1)
+    centred = x[valid] - x[valid].mean(axis=0)
+    # N is far below D here: the Gram matrix is the small side.
+    values, vectors = np.linalg.eigh((centred @ centred.T).astype(np.float64))
+    keep = np.argsort(-values)[:components]
+    keep = keep[values[keep] > 1e-6 * max(values.max(initial=0.0), 1e-30)]
+    out = np.zeros((len(x), max(len(keep), 1)), dtype=np.float32)
+    if len(keep):
+        # Left singular vectors are the whitened coordinates, up to a common factor.
+        out[valid] = _unit(vectors[:, keep])
+    return out
+
+
+def _cluster_sums(
+    rows: np.ndarray, labels: np.ndarray, clusters: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum (K, D) and number (K,) of the rows of each cluster."""
+    # A one-hot product is a BLAS call; np.add.at is many times slower.
+    one_hot = np.zeros((len(rows), clusters), dtype=np.float32)
+    one_hot[np.arange(len(rows)), labels] = 1
+    return one_hot.T @ rows, one_hot.sum(axis=0)
+
+
+def _assign(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Index of the nearest centre of each row (N,)."""
+    half = 0.5 * np.einsum("kd,kd->k", centres, centres)
+    labels = np.empty(len(rows), dtype=np.int64)
+    for start in range(0, len(rows), _CHUNK):
+        block = rows[start : start + _CHUNK]
+        labels[start : start + _CHUNK] = np.argmax(block @ centres.T - half, axis=1)
+    return labels
+
+
+def _kmeans(rows: np.ndarray, clusters: int, *, seed: int, iterations: int) -> np.ndarray:
+    """Centres (K, D) by Lloyd's algorithm from a k-means++ start."""
+    rng = np.random.default_rng(seed)
+    # The start needs only a rough idea of the density, and it passes over its rows K times.
+    start = rows
+    if len(rows) > 50 * clusters:
+        start = rows[np.sort(rng.choice(len(rows), 50 * clusters, replace=False))]
+    centres = np.empty((clusters, rows.shape[1]), dtype=np.float32)
+    centres[0] = start[rng.integers(len(start))]
+    nearest = np.sum((start - centres[0]) ** 2, axis=1, dtype=np.float64)
+    for c in range(1, clusters):
+        total = nearest.sum()
+        # With fewer distinct rows than clusters, spare centres repeat a row and stay unused.
+        p = nearest / total if total > 0 else None
+        centres[c] = start[rng.choice(len(start), p=p)]
+        nearest = np.minimum(nearest, np.sum((start - centres[c]) ** 2, axis=1, dtype=np.float64))
+    labels = _assign(rows, centres)
+    for _ in range(iterations):
+        sums = np.zeros_like(centres)
+        counts = np.zeros(clusters, dtype=np.float32)
+        for begin in range(0, len(rows), _CHUNK):
+            block = slice(begin, begin + _CHUNK)
+            block_sums, block_counts = _cluster_sums(rows[block], labels[block], clusters)
+            sums += block_sums
+            counts += block_counts
+        used = counts > 0
+        centres[used] = sums[used] / counts[used, None]
+        previous, labels = labels, _assign(rows, centres)
+        if np.array_equal(previous, labels):
+            break
+    return centres
+
+
+def read_global_descriptors(path: Path | str, names: Sequence[str]) -> np.ndarray:
+    """Read global descriptors from an h5 file in hloc's layout.
+
+    Args:
+        path: h5 file with a group per image name (nested by slashes) that holds the dataset
+            ``global_descriptor``, as hloc's ``extract_features`` writes it.
+        names: the images wanted.
+
+    Returns:
+        (N, D) float32 in the order of ``names``.
+
+    Raises:
+        InputError: if the file cannot be read or lacks an image.
+    """
+    return np.stack(list(_read_h5(path, names, "global_descriptor")))
+
+
+def _read_h5(path: Path | str, names: Sequence[str], dataset: str) -> Iterable[np.ndarray]:
+    """One dataset of each image's group as float32."""
+    import h5py
+
+    if not Path(path).is_file():
+        raise InputError(f"There is no descriptor file '{path}'")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"'{path}' is not a readable h5 file: {error}") from error
+    with file:
+        missing = [name for name in names if f"{name}/{dataset}" not in file]
+        if missing:
+            shown = ", ".join(f"'{name}'" for name in missing[:5])
+            raise InputError(
+                f"'{path}' lacks the {dataset} of {len(missing)} of {len(names)} images: {shown}"
+                f"{' …' if len(missing) > 5 else ''}. Extract it for all images first."
+            )
+        return [np.asarray(file[f"{name}/{dataset}"], dtype=np.float32) for name in names]

@@ -1,0 +1,457 @@
+"""Choosing pairs by options: one way, a union such as ``sequential+retrieval``, or ``auto``."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from gim_hloc.errors import InputError
+from gim_hloc.pairs.base import Pair, canonical
+from gim_hloc.pairs.covisibility import covisibility
+from gim_hloc.pairs.exhaustive import exhaustive
+from gim_hloc.pairs.files import read_pairs
+from gim_hloc.pairs.poses import poses
+from gim_hloc.pairs.retrieval import make_descriptor, read_global_descriptors, retrieval
+from gim_hloc.pairs.sequential import sequences, sequential
+from gim_hloc.pairs.spatial import Position, has_fix, spatial
+
+logger = logging.getLogger(__name__)
+
+MODES = ("exhaustive", "sequential", "retrieval", "spatial", "poses", "covisibility", "file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """How image pairs are chosen."""
+
+    mode: str = "auto"
+    """auto, exhaustive, sequential, retrieval, spatial, poses, covisibility, file, a union such as
+    sequential+retrieval, or the path of a pair list."""
+    exhaustive_limit: int = 60
+    """auto takes every pair up to so many images."""
+    window: int = 10
+    """sequential: followers in name order that an image is paired with."""
+    quadratic: bool = True
+    """sequential: also the followers at distance 2, 4, 8, … 2^(window - 1)."""
+    loop_every: int = 0
+    """sequential: search similar images for every so-manieth frame; 0 is off. Not needed beside
+    retrieval, which searches for all."""
+    neighbours: int = 0
+    """Partners per image in retrieval, loop closure, spatial, poses and covisibility; 0 takes 20 up
+    to 400 images, then the root of their number, at most 50."""
+    min_score: float | None = None
+    """retrieval: least cosine similarity of a pair; None accepts every value."""
+    descriptor: str = "vlad"
+    """retrieval: global descriptor, vlad or a registered one."""
+    clusters: int = 64
+    """retrieval: size of VLAD's codebook."""
+    seed: int = 0
+    """retrieval: of the codebook."""
+    global_descriptors: Path | None = None
+    """retrieval: h5 file of global descriptors in hloc's layout, instead of computing them."""
+    max_distance_m: float = 100.0
+    """spatial: greatest distance of two cameras in metres."""
+    use_altitude: bool = False
+    """spatial: measure distances in 3D if all images have an altitude."""
+    max_angle_deg: float = 30.0
+    """poses: greatest angle between two viewing directions in degrees."""
+    model: Path | None = None
+    """poses, covisibility: folder of a COLMAP model."""
+    pairs_file: Path | None = None
+    """file: pair list, one "name0 name1" a line."""
+
+    def __post_init__(self) -> None:
+        """Reject values that mean nothing."""
+        least = {
+            "exhaustive_limit": 0,
+            "window": 1,
+            "loop_every": 0,
+            "neighbours": 0,
+            "clusters": 1,
+            "seed": 0,
+        }
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise InputError(
+                    f"Pair option {name} must be at least {minimum}, not {getattr(self, name)}"
+                )
+        for name in ("max_distance_m", "max_angle_deg"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"Pair option {name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What ``select`` is going to do; known before anything is computed."""
+
+    components: tuple[str, ...]  # of MODES, in the order of the union
+    mode: str  # the same, joined by "+"
+    why: str  # one sentence for users
+    neighbours: int  # the resolved k
+    needs_descriptors: bool  # whether local descriptors of all images must be there first
+    files: tuple[Path, ...] = ()  # pair lists to read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The chosen pairs."""
+
+    pairs: list[Pair]  # sorted, without duplicates
+    mode: str  # resolved, e.g. "sequential+retrieval"
+    why: str  # one sentence for users
+    counts: dict[str, int]  # pairs that each component found; pairs found twice count for both
+    notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
+
+
+def plan(options: PairOptions, names: Sequence[str]) -> Plan:
+    """Resolve the mode and check that what it needs exists.
+
+    Args:
+        options: pair options.
+        names: the usable images.
+
+    Raises:
+        InputError: if the mode is unknown, or a file or model it needs is not given or missing.
+    """
+    n = len(set(names))
+    k = options.neighbours or min(50, max(20, round(math.sqrt(n))))
+    components, files = _parse_mode(options.mode)
+    why = ""
+    if "auto" in components:
+        chosen, why = _auto(options, names, k)
+        i = components.index("auto")
+        components = [*components[:i], *chosen, *components[i + 1 :]]
+    components = list(dict.fromkeys(components))
+    if "file" in components and not files:
+        if options.pairs_file is None:
+            raise InputError("Pairs from a file: name the pair list (option pairs_file)")
+        files = [options.pairs_file]
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"There is no pair list '{path}'")
+    for component in ("poses", "covisibility"):
+        if component not in components:
+            continue
+        if options.model is None:
+            raise InputError(f"Pairs from {component} need a COLMAP model (option model)")
+        if not options.model.is_dir():
+            raise InputError(f"There is no COLMAP model folder '{options.model}'")
+    searches = "retrieval" in components or ("sequential" in components and options.loop_every > 0)
+    needs_local = False
+    if searches and options.global_descriptors is None:
+        needs_local = make_descriptor(options.descriptor).needs_local
+    elif searches and not Path(str(options.global_descriptors)).is_file():
+        raise InputError(f"There is no descriptor file '{options.global_descriptors}'")
+    mode = "+".join(components)
+    return Plan(
+        components=tuple(components),
+        mode=mode,
+        why=why or f"{n} images, pairs as asked for: {_described(components, options, k)}",
+        neighbours=k,
+        needs_descriptors=needs_local,
+        files=tuple(files),
+    )
+
+
+def needs_descriptors(options: PairOptions, names: Sequence[str]) -> bool:
+    """Whether ``select`` will ask for the local descriptors of the images."""
+    return plan(options, names).needs_descriptors
+
+
+def select(
+    options: PairOptions,
+    names: Sequence[str],
+    *,
+    local_descriptors: Callable[[], Mapping[str, np.ndarray]] | None = None,
+    gps: Mapping[str, Position | None] | None = None,
+    load_image: Callable[[str], Any] | None = None,
+    left_out: Collection[str] = (),
+) -> Selection:
+    """Choose pairs.
+
+    Args:
+        options: pair options.
+        names: the usable images.
+        local_descriptors: gives name -> (n, D) local descriptors; called only if needed, once.
+        gps: name -> (latitude, longitude in degrees, altitude in metres or None).
+        load_image: name -> ``ImageData``, for global descriptors that look at the image.
+        left_out: images that exist but are not usable; a pair list may name them.
+
+    Returns:
+        The pairs, sorted, and what to tell the user about them.
+
+    Raises:
+        InputError: if something a mode needs is missing, or no pair results.
+    """
+    names = sorted(set(names))
+    chosen = plan(options, names)
+    k = chosen.neighbours
+    notes: list[str] = []
+    found: dict[str, list[Pair]] = {}
+    described: list[np.ndarray] = []
+
+    def descriptors() -> np.ndarray:
+        if not described:
+            described.append(_global_descriptors(options, names, local_descriptors, load_image))
+            empty = [n for n, row in zip(names, described[0], strict=True) if not row.any()]
+            if empty:
+                notes.append(f"Without any feature, so never similar: {_some(empty)}.")
+        return described[0]
+
+    # Retrieval comes last: it looks for what the name order did not give.
+    for component in sorted(chosen.components, key=lambda c: c == "retrieval"):
+        if component == "exhaustive":
+            pairs = exhaustive(names)
+        elif component == "sequential":
+            pairs = sequential(
+                names,
+                window=options.window,
+                quadratic=options.quadratic,
+                loop_every=options.loop_every,
+                loop_neighbours=k,
+                descriptors=descriptors() if options.loop_every else None,
+            )
+        elif component == "retrieval":
+            pairs = retrieval(
+                names,
+                descriptors(),
+                k=k,
+                min_score=options.min_score,
+                exclude=found.get("sequential", ()),
+            )
+        elif component == "spatial":
+            pairs = _spatial(options, names, gps, k, notes)
+        elif component == "file":
+            pairs = canonical(
+                pair for path in chosen.files for pair in read_pairs(path, names, skip=left_out)
+            )
+        else:
+            pairs = _from_model(component, options, names, k, notes)
+        found[component] = pairs
+    union = canonical(pair for pairs in found.values() for pair in pairs)
+    if not union and len(names) > 1:
+        raise InputError(f"The mode {chosen.mode} gives no pair of the {len(names)} images")
+    notes.extend(_connectivity_notes(names, union))
+    selection = Selection(
+        pairs=union,
+        mode=chosen.mode,
+        why=chosen.why,
+        counts={component: len(found[component]) for component in chosen.components},
+        notes=notes,
+    )
+    logger.info("%d pairs (%s): %s", len(union), selection.mode, selection.why)
+    return selection
+
+
+def is_numbered(names: Sequence[str]) -> bool:
+    """Whether file names look like frames or shots in order, in each folder by itself.
+
+    That is: most names share a pattern whose last number counts up in small or regular steps
+    (``frame_0030``, ``frame_0060``; ``IMG_2331``, ``IMG_2332``), or hold date and time. Hashes and
+    the scattered numbers of photo sites do not count.
+    """
+    ordered = 0
+    for sequence in sequences(names).values():
+        patterns: dict[str, list[tuple[int, ...]]] = {}
+        for name in sequence:
+            stem = PurePosixPath(name).stem.lower()
+            numbers = tuple(int(digits) for digits in re.findall(r"\d+", stem))
+            patterns.setdefault(re.sub(r"\d+", "#", stem), []).append(numbers)
+        ordered += sum(len(ns) for ns in patterns.values() if _counts_up(ns))
+    return ordered >= 0.8 * len(set(names))
+
+
+def _counts_up(numbers: list[tuple[int, ...]]) -> bool:
+    """Whether the numbers of one name pattern progress like those of a sequence."""
+    numbers = sorted(numbers)
+    if len(numbers) < 3 or not numbers[0]:
+        return False
+    if all(_is_time(n) for n in numbers):
+        return True
+    steps = [b[-1] - a[-1] for a, b in itertools.pairwise(numbers) if a[:-1] == b[:-1]]
+    if len(steps) < 0.75 * (len(numbers) - 1):
+        return False
+    median = float(np.median(steps))
+    # Steps of numbers scattered at random are exponentially distributed: about half of them lie
+    # within a factor of two of the median, far from three quarters.
+    regular = sum(step <= 10 or median / 2 <= step <= median * 2 for step in steps)
+    return regular >= 0.75 * len(steps)
+
+
+def _is_time(numbers: tuple[int, ...]) -> bool:
+    """Whether numbers hold a date YYYYMMDD followed by a time HHMMSS."""
+    for date, time in itertools.pairwise(numbers):
+        year, month, day = date // 10000, date // 100 % 100, date % 100
+        while time > 235959:  # milliseconds follow without a separator
+            time //= 10
+        if 1990 <= year < 2100 and 1 <= month <= 12 and 1 <= day <= 31 and time % 100 < 60:
+            return True
+    return False
+
+
+def _parse_mode(mode: str) -> tuple[list[str], list[Path]]:
+    """Component names, and the pair lists that stand in the mode by their path."""
+    components: list[str] = []
+    files: list[Path] = []
+    # A path may hold a plus sign: try the whole first.
+    for part in [mode] if Path(mode).is_file() else mode.split("+"):
+        word = part.strip()
+        if word in ("auto", *MODES):
+            components.append(word)
+        elif Path(word.removeprefix("file:")).is_file():
+            components.append("file")
+            files.append(Path(word.removeprefix("file:")))
+        else:
+            raise InputError(
+                f"Unknown way of choosing pairs: '{word}'. Known are auto, {', '.join(MODES)}, "
+                "unions such as sequential+retrieval, and the path of a pair list that exists."
+            )
+    return components, files
+
+
+def _auto(options: PairOptions, names: Sequence[str], k: int) -> tuple[list[str], str]:
+    """Components and reason for the mode auto."""
+    n, limit = len(set(names)), options.exhaustive_limit
+    if n <= limit:
+        components = ["exhaustive"]
+        reason = f"{n} images, at most {limit}"
+    elif is_numbered(names):
+        components = ["sequential", "retrieval"]
+        reason = f"{n} images > {limit}, file names are numbered"
+    else:
+        components = ["retrieval"]
+        reason = f"{n} images > {limit}, file names are not numbered in order"
+    return components, f"{reason}: {_described(components, options, k)}"
+
+
+def _described(components: Sequence[str], options: PairOptions, k: int) -> str:
+    """What a union does, in words."""
+    more = " further" if "sequential" in components else ""
+    words = {
+        "exhaustive": "every image with every other",
+        "sequential": f"neighbours in name order (window {options.window})",
+        "retrieval": f"the {k} most similar{more} images",
+        "spatial": f"the {k} nearest images within {options.max_distance_m:g} m by GPS",
+        "poses": f"the {k} nearest cameras that look the same way",
+        "covisibility": f"the {k} images that share most points in the model",
+        "file": "the given pair list",
+    }
+    return " plus ".join(words[component] for component in components)
+
+
+def _global_descriptors(
+    options: PairOptions,
+    names: list[str],
+    local_descriptors: Callable[[], Mapping[str, np.ndarray]] | None,
+    load_image: Callable[[str], Any] | None,
+) -> np.ndarray:
+    """(N, D) global descriptors from the file or by the named method."""
+    if options.global_descriptors is not None:
+        return read_global_descriptors(options.global_descriptors, names)
+    describe = make_descriptor(options.descriptor, clusters=options.clusters, seed=options.seed)
+    local = None
+    if describe.needs_local:
+        if local_descriptors is None:
+            raise InputError(
+                "Similar images are found by local descriptors, and this matcher has none: choose "
+                "a sparse matcher, another way of choosing pairs, or give global descriptors"
+            )
+        local = local_descriptors()
+    return np.asarray(describe(names, local=local, load_image=load_image))
+
+
+def _spatial(
+    options: PairOptions,
+    names: list[str],
+    gps: Mapping[str, Position | None] | None,
+    k: int,
+    notes: list[str],
+) -> list[Pair]:
+    """Spatial pairs of the images that have a position."""
+    positions = {name: p for name in names if (p := (gps or {}).get(name)) and has_fix(p)}
+    if len(positions) < 2:
+        raise InputError(
+            f"Spatial pairs need GPS positions in the EXIF data, and {len(positions)} of "
+            f"{len(names)} images have one: choose another way of choosing pairs"
+        )
+    without = [name for name in names if name not in positions]
+    if without:
+        notes.append(f"Without a GPS position, so without spatial pairs: {_some(without)}.")
+    return spatial(
+        positions,
+        max_neighbours=k,
+        max_distance_m=options.max_distance_m,
+        use_altitude=options.use_altitude,
+    )
+
+
+def _from_model(
+    component: str, options: PairOptions, names: list[str], k: int, notes: list[str]
+) -> list[Pair]:
+    """Pairs by the poses or the points of a COLMAP model."""
+    from gim_hloc import colmap
+
+    model = options.model
+    if model is None:  # plan() reports this first
+        raise InputError(f"Pairs from {component} need a COLMAP model (option model)")
+
+    wanted = set(names)
+    if component == "poses":
+        cameras = {n: c for n, c in colmap.model_cameras(model).items() if n in wanted}
+        inside = set(cameras)
+        pairs = poses(cameras, k=k, max_angle_deg=options.max_angle_deg)
+    else:
+        seen = {n: p for n, p in colmap.model_observations(model).items() if n in wanted}
+        inside = set(seen)
+        pairs = covisibility(seen, k=k)
+    if len(inside) < 2:
+        raise InputError(
+            f"The model '{model}' holds {len(inside)} of the {len(names)} images: its "
+            "image names must be paths relative to the image folder"
+        )
+    outside = [name for name in names if name not in inside]
+    if outside:
+        notes.append(f"Not in the model, so without pairs by {component}: {_some(outside)}.")
+    return pairs
+
+
+def _connectivity_notes(names: list[str], pairs: list[Pair]) -> list[str]:
+    """What the pair graph forbids: images without pairs, and parts that cannot meet."""
+    parent = {name: name for name in names}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for a, b in pairs:
+        parent[root(a)] = root(b)
+    sizes = Counter(root(name) for name in names)
+    notes = []
+    alone = [name for name in names if sizes[root(name)] == 1]
+    if alone:
+        notes.append(f"In no pair, so they cannot be registered: {_some(alone)}.")
+    groups = sorted((size for size in sizes.values() if size > 1), reverse=True)
+    if len(groups) > 1:
+        shown = ", ".join(map(str, groups[:5])) + (", …" if len(groups) > 5 else "")
+        notes.append(
+            f"No pair connects the {len(groups)} groups of {shown} images: they become separate "
+            "models. Add retrieval to the ways of choosing pairs to connect them."
+        )
+    return notes
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    """A count and the first few names."""
+    listed = ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
+    return f"{len(names)} image{'s' if len(names) != 1 else ''} ({listed})"
