@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -50,6 +51,18 @@ class SparseOptions:
             raise InputError(f"nms_radius is {self.nms_radius}, it must be at least 1.")
         if self.upsample and self.max_size is None:
             raise InputError("upsample needs max_size: the long side to enlarge images to.")
+
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> str:
+    """The number format that "auto" means on a device."""
+    if precision == "auto":
+        return "float16" if device.type == "cuda" else "float32"
+    if precision not in _DTYPES:
+        raise InputError(f"Unknown precision {precision!r}. Choose auto, {', '.join(_DTYPES)}.")
+    return precision
 
 
 _ENCODE_FIELDS = (
@@ -105,7 +118,7 @@ def _make(
     return LightGlueMatcher(name, options=options, device=resolve_device(device))
 
 
-def _load_extractor(name: str, path: Any) -> torch.nn.Module:
+def _load_extractor(name: str, path: Path) -> torch.nn.Module:
     if name == "aliked_lightglue":
         from gim_hloc.networks.aliked import ALIKED
 
@@ -118,6 +131,26 @@ def _load_extractor(name: str, path: Any) -> torch.nn.Module:
         network = DISK()
         weights.load_into(network, weights.load_state_dict(path, inside=["extractor"]), path=path)
     return network
+
+
+def _load_glue(path: Path, options: SparseOptions, device: torch.device) -> torch.nn.Module:
+    import kornia.feature
+
+    from gim_hloc.networks.lightglue import LightGlue
+
+    published = kornia.feature.LightGlue(
+        features=None,
+        input_dim=128,
+        depth_confidence=options.depth_confidence,
+        width_confidence=options.width_confidence,
+        filter_threshold=options.filter_threshold,
+    )
+    state = {_lightglue_key(key): value for key, value in weights.load_state_dict(path).items()}
+    derived = ["confidence_thresholds", *(f"log_assignment.{i}.r" for i in range(9))]
+    weights.load_into(published, state, path=path, optional=derived)
+    # Below this many points, a GPU is no faster with fewer.
+    pruning_min = 1536 if device.type == "cuda" else -1
+    return LightGlue.from_kornia(published, pruning_min=pruning_min).to(device)
 
 
 def _lightglue_key(key: str) -> str:
@@ -139,6 +172,7 @@ class LightGlueMatcher(SparseMatcher):
     def __init__(self, name: str, *, options: SparseOptions, device: torch.device) -> None:
         info = describe(name)
         paths = {file: weights.locate(file) for file in info.checkpoint}
+        self.dtype = _DTYPES[resolve_precision(options.precision, device)]
         super().__init__(
             info=info,
             options=options,
@@ -146,23 +180,11 @@ class LightGlueMatcher(SparseMatcher):
             device=device,
             weights_hashes={file: weights.sha256(path) for file, path in paths.items()},
         )
-        from gim_hloc.networks.lightglue import LightGlue
-
         extractor_file, glue_file = info.checkpoint
         self.extractor: Any = _load_extractor(name, paths[extractor_file]).eval().to(device)
-        self.glue: Any = LightGlue(
-            input_dim=128,
-            depth_confidence=options.depth_confidence,
-            width_confidence=options.width_confidence,
-            filter_threshold=options.filter_threshold,
-        )
-        state = {
-            _lightglue_key(key): value
-            for key, value in weights.load_state_dict(paths[glue_file]).items()
-        }
-        derived = ["confidence_thresholds", *(f"log_assignment.{i}.r" for i in range(9))]
-        weights.load_into(self.glue, state, path=paths[glue_file], optional=derived)
-        self.glue.eval().to(device)
+        self.glue: Any = _load_glue(paths[glue_file], options, device)
+        # Encodings may be shared by matchers with other weights or on other devices.
+        self._cache_key = f"{glue_file}:{self.weights_hashes[glue_file]}:{device}"
 
     def _versions(self) -> dict[str, str]:
         return {"kornia": importlib.metadata.version("kornia")}
@@ -194,14 +216,21 @@ class LightGlueMatcher(SparseMatcher):
         """Match two encodings."""
         if len(a) == 0 or len(b) == 0:
             return no_matches(a, b)
-        out = self.glue({"image0": self._input(a), "image1": self._input(b)})
-        return Matches.from_indices(a, b, out["matches"][0], out["scores"][0])
+        with self._autocast():
+            index, score = self.glue.match(self._start(a), self._start(b))
+        return Matches.from_indices(a, b, index, score)
 
-    def _input(self, encoding: SparseEncoding) -> dict[str, torch.Tensor]:
-        size = torch.tensor(encoding.network_size, dtype=torch.float32)
-        xy = encoding.network_keypoints.clamp(min=0).minimum(size)
-        return {
-            "keypoints": xy[None].to(self.device),
-            "descriptors": encoding.descriptors[None].float().to(self.device),
-            "image_size": size[None].to(self.device),
-        }
+    def _start(self, encoding: SparseEncoding) -> Any:
+        """LightGlue's part that depends on one image; computed twice at worst by two threads."""
+        if self._cache_key not in encoding.cache:
+            size = encoding.network_size
+            xy = encoding.network_keypoints.clamp(min=0).minimum(torch.tensor(size))
+            encoding.cache[self._cache_key] = self.glue.start(
+                xy.to(self.device), size, encoding.descriptors.to(self.device).float()
+            )
+        return encoding.cache[self._cache_key]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        )
