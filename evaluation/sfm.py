@@ -1,0 +1,457 @@
+"""How good is a reconstruction: a model against a COLMAP model taken as the truth.
+
+Two views of the same poses, because each hides something:
+
+* after one similarity that lays the model's camera centres on the true ones: rotation error of each
+  image in degrees and centre error in the truth's unit. Also in percent of two sizes of the scene,
+  so that scenes and papers can be compared:
+
+  - ``radius``: the largest distance of a true camera centre from the mean of all true centres;
+  - ``extent``: the largest distance between any two true camera centres.
+
+* without any alignment: the relative poses of all pairs of true images. The error of a pair is the
+  larger of rotation angle and translation direction angle (with its sign: 0 to 180 degrees); its
+  AUC punishes missing images, because their pairs count as failures.
+
+Rotation and centre errors are of the registered images only: read them together with the
+registered share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from gim_hloc.errors import InputError
+from gim_hloc.evaluation.pose import (
+    align_cameras,
+    auc,
+    camera_centres,
+    relative_pose_errors,
+    rotation_error_deg,
+)
+
+Cameras = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Image name -> (R (3, 3), t (3,)), world to camera."""
+
+AUC_THRESHOLDS = (0.5, 1.0, 3.0, 5.0)
+"""Degrees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Three numbers of one distribution; NaN where it is empty."""
+
+    median: float
+    mean: float
+    max: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Spread:
+        """Summarise values (N,)."""
+        if len(values) == 0:
+            return cls(median=math.nan, mean=math.nan, max=math.nan)
+        return cls(
+            median=float(np.median(values)), mean=float(np.mean(values)), max=float(np.max(values))
+        )
+
+    def times(self, factor: float) -> Spread:
+        """Return the spread of the values times ``factor``."""
+        return Spread(median=self.median * factor, mean=self.mean * factor, max=self.max * factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageScore:
+    """Errors of one true image; NaN where the model lacks it or cannot be aligned."""
+
+    name: str  # in the truth
+    registered: bool
+    rotation_deg: float
+    centre: float  # in the truth's unit
+    centre_xyz: tuple[float, float, float]  # estimated centre in the true world
+    true_centre_xyz: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SfmScores:
+    """All numbers of one model. Angles in degrees, AUC and percentages in 0 to 100."""
+
+    model: str  # what was judged
+    total: int  # images of the truth
+    registered: int  # of them in the model
+    extra: int  # images of the model that the truth does not have; they are not judged
+    rotation: Spread  # degrees after the alignment
+    centre: Spread  # truth's unit after the alignment
+    radius: float  # truth's unit, see the module
+    extent: float  # truth's unit, see the module
+    auc: dict[float, float]  # threshold in degrees -> percent
+    points: int
+    observations: int
+    track_length: float  # mean images per point
+    reprojection_px: float  # mean over all observations
+    images: tuple[ImageScore, ...]  # in the truth's name order
+    pair_errors: tuple[float, ...]  # degrees, one per pair of true images, infinite for failures
+
+    @property
+    def registered_percent(self) -> float:
+        """Share of the true images that the model has."""
+        return 100.0 * self.registered / self.total
+
+    @property
+    def centre_radius_percent(self) -> Spread:
+        """Centre errors in percent of the scene radius."""
+        return self.centre.times(_percent_of(self.radius))
+
+    @property
+    def centre_extent_percent(self) -> Spread:
+        """Centre errors in percent of the extent of the camera centres."""
+        return self.centre.times(_percent_of(self.extent))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold; numbers that do not exist are null."""
+        return _plain(
+            {
+                "model": self.model,
+                **{name: metric.value(self) for name, metric in METRICS.items()},
+                "total": self.total,
+                "extra": self.extra,
+                "radius": self.radius,
+                "extent": self.extent,
+                "observations": self.observations,
+                "images": [vars(image) for image in self.images],
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number of `SfmScores` under the name that tables and bounds call it by."""
+
+    value: Callable[[SfmScores], float]
+    unit: str
+    higher_is_better: bool
+
+    def meets(self, value: float, bound: float) -> bool:
+        """Tell whether a value keeps a bound; a number that does not exist never does."""
+        return value >= bound if self.higher_is_better else value <= bound
+
+
+def _auc_metric(threshold: float) -> Metric:
+    return Metric(value=lambda scores: scores.auc[threshold], unit="%", higher_is_better=True)
+
+
+def _spread_metrics(name: str, field: str, unit: str) -> dict[str, Metric]:
+    def metric(statistic: str) -> Metric:
+        return Metric(
+            value=lambda scores: getattr(getattr(scores, field), statistic),
+            unit=unit,
+            higher_is_better=False,
+        )
+
+    return {f"{name}_{statistic}": metric(statistic) for statistic in ("median", "mean", "max")}
+
+
+METRICS: dict[str, Metric] = {
+    "registered": Metric(value=lambda s: s.registered, unit="images", higher_is_better=True),
+    "registered_percent": Metric(
+        value=lambda s: s.registered_percent, unit="%", higher_is_better=True
+    ),
+    **{f"auc@{threshold:g}": _auc_metric(threshold) for threshold in AUC_THRESHOLDS},
+    **_spread_metrics("rotation", "rotation", "deg"),
+    **_spread_metrics("centre", "centre", "truth unit"),
+    **_spread_metrics("centre_radius", "centre_radius_percent", "% of radius"),
+    **_spread_metrics("centre_extent", "centre_extent_percent", "% of extent"),
+    "points": Metric(value=lambda s: s.points, unit="", higher_is_better=True),
+    "track_length": Metric(value=lambda s: s.track_length, unit="images", higher_is_better=True),
+    "reprojection": Metric(value=lambda s: s.reprojection_px, unit="px", higher_is_better=False),
+}
+"""Every number that can be printed and bounded, by name."""
+
+
+def evaluate(
+    model: Path | str | Cameras,
+    truth: Path | str | Cameras,
+    *,
+    name: str | None = None,
+    robust: bool = False,
+) -> SfmScores:
+    """Judge a model against the truth.
+
+    Images are paired by name, else by name without suffix, else by the file's own name without
+    folder and suffix; the two latter only where they are unique on both sides.
+
+    Args:
+        model: folder of a COLMAP model (binary or text), or its cameras.
+        truth: the same of the truth. It needs no points.
+        name: what to call the model; its path by default.
+        robust: align with a fit that ignores cameras which are plainly wrong. Their own errors then
+            show in full instead of being shared with the good ones.
+
+    Raises:
+        InputError: a folder holds no model, the truth has fewer than two images, or no image of the
+            model is one of the truth.
+    """
+    cameras = read_cameras(model)
+    true_cameras = read_cameras(truth)
+    label = name or (str(model) if isinstance(model, (str, Path)) else "cameras")
+    if len(true_cameras) < 2:
+        raise InputError(
+            f"the truth has {len(true_cameras)} image(s): errors need two or more; truth: {truth}"
+        )
+    partners = match_names(sorted(cameras), sorted(true_cameras))
+    if cameras and not partners:
+        raise InputError(
+            f"no image of {label} is in the truth: the model has names like "
+            f"'{min(cameras)}', the truth like '{min(true_cameras)}'; is it another scene?"
+        )
+
+    names = sorted(true_cameras)
+    true_rotations, true_translations = _stack(true_cameras, names)
+    found = np.array([image in partners for image in names])
+    rotations = np.full((len(names), 3, 3), np.nan)
+    translations = np.full((len(names), 3), np.nan)
+    if found.any():
+        chosen = [partners[image] for image in names if image in partners]
+        rotations[found], translations[found] = _stack(cameras, chosen)
+
+    true_centres = camera_centres(true_rotations, true_translations)
+    aligned = np.full((len(names), 3), np.nan)
+    rotation_errors = np.full(len(names), np.nan)
+    if found.sum() >= 2:
+        centres = camera_centres(rotations[found], translations[found])
+        similarity = align_cameras(
+            rotations[found], centres, true_rotations[found], true_centres[found], robust=robust
+        )
+        aligned[found] = similarity(centres)
+        turned = rotations[found] @ similarity.rotation.T
+        rotation_errors[found] = rotation_error_deg(turned, true_rotations[found])
+    centre_errors = np.linalg.norm(aligned - true_centres, axis=1)
+
+    _, pair_rotation, pair_direction = relative_pose_errors(
+        rotations, translations, true_rotations, true_translations
+    )
+    pair_errors = np.maximum(pair_rotation, pair_direction)
+    areas = auc(pair_errors, AUC_THRESHOLDS)
+    statistics = _statistics(model)
+    judged = np.isfinite(centre_errors)
+    return SfmScores(
+        model=label,
+        total=len(names),
+        registered=len(partners),
+        extra=len(cameras) - len(partners),
+        rotation=Spread.of(rotation_errors[judged]),
+        centre=Spread.of(centre_errors[judged]),
+        radius=float(np.linalg.norm(true_centres - true_centres.mean(0), axis=1).max()),
+        extent=float(np.linalg.norm(true_centres[:, None] - true_centres[None], axis=2).max()),
+        auc={t: 100.0 * area for t, area in zip(AUC_THRESHOLDS, areas, strict=True)},
+        points=int(statistics.get("points", 0)),
+        observations=int(statistics.get("observations", 0)),
+        track_length=float(statistics.get("mean_track_length", math.nan)),
+        reprojection_px=float(statistics.get("mean_reprojection_error_px", math.nan)),
+        images=tuple(
+            ImageScore(
+                name=image,
+                registered=bool(found[index]),
+                rotation_deg=float(rotation_errors[index]),
+                centre=float(centre_errors[index]),
+                centre_xyz=_triple(aligned[index]),
+                true_centre_xyz=_triple(true_centres[index]),
+            )
+            for index, image in enumerate(names)
+        ),
+        pair_errors=tuple(pair_errors.tolist()),
+    )
+
+
+def match_names(names: Sequence[str], true_names: Sequence[str]) -> dict[str, str]:
+    """Pair image names of a model with those of the truth.
+
+    Args:
+        names: of the model.
+        true_names: of the truth.
+
+    Returns:
+        True name -> name in the model, for those that have one. Suffixes and folders are looked
+        past only where that leaves no choice, on both sides.
+    """
+    partners = {name: name for name in true_names if name in set(names)}
+    for key in (_without_suffix, _stem):
+        rest = _unique(key, set(names) - set(partners.values()))
+        true_rest = _unique(key, set(true_names) - set(partners))
+        partners.update({true_rest[k]: rest[k] for k in true_rest.keys() & rest.keys()})
+    return partners
+
+
+def find_model(path: Path | str) -> tuple[Path, list[Path]]:
+    """Find the model to judge in a folder.
+
+    Args:
+        path: folder of a model, or of an output of ``gim-reconstruct`` (then ``sparse/0``), or of
+            numbered models.
+
+    Returns:
+        The model's folder, and those of the other models beside it.
+
+    Raises:
+        InputError: there is no model.
+    """
+    path = Path(path)
+    if _holds_model(path):
+        return path, []
+    for parent in (path / "sparse", path):
+        if _holds_model(parent):
+            return parent, []
+        numbered = [p for p in parent.glob("*") if p.name.isdigit() and _holds_model(p)]
+        if numbered:
+            first, *others = sorted(numbered, key=lambda p: int(p.name))
+            return first, others
+    raise InputError(
+        f"no COLMAP model in {path}: give a folder with cameras, images and points3D (.bin or "
+        ".txt), or the output folder of gim-reconstruct"
+    )
+
+
+def read_cameras(source: Path | str | Cameras) -> Cameras:
+    """Return the poses of a model given as folder; cameras pass through."""
+    if isinstance(source, Mapping):
+        return source
+    path, _ = find_model(source)
+    from gim_hloc import colmap
+
+    return colmap.model_cameras(path)
+
+
+def parse_bounds(text: str) -> dict[str, float]:
+    """Read bounds like ``auc@1=90,centre_radius_mean=0.06``.
+
+    Raises:
+        InputError: a name is not in `METRICS`, or a value is no number.
+    """
+    bounds = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in METRICS:
+            raise InputError(f"unknown bound '{name}': known are {', '.join(METRICS)}")
+        try:
+            bounds[name] = float(value)
+        except ValueError:
+            raise InputError(f"bound '{item}' needs a number: write '{name}=1.5'") from None
+    return bounds
+
+
+def missed_bounds(scores: SfmScores, bounds: Mapping[str, float]) -> list[str]:
+    """Return one sentence for each bound that the scores miss."""
+    missed = []
+    for name, bound in bounds.items():
+        metric = METRICS[name]
+        value = metric.value(scores)
+        if not metric.meets(value, bound):
+            relation = "at least" if metric.higher_is_better else "at most"
+            missed.append(
+                f"{scores.model}: {name} is {value:.6g} {metric.unit}, "
+                f"asked for {relation} {bound:g}"
+            )
+    return missed
+
+
+def plot(scores: Sequence[SfmScores], output: Path) -> None:
+    """Write a picture: cumulative pair errors of all models, and their cameras from above.
+
+    "Above" is the plane of the two main directions of the true camera centres.
+
+    Args:
+        scores: of models of one truth.
+        output: file to write; its suffix chooses the format (png, pdf, svg).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, top = figure.subplots(1, 2)
+    truth = np.array([image.true_centre_xyz for image in scores[0].images])
+    _, _, axes = np.linalg.svd(truth - truth.mean(0), full_matrices=False)
+    plane = axes[:2].T
+    top.plot(*(truth @ plane).T, "k+", markersize=11, label="truth")
+    for one in scores:
+        errors = np.sort(one.pair_errors)
+        share = 100 * np.arange(1, len(errors) + 1) / len(errors)
+        curves.step(errors, share, where="post", label=f"{one.model} (AUC@1° {one.auc[1.0]:.1f})")
+        centres = np.array([image.centre_xyz for image in one.images])
+        (marks,) = top.plot(*(centres @ plane).T, ".", label=one.model)
+        for a, b in zip(centres @ plane, truth @ plane, strict=True):
+            top.plot(*np.stack([a, b]).T, "-", color=marks.get_color(), linewidth=0.8)
+    curves.set(
+        xlim=(0, max(AUC_THRESHOLDS)),
+        ylim=(0, 101),
+        xlabel="relative pose error [deg]",
+        ylabel="pairs below [%]",
+    )
+    top.set(xlabel="first main direction [truth unit]", ylabel="second main direction")
+    top.set_aspect("equal", adjustable="datalim")
+    for panel in (curves, top):
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+
+
+def _statistics(model: Path | str | Cameras) -> dict[str, Any]:
+    if isinstance(model, Mapping):
+        return {}
+    path, _ = find_model(model)
+    from gim_hloc import colmap
+
+    return colmap.model_statistics(path)
+
+
+def _holds_model(path: Path) -> bool:
+    return any(
+        (path / f"cameras.{suffix}").is_file() and (path / f"images.{suffix}").is_file()
+        for suffix in ("bin", "txt")
+    )
+
+
+def _without_suffix(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem
+
+
+def _unique(key: Callable[[str], str], names: set[str]) -> dict[str, str]:
+    counts = Counter(map(key, names))
+    return {key(name): name for name in names if counts[key(name)] == 1}
+
+
+def _stack(cameras: Cameras, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    rotations = np.array([cameras[name][0] for name in names], dtype=np.float64)
+    translations = np.array([cameras[name][1] for name in names], dtype=np.float64)
+    return rotations.reshape(-1, 3, 3), translations.reshape(-1, 3)
+
+
+def _triple(vector: np.ndarray) -> tuple[float, float, float]:
+    x, y, z = vector.tolist()
+    return x, y, z
+
+
+def _percent_of(size: float) -> float:
+    return 100.0 / size if size > 0 else math.nan
+
+
+def _plain(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
