@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -94,26 +94,16 @@ def write_pairs(path: Path | str, pairs: Iterable[Pair]) -> None:
     separator = "\t" if blank else " "
     text = "".join(f"{a}{separator}{b}\n" for a, b in pairs)
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            # File names need not be valid text on Linux; this keeps their bytes.
-            file.write(text.encode("utf-8", "surrogateescape"))
-        os.chmod(temporary, 0o666 & ~_umask())
+        # File names need not be valid text on Linux; surrogateescape keeps their bytes.
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OutputError(f"Cannot write the pair list '{path}': {error}") from error
-
-
-def _umask() -> int:
-    """The process's file mode mask; it can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _lines(path: Path | str) -> list[str]:

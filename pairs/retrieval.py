@@ -8,16 +8,23 @@ CVPR 2013). Other descriptors join through ``register_descriptor`` or as a file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.pairs.base import Pair, best_pairs, top_k, unique_names
 
+if TYPE_CHECKING:
+    from gim_hloc.matchers.base import ImageData, ImageOptions
+
 _CHUNK = 65536  # descriptors assigned to clusters at once: 16 MB of distances for 64 clusters
+
+
+ImageLoader = Callable[[str, "ImageOptions"], "ImageData"]
 
 
 class GlobalDescriptor(Protocol):
@@ -30,14 +37,14 @@ class GlobalDescriptor(Protocol):
         names: Sequence[str],
         *,
         local: Mapping[str, np.ndarray] | None,
-        load_image: Callable[[str], Any] | None,
+        load_image: ImageLoader | None,
     ) -> np.ndarray:
         """Describe images.
 
         Args:
             names: N image names, sorted.
             local: name -> local descriptors (n, D) of the matcher, or None. It may read lazily.
-            load_image: name -> ``ImageData``, or None.
+            load_image: reads an image at the size wanted, or None.
 
         Returns:
             (N, E) float array; an all-zero row marks an image that must not be retrieved.
@@ -59,7 +66,7 @@ class Vlad:
         names: Sequence[str],
         *,
         local: Mapping[str, np.ndarray] | None,
-        load_image: Callable[[str], Any] | None,
+        load_image: ImageLoader | None,
     ) -> np.ndarray:
         """Aggregate the local descriptors of each image."""
         if local is None:
@@ -208,9 +215,8 @@ def vlad(
     *,
     clusters: int = 64,
     seed: int = 0,
-    max_train: int = 100_000,
+    max_train: int = 32_000,
     iterations: int = 20,
-    whiten: int = 0,
 ) -> np.ndarray:
     """Aggregate local descriptors into one vector per image, with a codebook learnt on them.
 
@@ -224,12 +230,9 @@ def vlad(
         seed: of the training sample and of k-means. The same input gives the same output.
         max_train: descriptors that k-means sees, about equally many from each image.
         iterations: at most so many rounds of k-means.
-        whiten: if positive, project to so many principal components and give them equal variance:
-            shorter vectors, and directions that all images share count less.
 
     Returns:
-        (N, clusters * D) float32, or (N, min(whiten, rank)) when whitened; unit length. An image
-        without descriptors gets zeros.
+        (N, clusters * D) float32 of unit length; zeros for an image without descriptors.
 
     Raises:
         ValueError: if descriptors of different length meet.
@@ -240,18 +243,18 @@ def vlad(
     n = len(local_descriptors)
     share = max(1, max_train // max(n, 1))
     sample = []
+    lengths = set()
     for i in range(n):
         rows = np.asarray(local_descriptors[i])
+        lengths.add(rows.shape[1])
         if len(rows) > share:
             chosen = np.random.default_rng([seed, i]).choice(len(rows), share, replace=False)
             rows = rows[np.sort(chosen)]
-        if len(rows):
-            sample.append(rows.astype(np.float32))
-    if not sample:
-        return np.zeros((n, clusters), dtype=np.float32)
-    lengths = {rows.shape[1] for rows in sample}
+        sample.append(rows.astype(np.float32))
     if len(lengths) > 1:
         raise ValueError(f"Local descriptors of different length: {sorted(lengths)}")
+    if not any(len(rows) for rows in sample):
+        return np.zeros((n, clusters * max(lengths, default=1)), dtype=np.float32)
     centres = _kmeans(np.concatenate(sample), clusters, seed=seed, iterations=iterations)
     out = np.zeros((n, clusters * centres.shape[1]), dtype=np.float32)
     for i in range(n):
@@ -261,21 +264,6 @@ def vlad(
         sums, counts = _cluster_sums(rows, _assign(rows, centres), clusters)
         blocks = _unit(sums - counts[:, None] * centres)
         out[i] = _unit(blocks.ravel())
-    return _whitened(out, whiten) if whiten > 0 else out
-
-
-def _whitened(x: np.ndarray, components: int) -> np.ndarray:
-    """PCA-whiten the non-zero rows of (N, D) and scale them to unit length."""
-    valid = x.any(axis=1)
-    centred = x[valid] - x[valid].mean(axis=0)
-    # N is far below D here: the Gram matrix is the small side.
-    values, vectors = np.linalg.eigh((centred @ centred.T).astype(np.float64))
-    keep = np.argsort(-values)[:components]
-    keep = keep[values[keep] > 1e-6 * max(values.max(initial=0.0), 1e-30)]
-    out = np.zeros((len(x), max(len(keep), 1)), dtype=np.float32)
-    if len(keep):
-        # Left singular vectors are the whitened coordinates, up to a common factor.
-        out[valid] = _unit(vectors[:, keep])
     return out
 
 
@@ -346,11 +334,45 @@ def read_global_descriptors(path: Path | str, names: Sequence[str]) -> np.ndarra
     Raises:
         InputError: if the file cannot be read or lacks an image.
     """
-    return np.stack(list(_read_h5(path, names, "global_descriptor")))
+    with _open_h5(path, names, "global_descriptor") as file:
+        rows = [file[f"{name}/global_descriptor"][()].ravel() for name in names]
+    return np.stack(rows).astype(np.float32) if rows else np.zeros((0, 1), dtype=np.float32)
 
 
-def _read_h5(path: Path | str, names: Sequence[str], dataset: str) -> Iterable[np.ndarray]:
-    """One dataset of each image's group as float32."""
+class LocalDescriptors(Mapping[str, np.ndarray]):
+    """Local descriptors (n, D) by image name in a feature file of hloc's layout.
+
+    One image is read at a time, when it is asked for.
+
+    Args:
+        path: h5 file with a group per image name that holds ``descriptors`` (D, n).
+        names: the images wanted.
+
+    Raises:
+        InputError: if the file cannot be read or lacks an image.
+    """
+
+    def __init__(self, path: Path | str, names: Sequence[str]) -> None:
+        self._path = path
+        self._names = list(names)
+        with _open_h5(path, names, "descriptors"):
+            pass  # the check is all
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with _open_h5(self._path, [name], "descriptors") as file:
+            rows: np.ndarray = file[f"{name}/descriptors"][()].T
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextlib.contextmanager
+def _open_h5(path: Path | str, names: Sequence[str], dataset: str) -> Iterator[Any]:
+    """Open a file in hloc's layout that has a dataset for each of the images."""
     import h5py
 
     if not Path(path).is_file():
@@ -365,6 +387,6 @@ def _read_h5(path: Path | str, names: Sequence[str], dataset: str) -> Iterable[n
             shown = ", ".join(f"'{name}'" for name in missing[:5])
             raise InputError(
                 f"'{path}' lacks the {dataset} of {len(missing)} of {len(names)} images: {shown}"
-                f"{' …' if len(missing) > 5 else ''}. Extract it for all images first."
+                f"{', …' if len(missing) > 5 else ''}. Extract it for all images first."
             )
-        return [np.asarray(file[f"{name}/{dataset}"], dtype=np.float32) for name in names]
+        yield file

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,12 @@ from gim_hloc.pairs.covisibility import covisibility
 from gim_hloc.pairs.exhaustive import exhaustive
 from gim_hloc.pairs.files import read_pairs
 from gim_hloc.pairs.poses import poses
-from gim_hloc.pairs.retrieval import make_descriptor, read_global_descriptors, retrieval
+from gim_hloc.pairs.retrieval import (
+    ImageLoader,
+    make_descriptor,
+    read_global_descriptors,
+    retrieval,
+)
 from gim_hloc.pairs.sequential import sequences, sequential
 from gim_hloc.pairs.spatial import Position, has_fix, spatial
 
@@ -33,41 +37,29 @@ MODES = ("exhaustive", "sequential", "retrieval", "spatial", "poses", "covisibil
 class PairOptions:
     """How image pairs are chosen."""
 
+    # auto, exhaustive, sequential, retrieval, spatial, poses, covisibility, file, a union such as
+    # sequential+retrieval, or the path of a pair list.
     mode: str = "auto"
-    """auto, exhaustive, sequential, retrieval, spatial, poses, covisibility, file, a union such as
-    sequential+retrieval, or the path of a pair list."""
-    exhaustive_limit: int = 60
-    """auto takes every pair up to so many images."""
-    window: int = 10
-    """sequential: followers in name order that an image is paired with."""
-    quadratic: bool = True
-    """sequential: also the followers at distance 2, 4, 8, … 2^(window - 1)."""
+    exhaustive_limit: int = 60  # auto: up to so many images every pair is taken
+    window: int = 10  # sequential: followers in name order that an image is paired with
+    quadratic: bool = True  # sequential: also followers at distance 2, 4, 8, ... 2^(window - 1)
+    # sequential: search images similar to every so-manieth frame, 0 = off. Not needed beside
+    # retrieval, which searches for all.
     loop_every: int = 0
-    """sequential: search similar images for every so-manieth frame; 0 is off. Not needed beside
-    retrieval, which searches for all."""
+    # Partners per image in retrieval, loop closure, spatial, poses and covisibility; 0 takes 20 up
+    # to 400 images, then the root of their number, at most 50.
     neighbours: int = 0
-    """Partners per image in retrieval, loop closure, spatial, poses and covisibility; 0 takes 20 up
-    to 400 images, then the root of their number, at most 50."""
-    min_score: float | None = None
-    """retrieval: least cosine similarity of a pair; None accepts every value."""
-    descriptor: str = "vlad"
-    """retrieval: global descriptor, vlad or a registered one."""
-    clusters: int = 64
-    """retrieval: size of VLAD's codebook."""
-    seed: int = 0
-    """retrieval: of the codebook."""
+    min_score: float | None = None  # retrieval: least cosine similarity of a pair, None = any
+    descriptor: str = "vlad"  # retrieval: global descriptor, vlad or a registered one
+    clusters: int = 64  # retrieval: size of VLAD's codebook
+    seed: int = 0  # retrieval: of the codebook
+    # retrieval: h5 file of global descriptors in hloc's layout, instead of computing them.
     global_descriptors: Path | None = None
-    """retrieval: h5 file of global descriptors in hloc's layout, instead of computing them."""
-    max_distance_m: float = 100.0
-    """spatial: greatest distance of two cameras in metres."""
-    use_altitude: bool = False
-    """spatial: measure distances in 3D if all images have an altitude."""
-    max_angle_deg: float = 30.0
-    """poses: greatest angle between two viewing directions in degrees."""
-    model: Path | None = None
-    """poses, covisibility: folder of a COLMAP model."""
-    pairs_file: Path | None = None
-    """file: pair list, one "name0 name1" a line."""
+    max_distance_m: float = 100.0  # spatial: greatest distance of two cameras in metres
+    use_altitude: bool = False  # spatial: distances in 3D, if all images have an altitude
+    max_angle_deg: float = 30.0  # poses: greatest angle between two viewing directions in degrees
+    model: Path | None = None  # poses, covisibility: folder of a COLMAP model
+    pairs_file: Path | None = None  # file: pair list, one "name0 name1" a line
 
     def __post_init__(self) -> None:
         """Reject values that mean nothing."""
@@ -149,7 +141,7 @@ def plan(options: PairOptions, names: Sequence[str]) -> Plan:
     needs_local = False
     if searches and options.global_descriptors is None:
         needs_local = make_descriptor(options.descriptor).needs_local
-    elif searches and not Path(str(options.global_descriptors)).is_file():
+    elif searches and options.global_descriptors and not options.global_descriptors.is_file():
         raise InputError(f"There is no descriptor file '{options.global_descriptors}'")
     mode = "+".join(components)
     return Plan(
@@ -173,7 +165,7 @@ def select(
     *,
     local_descriptors: Callable[[], Mapping[str, np.ndarray]] | None = None,
     gps: Mapping[str, Position | None] | None = None,
-    load_image: Callable[[str], Any] | None = None,
+    load_image: ImageLoader | None = None,
     left_out: Collection[str] = (),
 ) -> Selection:
     """Choose pairs.
@@ -183,7 +175,8 @@ def select(
         names: the usable images.
         local_descriptors: gives name -> (n, D) local descriptors; called only if needed, once.
         gps: name -> (latitude, longitude in degrees, altitude in metres or None).
-        load_image: name -> ``ImageData``, for global descriptors that look at the image.
+        load_image: (name, ``ImageOptions``) -> ``ImageData``, for global descriptors that look at
+            the image.
         left_out: images that exist but are not usable; a pair list may name them.
 
     Returns:
@@ -240,6 +233,9 @@ def select(
     union = canonical(pair for pairs in found.values() for pair in pairs)
     if not union and len(names) > 1:
         raise InputError(f"The mode {chosen.mode} gives no pair of the {len(names)} images")
+    nothing = [component for component in chosen.components if not found[component]]
+    if nothing and union:
+        notes.append(f"No pair came from {' and '.join(nothing)}.")
     notes.extend(_connectivity_notes(names, union))
     selection = Selection(
         pairs=union,
@@ -352,7 +348,7 @@ def _global_descriptors(
     options: PairOptions,
     names: list[str],
     local_descriptors: Callable[[], Mapping[str, np.ndarray]] | None,
-    load_image: Callable[[str], Any] | None,
+    load_image: ImageLoader | None,
 ) -> np.ndarray:
     """(N, D) global descriptors from the file or by the named method."""
     if options.global_descriptors is not None:
