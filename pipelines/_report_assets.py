@@ -25,7 +25,7 @@ body {
   margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
 }
-main { max-width: 1120px; margin: 0 auto; padding: 2rem 1.25rem 3rem; }
+main { max-width: 1160px; margin: 0 auto; padding: 2rem 1.25rem 3rem; }
 h1, h2, h3, p, ul, figure { margin: 0; }
 h2 { font-size: 1.3rem; line-height: 1.25; margin-bottom: .9rem; }
 h3 { font-size: 1rem; }
@@ -69,7 +69,8 @@ h1 strong span { color: var(--soft); font-weight: 300; }
 }
 nav {
   position: sticky; top: 0; z-index: 1100; display: flex; gap: 1.1rem; overflow-x: auto;
-  background: var(--paper); margin: 1rem 0; padding: .6rem 0; border-bottom: 1px solid var(--line);
+  scrollbar-width: none; background: var(--paper); margin: 1rem 0; padding: .6rem 0;
+  border-bottom: 1px solid var(--line);
 }
 nav a { white-space: nowrap; text-decoration: none; font-size: .92rem; }
 nav a:hover { text-decoration: underline; }
@@ -117,7 +118,7 @@ input, select, button { font: inherit; color: inherit; accent-color: var(--accen
   height: min(68vh, 620px); border: 1px solid var(--line); border-radius: 8px; overflow: hidden;
   background: var(--paper);
 }
-#chart-graph { position: relative; max-width: 820px; margin: 0 auto; }
+#chart-graph { position: relative; max-width: 760px; margin: 0 auto; }
 .tip {
   position: absolute; z-index: 1200; pointer-events: none; white-space: pre-line; max-width: 90%;
   padding: .4rem .65rem; border: 1px solid var(--line); border-radius: 7px; font-size: .88rem;
@@ -129,9 +130,9 @@ input, select, button { font: inherit; color: inherit; accent-color: var(--accen
 .twin h3 { color: var(--ink); }
 .gallery {
   display: grid; gap: 1.1rem 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr));
 }
-.gallery img { display: block; width: 100%; max-width: 480px; border-radius: 6px; }
+.gallery img { display: block; width: 100%; max-width: 530px; border-radius: 6px; }
 .gallery figcaption { margin-top: .3rem; }
 .gallery figcaption b { color: var(--ink); }
 .gallery .names { display: block; color: var(--ink); overflow-wrap: anywhere; }
@@ -142,7 +143,7 @@ input, select, button { font: inherit; color: inherit; accent-color: var(--accen
 .legend .outlier { border-color: #ff4040; border-top-width: 2px; margin-left: .8em; }
 .scroll { overflow: auto; max-height: 36rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { padding: .34rem .7rem; text-align: left; vertical-align: baseline; }
+th, td { padding: .34rem .55rem; text-align: left; vertical-align: baseline; }
 tbody tr { border-top: 1px solid var(--line); }
 tbody tr:first-child { border-top: 0; }
 tbody th { font-weight: 500; overflow-wrap: anywhere; }
@@ -159,7 +160,7 @@ thead th[aria-sort] { color: var(--accent); }
 thead th[aria-sort] button::after { content: " \\2191"; }
 thead th[aria-sort=descending] button::after { content: " \\2193"; }
 #image-table tbody tr:hover { background: var(--paper); }
-#image-table tbody th { min-width: 9rem; max-width: 26rem; }
+#image-table tbody th { min-width: 7rem; max-width: 26rem; }
 .dot {
   display: inline-block; width: .6em; height: .6em; border-radius: 50%; margin-right: .5em;
   background: var(--good);
@@ -179,7 +180,7 @@ footer { color: var(--soft); font-size: .88rem; margin-top: 1.5rem; }
   section { padding: 1rem .9rem; }
   .tiles { grid-template-columns: repeat(2, 1fr); }
   .twin { grid-template-columns: 1fr; }
-  .chart.scene { height: 62vh; }
+  .chart.scene { height: min(62vh, 440px); }
   .timings .bar { width: 40%; }
   .timings th { width: auto; }
   th, td { padding: .34rem .45rem; }
@@ -361,7 +362,7 @@ SCRIPT = r"""
         ticktext: ["none", ...steps.map(value => value.toLocaleString("en"))],
       },
     }], layout({
-      height: Math.min(width, 700), margin: {l: 10, r: 10, t: 10, b: 10},
+      height: Math.min(width, 760) - 70, margin: {l: 10, r: 10, t: 10, b: 10},
       dragmode: n > 40 ? "zoom" : false,
       xaxis: Object.assign({}, edge, ticks, {tickangle: -60}),
       yaxis: Object.assign({}, edge, ticks, {autorange: "reversed", scaleanchor: "x"}),
@@ -388,11 +389,16 @@ SCRIPT = r"""
       frusta: split(floats(data.scene.cameras.frusta)),
     };
   };
-  const startCamera = () => ({
-    up: {x: 0, y: 0, z: 1}, center: {x: 0, y: 0, z: 0},
-    eye: {x: data.scene.eye[0], y: data.scene.eye[1], z: data.scene.eye[2]},
-    projection: {type: "perspective"},
-  });
+  const startCamera = () => {
+    // The field of view is vertical: step back where the view is narrow.
+    const {clientWidth, clientHeight} = element("chart-scene");
+    const [x, y, z] = data.scene.eye.map(
+      value => value * Math.max(1, 1.5 * clientHeight / Math.max(1, clientWidth)));
+    return {
+      up: {x: 0, y: 0, z: 1}, center: {x: 0, y: 0, z: 0}, eye: {x, y, z},
+      projection: {type: "perspective"},
+    };
+  };
   if (data.scene) draw.scene = () => {
     if (!world) unpackScene();
     const names = data.scene.cameras.names;
@@ -409,12 +415,12 @@ SCRIPT = r"""
       }),
       trace(world.frusta, {
         mode: "lines", hoverinfo: "skip", connectgaps: false,
-        visible: element("show-cameras").checked, line: {color: colour("accent"), width: 3},
+        visible: element("show-cameras").checked, line: {color: colour("accent"), width: 2.5},
       }),
       trace(world.centers, {
         mode: "markers", text: names.map(plain), hovertemplate: "%{text}<extra></extra>",
         visible: element("show-cameras").checked,
-        marker: {size: 4, color: colour("accent"), line: {width: 0}},
+        marker: {size: 2.5, color: colour("accent"), line: {width: 0}},
       }),
     ], layout({
       margin: {l: 0, r: 0, t: 0, b: 0}, dragmode: "turntable", uirevision: "keep",

@@ -32,6 +32,10 @@ _POLICY = (
 )
 
 
+#: Statuses of files that never reached the matcher.
+UNUSABLE = ("unreadable", "empty", "tiny", "duplicate")
+
+
 @dataclass(frozen=True)
 class Advice:
     """What a status means and what to do about it."""
@@ -137,28 +141,37 @@ def render_page(
     charts_data("tracks", lambda: _track_bars(full.get("track_lengths") or {}))
     charts_data("errors", lambda: _error_bars(full.get("reprojection_errors") or {}))
     charts_data(
-        "graph", lambda: pack_graph([image["name"] for image in full["images"]], full["pairs"])
+        "graph",
+        lambda: pack_graph(
+            [image["name"] for image in full["images"] if image["status"] not in UNUSABLE],
+            full["pairs"],
+        ),
     )
     if scene is not None:
         charts_data("scene", lambda: pack_scene(scene))
 
-    builders: list[tuple[str, str, Callable[[], str]]] = [
-        ("missing", "Missing images", lambda: _missing(full, thumbnails)),
-        ("scene", "Points and cameras", lambda: _scene(full, data.get("scene"))),
-        ("quality", "Tracks and errors", lambda: _quality(data)),
-        ("graph", "Match graph", lambda: _graph(full, data)),
-        ("pairs", "Best and weakest pairs", lambda: _pairs(full, thumbnails, pair_matches)),
-        ("images", "Images", lambda: _images(full)),
-        ("models", "Models and cameras", lambda: _models(full)),
-        ("time", "Time", lambda: _timings(full)),
-        ("settings", "Settings", lambda: _settings(full)),
+    builders: list[tuple[str, str, str, Callable[[], str]]] = [
+        ("missing", "Missing", "Missing images", lambda: _missing(full, thumbnails)),
+        ("scene", "3D view", "Points and cameras", lambda: _scene(full, data.get("scene"))),
+        ("quality", "Tracks", "Tracks and errors", lambda: _quality(data)),
+        ("graph", "Match graph", "Match graph", lambda: _graph(full, data)),
+        (
+            "pairs",
+            "Pairs",
+            "Best and weakest pairs",
+            lambda: _pairs(full, thumbnails, pair_matches),
+        ),
+        ("images", "Images", "Images", lambda: _images(full)),
+        ("models", "Cameras", "Models and cameras", lambda: _models(full)),
+        ("time", "Time", "Time", lambda: _timings(full)),
+        ("settings", "Settings", "Settings", lambda: _settings(full)),
     ]
     sections, links = [], []
-    for key, title, build in builders:
+    for key, link, title, build in builders:
         body = _guarded(key, build)
         if not body:
             continue
-        links.append(f'<a href="#{key}">{title}</a>')
+        links.append(f'<a href="#{key}">{link}</a>')
         sections.append(f'<section id="{key}"><h2>{title}</h2>{body}</section>')
 
     plotly = _plotly() if data else ""
@@ -354,7 +367,7 @@ def _missing_card(image: dict[str, Any], url: str | None) -> str:
         )
         if isinstance(image.get(key), int)
     ]
-    if counts and image["status"] not in ("unreadable", "empty", "tiny", "duplicate"):
+    if counts and image["status"] not in UNUSABLE:
         facts.append(" · ".join(counts))
     return (
         f"<li>{picture}<div><b>{_esc(image['name'])}</b>"
@@ -371,9 +384,10 @@ def _scene(full: dict[str, Any], packed: dict[str, Any] | None) -> str:
     far = f"; {packed['far']:,} far points lie outside the view" if packed["far"] else ""
     of_model = " of the largest model" if (full["summary"]["models"] or 0) > 1 else ""
     cameras = plural(len(packed["cameras"]["names"]), "camera")
+    size = 2.0 if packed["shown"] < 5000 else 1.5 if packed["shown"] < 20_000 else 1.0
     return (
-        "<div class=controls><label>Point size <input type=range id=point-size min=1 max=6 step=0.5"
-        " value=2></label><label><input type=checkbox id=show-points checked> Points</label>"
+        "<div class=controls><label>Point size <input type=range id=point-size min=0.5 max=6"
+        f" step=0.5 value={size}></label><label><input type=checkbox id=show-points checked> Points</label>"
         "<label><input type=checkbox id=show-cameras checked> Cameras</label>"
         "<button type=button id=reset-view>Reset view</button></div>"
         '<div class="chart scene" id=chart-scene></div>'
@@ -472,7 +486,7 @@ def _pairs(full: dict[str, Any], thumbnails: Thumbnails, pair_matches: PairMatch
                 f'<figure><img src="{url}" alt="Matches drawn as lines"><figcaption>'
                 f"<span class=names>{_esc(pair['name0'])} — {_esc(pair['name1'])}</span>"
                 f"<b>{_number(pair['inliers'])}</b> inliers of {_number(pair['matches'])} matches"
-                f" ({share:.0%})</figcaption></figure>"
+                f" ({share:.1%})</figcaption></figure>"
             )
         if figures:
             parts.append(

@@ -19,8 +19,8 @@ PAIR_WIDTH = 480  # pixels of a drawn pair
 _GAP = 4  # pixels between the two images of a pair
 _MAX_PAIR_HEIGHT = 360
 _SUPERSAMPLING = 2  # PIL's lines are not anti-aliased; drawn larger, they are after reducing
-_MAX_INLIER_LINES = 160
-_MAX_OUTLIER_LINES = 80
+_MAX_INLIER_LINES = 100
+_MAX_OUTLIER_LINES = 60
 _INLIER = (38, 222, 129, 150)
 _OUTLIER = (255, 64, 64, 130)
 
@@ -144,12 +144,13 @@ def choose_pairs(
     Returns:
         The best pairs (most inliers) and the worst: verified pairs with the lowest share of
         inliers first, for they take part in the model, then pairs whose matches all failed, those
-        with most matches first. No pair is in both lists, and an image comes up at most twice in a
-        list as long as others are left.
+        with most matches first. The best are from the better half of the verified pairs, no pair is
+        in both lists, and an image comes up at most twice in a list as long as others are left.
     """
     verified = [pair for pair in pairs if pair["inliers"]]
     failed = [pair for pair in pairs if pair["matches"] and not pair["inliers"]]
-    best = _varied(sorted(verified, key=lambda pair: -pair["inliers"]), count)
+    verified.sort(key=lambda pair: -pair["inliers"])
+    best = _varied(verified[: (len(verified) + 1) // 2], count)
     shown = {(pair["name0"], pair["name1"]) for pair in best}
     rest = [pair for pair in verified if (pair["name0"], pair["name1"]) not in shown]
     rest.sort(key=lambda pair: pair["inliers"] / max(1, pair["matches"] or 0))
@@ -279,7 +280,7 @@ def _upright(rotations: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, li
     forward /= np.linalg.norm(forward)
     turn = np.stack([np.cross(forward, up), forward, up])
     # Over the shoulder of cameras that look one way; from above when they look around.
-    eye = [0.45, -1.35, 0.45] if common > 0.4 else [0.8, -1.1, 0.95]
+    eye = [0.35, -1.1, 0.35] if common > 0.4 else [0.65, -0.9, 0.75]
     return turn, eye
 
 

@@ -19,15 +19,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from gim_hloc.pipelines._report_html import ADVICE, plural, render_page
+
+from gim_hloc.pipelines._report_html import ADVICE, UNUSABLE, plural, render_page
 
 logger = logging.getLogger(__name__)
 
 ImageReader = Callable[[str], np.ndarray]
 PairMatches = Callable[[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]
-
-#: Files that never reached the matcher.
-UNUSABLE = ("unreadable", "empty", "tiny", "duplicate")
 
 _REQUIRED = ("images", "pairs", "models", "settings", "timings")
 _REQUIRED_IN_RECORDS = {
