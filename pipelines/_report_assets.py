@@ -124,6 +124,7 @@ input, select, button { font: inherit; color: inherit; accent-color: var(--accen
   padding: .4rem .65rem; border: 1px solid var(--line); border-radius: 7px; font-size: .88rem;
   background: var(--card); overflow-wrap: anywhere; box-shadow: 0 2px 8px rgb(0 0 0 / .18);
 }
+.paper { display: none; }
 .chart p.gone { padding: 1rem; color: var(--soft); }
 .twin { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; }
 .twin figure { min-width: 0; }
@@ -191,7 +192,9 @@ footer { color: var(--soft); font-size: .88rem; margin-top: 1.5rem; }
   main { max-width: none; padding: 0; }
   section { border: 0; padding: .5rem 0; }
   .scroll { max-height: none; overflow: visible; }
-  figure, .tile, .cards li, tr { break-inside: avoid; }
+  .paper { display: block; max-width: 100%; }
+  .paper + .scene { display: none; }
+  figure, .chart, .tile, .cards li, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   thead th { position: static; }
 }
@@ -407,7 +410,7 @@ SCRIPT = r"""
     });
     const trace = ([x, y, z], extra) => Object.assign({type: "scatter3d", x, y, z}, extra);
     const [rx, ry, rz] = data.scene.ranges;
-    const kept = element("chart-scene")._fullLayout;
+    const kept = element("chart-scene").classList.contains("js-plotly-plot");
     return [[
       trace(world.points, {
         mode: "markers", hoverinfo: "skip", visible: element("show-points").checked,
@@ -449,6 +452,19 @@ SCRIPT = r"""
       Plotly.restyle(chart, {visible: event.target.checked}, [0]));
     element("show-cameras").addEventListener("change", event =>
       Plotly.restyle(chart, {visible: event.target.checked}, [1, 2]));
+    // A WebGL canvas prints blank: on paper a picture of the current view stands in for it.
+    const print = new Image();
+    print.className = "paper";
+    print.alt = "Points and cameras";
+    window.addEventListener("beforeprint", () => {
+      try {
+        print.src = chart._fullLayout.scene._scene.toImage("png");
+        chart.before(print);
+      } catch (error) {
+        console.info("no picture of the 3D view for printing:", error);
+      }
+    });
+    window.addEventListener("afterprint", () => print.remove());
     element("reset-view").addEventListener("click", () =>
       Plotly.relayout(chart, {"scene.camera": startCamera()}));
   }

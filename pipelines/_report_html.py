@@ -387,7 +387,8 @@ def _scene(full: dict[str, Any], packed: dict[str, Any] | None) -> str:
     size = 2.0 if packed["shown"] < 5000 else 1.5 if packed["shown"] < 20_000 else 1.0
     return (
         "<div class=controls><label>Point size <input type=range id=point-size min=0.5 max=6"
-        f" step=0.5 value={size}></label><label><input type=checkbox id=show-points checked> Points</label>"
+        f" step=0.5 value={size}></label>"
+        "<label><input type=checkbox id=show-points checked> Points</label>"
         "<label><input type=checkbox id=show-cameras checked> Cameras</label>"
         "<button type=button id=reset-view>Reset view</button></div>"
         '<div class="chart scene" id=chart-scene></div>'
@@ -557,16 +558,17 @@ def _image_row(image: dict[str, Any], columns: Iterable[tuple[str, str, int | No
         value = image.get(key)
         if key == "status":
             level = "good" if value == "registered" else "bad"
-            word = _esc(_STATUS_WORDS.get(value, value))
+            word = _esc(_STATUS_WORDS.get(image["status"], value))
             hint = f' title="{_esc(image["reason"])}"' if image.get("reason") else ""
             cells.append(
                 f'<td data-v="{_esc(value)}"{hint}><span class="dot {level}"></span>{word}'
             )
         elif key == "size":
             width, height = image.get("width"), image.get("height")
-            known = isinstance(width, int) and isinstance(height, int)
-            area = width * height if known else -1
-            cells.append(f"<td data-v={area}>{f'{width} &times; {height}' if known else _NONE}")
+            if isinstance(width, int) and isinstance(height, int):
+                cells.append(f"<td data-v={width * height}>{width} &times; {height}")
+            else:
+                cells.append(f'<td data-v="">{_NONE}')
         elif digits is None:
             cells.append(f"<th scope=row>{_esc(value)}")
         else:
@@ -612,7 +614,9 @@ def _camera_row(camera: dict[str, Any]) -> str:
         _esc(f"{value:.6g}" if isinstance(value, (int, float)) else value)
         for value in camera.get("params") or []
     )
-    refined = {True: "yes", False: "fixed"}.get(camera.get("refined"), _NONE)
+    refined = _NONE
+    if camera.get("refined") is not None:
+        refined = "yes" if camera["refined"] else "fixed"
     return (
         f"<tr><td class=n>{_esc(camera.get('id', '?'))}<td>{_esc(camera.get('model', '?'))}"
         f"<td>{_esc(camera.get('width', '?'))} &times; {_esc(camera.get('height', '?'))}"
