@@ -297,7 +297,7 @@ SCRIPT = r"""
       hovertemplate: "seen by %{x} images: %{y:,} points (%{customdata:.1f} %)<extra></extra>",
     }], layout({
       height: 300, bargap: 0.18, margin: {l: 10, r: 10, t: 10, b: 10},
-      xaxis: axis("images that see a point", {type: "category", showgrid: false}),
+      xaxis: axis("images that see a point", {type: "category", showgrid: false, tickangle: 0}),
       yaxis: axis("points", {tickformat: "~s"}),
     })];
   };

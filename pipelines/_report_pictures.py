@@ -280,7 +280,7 @@ def _upright(rotations: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, li
     forward /= np.linalg.norm(forward)
     turn = np.stack([np.cross(forward, up), forward, up])
     # Over the shoulder of cameras that look one way; from above when they look around.
-    eye = [0.35, -1.1, 0.35] if common > 0.4 else [0.65, -0.9, 0.75]
+    eye = [0.35, -1.1, 0.35] if common > 0.4 else [0.75, -1.0, 0.75]
     return turn, eye
 
 

@@ -574,7 +574,7 @@ def test_a_browser_runs_the_page_without_errors(tmp_path):
     command += ["--enable-unsafe-swiftshader", "--virtual-time-budget=10000", "--dump-dom"]
     command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
     command.append(html_path.as_uri())
-    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, timeout=300, check=True)
     log = done.stderr.decode(errors="replace")
     assert "Uncaught" not in log
     assert "Content Security Policy" not in log
