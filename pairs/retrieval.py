@@ -271,10 +271,14 @@ def _cluster_sums(
     rows: np.ndarray, labels: np.ndarray, clusters: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum (K, D) and number (K,) of the rows of each cluster."""
-    # A one-hot product is a BLAS call; np.add.at is many times slower.
-    one_hot = np.zeros((len(rows), clusters), dtype=np.float32)
-    one_hot[np.arange(len(rows)), labels] = 1
-    return one_hot.T @ rows, one_hot.sum(axis=0)
+    from scipy import sparse
+
+    # A sparse product adds each row once, in order: the sums do not depend on BLAS threads, and
+    # np.add.at is many times slower.
+    ones = np.ones(len(rows), dtype=np.float32)
+    members = sparse.csr_matrix((ones, (labels, np.arange(len(rows)))), (clusters, len(rows)))
+    sums: np.ndarray = members @ rows
+    return sums, np.bincount(labels, minlength=clusters).astype(np.float32)
 
 
 def _assign(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -305,13 +309,7 @@ def _kmeans(rows: np.ndarray, clusters: int, *, seed: int, iterations: int) -> n
         nearest = np.minimum(nearest, np.sum((start - centres[c]) ** 2, axis=1, dtype=np.float64))
     labels = _assign(rows, centres)
     for _ in range(iterations):
-        sums = np.zeros_like(centres)
-        counts = np.zeros(clusters, dtype=np.float32)
-        for begin in range(0, len(rows), _CHUNK):
-            block = slice(begin, begin + _CHUNK)
-            block_sums, block_counts = _cluster_sums(rows[block], labels[block], clusters)
-            sums += block_sums
-            counts += block_counts
+        sums, counts = _cluster_sums(rows, labels, clusters)
         used = counts > 0
         centres[used] = sums[used] / counts[used, None]
         previous, labels = labels, _assign(rows, centres)
