@@ -120,11 +120,14 @@ def _make(
 
 def _load_extractor(name: str, path: Path) -> torch.nn.Module:
     if name == "aliked_lightglue":
+        import kornia.feature
+
         from gim_hloc.networks.aliked import ALIKED
 
-        network: torch.nn.Module = ALIKED()
+        published = kornia.feature.ALIKED("aliked-n16")
         state = weights.load_state_dict(path, inside=["state_dict"])
-        weights.load_into(network, state, path=path, optional=["dkd.hw_grid"])
+        weights.load_into(published, state, path=path, optional=["dkd.hw_grid"])
+        network: torch.nn.Module = ALIKED.from_kornia(published)
     else:
         from gim_hloc.networks.disk import DISK
 
