@@ -40,8 +40,9 @@ def sequential(
     Args:
         names: image names; their order does not matter unless ``descriptors`` is given.
         window: image i is paired with i + 1 … i + window.
-        quadratic: also pair i with i + 2^n for n = 0 … window - 1, as COLMAP's quadratic overlap
-            does: long baselines and bridges over short blurred stretches for few pairs.
+        quadratic: also pair i with i + 2^n for n = 0 … window - 1: long baselines, and bridges over
+            short blurred stretches, for few pairs. These are COLMAP's quadratic offsets; COLMAP 4
+            takes them instead of the window, here they come on top of it.
         loop_every: every so many images of a sequence, search similar images among *all* images;
             0 switches it off.
         loop_neighbours: partners found by each such search. Images that are partners already take

@@ -119,7 +119,7 @@ def test_sequential_in_natural_order():
     assert result == [("f1.jpg", "f2.jpg"), ("f10.jpg", "f2.jpg")]
 
 
-def test_sequential_quadratic_offsets_are_colmaps():
+def test_sequential_quadratic_offsets_come_on_top_of_the_window():
     names = frames(100)
     result = pairs.sequential(names, window=4)
     offsets = {int(b[1:3]) - int(a[1:3]) for a, b in result}
