@@ -36,7 +36,6 @@ import numpy as np
 from gim_hloc.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL.Image import Exif as PillowExif
     from PIL.ImageFile import ImageFile
 
     from gim_hloc.matchers.base import ImageData, ImageOptions
@@ -351,8 +350,8 @@ def _decoder_message(data: bytes, error: Exception) -> str:
     return message if codec is None or message.startswith(codec) else f"{codec}: {message}"
 
 
-def open_stored(data: bytes) -> tuple[ImageFile, int]:
-    """Open an image for decoding in stored pixels.
+def open_stored(data: bytes) -> ImageFile:
+    """Open an image for decoding in stored pixels, EXIF orientation not applied.
 
     Decoders are called directly and not through ``PIL.Image.open``, whose limit of pixels is a
     global that a library must not move.
@@ -361,7 +360,7 @@ def open_stored(data: bytes) -> tuple[ImageFile, int]:
         data: the file's bytes.
 
     Returns:
-        The image, not yet decoded, whose pixels will be the stored ones, and its EXIF orientation.
+        The image, not yet decoded.
 
     Raises:
         ValueError: no known codec, its decoder is not installed, or too many pixels.
@@ -369,7 +368,6 @@ def open_stored(data: bytes) -> tuple[ImageFile, int]:
     """
     codec = _format(data)
     reader: type[ImageFile]
-    orientation = 1
     if codec == "JPEG":
         # The first picture of a phone's multi-picture file is the photo.
         from PIL.JpegImagePlugin import JpegImageFile as reader
@@ -381,7 +379,7 @@ def open_stored(data: bytes) -> tuple[ImageFile, int]:
         from PIL.TiffImagePlugin import TiffImageFile as reader
 
         # Pillow and OpenCV both turn TIFF, and only TIFF, without being asked.
-        data, orientation = _clear_tiff_orientation(data)
+        data = _clear_tiff_orientation(data)
     elif codec == "WebP":
         from PIL.WebPImagePlugin import WebPImageFile as reader
     elif codec == "HEIF":
@@ -396,33 +394,48 @@ def open_stored(data: bytes) -> tuple[ImageFile, int]:
         raise ValueError(
             f"{image.width} x {image.height} is more than the limit of {MAX_PIXELS:,} pixels"
         )
-    if codec != "TIFF":
-        with contextlib.suppress(Exception):  # damaged metadata does not spoil the picture
-            orientation = _orientation(image.getexif())
-    return image, orientation
+    return image
 
 
-def _clear_tiff_orientation(data: bytes) -> tuple[bytes, int]:
-    """Set a TIFF's orientation tag to 1; return the new bytes and the old value."""
+def _tiff_orientation(data: bytes) -> tuple[int, str, int] | None:
+    """Where a TIFF keeps its orientation: offset, struct format and value; None without the tag."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     try:
         (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
         (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, start)
         first, step, value_at = (start + 8, 20, 12) if big else (start + 2, 12, 8)
-        for entry in range(first, min(first + step * count, len(data) - step + 1), step):
+        for entry in range(first, min(first + step * count, len(data)), step):
             tag, kind = struct.unpack_from(order + "HH", data, entry)
-            if tag != 274 or kind != 3:
-                continue
-            (value,) = struct.unpack_from(order + "H", data, entry + value_at)
-            if value == 1:
-                break
-            patched = bytearray(data)
-            struct.pack_into(order + "H", patched, entry + value_at, 1)
-            return bytes(patched), value if 1 <= value <= 8 else 1
+            if tag == 274 and kind == 3:
+                offset = entry + value_at
+                return offset, order + "H", struct.unpack_from(order + "H", data, offset)[0]
     except struct.error:
-        pass  # the decoder will say what is wrong
-    return data, 1
+        pass  # cut short; the decoder will say so
+    return None
+
+
+def _clear_tiff_orientation(data: bytes) -> bytes:
+    """The same TIFF with orientation 1."""
+    found = _tiff_orientation(data)
+    if found is None or found[2] == 1:
+        return data
+    offset, layout, _ = found
+    patched = bytearray(data)
+    struct.pack_into(layout, patched, offset, 1)
+    return bytes(patched)
+
+
+def _orientation(image: ImageFile, data: bytes) -> int:
+    """EXIF orientation of a *loaded* image: asking a PNG that is not would decode it."""
+    value: Any = None
+    if _format(data) == "TIFF":
+        found = _tiff_orientation(data)
+        value = found[2] if found else None
+    else:
+        with contextlib.suppress(Exception):  # damaged metadata does not spoil the picture
+            value = image.getexif().get(274)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 @contextlib.contextmanager
@@ -446,13 +459,15 @@ def _decoded_pixels(image: ImageFile) -> int:
 
 def _probe(data: bytes) -> tuple[int, int, Exif]:
     """Decode as cheaply as proves the file intact; (width, height) in stored pixels and EXIF."""
-    image, orientation = open_stored(data)
+    image = open_stored(data)
     width, height = image.size
     if _format(data) == "JPEG":
         _draft(image, 8)
     with _decoding(_decoded_pixels(image)):
         image.load()
-    return width, height, _read_exif(image, orientation)
+        exif = _read_exif(image, _orientation(image, data))
+        del image  # before the next large one
+    return width, height, exif
 
 
 def _draft(image: ImageFile, factor: int) -> int:
@@ -481,7 +496,7 @@ class _Pixels:
 
 def _decode(data: bytes, max_size: int | None) -> _Pixels:
     """Decode to 8-bit RGB, reduced by a power of two where the result keeps ``max_size``."""
-    image, orientation = open_stored(data)
+    image = open_stored(data)
     width, height = image.size
     factor = 1
     if max_size is not None:
@@ -495,6 +510,8 @@ def _decode(data: bytes, max_size: int | None) -> _Pixels:
             factor = 1
         else:
             rgb, visible = _decode_8bit(image, 1 if jpeg else factor)
+        orientation = _orientation(image, data)
+        del image  # before the next large one
     if factor > 1:
         rgb = rgb[: height // factor, : width // factor]
         visible = None if visible is None else visible[: height // factor, : width // factor]
@@ -547,7 +564,7 @@ def _decode_deep(image: ImageFile, data: bytes) -> tuple[np.ndarray, np.ndarray 
         values: np.ndarray | None = np.asarray(image)
     else:
         if _format(data) == "TIFF":
-            data, _ = _clear_tiff_orientation(data)
+            data = _clear_tiff_orientation(data)
         values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
         return _decode_8bit(image, 1)
@@ -592,11 +609,6 @@ def _to_8bit(values: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------- EXIF
-
-
-def _orientation(exif: PillowExif) -> int:
-    value = exif.get(274, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _read_exif(image: ImageFile, orientation: int) -> Exif:

@@ -178,7 +178,7 @@ def _read_nonzero(path: Path) -> np.ndarray:
     """(H, W) bool: where any colour channel is not zero. Palettes count by their colours."""
     data = _read_bytes(path)
     try:
-        image, _ = open_stored(data)
+        image = open_stored(data)
         image.load()
         # 16-bit and floating point values would be cut off by a conversion to RGB.
         single = image.mode in ("I", "F", "L", "1") or image.mode.startswith("I;")
