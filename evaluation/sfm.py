@@ -6,7 +6,8 @@ Two views of the same poses, because each hides something:
   image in degrees and centre error in the truth's unit. Also in percent of two sizes of the scene,
   so that scenes and papers can be compared:
 
-  - ``radius``: the largest distance of a true camera centre from the mean of all true centres;
+  - ``radius``: the mean distance of the true camera centres from their mean (the largest such
+    distance would give smaller, kinder percentages);
   - ``extent``: the largest distance between any two true camera centres.
 
 * without any alignment: the relative poses of all pairs of true images. The error of a pair is the
@@ -93,8 +94,8 @@ class SfmScores:
     auc: dict[float, float]  # threshold in degrees -> percent
     points: int
     observations: int
-    track_length: float  # mean images per point
-    reprojection_px: float  # mean over all observations
+    track_length: float  # mean images per point; NaN without points
+    reprojection_px: float  # mean over all observations; NaN without points
     images: tuple[ImageScore, ...]  # in the truth's name order
     pair_errors: tuple[float, ...]  # degrees, one per pair of true images, infinite for failures
 
@@ -115,7 +116,7 @@ class SfmScores:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what JSON can hold; numbers that do not exist are null."""
-        return _plain(
+        return plain(
             {
                 "model": self.model,
                 **{name: metric.value(self) for name, metric in METRICS.items()},
@@ -172,6 +173,9 @@ METRICS: dict[str, Metric] = {
     "reprojection": Metric(value=lambda s: s.reprojection_px, unit="px", higher_is_better=False),
 }
 """Every number that can be printed and bounded, by name."""
+
+ALIASES = {"centre": "centre_radius_mean", "rotation": "rotation_mean"}
+"""Short names in bounds."""
 
 
 def evaluate(
@@ -239,6 +243,7 @@ def evaluate(
     pair_errors = np.maximum(pair_rotation, pair_direction)
     areas = auc(pair_errors, AUC_THRESHOLDS)
     statistics = _statistics(model)
+    points = int(statistics.get("points", 0))
     judged = np.isfinite(centre_errors)
     return SfmScores(
         model=label,
@@ -247,13 +252,13 @@ def evaluate(
         extra=len(cameras) - len(partners),
         rotation=Spread.of(rotation_errors[judged]),
         centre=Spread.of(centre_errors[judged]),
-        radius=float(np.linalg.norm(true_centres - true_centres.mean(0), axis=1).max()),
+        radius=float(np.linalg.norm(true_centres - true_centres.mean(0), axis=1).mean()),
         extent=float(np.linalg.norm(true_centres[:, None] - true_centres[None], axis=2).max()),
         auc={t: 100.0 * area for t, area in zip(AUC_THRESHOLDS, areas, strict=True)},
-        points=int(statistics.get("points", 0)),
+        points=points,
         observations=int(statistics.get("observations", 0)),
-        track_length=float(statistics.get("mean_track_length", math.nan)),
-        reprojection_px=float(statistics.get("mean_reprojection_error_px", math.nan)),
+        track_length=float(statistics["mean_track_length"]) if points else math.nan,
+        reprojection_px=float(statistics["mean_reprojection_error_px"]) if points else math.nan,
         images=tuple(
             ImageScore(
                 name=image,
@@ -292,43 +297,37 @@ def find_model(path: Path | str) -> tuple[Path, list[Path]]:
     """Find the model to judge in a folder.
 
     Args:
-        path: folder of a model, or of an output of ``gim-reconstruct`` (then ``sparse/0``), or of
-            numbered models.
+        path: folder of a model, or of an output of ``gim-reconstruct`` (then ``sparse/0``).
 
     Returns:
-        The model's folder, and those of the other models beside it.
+        The model's folder, and those of the other numbered models beside it.
 
     Raises:
         InputError: there is no model.
     """
-    path = Path(path)
-    if _holds_model(path):
-        return path, []
-    for parent in (path / "sparse", path):
-        if _holds_model(parent):
-            return parent, []
-        numbered = [p for p in parent.glob("*") if p.name.isdigit() and _holds_model(p)]
-        if numbered:
-            first, *others = sorted(numbered, key=lambda p: int(p.name))
-            return first, others
-    raise InputError(
-        f"no COLMAP model in {path}: give a folder with cameras, images and points3D (.bin or "
-        ".txt), or the output folder of gim-reconstruct"
-    )
+    from gim_hloc import colmap
+
+    model = colmap.find_model(path)
+    others = []
+    if model != Path(path) and model.name.isdigit():
+        numbered = [p for p in model.parent.iterdir() if p.name.isdigit() and p != model]
+        others = sorted(numbered, key=lambda p: int(p.name))
+    return model, others
 
 
 def read_cameras(source: Path | str | Cameras) -> Cameras:
     """Return the poses of a model given as folder; cameras pass through."""
     if isinstance(source, Mapping):
         return source
-    path, _ = find_model(source)
     from gim_hloc import colmap
 
-    return colmap.model_cameras(path)
+    return colmap.model_cameras(source)
 
 
 def parse_bounds(text: str) -> dict[str, float]:
-    """Read bounds like ``auc@1=90,centre_radius_mean=0.06``.
+    """Read bounds like ``auc@1=90,centre=0.06``; what is better high is a minimum.
+
+    ``centre`` is short for ``centre_radius_mean`` and ``rotation`` for ``rotation_mean``.
 
     Raises:
         InputError: a name is not in `METRICS`, or a value is no number.
@@ -336,6 +335,7 @@ def parse_bounds(text: str) -> dict[str, float]:
     bounds = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = (part.strip() for part in item.partition("="))
+        name = ALIASES.get(name, name)
         if name not in METRICS:
             raise InputError(f"unknown bound '{name}': known are {', '.join(METRICS)}")
         try:
@@ -405,17 +405,9 @@ def plot(scores: Sequence[SfmScores], output: Path) -> None:
 def _statistics(model: Path | str | Cameras) -> dict[str, Any]:
     if isinstance(model, Mapping):
         return {}
-    path, _ = find_model(model)
     from gim_hloc import colmap
 
-    return colmap.model_statistics(path)
-
-
-def _holds_model(path: Path) -> bool:
-    return any(
-        (path / f"cameras.{suffix}").is_file() and (path / f"images.{suffix}").is_file()
-        for suffix in ("bin", "txt")
-    )
+    return colmap.model_statistics(model)
 
 
 def _without_suffix(name: str) -> str:
@@ -446,12 +438,12 @@ def _percent_of(size: float) -> float:
     return 100.0 / size if size > 0 else math.nan
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -118,10 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run hloc and write ``OUTPUT/timings.json``; the model is in ``OUTPUT/sfm``."""
     arguments = parse_arguments(argv)
     clock = Stopwatch()
-    with clock.stage("startup"):
-        reconstruction = hloc_module("reconstruction")
-        pycolmap = importlib.import_module("pycolmap")
-        torch = importlib.import_module("torch")
+    reconstruction = hloc_module("reconstruction")
+    pycolmap = importlib.import_module("pycolmap")
+    torch = importlib.import_module("torch")
     arguments.output.mkdir(parents=True, exist_ok=True)
     pairs = arguments.pairs or arguments.output / "pairs.txt"
 
