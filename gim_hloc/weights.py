@@ -307,6 +307,45 @@ def load_state_dict(path: str | Path, *, inside: Sequence[str] = ()) -> dict[str
     return dict(content)
 
 
+def check_names(
+    expected: Mapping[str, Sequence[int]],
+    state: Mapping[str, torch.Tensor],
+    *,
+    path: str | Path,
+    network: str,
+    optional: Sequence[str] = (),
+) -> None:
+    """Check that a state dict has a network's names and shapes.
+
+    Args:
+        expected: names and shapes of the network's weights.
+        state: names and tensors of the file.
+        path: the file, for the message.
+        network: name of the network, for the message.
+        optional: names that may be missing or superfluous (derived buffers).
+
+    Raises:
+        WeightsError: names or shapes differ; the message lists them.
+    """
+    differences = {
+        "missing": sorted(expected.keys() - state.keys() - set(optional)),
+        "unexpected": sorted(state.keys() - expected.keys() - set(optional)),
+        "other shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key])}"
+            for key in sorted(expected.keys() & state.keys())
+            if tuple(state[key].shape) != tuple(expected[key])
+        ],
+    }
+    if not any(differences.values()):
+        return
+    lines = [f"{path} does not hold the weights of {network}."]
+    for label, names in differences.items():
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            lines.append(f"  {label}: {', '.join(names[:8])}{more}")
+    raise WeightsError("\n".join(lines))
+
+
 def load_into(
     module: torch.nn.Module,
     state: Mapping[str, torch.Tensor],
@@ -314,34 +353,7 @@ def load_into(
     path: str | Path,
     optional: Sequence[str] = (),
 ) -> None:
-    """Load a state dict into a network, strictly.
-
-    Args:
-        module: the network.
-        state: names and tensors.
-        path: file that they came from, for the message.
-        optional: names that may be missing or superfluous (derived buffers).
-
-    Raises:
-        WeightsError: names or shapes differ; the message lists them.
-    """
-    own = module.state_dict()
-    missing = sorted(own.keys() - state.keys() - set(optional))
-    unexpected = sorted(state.keys() - own.keys() - set(optional))
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].shape != state[key].shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [f"{path} does not hold the weights of {type(module).__name__}."]
-        for label, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("other shape", shapes),
-        ):
-            if names:
-                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-                parts.append(f"  {label}: {', '.join(names[:8])}{more}")
-        raise WeightsError("\n".join(parts))
+    """Load a state dict into a network, strictly; see ``check_names``."""
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    check_names(shapes, state, path=path, network=type(module).__name__, optional=optional)
     module.load_state_dict(dict(state), strict=False)

@@ -137,23 +137,20 @@ def _load_extractor(name: str, path: Path) -> torch.nn.Module:
 
 
 def _load_glue(path: Path, options: SparseOptions, device: torch.device) -> torch.nn.Module:
-    import kornia.feature
+    from gim_hloc.networks.lightglue import LightGlue, published_shapes
 
-    from gim_hloc.networks.lightglue import LightGlue
-
-    published = kornia.feature.LightGlue(
-        features=None,
-        input_dim=128,
+    state = {_lightglue_key(key): value for key, value in weights.load_state_dict(path).items()}
+    # Some published files hold a parameter that no version of the network reads.
+    unread = ["confidence_thresholds", *(f"log_assignment.{i}.r" for i in range(9))]
+    weights.check_names(published_shapes(), state, path=path, network="LightGlue", optional=unread)
+    return LightGlue.from_state(
+        state,
         depth_confidence=options.depth_confidence,
         width_confidence=options.width_confidence,
         filter_threshold=options.filter_threshold,
-    )
-    state = {_lightglue_key(key): value for key, value in weights.load_state_dict(path).items()}
-    derived = ["confidence_thresholds", *(f"log_assignment.{i}.r" for i in range(9))]
-    weights.load_into(published, state, path=path, optional=derived)
-    # Below this many points, a GPU is no faster with fewer.
-    pruning_min = 1536 if device.type == "cuda" else -1
-    return LightGlue.from_kornia(published, pruning_min=pruning_min).to(device)
+        # Below this many points, a GPU is no faster with fewer.
+        pruning_min=1536 if device.type == "cuda" else -1,
+    ).to(device)
 
 
 def _lightglue_key(key: str) -> str:

@@ -88,7 +88,7 @@ class SiftMatcher(SparseMatcher):
         options = self.options
         # OpenCV doubles the image first. Without the precise upscale, that moves every keypoint of
         # the doubled octave by a quarter pixel.
-        detector = cv2.SIFT_create(
+        detector = cv2.SIFT_create(  # type: ignore[attr-defined]
             nfeatures=0,
             nOctaveLayers=options.octave_layers,
             contrastThreshold=options.contrast_threshold,
@@ -165,7 +165,7 @@ class RootSiftMatcher(SparseMatcher):
 
         gray = _to_gray(image.image)
         height, width = gray.shape
-        detector = cv2.SIFT_create(
+        detector = cv2.SIFT_create(  # type: ignore[attr-defined]
             nfeatures=height * width // self.options.pixels_per_keypoint,
             contrastThreshold=self.options.contrast_threshold,
         )

@@ -32,7 +32,7 @@ _STRIP = 1 << 14  # pixels at once where 32 channels at full resolution pass by
 class _Deformable(nn.Module):
     """3x3 deformable convolution; the offsets come from the input (Dai et al., 2017)."""
 
-    def __init__(self, offsets: nn.Conv2d, conv: nn.Conv2d) -> None:
+    def __init__(self, offsets: Any, conv: Any) -> None:
         super().__init__()
         self.offsets = offsets
         self.conv = conv
@@ -66,19 +66,19 @@ class ALIKED(nn.Module):
                 _folded(source.block1.conv2, source.block1.bn2),
             ]
         )
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             nn.ModuleList(
                 [_folded(block.conv1, block.bn1), _folded(block.conv2, block.bn2), block.downsample]
             )
             for block in (source.block2, source.block3, source.block4)
         )
         # 1x1 convolutions as matrices (C_in, C_out)
-        self.lateral = nn.ParameterList(
+        self.lateral: Any = nn.ParameterList(
             _matrix(conv) for conv in (source.conv1, source.conv2, source.conv3, source.conv4)
         )
         quarter = self.lateral[0].shape[1]
         reduce = _matrix(source.score_head[0])
-        self.reduce = nn.ParameterList(
+        self.reduce: Any = nn.ParameterList(
             nn.Parameter(reduce[i * quarter : (i + 1) * quarter].clone()) for i in range(4)
         )
         self.score_convs = nn.ModuleList(source.score_head[i] for i in (2, 4, 6))
@@ -97,8 +97,9 @@ class ALIKED(nn.Module):
     @classmethod
     def from_kornia(cls, source: Any) -> ALIKED:
         """Take the weights of kornia's ``ALIKED`` over, for inference."""
-        model = cls(source).eval().requires_grad_(False)
-        return model.to(memory_format=torch.channels_last)
+        model: Any = cls(source).eval().requires_grad_(False)
+        typed: ALIKED = model.to(memory_format=torch.channels_last)
+        return typed
 
     def scales(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Features (1, C, h, w) of an image (1, 3, H, W) at strides 1, 2, 8, 32."""

@@ -1,7 +1,7 @@
 """LightGlue (Lindenberger et al., 2023), rearranged for speed.
 
 The network, its weights and its decisions (early stopping, pruning, assignment) are those of
-kornia's ``LightGlue``; ``LightGlue.from_kornia`` takes the weights over. What differs:
+kornia's ``LightGlue``; ``LightGlue.from_state`` takes the weights over. What differs:
 
 * cross attention uses the fused kernel in both directions instead of storing the similarities and
   two softmaxes of them;
@@ -17,17 +17,16 @@ Letters: B pairs or images, N keypoints, D = 256 channels, H = 4 heads, E = 64 c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-@dataclass
-class Start:
+class Start(NamedTuple):
     """What LightGlue derives from one image: input to all its pairs."""
 
     x: torch.Tensor  # (N, D) state after the first self attention
@@ -67,7 +66,7 @@ class _SelfBlock(_Block):
     ) -> torch.Tensor:
         qkv = self.split(x)
         # Queries and keys turn together. The two halves of a head's channels are the two
-        # coordinates of its rotating pairs (from_kornia reorders the rows so).
+        # coordinates of its rotating pairs (from_state reorders the rows so).
         first, second = qkv[:, :, :2].chunk(2, -1)
         cos, sin = cos[:, :, None, None], sin[:, :, None, None]
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -117,42 +116,35 @@ class LightGlue(nn.Module):
         self.pruning_min = pruning_min
         self.input_proj = nn.Linear(input_dim, dim) if input_dim != dim else nn.Identity()
         self.frequencies = nn.Linear(2, dim // heads // 2, bias=False)
-        self.selfs = nn.ModuleList([_SelfBlock(dim, heads, 3) for _ in range(layers)])
-        self.crosses = nn.ModuleList([_CrossBlock(dim, heads, 2) for _ in range(layers)])
-        self.final_proj = nn.ModuleList([nn.Linear(dim, dim) for _ in range(layers)])
+        # Annotated: a ModuleList does not know what it holds.
+        self.selfs: Any = nn.ModuleList([_SelfBlock(dim, heads, 3) for _ in range(layers)])
+        self.crosses: Any = nn.ModuleList([_CrossBlock(dim, heads, 2) for _ in range(layers)])
+        self.final_proj: Any = nn.ModuleList([nn.Linear(dim, dim) for _ in range(layers)])
         # Two outputs per point: matchability, and (all layers but the last) certainty.
-        self.heads = nn.ModuleList([nn.Linear(dim, 2) for _ in range(layers)])
+        self.heads: Any = nn.ModuleList([nn.Linear(dim, 2) for _ in range(layers)])
 
     @classmethod
-    def from_kornia(cls, source: Any, *, pruning_min: int = -1) -> LightGlue:
-        """Take weights and confidences over from kornia's ``LightGlue``."""
-        conf = source.conf
-        model = cls(
-            input_dim=conf.input_dim,
-            dim=conf.descriptor_dim,
-            heads=conf.num_heads,
-            layers=conf.n_layers,
-            depth_confidence=conf.depth_confidence,
-            width_confidence=conf.width_confidence,
-            filter_threshold=conf.filter_threshold,
-            pruning_min=pruning_min,
-        )
+    def from_state(cls, state: Mapping[str, torch.Tensor], **options: Any) -> LightGlue:
+        """Take over published weights.
+
+        Args:
+            state: names and tensors in kornia's words, checked against ``published_shapes``.
+            **options: constructor arguments, those of ``published_shapes`` included.
+        """
+        model = cls(**options)
         with torch.no_grad():
-            model.input_proj.load_state_dict(source.input_proj.state_dict())
-            model.frequencies.load_state_dict(source.posenc.Wr.state_dict())
-            for i, layer in enumerate(source.transformers):
-                _copy_self(model.selfs[i], layer.self_attn)
-                _copy_cross(model.crosses[i], layer.cross_attn)
-                assignment = source.log_assignment[i]
-                model.final_proj[i].load_state_dict(assignment.final_proj.state_dict())
-                rows = [assignment.matchability]
-                last = i == conf.n_layers - 1
-                rows.append(
-                    assignment.matchability if last else source.token_confidence[i].token[0]
-                )
-                model.heads[i].weight.copy_(torch.cat([row.weight for row in rows]))
-                model.heads[i].bias.copy_(torch.cat([row.bias for row in rows]))
-        return model.eval()
+            _copy(model.input_proj, state, "input_proj")
+            _copy(model.frequencies, state, "posenc.Wr")
+            for i in range(len(model.selfs)):
+                _copy_self(model.selfs[i], state, f"transformers.{i}.self_attn")
+                _copy_cross(model.crosses[i], state, f"transformers.{i}.cross_attn")
+                _copy(model.final_proj[i], state, f"log_assignment.{i}.final_proj")
+                rows = [f"log_assignment.{i}.matchability", f"token_confidence.{i}.token.0"]
+                # After the last layer nobody asks for certainty.
+                for row, name in enumerate(rows if i < len(model.selfs) - 1 else rows[:1]):
+                    model.heads[i].weight[row] = state[f"{name}.weight"][0]
+                    model.heads[i].bias[row] = state[f"{name}.bias"][0]
+        return model.eval().requires_grad_(False)
 
     def start(self, xy: torch.Tensor, size: tuple[int, int], descriptors: torch.Tensor) -> Start:
         """Compute what depends on one image only.
@@ -399,32 +391,62 @@ class _Batch:
         )
 
 
-def _fold(block: _Block, source: Any, output: Any) -> None:
+def published_shapes(
+    *, input_dim: int = 128, dim: int = 256, layers: int = 9, heads: int = 4
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a published state dict, in kornia's words."""
+
+    def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    shapes = linear("input_proj", input_dim, dim) if input_dim != dim else {}
+    shapes["posenc.Wr.weight"] = (dim // heads // 2, 2)
+    for i in range(layers):
+        own, cross = f"transformers.{i}.self_attn", f"transformers.{i}.cross_attn"
+        shapes |= linear(f"{own}.Wqkv", dim, 3 * dim) | linear(f"{own}.out_proj", dim, dim)
+        for name in ("to_qk", "to_v", "to_out"):
+            shapes |= linear(f"{cross}.{name}", dim, dim)
+        for block in (own, cross):
+            shapes |= linear(f"{block}.ffn.0", 2 * dim, 2 * dim)
+            shapes |= {f"{block}.ffn.1.{part}": (2 * dim,) for part in ("weight", "bias")}
+            shapes |= linear(f"{block}.ffn.3", 2 * dim, dim)
+        shapes |= linear(f"log_assignment.{i}.matchability", dim, 1)
+        shapes |= linear(f"log_assignment.{i}.final_proj", dim, dim)
+        if i < layers - 1:
+            shapes |= linear(f"token_confidence.{i}.token.0", dim, 1)
+    return shapes
+
+
+def _copy(module: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
+    for key, parameter in module.named_parameters():
+        parameter.copy_(state[f"{name}.{key}"])
+
+
+def _fold(block: _Block, state: Mapping[str, torch.Tensor], name: str, output: str) -> None:
     """Take the feed-forward part over with the attention's output projection folded in."""
-    first, norm, _, second = source.ffn
-    dim = output.in_features
-    weight, bias = first.weight.double(), first.bias.double()
-    on_x, on_message = weight[:, :dim], weight[:, dim:]
-    block.mix.weight.copy_(torch.cat([on_x, on_message @ output.weight.double()], 1))
-    block.mix.bias.copy_(bias + on_message @ output.bias.double())
-    block.norm.load_state_dict(norm.state_dict())
-    block.out.load_state_dict(second.state_dict())
+    weight, bias = state[f"{name}.ffn.0.weight"], state[f"{name}.ffn.0.bias"]
+    on_x, on_message = weight.chunk(2, 1)
+    block.mix.weight.copy_(torch.cat([on_x, on_message @ state[f"{name}.{output}.weight"]], 1))
+    block.mix.bias.copy_(bias + on_message @ state[f"{name}.{output}.bias"])
+    _copy(block.norm, state, f"{name}.ffn.1")
+    _copy(block.out, state, f"{name}.ffn.3")
 
 
-def _copy_self(block: _SelfBlock, source: Any) -> None:
-    dim, heads = source.embed_dim, source.num_heads
+def _copy_self(block: _SelfBlock, state: Mapping[str, torch.Tensor], name: str) -> None:
+    dim, heads = block.project.in_features, block.heads
     # Published rows: head, channel, (q, k, v). Here: (q, k, v), head, channel; and the pairs
     # (0, 1), (2, 3), … that rotate together become (0, E/2), (1, E/2 + 1), … in q and k.
     pair = torch.arange(dim // heads).view(-1, 2).T.flatten()
-    weight = source.Wqkv.weight.view(heads, -1, 3, dim).permute(2, 0, 1, 3).clone()
-    bias = source.Wqkv.bias.view(heads, -1, 3).permute(2, 0, 1).clone()
+    weight = state[f"{name}.Wqkv.weight"].view(heads, -1, 3, dim).permute(2, 0, 1, 3).clone()
+    bias = state[f"{name}.Wqkv.bias"].view(heads, -1, 3).permute(2, 0, 1).clone()
     weight[:2], bias[:2] = weight[:2][:, :, pair], bias[:2][:, :, pair]
     block.project.weight.copy_(weight.reshape(3 * dim, dim))
     block.project.bias.copy_(bias.reshape(-1))
-    _fold(block, source, source.out_proj)
+    _fold(block, state, name, "out_proj")
 
 
-def _copy_cross(block: _CrossBlock, source: Any) -> None:
-    block.project.weight.copy_(torch.cat([source.to_qk.weight, source.to_v.weight]))
-    block.project.bias.copy_(torch.cat([source.to_qk.bias, source.to_v.bias]))
-    _fold(block, source, source.to_out)
+def _copy_cross(block: _CrossBlock, state: Mapping[str, torch.Tensor], name: str) -> None:
+    for part in ("weight", "bias"):
+        rows = [state[f"{name}.to_qk.{part}"], state[f"{name}.to_v.{part}"]]
+        getattr(block.project, part).copy_(torch.cat(rows))
+    _fold(block, state, name, "to_out")
