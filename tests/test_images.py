@@ -173,7 +173,9 @@ def test_links_to_folders_are_followed_once(tmp_path):
     save(tmp_path / "elsewhere" / "b.jpg", photo(seed=2))
     (tmp_path / "images" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "images" / "loop").symlink_to(tmp_path / "images")
-    assert scan(tmp_path / "images").names == ["a.jpg", "link/b.jpg"]
+    found = scan(tmp_path / "images")
+    assert found.names == ["a.jpg", "link/b.jpg"]
+    assert found.rejected == ()  # no file twice
 
 
 def test_given_names_are_taken_and_missing_ones_refused(tmp_path):
