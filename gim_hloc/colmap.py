@@ -568,7 +568,7 @@ def run_mapping(
     if not models:
         notes.append(
             f"COLMAP's {mapper} mapper found no first pair with the usual thresholds; it was run "
-            "again with relaxed ones (first pair: 30 inliers and 4 degrees; registration: 15 "
+            "again with relaxed ones (first pair: 30 inliers and 4 degrees or less; registration: 15 "
             "inliers; tracks of two views kept). Look at the model before you trust it."
         )
         logger.warning(notes[-1])

@@ -21,7 +21,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -269,14 +269,14 @@ class H5Store:
         path: Path,
         settings: dict[str, Any],
         *,
-        key_of: Mapping[str, str] | None = None,
+        key_of: Callable[[str], str] | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = path
         self.settings = settings
         self.stamp = digest(settings)
         self.changed_settings: list[str] = []  # names of settings that differ from the file's
-        self._key_of = key_of or {}
+        self._key = key_of or (lambda name: name)
         self._old: h5py.File | None = None
         self._valid: dict[str, str] = {}  # name -> source
         self._mutex = threading.Lock()
@@ -294,9 +294,6 @@ class H5Store:
     def torn_bytes(self) -> int:
         """Bytes of a torn record that an earlier, killed run left behind."""
         return self._journal.torn if self._journal else 0
-
-    def _key(self, name: str) -> str:
-        return self._key_of.get(name, name)
 
     def _open_old(self) -> None:
         try:
@@ -452,7 +449,7 @@ def encoding_from_arrays(
         network_size=(network_width, network_height),
         to_original=np.asarray(attributes["to_original"], dtype=np.float64).reshape(2, 3),
         keypoints=torch.from_numpy(np.array(arrays["keypoints"], dtype=np.float32)),
-        descriptors=torch.from_numpy(np.ascontiguousarray(arrays["descriptors"].T)),
+        descriptors=torch.from_numpy(np.array(arrays["descriptors"].T, order="C")),
         scores=torch.from_numpy(np.array(arrays["scores"], dtype=np.float32)),
     )
 

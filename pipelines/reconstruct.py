@@ -238,7 +238,10 @@ class _Run:
             raise InputError(f"Unknown export {unknown[0]!r}. Known: {', '.join(EXPORTS)}.")
         with self._timed("scan"):
             self.image_set: ImageSet = image_module.scan(
-                self.root, min_size=options.min_image_size, progress=self.progress
+                self.root,
+                min_size=options.min_image_size,
+                exclude=[self.output, *([options.masks] if options.masks else [])],
+                progress=self.progress,
             )
             image_module.require_usable(self.image_set)
         self.records = {record.name: record for record in self.image_set.images}
@@ -369,7 +372,7 @@ class _Run:
                 "hloc's key of a pair writes / as -, which makes some of your names collide; "
                 f"those pairs are stored under escaped keys that hloc cannot read ({escaped[0]})."
             )
-        self.match_keys = _PairKeys(keys)
+        self.match_keys = lambda name: "/".join(keys[n] for n in name.split("\t"))
         self.workers = self.options.workers or engine.default_workers(
             self.matcher.device, self.options.deterministic
         )
@@ -925,18 +928,6 @@ class _Run:
         self.state["map_notes"] = self.notes
         self._write_state()
         return report
-
-
-class _PairKeys(dict[str, str]):
-    """h5 key of a pair from its journal name, made on demand."""
-
-    def __init__(self, keys: Mapping[str, str]) -> None:
-        super().__init__()
-        self._keys = keys
-
-    def get(self, name: str, default: Any = None) -> Any:
-        a, _, b = name.partition("\t")
-        return f"{self._keys[a]}/{self._keys[b]}"
 
 
 def _pair_name(pair: Pair) -> str:

@@ -1,0 +1,121 @@
+"""A matcher that knows the answer: it gives a synthetic scene's exact keypoints and matches.
+
+It runs through the whole pipeline in milliseconds, so that files, resuming and reports are tested
+without a network. Options can make it slow, to be killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from synthetic import HEIGHT, WIDTH, Scene, make_scene
+
+from gim_hloc import matchers
+from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
+from gim_hloc.matchers.sparse import make_encoding
+
+NAME = "fake"
+SCENE = make_scene(images=8, points=300)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the fake matcher."""
+
+    seconds: float = 0.0  # a pair takes
+    version: int = 0  # stands for any setting
+
+
+class FakeMatcher:
+    """See the module."""
+
+    calls: list[str] = []  # noqa: RUF012 - shared on purpose, tests clear it
+
+    def __init__(self, options: Options) -> None:
+        self.info = matchers.describe(NAME)
+        self.options = options
+        self.image_options = ImageOptions(max_size=None)
+        self.device = torch.device("cpu")
+        self.weights_hashes: dict[str, str] = {}
+
+    def encode_settings(self) -> dict[str, Any]:
+        return {"matcher": NAME, "version": self.options.version}
+
+    def match_settings(self) -> dict[str, Any]:
+        return {"matcher": NAME}
+
+    def encode(self, image: ImageData) -> SparseEncoding:
+        self.calls.append(image.name)
+        keypoints = torch.from_numpy(SCENE.keypoints.get(image.name, np.zeros((0, 2), np.float32)))
+        ids = torch.from_numpy(SCENE.points.get(image.name, np.zeros(0, np.int64)))
+        if image.mask is not None and len(keypoints):
+            columns, rows = keypoints.round().long().T
+            allowed = image.mask[rows.clamp(0, HEIGHT - 1), columns.clamp(0, WIDTH - 1)]
+            keypoints, ids = keypoints[allowed], ids[allowed]
+        descriptors = torch.zeros(len(ids), 16)
+        descriptors[:, 0] = ids.float()
+        return make_encoding(
+            name=image.name,
+            size=image.size,
+            network_size=image.network_size,
+            to_original=image.to_original,
+            keypoints=keypoints,
+            descriptors=descriptors,
+            scores=torch.ones(len(ids)),
+        )
+
+    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        time.sleep(self.options.seconds)
+        self.calls.append(f"{a.name}|{b.name}")
+        _, rows_a, rows_b = np.intersect1d(
+            a.descriptors[:, 0].numpy(), b.descriptors[:, 0].numpy(),
+            assume_unique=True, return_indices=True,
+        )  # fmt: skip
+        indices = torch.from_numpy(np.stack([rows_a, rows_b], 1))
+        return Matches.from_indices(a, b, indices, torch.ones(len(indices)))
+
+    def match_batch(self, pairs: Sequence[tuple[SparseEncoding, SparseEncoding]]) -> list[Matches]:
+        return [self.match(a, b) for a, b in pairs]
+
+
+def _make(*, quality: str, device: str, **overrides: Any) -> FakeMatcher:
+    return FakeMatcher(Options(**overrides))
+
+
+def register() -> None:
+    """Put the matcher in the registry once."""
+    if NAME not in matchers.names():
+        matchers.register(
+            NAME,
+            _make,
+            MatcherInfo(
+                name=NAME, kind="sparse", checkpoint=(), licence="MIT", commercial=True,
+                colour="rgb", default_size=800, summary="knows the answer",
+            ),
+        )  # fmt: skip
+
+
+def write_images(folder: Path, scene: Scene = SCENE) -> Path:
+    """Pictures of the right size and different content for every image of a scene."""
+    for i, name in enumerate(scene.names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), np.uint8)
+        Image.fromarray(pixels).resize((WIDTH, HEIGHT)).save(path)
+    return folder
+
+
+if __name__ == "__main__":  # python fake_matcher.py gim-reconstruct arguments...
+    import sys
+
+    from gim_hloc.cli.reconstruct import main
+
+    register()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""A synthetic scene with exact poses, observations and matches. No images are involved."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gim_hloc.images import Exif, ImageRecord
+
+WIDTH, HEIGHT, FOCAL = 800, 600, 700.0
+INTRINSICS = f"PINHOLE,{FOCAL},{FOCAL},{WIDTH / 2},{HEIGHT / 2}"
+
+
+@dataclass
+class Scene:
+    """Cameras around a cloud of points.
+
+    Attributes:
+        names: image names, sorted.
+        poses: name -> (R, t), world to camera.
+        keypoints: name -> (N, 2) float32 in hloc's frame (integer = pixel centre).
+        points: name -> (N,) index of the 3D point of each keypoint.
+    """
+
+    names: list[str]
+    poses: dict[str, tuple[np.ndarray, np.ndarray]]
+    keypoints: dict[str, np.ndarray]
+    points: dict[str, np.ndarray]
+
+    def matches(self, a: str, b: str) -> np.ndarray:
+        """True matches (M, 2) of two images."""
+        _, rows_a, rows_b = np.intersect1d(
+            self.points[a], self.points[b], assume_unique=True, return_indices=True
+        )
+        return np.stack([rows_a, rows_b], axis=1).astype(np.uint32)
+
+    def all_matches(self) -> list[tuple[str, str, np.ndarray]]:
+        """True matches of all pairs."""
+        return [
+            (a, b, self.matches(a, b))
+            for i, a in enumerate(self.names)
+            for b in self.names[i + 1 :]
+        ]
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """All pairs."""
+        return [(a, b) for a, b, _ in self.all_matches()]
+
+    def records(self, **exif: object) -> list[ImageRecord]:
+        """Records as the image scan would give them."""
+        return [record(name, **exif) for name in self.names]
+
+
+def record(name: str, width: int = WIDTH, height: int = HEIGHT, **exif: object) -> ImageRecord:
+    """An image record without a file."""
+    return ImageRecord(
+        name=name,
+        path=Path(name),
+        width=width,
+        height=height,
+        sha256=name,
+        exif=Exif(**exif),  # type: ignore[arg-type]
+    )
+
+
+def make_scene(
+    *,
+    images: int = 8,
+    points: int = 400,
+    noise_px: float = 0.0,
+    arc_deg: float = 90.0,
+    seed: int = 0,
+    names: list[str] | None = None,
+) -> Scene:
+    """Cameras on an arc of radius 6 looking at a cloud of points around the origin."""
+    rng = np.random.default_rng(seed)
+    xyz = rng.uniform(-1.5, 1.5, (points, 3))
+    names = names or [f"image {i:02d} é.jpg" for i in range(images)]
+    scene = Scene(names=names, poses={}, keypoints={}, points={})
+    for i, name in enumerate(names):
+        angle = np.deg2rad(arc_deg) * i / max(1, len(names) - 1)
+        centre = np.array([6 * np.sin(angle), 0.4 * np.cos(3 * angle), -6 * np.cos(angle)])
+        forward = -centre / np.linalg.norm(centre)
+        right = np.cross([0.0, 1.0, 0.0], forward)
+        right /= np.linalg.norm(right)
+        rotation = np.stack([right, np.cross(forward, right), forward])
+        translation = -rotation @ centre
+        camera = xyz @ rotation.T + translation
+        xy_colmap = camera[:, :2] / camera[:, 2:] * FOCAL + [WIDTH / 2, HEIGHT / 2]
+        xy_colmap += rng.normal(0, noise_px, xy_colmap.shape) if noise_px else 0
+        inside = (xy_colmap > 0).all(1) & (xy_colmap < [WIDTH, HEIGHT]).all(1)
+        order = rng.permutation(np.flatnonzero(inside))
+        scene.poses[name] = (rotation, translation)
+        scene.keypoints[name] = (xy_colmap[order] - 0.5).astype(np.float32)
+        scene.points[name] = order
+    return scene
+
+
+def camera_errors(
+    model: dict[str, tuple[np.ndarray, np.ndarray]], truth: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> tuple[float, float]:
+    """Largest relative rotation error in degrees, and centre error after Sim3 (share of extent)."""
+    names = sorted(set(model) & set(truth))
+    worst = 0.0
+    for a, b in itertools.pairwise(names):
+        found = model[b][0] @ model[a][0].T
+        true = truth[b][0] @ truth[a][0].T
+        cosine = (np.trace(found.T @ true) - 1) / 2
+        worst = max(worst, float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))))
+    x = np.array([-model[n][0].T @ model[n][1] for n in names])
+    y = np.array([-truth[n][0].T @ truth[n][1] for n in names])
+    x0, y0 = x - x.mean(0), y - y.mean(0)
+    u, s, vt = np.linalg.svd(y0.T @ x0)
+    d = np.diag([1, 1, np.sign(np.linalg.det(u @ vt))])
+    scale = (s * np.diag(d)).sum() / (x0**2).sum()
+    residual = y0 - scale * x0 @ (u @ d @ vt).T
+    return worst, float(np.linalg.norm(residual, axis=1).max() / np.ptp(y, axis=0).max())

@@ -1,0 +1,406 @@
+"""The pipeline from folder to model: files, resuming, reasons, errors.
+
+Most cases run with a matcher that knows the answer (``fake_matcher``), so that they are exact and
+fast; real photographs follow in ``test_real_scenes``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fake_matcher
+import h5py
+import numpy as np
+import pytest
+import yaml
+from fake_matcher import SCENE, FakeMatcher, write_images
+from PIL import Image
+from synthetic import INTRINSICS, camera_errors
+
+import gim_hloc
+from gim_hloc import colmap, store
+from gim_hloc.cli.reconstruct import main
+from gim_hloc.errors import InputError, LockedError, MappingError
+from gim_hloc.pairs import read_pairs
+from gim_hloc.pipelines.reconstruct import ReconstructResult, parse_matcher_options
+
+fake_matcher.register()
+NAMES = SCENE.names
+PAIRS = len(NAMES) * (len(NAMES) - 1) // 2
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+def run(images: Path, output: Path, **options: Any) -> ReconstructResult:
+    FakeMatcher.calls.clear()
+    options = {"matcher": "fake", "intrinsics": INTRINSICS, "deterministic": True, **options}
+    return gim_hloc.reconstruct(images, output, progress=False, **options)
+
+
+def encoded() -> list[str]:
+    return sorted(call for call in FakeMatcher.calls if "|" not in call)
+
+
+def matched() -> list[str]:
+    return sorted(call for call in FakeMatcher.calls if "|" in call)
+
+
+def status(result: ReconstructResult) -> dict[str, str]:
+    return {row["name"]: row["status"] for row in result.report["images"]}
+
+
+# ----------------------------------------------------------------------------------- whole runs
+
+
+def test_whole_run_gives_true_poses_and_all_files(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = run(images, output)
+    assert result.registered == len(NAMES)
+    rotation, centre = camera_errors(colmap.model_cameras(output), SCENE.poses)
+    assert rotation < 0.02
+    assert centre < 1e-3
+    assert encoded() == NAMES  # once per image
+    assert len(matched()) == PAIRS
+    for name in (
+        "run.yaml",
+        "pairs.txt",
+        "features.h5",
+        "matches.h5",
+        "database.db",
+        "report.html",
+        "report.json",
+        "log.txt",
+        "sparse/0/images.bin",
+        "export/0/points.ply",
+    ):
+        assert (output / name).is_file(), name
+    assert not [p for p in output.rglob("*") if p.suffix in (".tmp", ".journal")]
+    summary = result.report["summary"]
+    assert summary["pairs"] == summary["pairs_verified"] == PAIRS
+    assert summary["mean_reprojection_error_px"] < 0.01
+    assert read_pairs(output / "pairs.txt") == SCENE.pairs()
+    assert result.model().num_reg_images() == len(NAMES)
+    # hloc's layout, read as hloc reads it
+    with h5py.File(output / "features.h5") as file:
+        assert np.array_equal(file[NAMES[0]]["keypoints"][()], SCENE.keypoints[NAMES[0]])
+    rows, _ = store.read_matches(output / "matches.h5", NAMES[0], NAMES[1])
+    assert set(map(tuple, rows.tolist())) == set(map(tuple, SCENE.matches(*NAMES[:2]).tolist()))
+
+
+def test_same_command_again_computes_nothing(images: Path, tmp_path: Path) -> None:
+    first = run(images, tmp_path / "out")
+    before = (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns
+    second = run(images, tmp_path / "out")
+    assert FakeMatcher.calls == []
+    assert (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns == before
+    for key in ("registered", "points", "pairs_verified", "mean_reprojection_error_px"):
+        assert second.report["summary"][key] == first.report["summary"][key]
+    assert second.report["pairs"] == first.report["pairs"]
+
+
+def test_changed_image_redoes_only_what_depends_on_it(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "out")
+    Image.new("RGB", (800, 600), (3, 4, 5)).save(images / NAMES[2])
+    result = run(images, tmp_path / "out")
+    assert encoded() == [NAMES[2]]
+    assert len(matched()) == len(NAMES) - 1
+    assert all(NAMES[2] in pair for pair in matched())
+    assert result.registered == len(NAMES)
+
+
+def test_added_image_keeps_the_rest(images: Path, tmp_path: Path) -> None:
+    last = images / NAMES[-1]
+    kept = last.read_bytes()
+    last.unlink()
+    assert run(images, tmp_path / "out").registered == len(NAMES) - 1
+    last.write_bytes(kept)
+    assert run(images, tmp_path / "out").registered == len(NAMES)
+    assert encoded() == [NAMES[-1]]
+    assert len(matched()) == len(NAMES) - 1
+
+
+def test_changed_settings_reuse_nothing(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(images, tmp_path / "out")
+    caplog.set_level("INFO", "gim_hloc")
+    run(images, tmp_path / "out", matcher_options=("version=1",))
+    assert encoded() == NAMES
+    assert len(matched()) == PAIRS
+    assert "encode.version changed" in caplog.text
+
+
+def test_mapping_options_redo_mapping_only(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "out")
+    before = (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns
+    run(images, tmp_path / "out", map=colmap.MapOptions(init_min_tri_angle=8.0))
+    assert FakeMatcher.calls == []
+    assert (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns != before
+
+
+def test_overwrite_starts_over_and_keeps_other_files(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "out")
+    (tmp_path / "out/notes of mine.txt").write_text("keep")
+    run(images, tmp_path / "out", overwrite=True)
+    assert encoded() == NAMES
+    assert (tmp_path / "out/notes of mine.txt").read_text() == "keep"
+
+
+def test_deterministic_runs_are_equal(images: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(images, tmp_path / name, export=("txt",))
+    first, second = ((tmp_path / n / "export/0/images.txt").read_text() for n in "ab")
+    assert first == second
+
+
+def test_several_workers_give_the_same_files(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "one", export=("txt",))
+    run(images, tmp_path / "many", export=("txt",), workers=4)
+    first, second = ((tmp_path / n / "export/0/images.txt").read_text() for n in ("one", "many"))
+    assert first == second
+
+
+def test_dry_run_estimates_and_writes_nothing(images: Path, tmp_path: Path) -> None:
+    result = run(images, tmp_path / "out", dry_run=True)
+    assert result.estimate["pairs"] == PAIRS
+    assert result.estimate["pairs_exact"]
+    assert result.estimate["disk_bytes"] > 0
+    assert not (tmp_path / "out").exists()
+    assert 0 < len(encoded()) < len(NAMES)
+
+
+def test_run_yaml_records_settings(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "out")
+    recorded = yaml.safe_load((tmp_path / "out/run.yaml").read_text())
+    assert recorded["options"]["matcher"] == "fake"
+    assert recorded["versions"]["pycolmap"] == colmap.version()
+    assert recorded["timings"]["match"] >= 0
+
+
+# ------------------------------------------------------------------------------- bad input, why
+
+
+def test_bad_images_are_named_with_their_reason(images: Path, tmp_path: Path) -> None:
+    (images / "empty.jpg").touch()
+    (images / "text.png").write_text("no picture")
+    Image.new("RGB", (40, 400)).save(images / "tiny.png")
+    shutil.copy(images / NAMES[0], images / "z copy.jpg")
+    Image.new("RGB", (800, 600)).save(images / "blank.png")  # no keypoints, not in the scene
+    result = run(images, tmp_path / "out", camera_mode="auto", intrinsics=None)
+    assert result.registered == len(NAMES)
+    assert status(result) == {
+        **dict.fromkeys(NAMES, "registered"),
+        "empty.jpg": "empty",
+        "text.png": "unreadable",
+        "tiny.png": "tiny",
+        "z copy.jpg": "duplicate",
+        "blank.png": "no_features",
+    }
+    reasons = {row["name"]: row["reason"] for row in result.report["images"]}
+    assert NAMES[0] in reasons["z copy.jpg"]
+    assert "40" in reasons["tiny.png"]
+
+
+def test_fewer_than_two_images_write_nothing_over(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*"))}
+    for name in NAMES[1:]:
+        (images / name).write_bytes(b"")
+    with pytest.raises(InputError, match="empty"):
+        run(images, tmp_path / "out", overwrite=True)
+    assert {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*"))} == before
+
+
+def test_images_without_pairs_or_matches_say_so(images: Path, tmp_path: Path) -> None:
+    Image.effect_noise((800, 600), 50).convert("RGB").save(images / "zz.png")
+    listed = [p for p in SCENE.pairs() if NAMES[7] not in p]
+    pairs = tmp_path / "my pairs.txt"
+    pairs.write_text("".join(f"{a}\t{b}\n" for a, b in [*listed, (NAMES[0], "zz.png")]))
+    result = run(images, tmp_path / "out", pairs=str(pairs))
+    assert result.registered == 7
+    assert status(result)[NAMES[7]] == "no_pairs"
+    assert status(result)["zz.png"] == "no_features"
+
+
+def test_nothing_matches_is_reported(images: Path, tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    for i in range(3):  # images outside the scene have no keypoints
+        far.mkdir(exist_ok=True)
+        Image.effect_noise((800, 600), 50 + i).convert("RGB").save(far / f"{i}.png")
+    with pytest.raises(MappingError, match="no pair"):
+        run(far, tmp_path / "out")
+    report = (tmp_path / "out/report.json").read_text()
+    assert '"registered": 0' in report
+    assert (tmp_path / "out/report.html").exists()
+
+
+def test_masks_drop_keypoints(images: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    mask = np.full((600, 800), 255, np.uint8)
+    mask[:, :400] = 0
+    Image.fromarray(mask).save(masks / f"{NAMES[0]}.png")
+    run(images, tmp_path / "out", masks=masks, mask_erode=4)
+    with h5py.File(tmp_path / "out/features.h5") as file:
+        kept = file[NAMES[0]]["keypoints"][()]
+        assert len(file[NAMES[1]]["keypoints"]) == len(SCENE.keypoints[NAMES[1]])
+    expected = SCENE.keypoints[NAMES[0]]
+    assert 0 < len(kept) < len(expected)
+    assert kept[:, 0].min() > 402
+    assert len(kept) >= (expected[:, 0] > 405).sum()
+    # another mask: its image is encoded again, the others are not
+    mask[:] = 255
+    Image.fromarray(mask).save(masks / f"{NAMES[0]}.png")
+    run(images, tmp_path / "out", masks=masks, mask_erode=4)
+    assert encoded() == [NAMES[0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"matcher": "nope"}, "Unknown matcher"),
+        ({"pairs": "nope"}, "nope"),
+        ({"camera_model": "NOPE"}, "Unknown camera model"),
+        ({"intrinsics": "PINHOLE,1"}, "takes 4 parameters"),
+        ({"nope": 1}, "Unknown option"),
+        ({"matcher_options": ("nope",)}, "NAME=VALUE"),
+        ({"export": ("dxf",)}, "Unknown export"),
+        ({"masks": Path("no/such/folder")}, "no/such/folder"),
+    ],
+)
+def test_bad_options_are_found_before_any_work(
+    images: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(images, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    assert FakeMatcher.calls == []
+
+
+def test_matcher_options_are_typed() -> None:
+    assert parse_matcher_options(["a=1", "b-c=0.5", "d=null", "e=true", "f=x=y"]) == {
+        "a": 1, "b_c": 0.5, "d": None, "e": True, "f": "x=y",
+    }  # fmt: skip
+
+
+def test_colliding_names_stay_apart(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    for old, new in ((NAMES[0], "a/b.jpg"), (NAMES[1], "a-b.jpg")):
+        (images / new).parent.mkdir(exist_ok=True)
+        (images / old).rename(images / new)
+        SCENE.keypoints[new], SCENE.points[new] = SCENE.keypoints[old], SCENE.points[old]
+    result = run(images, tmp_path / "out")
+    assert result.registered == len(NAMES)
+    assert any("a/b.jpg" in note for note in result.report["notes"])
+    rows, _ = store.read_matches(tmp_path / "out/matches.h5", "a-b.jpg", NAMES[2])
+    assert set(map(tuple, rows.tolist())) == set(map(tuple, SCENE.matches(*NAMES[1:3]).tolist()))
+    rows, _ = store.read_matches(tmp_path / "out/matches.h5", "a/b.jpg", NAMES[2])
+    expected = SCENE.matches(NAMES[0], NAMES[2])
+    assert set(map(tuple, rows.tolist())) == set(map(tuple, expected.tolist()))
+
+
+# --------------------------------------------------------------------------- killed, locked, CLI
+
+
+def command(images: Path, output: Path, *more: str) -> list[str]:
+    script = Path(__file__).with_name("fake_matcher.py")
+    return [
+        sys.executable, str(script), str(images), str(output), "--matcher", "fake", "--quiet",
+        "--intrinsics", INTRINSICS, *more,
+    ]  # fmt: skip
+
+
+def logged_pairs(output: Path) -> Counter[str]:
+    text = (output / "log.txt").read_text(encoding="utf-8")
+    return Counter(re.findall(r" matched (.+ \| .+): \d+ matches", text))
+
+
+def test_killed_five_times_equals_uninterrupted(images: Path, tmp_path: Path) -> None:
+    slow = ("--matcher-options", "seconds=0.1")
+    output = tmp_path / "killed"
+    rng = random.Random(0)
+    killed = 0
+    for _ in range(5):
+        process = subprocess.Popen(
+            command(images, output, *slow), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        # Wait for work to begin, whatever the machine's load, then for a random moment of it.
+        before = sum(logged_pairs(output).values()) if (output / "log.txt").exists() else 0
+        goal = before + rng.randint(1, 4)
+        while process.poll() is None:
+            if (output / "log.txt").exists() and sum(logged_pairs(output).values()) >= goal:
+                break
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed == 5
+    assert not (output / "sparse").exists()
+    subprocess.run(command(images, output, *slow), check=True, capture_output=True)
+    counts = logged_pairs(output)
+    assert len(counts) == PAIRS
+    assert set(counts.values()) == {1}  # no finished pair is matched twice
+    whole = run(images, tmp_path / "whole")
+    assert sorted(colmap.model_cameras(output)) == sorted(colmap.model_cameras(tmp_path / "whole"))
+    rows = {
+        (a, b): [store.read_matches(out / "matches.h5", a, b)[0] for out in (output, whole.output)]
+        for a, b in SCENE.pairs()
+    }
+    assert all(np.array_equal(x, y) for x, y in rows.values())
+
+
+def test_second_run_on_one_output_stops(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with store.OutputLock(output):
+        with pytest.raises(LockedError, match="Another run"):
+            run(images, output)
+        done = subprocess.run(command(images, output), capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert f"process {os.getpid()}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_cli_errors_have_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 2
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_cli_flags_reach_the_options(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([
+        str(images), str(tmp_path / "out"), "--matcher", "fake", "--pairs", "sequential",
+        "--pair.window", "2", "--pair.no-quadratic", "--camera-mode", "single", "--intrinsics",
+        INTRINSICS, "--export", "txt", "nerfstudio", "--deterministic", "--quiet",
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0
+    assert f"{len(NAMES)} of {len(NAMES)} images registered" in out
+    assert len(read_pairs(tmp_path / "out/pairs.txt")) == 2 * len(NAMES) - 3
+    assert (tmp_path / "out/export/0/transforms.json").exists()
+
+
+def test_dense_without_cuda_says_what_is_missing(images: Path, tmp_path: Path) -> None:
+    if colmap.has_cuda():
+        pytest.skip("this pycolmap has CUDA")
+    result = run(images, tmp_path / "out", dense=True)
+    assert (tmp_path / "out/dense/images").is_dir()
+    assert any("no CUDA" in note for note in result.report["notes"])
