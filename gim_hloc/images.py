@@ -830,7 +830,8 @@ def load(
     if array.ndim == 2:
         array = array[..., None]
     array = np.ascontiguousarray(_turn(array, orientation).transpose(2, 0, 1))
-    tensor = torch.from_numpy(array).to(torch.float32).div_(255.0).clamp_(0.0, 1.0)
+    # In NumPy: torch's threads would fight with the network's for so small a job.
+    array = np.divide(array, np.float32(255), dtype=np.float32)
 
     scale = np.array([covered[0] / columns, covered[1] / rows]) * pixels.factor
     to_original = orientation_affine(orientation, columns, rows)
@@ -847,7 +848,7 @@ def load(
     if allowed is not None:
         allowed = np.ascontiguousarray(_turn(allowed, orientation))
     return ImageData(
-        image=tensor,
+        image=torch.from_numpy(array),
         name=record.name,
         size=record.size,
         to_original=to_original,
@@ -877,7 +878,8 @@ def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     smaller = size[0] <= width and size[1] <= height
     # OpenCV falls back to bilinear, which aliases, if an axis grows under INTER_AREA.
     interpolation = cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
-    return cv2.resize(array.astype(np.float32), size, interpolation=interpolation)
+    resized = cv2.resize(array.astype(np.float32), size, interpolation=interpolation)
+    return resized if smaller else np.clip(resized, 0, 255)  # cubic overshoots at edges
 
 
 def _sample_nearest(mask: np.ndarray, extent: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
