@@ -378,9 +378,10 @@ def plot(scores: Sequence[SfmScores], output: Path) -> None:
     truth = np.array([image.true_centre_xyz for image in scores[0].images])
     _, _, axes = np.linalg.svd(truth - truth.mean(0), full_matrices=False)
     plane = axes[:2].T
+    lowest = 1e-2  # degrees; the axis is logarithmic because models differ by factors
     top.plot(*(truth @ plane).T, "k+", markersize=11, label="truth")
     for one in scores:
-        errors = np.sort(one.pair_errors)
+        errors = np.sort(np.maximum(one.pair_errors, lowest))
         share = 100 * np.arange(1, len(errors) + 1) / len(errors)
         curves.step(errors, share, where="post", label=f"{one.model} (AUC@1° {one.auc[1.0]:.1f})")
         centres = np.array([image.centre_xyz for image in one.images])
@@ -388,7 +389,8 @@ def plot(scores: Sequence[SfmScores], output: Path) -> None:
         for a, b in zip(centres @ plane, truth @ plane, strict=True):
             top.plot(*np.stack([a, b]).T, "-", color=marks.get_color(), linewidth=0.8)
     curves.set(
-        xlim=(0, max(AUC_THRESHOLDS)),
+        xscale="log",
+        xlim=(lowest, 2 * max(AUC_THRESHOLDS)),
         ylim=(0, 101),
         xlabel="relative pose error [deg]",
         ylabel="pairs below [%]",

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any
 from gim_hloc.errors import GimError
 
 PROC = Path("/proc")
+WAITER = Path(__file__).with_name("_wait4.py")
 
 
 class BenchmarkError(GimError):
@@ -47,10 +48,10 @@ class Usage:
 
 
 class TreeSampler(threading.Thread):
-    """Samples the memory of a process and its descendants until stopped."""
+    """Samples the memory of all descendants of a process until stopped."""
 
     def __init__(self, pid: int, *, interval_s: float = 0.25) -> None:
-        """Watch process ``pid``; ``interval_s`` is the time between two samples."""
+        """Watch below process ``pid``; ``interval_s`` is the time between two samples."""
         super().__init__(daemon=True)
         self.pid = pid
         self.interval_s = interval_s
@@ -71,7 +72,7 @@ class TreeSampler(threading.Thread):
 
 
 def descendants(pid: int) -> list[int]:
-    """Return a process and all below it; empty where there is no ``/proc``."""
+    """Return all processes below one; empty where there is no ``/proc``."""
     children: dict[int, list[int]] = {}
     for entry in PROC.glob("[0-9]*/stat"):
         try:
@@ -80,8 +81,9 @@ def descendants(pid: int) -> list[int]:
         except OSError:
             continue
         children.setdefault(int(fields[1]), []).append(int(entry.parent.name))
-    found, queue = [], [pid]
-    while queue and (PROC / str(pid)).exists():
+    found = []
+    queue = children.get(pid, [])
+    while queue:
         current = queue.pop()
         found.append(current)
         queue += children.get(current, [])
@@ -118,42 +120,40 @@ def measured_run(
     """
     arguments = [str(part) for part in command]
     log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with log.open("wb") as output:
-        try:
-            process = subprocess.Popen(
-                arguments,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **(environment or {})},
-            )
-        except OSError as error:
-            raise BenchmarkError(f"cannot start {arguments[0]}: {error}") from error
-        sampler = TreeSampler(process.pid, interval_s=interval_s)
+    with tempfile.TemporaryDirectory() as temporary, log.open("wb") as output:
+        result = Path(temporary) / "usage.json"
+        # Isolated and without site-packages: it is to stay small.
+        waiter = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(WAITER), str(result), *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+        )
+        sampler = TreeSampler(waiter.pid, interval_s=interval_s)
         sampler.start()
-        # Not Popen.wait: only wait4 tells what this very child used.
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
+        waiter.wait()
         tree = sampler.stop()
-    if process.returncode != 0:
+        try:
+            usage = json.loads(result.read_text())
+        except (OSError, ValueError) as error:
+            raise BenchmarkError(f"{arguments[0]} was stopped; its output is in {log}") from error
+    if "error" in usage:
+        raise BenchmarkError(f"cannot start {arguments[0]}: {usage['error']}")
+    if usage["code"] != 0:
         tail = log.read_text(errors="replace").splitlines()[-15:]
         raise BenchmarkError(
-            f"{arguments[0]} left with code {process.returncode}; all of its output is in {log}, "
+            f"{arguments[0]} left with code {usage['code']}; all of its output is in {log}, "
             "the end of it:\n  " + "\n  ".join(tail)
         )
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1024 * 1024 if sys.platform == "darwin" else 1024
     return Usage(
-        wall_s=wall,
-        cpu_s=usage.ru_utime + usage.ru_stime,
-        peak_rss_mib=_maxrss_mib(usage),
+        wall_s=usage["wall_s"],
+        cpu_s=usage["cpu_s"],
+        peak_rss_mib=usage["maxrss"] / unit,
         peak_tree_mib=tree,
     )
-
-
-def _maxrss_mib(usage: resource.struct_rusage) -> float:
-    # Linux counts in KiB, macOS in bytes.
-    return usage.ru_maxrss / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
 def median_usage(usages: Sequence[Usage]) -> Usage:

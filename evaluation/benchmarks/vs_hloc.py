@@ -75,6 +75,8 @@ class BenchmarkOptions:
     """Write every number to this file."""
     rounds: int = 2
     """Runs of each program."""
+    warm_up: bool = True
+    """Load both programs' libraries and the images once before the first run."""
     keypoints: int = 2048
     """Keypoint budget per image."""
     detection_threshold: float = 0.2
@@ -292,7 +294,8 @@ def benchmark(options: BenchmarkOptions, folder: Path) -> list[Run]:
         options: what to run.
         folder: new or empty folder for all runs.
     """
-    warm_up(options)
+    if options.warm_up:
+        warm_up(options)
     runs: list[Run] = []
     for number in range(options.rounds):
         for run_one, tool in ((run_hloc, "hloc"), (run_ours, "ours")):
