@@ -986,6 +986,22 @@ def set_seed(seed: int) -> None:
 # ----------------------------------------------------------------------------------------- dense
 
 
+def undistort(images: Path, model: Path, output: Path) -> None:
+    """Write undistorted images and their pinhole model, laid out as splatting programs expect.
+
+    Args:
+        images: image root.
+        model: sparse model folder.
+        output: gets ``images/`` and ``sparse/0/`` (and COLMAP's ``stereo/`` for MVS).
+    """
+    pycolmap.undistort_images(output, model, images)
+    folder = output / "sparse" / "0"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (output / "sparse").iterdir():
+        if path.is_file():  # COLMAP's MVS reads sparse/, splatting programs sparse/0/
+            shutil.copy2(path, folder / path.name)
+
+
 def run_dense(
     images: Path, model: Path, output: Path, *, log_dir: Path | None = None
 ) -> tuple[bool, str]:
@@ -1001,7 +1017,7 @@ def run_dense(
         Whether a dense cloud was made, and a sentence for the user.
     """
     with _colmap_log(log_dir):
-        pycolmap.undistort_images(output, model, images)
+        undistort(images, model, output)
         if not has_cuda():
             return False, (
                 f"Undistorted images are in {output}, but this pycolmap has no CUDA, which "
@@ -1043,5 +1059,6 @@ __all__ = [
     "run_mapping",
     "set_seed",
     "statistics",
+    "undistort",
     "version",
 ]
