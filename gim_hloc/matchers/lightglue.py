@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,7 @@ class SparseOptions:
     depth_confidence: float = 0.95  # stop early when this part of the points is certain; -1: never
     width_confidence: float = 0.99  # drop points that are surely unmatchable; -1: never
     filter_threshold: float = 0.1  # lowest confidence of a match, in [0, 1]
-    precision: Precision = "auto"  # auto: float16 on CUDA, float32 elsewhere
+    precision: Precision = "auto"  # of LightGlue; auto: float16 on CUDA, float32 elsewhere
 
     def __post_init__(self) -> None:
         if self.max_size is not None and self.max_size < 1:
@@ -65,13 +65,14 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
     return precision
 
 
+_DESCRIPTOR_DIM = 128  # channels of ALIKED-n16 and of DISK
+
 _ENCODE_FIELDS = (
     "max_size",
     "upsample",
     "max_keypoints",
     "detection_threshold",
     "nms_radius",
-    "precision",
 )
 
 _ALIKED: dict[Quality, dict[str, Any]] = {
@@ -184,13 +185,18 @@ class LightGlueMatcher(SparseMatcher):
         self.extractor: Any = _load_extractor(name, paths[extractor_file]).eval().to(device)
         self.glue: Any = _load_glue(paths[glue_file], options, device)
         # Encodings may be shared by matchers with other weights or on other devices.
-        self._cache_key = f"{glue_file}:{self.weights_hashes[glue_file]}:{device}"
+        self._cache_key = f"{glue_file}:{self.weights_hashes[glue_file]}:{device}:{self.dtype}"
 
     def _versions(self) -> dict[str, str]:
         return {"kornia": importlib.metadata.version("kornia")}
 
     def _encode_weights(self) -> list[str]:
         return [self.info.checkpoint[0]]
+
+    def match_settings(self) -> dict[str, Any]:
+        """See ``SparseMatcher``; with the number format that "auto" stands for."""
+        resolved = resolve_precision(self.options.precision, self.device)
+        return super().match_settings() | {"precision": resolved}
 
     @torch.inference_mode()
     def encode(self, image: ImageData) -> SparseEncoding:
@@ -202,6 +208,10 @@ class LightGlueMatcher(SparseMatcher):
         tensor = image.image.to(self.device)
         if tensor.shape[0] == 1:
             tensor = tensor.expand(3, -1, -1)
+        if tensor.amax() - tensor.amin() < 1 / 255:
+            # Networks that normalise each image find keypoints in nothing, at the border.
+            nothing = tensor.new_empty(0, _DESCRIPTOR_DIM)
+            return encode_network_keypoints(image, nothing[:, :2], nothing, nothing[:, 0])
         xy, descriptors, scores = self.extractor.detect_and_describe(
             tensor,
             max_keypoints=self.options.max_keypoints,
@@ -219,6 +229,22 @@ class LightGlueMatcher(SparseMatcher):
         with self._autocast():
             index, score = self.glue.match(self._start(a), self._start(b))
         return Matches.from_indices(a, b, index, score)
+
+    @torch.inference_mode()
+    def match_batch(self, pairs: Sequence[tuple[SparseEncoding, SparseEncoding]]) -> list[Matches]:
+        """Match many pairs: at once on a GPU, one by one on a processor (padding costs time)."""
+        if self.device.type == "cpu":
+            return [self.match(a, b) for a, b in pairs]
+        results = [no_matches(a, b) for a, b in pairs]
+        rows = [row for row, (a, b) in enumerate(pairs) if len(a) and len(b)]
+        if rows:
+            with self._autocast():
+                found = self.glue.match_padded(
+                    [(self._start(pairs[row][0]), self._start(pairs[row][1])) for row in rows]
+                )
+            for row, (index, score) in zip(rows, found, strict=True):
+                results[row] = Matches.from_indices(*pairs[row], index, score)
+        return results
 
     def _start(self, encoding: SparseEncoding) -> Any:
         """LightGlue's part that depends on one image; computed twice at worst by two threads."""

@@ -37,6 +37,10 @@ class SiftOptions:
     max_distance: float = 0.7  # of matched unit descriptors; 2 switches the test off
 
     def __post_init__(self) -> None:
+        if self.max_size is not None and self.max_size < 1:
+            raise InputError(f"max_size is {self.max_size}, it must be positive or None.")
+        if self.octave_layers < 1:
+            raise InputError(f"octave_layers is {self.octave_layers}, it must be positive.")
         if self.max_keypoints < 1:
             raise InputError(f"max_keypoints is {self.max_keypoints}, it must be positive.")
         if not 0 < self.ratio <= 1:
@@ -84,7 +88,7 @@ class SiftMatcher(SparseMatcher):
         """Detect and describe keypoints of a gray image (1, H, W)."""
         import cv2
 
-        gray = _to_gray(image.image)
+        gray = _to_gray(image.image, truncate=False)
         options = self.options
         # OpenCV doubles the image first. Without the precise upscale, that moves every keypoint of
         # the doubled octave by a quarter pixel.
@@ -163,7 +167,7 @@ class RootSiftMatcher(SparseMatcher):
         """Detect and describe keypoints of an RGB image (3, H, W)."""
         import cv2
 
-        gray = _to_gray(image.image)
+        gray = _to_gray(image.image, truncate=True)
         height, width = gray.shape
         detector = cv2.SIFT_create(  # type: ignore[attr-defined]
             nfeatures=height * width // self.options.pixels_per_keypoint,
@@ -273,12 +277,18 @@ def _places(keypoints: torch.Tensor) -> torch.Tensor:
     return first[inverse]
 
 
-def _to_gray(image: torch.Tensor) -> np.ndarray:
-    """(H, W) uint8 from a float image in [0, 1]; truncates, as the benchmark does."""
+def _to_gray(image: torch.Tensor, *, truncate: bool) -> np.ndarray:
+    """(H, W) uint8 from a float image (1 or 3, H, W) in [0, 1].
+
+    Args:
+        image: gray or RGB.
+        truncate: drop the fraction, as the benchmark does. A byte can then lose one, because
+            255 * (v / 255) may lie below v in float32.
+    """
     import cv2
 
-    # Values that came from bytes must return to them: 255 * (v / 255) may lie below v.
-    array = (image.detach().cpu().numpy() * np.float32(255)).astype(np.uint8)
+    scaled = image.detach().cpu().numpy() * np.float32(255)
+    array = (scaled if truncate else np.rint(scaled)).clip(0, 255).astype(np.uint8)
     if array.shape[0] == 1:
         return np.ascontiguousarray(array[0])
     gray: np.ndarray = cv2.cvtColor(

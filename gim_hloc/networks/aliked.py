@@ -173,6 +173,8 @@ class ALIKED(nn.Module):
             score, max_keypoints=max_keypoints, threshold=threshold, radius=radius, mask=mask
         )
         xy = refine(score, index, radius=radius)
+        if len(xy) == 0:
+            return xy, xy.new_empty(0, self.aggregate.shape[1]), xy.new_empty(0)
         described = [
             self.describe(scales, tables, part, (width, height), (left, top))
             for part in xy.split(512)  # keeps the samples in the processor's cache

@@ -1,6 +1,13 @@
-"""DISK keypoints and descriptors (Tyszkiewicz et al., 2020) on top of kornia's network."""
+"""DISK keypoints and descriptors (Tyszkiewicz et al., 2020) on top of kornia's network.
+
+The last layer of the U-Net makes 128 descriptor channels and one score channel of every pixel, and
+four fifths of the network's arithmetic are the descriptors. Here it makes scores everywhere and
+descriptors only at the keypoints.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import kornia.feature
 import torch
@@ -10,7 +17,7 @@ from gim_hloc.networks.keypoints import select_maxima
 
 
 class DISK(kornia.feature.DISK):
-    """kornia's DISK with a detector that knows masks and any image size."""
+    """kornia's DISK with sparse descriptors and a detector that knows masks and any size."""
 
     @torch.inference_mode()
     def detect_and_describe(
@@ -35,12 +42,36 @@ class DISK(kornia.feature.DISK):
             keypoints (N, 2) x, y in whole pixels, descriptors (N, 128), scores (N,).
         """
         height, width = image.shape[-2:]
-        padded = F.pad(image[None], (0, -width % 16, 0, -height % 16))
-        heatmap, dense = self.heatmap_and_dense_descriptors(padded)
-        scores = heatmap[0, 0, :height, :width]
+        # Four halvings, and the instance norm after them needs more than one pixel.
+        right, below = (max(-(-side // 16), 2) * 16 - side for side in (width, height))
+        padded = F.pad(image[None], (0, right, 0, below))
+        values, last = self._before_last(padded)
+        scores = F.conv2d(values, last.weight[-1:], last.bias[-1:], padding="same")
+        scores = scores[0, 0, :height, :width].contiguous()
         index = select_maxima(
             scores, max_keypoints=max_keypoints, threshold=threshold, radius=radius, mask=mask
         )
         y, x = index.div(width, rounding_mode="floor"), index % width
-        descriptors = F.normalize(dense[0][:, y, x].T, dim=1)
-        return torch.stack([x, y], 1).float(), descriptors, scores[y, x]
+        reach = last.kernel_size[0] // 2
+        windows = F.pad(values, (reach,) * 4)[0].permute(1, 2, 0)
+        step = torch.arange(2 * reach + 1, device=x.device)
+        weight = last.weight[:-1].permute(0, 2, 3, 1).flatten(1)
+        descriptors = values.new_empty(len(index), len(weight))
+        for part in torch.arange(len(index), device=x.device).split(512):  # bounds memory
+            rows, columns = (v[part, None] + step for v in (y, x))
+            window = windows[rows[:, :, None], columns[:, None, :]].flatten(1)
+            descriptors[part] = F.linear(window, weight, last.bias[:-1])
+        return torch.stack([x, y], 1).float(), F.normalize(descriptors, dim=1), scores[y, x]
+
+    def _before_last(self, image: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Input (1, C, H, W) of the network's last convolution, and that convolution."""
+        net: Any = self.unet
+        down = [image]
+        for layer in net.path_down:
+            down.append(layer(down[-1]))
+        x = down.pop()
+        for layer in net.path_up[:-1]:
+            x = layer(x, down.pop())
+        top = net.path_up[-1]
+        norm, gate, _, last = top.conv
+        return gate(norm(torch.cat([top.upsample(x), down.pop()], 1))), last
