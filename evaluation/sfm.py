@@ -15,7 +15,8 @@ Two views of the same poses, because each hides something:
   AUC punishes missing images, because their pairs count as failures.
 
 Rotation and centre errors are of the registered images only: read them together with the
-registered share.
+registered share. The rotation error after alignment holds the error of the alignment itself, which
+is large where the centres lie near a line; ``pair_rotation``, of relative rotations, does not.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class SfmScores:
     radius: float  # truth's unit, see the module
     extent: float  # truth's unit, see the module
     auc: dict[float, float]  # threshold in degrees -> percent
+    pair_rotation: Spread  # degrees, relative rotations of pairs of registered images, unaligned
+    pair_direction: Spread  # degrees, directions of relative translation of the same pairs
     points: int
     observations: int
     track_length: float  # mean images per point; NaN without points
@@ -164,6 +167,8 @@ METRICS: dict[str, Metric] = {
         value=lambda s: s.registered_percent, unit="%", higher_is_better=True
     ),
     **{f"auc@{threshold:g}": _auc_metric(threshold) for threshold in AUC_THRESHOLDS},
+    **_spread_metrics("pair_rotation", "pair_rotation", "deg"),
+    **_spread_metrics("pair_direction", "pair_direction", "deg"),
     **_spread_metrics("rotation", "rotation", "deg"),
     **_spread_metrics("centre", "centre", "truth unit"),
     **_spread_metrics("centre_radius", "centre_radius_percent", "% of radius"),
@@ -254,6 +259,8 @@ def evaluate(
         centre=Spread.of(centre_errors[judged]),
         radius=float(np.linalg.norm(true_centres - true_centres.mean(0), axis=1).mean()),
         extent=float(np.linalg.norm(true_centres[:, None] - true_centres[None], axis=2).max()),
+        pair_rotation=Spread.of(pair_rotation[np.isfinite(pair_rotation)]),
+        pair_direction=Spread.of(pair_direction[np.isfinite(pair_direction)]),
         auc={t: 100.0 * area for t, area in zip(AUC_THRESHOLDS, areas, strict=True)},
         points=points,
         observations=int(statistics.get("observations", 0)),

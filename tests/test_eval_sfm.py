@@ -275,6 +275,9 @@ class TestEvaluate:
         assert scores.rotation.max == pytest.approx(1.5)
         assert scores.rotation.mean == pytest.approx(0.3)
         assert scores.rotation.median == pytest.approx(0, abs=1e-9)
+        assert scores.pair_rotation.max == pytest.approx(1.5)
+        assert scores.pair_rotation.mean == pytest.approx(1.5 * 4 / 10)
+        assert scores.pair_direction.median == pytest.approx(0, abs=1e-9)
         # The error shows in the four pairs of that image, out of ten.
         assert sum(error > 1.4 for error in scores.pair_errors) == 4
 
@@ -284,6 +287,7 @@ class TestEvaluate:
         scores = sfm.evaluate(model, truth)
         assert (scores.registered, scores.registered_percent) == (4, 80)
         assert list(scores.auc.values()) == pytest.approx([60] * 4)  # 6 of 10 pairs
+        assert scores.pair_rotation.max == pytest.approx(0, abs=1e-9)  # of the six
         assert scores.centre.max == pytest.approx(0, abs=1e-9)
         assert math.isnan(scores.images[0].centre)
         assert not scores.images[0].registered
