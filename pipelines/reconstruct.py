@@ -45,6 +45,7 @@ from gim_hloc.store import (
     rows_from_matches0,
     write_atomic,
 )
+from gim_hloc.tracks.photometric import PhotometricOptions
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, PairVerification
@@ -107,6 +108,10 @@ class ReconstructOptions:
     """Pixels; images with a smaller side are left out."""
     pair: PairOptions = PairOptions()
     """Numbers of the pair selection."""
+    refine_keypoints: bool = True
+    """Refine keypoints to sub-pixel accuracy by comparing image patches once a model exists."""
+    refine: PhotometricOptions = PhotometricOptions()
+    """Numbers of that refinement."""
     verify: VerifyOptions = VerifyOptions()
     """Thresholds of the two-view verification."""
     map: MapOptions = MapOptions()
@@ -789,7 +794,10 @@ class _Run:
                 "database": self.stages["database"],
                 "map": dataclasses.asdict(self.options.map),
                 "mapper": colmap.resolve_mapper(self.options.mapper, len(self.names)),
-                "refine": self.options.cameras.refine_intrinsics,
+                "refine_intrinsics": self.options.cameras.refine_intrinsics,
+                "refine": dataclasses.asdict(self.options.refine)
+                if self.options.refine_keypoints
+                else None,
                 "threads": 1 if self.options.deterministic else "many",
             }
         )
@@ -822,6 +830,7 @@ class _Run:
                     log_dir=self.output / "logs",
                     progress=registered,
                     colours=lambda name: image_module.read_rgb(self.records[name], upright=False),
+                    refine=self._refine if self.options.refine_keypoints else None,
                 )
             except MappingError as error:
                 shutil.rmtree(sparse, ignore_errors=True)
@@ -831,6 +840,34 @@ class _Run:
         self.mapper = result.mapper
         self.notes += result.notes
         return None, result.paths
+
+    def _refine(self, model: Any, fixed: set[int]) -> str:
+        import cv2
+
+        from gim_hloc import colmap
+        from gim_hloc import images as image_module
+
+        def gray(name: str) -> np.ndarray:
+            rgb = image_module.read_rgb(self.records[name], upright=False)
+            return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).astype(np.float32)
+
+        # Mapping's clock runs around this; the stages must add up.
+        total = 2 * self.options.refine.rounds * model.num_reg_images()
+        watch = engine.Stopwatch()
+        with self._bar(total, "Refine", "views") as bar:
+            sentence = colmap.refine_tracks(
+                model,
+                gray,
+                options=self.options.refine,
+                fixed=fixed,
+                threads=1 if self.options.deterministic else -1,
+                progress=bar.update,
+            )
+            bar.total = bar.n
+            bar.refresh()
+        self.timings["refine"] = self.timings.get("refine", 0.0) + watch.seconds
+        self.timings["map"] = self.timings.get("map", 0.0) - watch.seconds
+        return sentence
 
     # ----------------------------------------------------------------------------------- report
 

@@ -1,0 +1,300 @@
+"""Sub-pixel refinement of tracks by comparing image patches, after mapping.
+
+Detectors place a keypoint anew in every image, to about half a pixel. Once a model exists, all
+views of a point can be compared with one of them: its patch is carried into the other images by
+the local plane, and each observation is moved until the grey values agree. What remains is the
+error of the comparison, a tenth of a pixel on textured surfaces. Only the relative position of a
+track's observations matters for poses, so the view compared with keeps its place.
+
+This is Lucas-Kanade registration (Baker and Matthews, IJCV 2004) with gain and offset, moving the
+position only; the shape of the patch comes from poses and points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotometricOptions:
+    """Numbers of the refinement."""
+
+    radius: int = 5  # px of the reference view; the patch has 2 radius + 1 pixels a side
+    iterations: int = 8  # Gauss-Newton steps at most, before three finer ones
+    max_shift: float = 2.5  # px; an observation that wants to move farther keeps its place
+    min_correlation: float = 0.9  # of the grey values after the move, else it keeps its place
+    max_scale: float = 2.5  # change of size between the views beyond which they are not compared
+    neighbours: int = 10  # points that the local plane is fitted to
+    min_confirmed: int = 60  # observations; images with fewer confirmed ones keep all of theirs
+    rounds: int = 2  # refinement and bundle adjustment in turn
+
+
+@dataclass(kw_only=True)
+class TrackViews:
+    """Observations of all tracks, ``K`` in number, grouped by nothing in particular.
+
+    Attributes:
+        track: (K,) index of the track.
+        image: (K,) index of the image.
+        xy_px: (K, 2) position in stored pixels, hloc's frame.
+    """
+
+    track: np.ndarray
+    image: np.ndarray
+    xy_px: np.ndarray
+
+
+def local_normals(
+    xyz: np.ndarray, towards: np.ndarray, *, neighbours: int, flatness: float = 0.15
+) -> np.ndarray:
+    """Normals of the surface at each point.
+
+    Args:
+        xyz: (M, 3) points.
+        towards: (M, 3) unit vectors from the point to its cameras (mean), the fallback and the
+            side that normals face.
+        neighbours: points that each plane is fitted to.
+        flatness: largest ratio of thickness to width of the neighbourhood for the fit to be used.
+
+    Returns:
+        (M, 3) unit normals.
+    """
+    from scipy.spatial import cKDTree
+
+    normals = towards.copy()
+    if len(xyz) <= neighbours:
+        return normals
+    _, near = cKDTree(xyz).query(xyz, k=neighbours + 1)
+    patch = xyz[near]
+    patch = patch - patch.mean(axis=1, keepdims=True)
+    _, spread, axes = np.linalg.svd(patch, full_matrices=False)
+    fitted = axes[:, 2]
+    fitted *= np.sign(np.einsum("mi,mi->m", fitted, towards))[:, None] + 1e-12
+    fitted /= np.linalg.norm(fitted, axis=1, keepdims=True)
+    # A plane seen nearly edge-on, or a neighbourhood without one, says nothing useful.
+    usable = (spread[:, 2] < flatness * spread[:, 1]) & (
+        np.einsum("mi,mi->m", fitted, towards) > 0.3
+    )
+    normals[usable] = fitted[usable]
+    return normals
+
+
+def refine_positions(
+    views: TrackViews,
+    reference: np.ndarray,
+    affine: np.ndarray,
+    gray: Callable[[int], np.ndarray],
+    num_images: int,
+    options: PhotometricOptions,
+    *,
+    workers: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move observations until their patches agree with the reference view's.
+
+    Args:
+        views: all observations.
+        reference: (T,) row of ``views`` that each track is compared with.
+        affine: (K, 2, 2) change of position in the observation's image for one pixel in the
+            reference's.
+        gray: image index -> (H, W) float32 grey values; called twice per image.
+        num_images: images.
+        options: see there.
+        workers: images at a time, one thread each; does not change the result.
+
+    Returns:
+        (K, 2) positions, and (K,) whether the observation was confirmed (references included).
+    """
+    r = options.radius
+    offsets = np.stack(np.meshgrid(np.arange(-r, r + 1), np.arange(-r, r + 1)), -1).reshape(-1, 2)
+    grid = torch.from_numpy(offsets.astype(np.float32))  # (P, 2) x, y in the reference
+    weight = torch.exp(-(grid**2).sum(1) / (2 * (0.6 * r) ** 2))
+    weight = weight / weight.sum()
+    positions = torch.from_numpy(views.xy_px.astype(np.float32))
+    result = positions.clone()
+    confirmed = np.zeros(len(result), dtype=bool)
+    templates = torch.zeros(len(reference), len(grid))
+    inside = torch.zeros(len(reference), dtype=torch.bool)
+    reference_image = views.image[reference]
+    shapes = torch.from_numpy(affine.astype(np.float32))
+
+    def read_templates(index: int) -> None:
+        tracks = np.flatnonzero(reference_image == index)
+        if len(tracks):
+            picture = _tensor(gray(index))
+            at = positions[reference[tracks]][:, None] + grid
+            templates[tracks] = _sample(picture, at, "bicubic")[:, 0]
+            inside[tracks] = _within(picture, at)
+
+    _each(read_templates, num_images, workers)
+    spread = ((weight * templates**2).sum(1) - (weight * templates).sum(1) ** 2).clamp_min(0).sqrt()
+    inside &= spread > 1.0  # grey values: nothing to hold on to below
+    templates = _normalised(templates, weight)
+    confirmed[reference[inside.numpy()]] = True
+
+    determinant = np.abs(np.linalg.det(affine))
+    comparable = (determinant < options.max_scale**2) & (determinant > options.max_scale**-2)
+    is_reference = np.zeros(len(result), dtype=bool)
+    is_reference[reference] = True
+    candidates = ~is_reference & comparable & inside.numpy()[views.track]
+
+    def align(index: int) -> None:
+        rows = np.flatnonzero((views.image == index) & candidates)
+        if not len(rows):
+            return
+        own = templates[views.track[rows]]
+        moved, good = _align(
+            _tensor(gray(index)), positions[rows], shapes[rows], own, grid, weight, options
+        )
+        keep = rows[good.numpy()]
+        result[keep] = moved[good]
+        confirmed[keep] = True
+
+    _each(align, num_images, workers)
+    return result.numpy().astype(np.float64), confirmed
+
+
+def _each(work: Callable[[int], None], count: int, workers: int) -> None:
+    """Run ``work`` on 0 … count - 1 in threads, each with one thread inside PyTorch.
+
+    The patches are too small for threads inside an operator to help.
+    """
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,)) as p:
+        for done in [p.submit(work, index) for index in range(count)]:
+            done.result()
+    torch.set_num_threads(before)
+
+
+def _align(
+    picture: torch.Tensor,
+    start: torch.Tensor,
+    shapes: torch.Tensor,
+    templates: torch.Tensor,
+    grid: torch.Tensor,
+    weight: torch.Tensor,
+    options: PhotometricOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gauss-Newton on the position, patches normalised by weighted mean and deviation.
+
+    Returns:
+        (K, 2) positions and (K,) whether they can be trusted.
+    """
+    pattern = torch.einsum("kij,pj->kpi", shapes, grid)
+    xy = start.clone()
+    good = _within(picture, xy[:, None] + pattern)
+    # Bilinear steps find the place, bicubic ones remove bilinear's pull towards pixel centres.
+    for mode, steps, tolerance in (("bilinear", options.iterations, 0.02), ("bicubic", 3, 0.004)):
+        active = torch.nonzero(good)[:, 0]
+        for _ in range(steps):
+            if not len(active):
+                break
+            delta, usable = _step(
+                picture, xy[active], pattern[active], templates[active], weight, mode
+            )
+            xy[active] += delta
+            moved = (xy[active] - start[active]).norm(dim=1)
+            usable &= moved < options.max_shift
+            good[active] &= usable
+            active = active[usable & (delta.abs().amax(1) > tolerance)]
+    rows = torch.nonzero(good)[:, 0]
+    at = xy[rows, None] + pattern[rows]
+    value = _normalised(_sample(picture, at, "bicubic")[:, 0], weight)
+    correlation = (weight * value * templates[rows]).sum(1)
+    good[rows] = (correlation > options.min_correlation) & _within(picture, at)
+    return xy, good
+
+
+def _step(
+    picture: torch.Tensor,
+    xy: torch.Tensor,
+    pattern: torch.Tensor,
+    templates: torch.Tensor,
+    weight: torch.Tensor,
+    mode: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One Gauss-Newton step (K, 2), and (K,) whether the patch says where to go."""
+    sampled = _sample(picture, xy[:, None] + pattern, mode)  # (K, 3, P): value, d/dx, d/dy
+    sampled = sampled - (sampled * weight).sum(2, keepdim=True)
+    value, gradient = sampled[:, 0], sampled[:, 1:]
+    gain = (weight * value * templates).sum(1, keepdim=True)  # contrast against the template's
+    residual = (gain * templates - value) * weight
+    gx, gy = gradient.unbind(1)
+    xx, xy_, yy = ((weight * a * b).sum(1) for a, b in ((gx, gx), (gx, gy), (gy, gy)))
+    smallest = (xx + yy) / 2 - ((xx - yy) ** 2 / 4 + xy_**2).sqrt()
+    usable = smallest > 1.0  # squared grey values a pixel: texture in both directions
+    determinant = (xx * yy - xy_**2).clamp_min(1e-6)
+    bx, by = (gx * residual).sum(1), (gy * residual).sum(1)
+    delta = torch.stack([yy * bx - xy_ * by, xx * by - xy_ * bx], 1) / determinant[:, None]
+    return delta.clamp(-1, 1) * usable[:, None], usable
+
+
+def _normalised(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    value = value - (value * weight).sum(1, keepdim=True)
+    return value / (weight * value**2).sum(1, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def _tensor(gray: np.ndarray) -> torch.Tensor:
+    """(1, 3, H, W): grey values and their central differences."""
+    g = torch.from_numpy(np.ascontiguousarray(gray, dtype=np.float32))
+    dx = torch.zeros_like(g)
+    dy = torch.zeros_like(g)
+    dx[:, 1:-1] = (g[:, 2:] - g[:, :-2]) / 2
+    dy[1:-1] = (g[2:] - g[:-2]) / 2
+    return torch.stack([g, dx, dy])[None]
+
+
+def _within(picture: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    h, w = picture.shape[-2:]
+    limit = torch.tensor([w - 2.0, h - 2.0])
+    return ((at >= 1) & (at <= limit)).flatten(1).all(1)
+
+
+def _sample(picture: torch.Tensor, at: torch.Tensor, mode: str) -> torch.Tensor:
+    """Interpolated values (K, C, P) at (K, P, 2) pixel positions (integer = pixel centre)."""
+    h, w = picture.shape[-2:]
+    normalised = at / torch.tensor([w - 1.0, h - 1.0]) * 2 - 1
+    sampled = torch.nn.functional.grid_sample(
+        picture, normalised[None], mode=mode, padding_mode="border", align_corners=True
+    )
+    return sampled[0].permute(1, 0, 2)
+
+
+def pick_references(views: TrackViews, footprint: np.ndarray, num_tracks: int) -> np.ndarray:
+    """The view each track is compared with: that of median size, so that none is far from it.
+
+    Args:
+        views: all observations.
+        footprint: (K,) pixels that a unit of the scene covers at the point.
+        num_tracks: tracks.
+
+    Returns:
+        (T,) rows of ``views``.
+    """
+    order = np.lexsort((footprint, views.track))
+    counts = np.bincount(views.track, minlength=num_tracks)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    chosen: np.ndarray = order[starts + (counts - 1) // 2]
+    return chosen
+
+
+def tangents(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two unit vectors (M, 3) that span the plane across each normal."""
+    helper = np.where(np.abs(normals[:, :1]) < 0.9, [[1.0, 0, 0]], [[0, 1.0, 0]])
+    u = np.cross(normals, helper)
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    return u, np.cross(normals, u)
+
+
+__all__: Sequence[str] = (
+    "PhotometricOptions",
+    "TrackViews",
+    "local_normals",
+    "pick_references",
+    "refine_positions",
+    "tangents",
+)
