@@ -56,7 +56,9 @@ def test_aliked_is_kornias(aliked: tuple[Any, ALIKED], size: tuple[int, int]) ->
     image = photo(*size)
     with torch.inference_mode():
         expected = reference(image[None])[0]
-    xy, descriptors, scores = ours.detect_and_describe(image, max_keypoints=400, threshold=0.2)
+    xy, descriptors, scores = ours.detect_and_describe(
+        image, max_keypoints=400, threshold=0.2, subpixel="soft_argmax"
+    )
     distance = torch.cdist(expected.keypoints, xy, compute_mode="donot_use_mm_for_euclid_dist")
     nearest, row = distance.min(1)
     assert len(xy) == len(expected.keypoints) > 0
@@ -90,7 +92,9 @@ def test_disk_is_kornias(size: tuple[int, int]) -> None:
     image = photo(*size, left=120)
     with torch.inference_mode():
         expected = ours(image[None], n=150, pad_if_not_divisible=True)[0]
-    xy, descriptors, scores = ours.detect_and_describe(image, max_keypoints=150, threshold=0.0)
+    xy, descriptors, scores = ours.detect_and_describe(
+        image, max_keypoints=150, threshold=0.0, subpixel="none"
+    )
     order = torch.argsort(xy[:, 1] * 1000 + xy[:, 0])
     assert len(xy) == 150
     assert torch.equal(xy[order], expected.keypoints)
@@ -223,26 +227,38 @@ def test_expected_names_with_another_size() -> None:
 
 
 def bump_map(centres: list[tuple[float, float]], size: tuple[int, int] = (60, 50)) -> torch.Tensor:
-    """Score map with smooth bumps at x, y."""
+    """Logits with smooth bumps at x, y, the first the highest."""
     y, x = torch.meshgrid(torch.arange(size[1]), torch.arange(size[0]), indexing="ij")
-    total = torch.zeros(size[1], size[0])
-    for i, (cx, cy) in enumerate(centres):
-        total += (1 - 0.1 * i) * torch.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 2)
-    return total
+    bumps = [
+        (8 - i) * torch.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * 2.0**2))
+        for i, (cx, cy) in enumerate(centres)
+    ]
+    return torch.stack(bumps).sum(0) - 4
 
 
 def test_maxima_are_found_in_order_and_refined() -> None:
-    centres = [(20.0, 10.0), (40.3, 30.2), (9.8, 35.0)]
-    scores = bump_map(centres)
-    index = select_maxima(scores, max_keypoints=10, threshold=0.3, radius=2)
-    xy = refine(scores, index, radius=2)
-    assert xy.shape == (3, 2)
-    # soft-argmax pulls towards the pixel: its window ends before the bump does
-    assert (xy - torch.tensor(centres)).abs().max() < 0.15
-    assert (xy - torch.tensor(centres).round()).abs().max() > 0.1
-    assert len(select_maxima(scores, max_keypoints=2, threshold=0.3, radius=2)) == 2
-    # soft-argmax is exact for a bump that is symmetric about a pixel
-    assert torch.allclose(xy[0], torch.tensor(centres[0]), atol=1e-4)
+    centres = torch.tensor([(20.0, 10.0), (40.3, 30.2), (9.8, 35.4)])
+    scores = bump_map(centres.tolist())
+    index = select_maxima(scores, max_keypoints=10, threshold=0.0, radius=2)
+    assert index.tolist() == [10 * 60 + 20, 30 * 60 + 40, 35 * 60 + 10]
+    assert len(select_maxima(scores, max_keypoints=2, threshold=0.0, radius=2)) == 2
+    error = {
+        method: (refine(scores, index, radius=2, method=method) - centres).abs().max()
+        for method in ("quadratic", "soft_argmax", "none")
+    }
+    assert error["quadratic"] < 0.03
+    assert error["soft_argmax"] < 0.2
+    assert error["none"] == pytest.approx(0.4, abs=1e-5)
+    near = refine(scores, index, radius=1)
+    assert (near - centres).abs().max() < 0.03
+
+
+def test_refinement_stays_at_the_maximum() -> None:
+    """A ridge has no top along its length; the keypoint must not run away."""
+    scores = -((torch.arange(20.0)[:, None] - 9.6) ** 2).expand(20, 30).clone()
+    scores[10, 15] += 1e-3
+    xy = refine(scores, torch.tensor([10 * 30 + 15]), radius=2)
+    assert (xy - torch.tensor([[15.0, 10.0]])).abs().max() <= 1
 
 
 def test_plateaus_borders_and_masks_are_no_keypoints() -> None:

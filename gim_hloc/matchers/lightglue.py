@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -22,6 +22,7 @@ from gim_hloc.matchers.sparse import (
     resolve_device,
     resolve_options,
 )
+from gim_hloc.networks.keypoints import Subpixel
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class SparseOptions:
     max_keypoints: int = 2048  # per image, the strongest; matching time grows with the square
     detection_threshold: float = 0.0  # lowest score of a keypoint, in units of the network
     nms_radius: int = 2  # pixels of the network's image: keypoints keep this distance
+    subpixel: Subpixel = "quadratic"  # keypoint positions: quadratic, soft_argmax or none
     depth_confidence: float = 0.95  # stop early when this part of the points is certain; -1: never
     width_confidence: float = 0.99  # drop points that are surely unmatchable; -1: never
     filter_threshold: float = 0.1  # lowest confidence of a match, in [0, 1]
@@ -49,6 +51,9 @@ class SparseOptions:
             raise InputError(f"max_keypoints is {self.max_keypoints}, it must be positive.")
         if self.nms_radius < 1:
             raise InputError(f"nms_radius is {self.nms_radius}, it must be at least 1.")
+        if self.subpixel not in get_args(Subpixel):
+            choices = ", ".join(get_args(Subpixel))
+            raise InputError(f"subpixel is {self.subpixel!r}; choose one of {choices}.")
         if self.upsample and self.max_size is None:
             raise InputError("upsample needs max_size: the long side to enlarge images to.")
 
@@ -73,6 +78,7 @@ _ENCODE_FIELDS = (
     "max_keypoints",
     "detection_threshold",
     "nms_radius",
+    "subpixel",
 )
 
 _ALIKED: dict[Quality, dict[str, Any]] = {
@@ -217,6 +223,7 @@ class LightGlueMatcher(SparseMatcher):
             max_keypoints=self.options.max_keypoints,
             threshold=self.options.detection_threshold,
             radius=self.options.nms_radius,
+            subpixel=self.options.subpixel,
             mask=image.mask,
         )
         return encode_network_keypoints(image, xy, descriptors, scores)

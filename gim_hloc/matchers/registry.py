@@ -131,7 +131,7 @@ register(
         commercial=True,
         colour="rgb",
         default_size=1024,
-        summary="DISK keypoints on whole pixels, matched by LightGlue",
+        summary="DISK keypoints, matched by LightGlue",
     ),
 )
 register(

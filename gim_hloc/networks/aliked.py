@@ -17,13 +17,14 @@ keypoint. Tensors are channels-last; tables are (pixels, C).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gim_hloc.networks.keypoints import refine, select_maxima
+from gim_hloc.networks.keypoints import Subpixel, refine, select_maxima
 
 _STRIDES = (1, 2, 8, 32)  # pixels of the image per cell of the four scales
 _STRIP = 1 << 14  # pixels at once where 32 channels at full resolution pass by
@@ -114,8 +115,8 @@ class ALIKED(nn.Module):
             found.append(x)
         return found
 
-    def score_map(self, scales: list[torch.Tensor], tables: list[torch.Tensor]) -> torch.Tensor:
-        """Keypoint score (H, W) in (0, 1).
+    def score_logits(self, scales: list[torch.Tensor], tables: list[torch.Tensor]) -> torch.Tensor:
+        """Logits (H, W) of the keypoint score.
 
         Args:
             scales: of ``scales``.
@@ -134,7 +135,7 @@ class ALIKED(nn.Module):
             score += F.interpolate(small, (height, width), mode="bilinear", align_corners=True)
         for conv in self.score_convs:
             score = conv(F.selu(score, inplace=True))
-        return score[0, 0].sigmoid()
+        return score[0, 0]
 
     @torch.inference_mode()
     def detect_and_describe(
@@ -144,6 +145,7 @@ class ALIKED(nn.Module):
         max_keypoints: int,
         threshold: float,
         radius: int = 2,
+        subpixel: Subpixel = "quadratic",
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keypoints of one image, strongest first.
@@ -151,8 +153,9 @@ class ALIKED(nn.Module):
         Args:
             image: (3, H, W) in [0, 1], of any size.
             max_keypoints: at most so many, the strongest.
-            threshold: a score must exceed it.
+            threshold: a score must exceed it, in [0, 1).
             radius: of the suppression window, pixels.
+            subpixel: see ``refine``.
             mask: (H, W) bool, True where keypoints are allowed.
 
         Returns:
@@ -167,19 +170,21 @@ class ALIKED(nn.Module):
             F.selu(table_of(x) @ weight, inplace=True)
             for x, weight in zip(scales[1:], self.lateral[1:], strict=True)
         ]
-        score = self.score_map(scales, tables)[top : top + height, left : left + width]
-        score = score.contiguous()
+        logits = self.score_logits(scales, tables)[top : top + height, left : left + width]
+        logits = logits.contiguous()
+        # Strong scores differ little, and some round to 1; their logits keep the order.
+        threshold = math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
         index = select_maxima(
-            score, max_keypoints=max_keypoints, threshold=threshold, radius=radius, mask=mask
+            logits, max_keypoints=max_keypoints, threshold=threshold, radius=radius, mask=mask
         )
-        xy = refine(score, index, radius=radius)
+        xy = refine(logits, index, radius=radius, method=subpixel)
         if len(xy) == 0:
             return xy, xy.new_empty(0, self.aggregate.shape[1]), xy.new_empty(0)
         described = [
             self.describe(scales, tables, part, (width, height), (left, top))
             for part in xy.split(512)  # keeps the samples in the processor's cache
         ]
-        return xy, torch.cat(described), score.flatten()[index]
+        return xy, torch.cat(described), logits.flatten()[index].sigmoid()
 
     def describe(
         self,

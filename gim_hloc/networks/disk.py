@@ -13,7 +13,7 @@ import kornia.feature
 import torch
 import torch.nn.functional as F
 
-from gim_hloc.networks.keypoints import select_maxima
+from gim_hloc.networks.keypoints import Subpixel, refine, select_maxima
 
 
 class DISK(kornia.feature.DISK):
@@ -27,6 +27,7 @@ class DISK(kornia.feature.DISK):
         max_keypoints: int,
         threshold: float,
         radius: int = 2,
+        subpixel: Subpixel = "quadratic",
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keypoints of one image, strongest first.
@@ -36,10 +37,12 @@ class DISK(kornia.feature.DISK):
             max_keypoints: at most so many, the strongest.
             threshold: lowest score of a keypoint, a logit of the network.
             radius: of the suppression window, pixels.
+            subpixel: see ``refine``; the published method is ``none``.
             mask: (H, W) bool, True where keypoints are allowed.
 
         Returns:
-            keypoints (N, 2) x, y in whole pixels, descriptors (N, 128), scores (N,).
+            keypoints (N, 2) x, y in pixels (integer = centre), descriptors (N, 128), scores (N,).
+            Descriptors are those of the nearest pixel's maximum.
         """
         height, width = image.shape[-2:]
         # Four halvings, and the instance norm after them needs more than one pixel.
@@ -61,7 +64,8 @@ class DISK(kornia.feature.DISK):
             rows, columns = (v[part, None] + step for v in (y, x))
             window = windows[rows[:, :, None], columns[:, None, :]].flatten(1)
             descriptors[part] = F.linear(window, weight, last.bias[:-1])
-        return torch.stack([x, y], 1).float(), F.normalize(descriptors, dim=1), scores[y, x]
+        xy = refine(scores, index, radius=radius, method=subpixel)
+        return xy, F.normalize(descriptors, dim=1), scores[y, x]
 
     def _before_last(self, image: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Input (1, C, H, W) of the network's last convolution, and that convolution."""

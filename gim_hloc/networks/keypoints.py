@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+Subpixel = Literal["quadratic", "soft_argmax", "none"]
 
 
 def select_maxima(
@@ -77,27 +81,53 @@ def _strict(scores: torch.Tensor, index: torch.Tensor, radius: int) -> torch.Ten
 
 
 def refine(
-    scores: torch.Tensor, index: torch.Tensor, *, radius: int, temperature: float = 0.1
+    scores: torch.Tensor,
+    index: torch.Tensor,
+    *,
+    radius: int,
+    method: Subpixel = "quadratic",
 ) -> torch.Tensor:
-    """Sub-pixel positions of maxima by soft-argmax over their windows (ALIKED, section III-B).
+    """Sub-pixel positions of maxima. Only the windows of the given maxima are read.
 
-    Only the windows of the given maxima are read.
+    ``quadratic`` fits a paraboloid to the logits around each maximum (least squares, Gaussian
+    weights of one pixel) and takes its top. On photographs with measured poses, epipolar errors
+    are a sixth smaller than with ``soft_argmax``, which ALIKED was trained with (its section
+    III-B): the soft-argmax is pulled to the middle of its window. docs/performance.md has figures.
 
     Args:
-        scores: (H, W).
+        scores: (H, W) logits.
         index: (N,) flat indices, at least ``radius`` from the border.
-        radius: of the window, pixels.
-        temperature: of the softmax, in units of score.
+        radius: of the suppression window, pixels.
+        method: see above; ``none`` leaves whole pixels.
 
     Returns:
         (N, 2) float32 x, y in pixels, integer = centre.
     """
     width = scores.shape[1]
-    window = scores.flatten()[index[:, None] + window_indices(radius, width, scores.device)].float()
-    weight = ((window - window.amax(1, keepdim=True)) / temperature).exp()
-    weight = weight / weight.sum(1, keepdim=True)
-    step = torch.arange(-radius, radius + 1, device=scores.device, dtype=torch.float32)
+    xy = torch.stack([index % width, index.div(width, rounding_mode="floor")], 1).float()
+    if method == "none":
+        return xy
+    reach = radius if method == "soft_argmax" else min(radius, 2)
+    window = scores.flatten()[index[:, None] + window_indices(reach, width, scores.device)]
+    step = torch.arange(-reach, reach + 1, device=scores.device, dtype=torch.float32)
     dy, dx = (grid.flatten() for grid in torch.meshgrid(step, step, indexing="ij"))
-    x = (index % width).float() + weight @ dx
-    y = index.div(width, rounding_mode="floor").float() + weight @ dy
-    return torch.stack([x, y], 1)
+    if method == "soft_argmax":
+        weight = ((window.sigmoid() - window.amax(1, keepdim=True).sigmoid()) / 0.1).exp()
+        weight = weight / weight.sum(1, keepdim=True)
+        return xy + torch.stack([weight @ dx, weight @ dy], 1)
+    return xy + _paraboloid_top(window, dx, dy)
+
+
+def _paraboloid_top(window: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """Offsets (N, 2) of the tops of paraboloids through windows (N, P) at dx, dy (P,)."""
+    terms = torch.stack([torch.ones_like(dx), dx, dy, dx * dx, dx * dy, dy * dy], 1).double()
+    weighted = terms.T * torch.exp(-(dx**2 + dy**2) / 2).double()
+    fit = torch.linalg.solve(weighted @ terms, weighted).float()
+    # Relative to the maximum: the constant is of no interest and costs digits.
+    _, x, y, xx, xy, yy = ((window - window.amax(1, keepdim=True)) @ fit.T).unbind(1)
+    # Gradient x + 2 xx u + xy v = 0 and y + xy u + 2 yy v = 0 at the top (u, v).
+    determinant = 4 * xx * yy - xy * xy
+    top = torch.stack([xy * y - 2 * yy * x, xy * x - 2 * xx * y], 1) / determinant[:, None]
+    # A saddle has no top, and a top far off is not this maximum's.
+    sound = (determinant > 0) & (xx < 0) & (top.abs().amax(1) <= 1)
+    return torch.where(sound[:, None], top, torch.zeros_like(top))
