@@ -1173,6 +1173,67 @@ def set_seed(seed: int) -> None:
     pycolmap.set_random_seed(seed)
 
 
+# ---------------------------------------------------------------------------------------- baseline
+
+
+def sift_baseline(
+    images: Path,
+    output: Path,
+    *,
+    cameras: Sequence[CameraSpec],
+    max_features: int = 8192,
+    seed: int = 0,
+    log_dir: Path | None = None,
+) -> MappingResult:
+    """COLMAP as it comes: its SIFT, its exhaustive matching, its incremental mapping.
+
+    What a reconstruction is compared with, on the same images and cameras.
+
+    Args:
+        images: image root.
+        output: gets ``database.db`` and ``sparse/``.
+        cameras: one camera with known parameters is given to COLMAP and kept; several, or a
+            guessed one, are left to COLMAP's own AUTO mode.
+        max_features: SIFT features an image (COLMAP's default is 8192).
+        seed: of COLMAP's random numbers.
+        log_dir: where COLMAP's own log goes.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    database = output / "database.db"
+    database.unlink(missing_ok=True)
+    given = len(cameras) == 1 and cameras[0].given
+    reader: dict[str, Any] = {}
+    if given:
+        reader = {
+            "camera_model": cameras[0].model,
+            "camera_params": ",".join(repr(p) for p in cameras[0].params),
+        }
+    extraction = pycolmap.FeatureExtractionOptions()
+    extraction.sift.max_num_features = max_features
+    extraction.use_gpu = False
+    matching = pycolmap.FeatureMatchingOptions()
+    matching.use_gpu = False
+    with _colmap_log(log_dir):
+        pycolmap.extract_features(
+            database,
+            images,
+            camera_mode=pycolmap.CameraMode.SINGLE
+            if len(cameras) == 1
+            else pycolmap.CameraMode.AUTO,
+            reader_options=reader,
+            extraction_options=extraction,
+        )
+        pycolmap.match_exhaustive(database, matching_options=matching)
+    return run_mapping(
+        database,
+        output / "sparse",
+        options=MapOptions(),
+        cameras=cameras,
+        seed=seed,
+        log_dir=log_dir,
+    )
+
+
 # ----------------------------------------------------------------------------------------- dense
 
 
@@ -1249,6 +1310,7 @@ __all__ = [
     "run_dense",
     "run_mapping",
     "set_seed",
+    "sift_baseline",
     "statistics",
     "undistort",
     "version",

@@ -244,7 +244,7 @@ def select(
         counts={component: len(found[component]) for component in chosen.components},
         notes=notes,
     )
-    logger.info("%d pairs (%s): %s", len(union), selection.mode, selection.why)
+    logger.debug("%d pairs (%s): %s", len(union), selection.mode, selection.why)
     return selection
 
 

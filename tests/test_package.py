@@ -1,0 +1,132 @@
+"""The package as a user meets it: imports, commands, the built wheel."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+import gim_hloc
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMANDS = ("gim-reconstruct", "gim-pairs", "gim-eval-sfm")
+
+
+def configuration() -> ConfigParser:
+    parser = ConfigParser()
+    parser.read(REPOSITORY / "setup.cfg")
+    return parser
+
+
+def test_import_is_light() -> None:
+    script = (
+        "import sys, gim_hloc; gim_hloc.__version__; "
+        "print(sorted({'torch', 'kornia', 'pycolmap', 'cv2', 'h5py', 'scipy', 'matplotlib', "
+        "'plotly', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_exist() -> None:
+    for name in gim_hloc.__all__:
+        assert getattr(gim_hloc, name) is not None
+    assert set(gim_hloc.__all__) <= set(dir(gim_hloc))
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = gim_hloc.nothing_like_it
+
+
+def test_every_module_imports_and_exports_what_it_says() -> None:
+    failed = []
+    for module in pkgutil.walk_packages(gim_hloc.__path__, "gim_hloc."):
+        loaded = importlib.import_module(module.name)
+        failed += [
+            f"{module.name}.{name}"
+            for name in getattr(loaded, "__all__", ())
+            if not hasattr(loaded, name)
+        ]
+    assert failed == []
+
+
+def test_setup_lists_every_package() -> None:
+    listed = set(configuration()["options"]["packages"].split())
+    found = {m.name for m in pkgutil.walk_packages(gim_hloc.__path__, "gim_hloc.") if m.ispkg} | {
+        "gim_hloc"
+    }
+    assert listed == found
+
+
+def test_only_colmap_imports_pycolmap() -> None:
+    pattern = re.compile(r"^\s*(import|from) (pycolmap|torchvision|hloc)\b", re.MULTILINE)
+    for folder in ("gim_hloc", "pairs", "pipelines", "evaluation", "training"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            found = {m[1] for m in pattern.findall(path.read_text(encoding="utf-8"))}
+            allowed = {"pycolmap"} if path.name == "colmap.py" else set()
+            assert found <= allowed, path
+
+
+def test_commands_are_the_readmes() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    scripts = configuration()["options.entry_points"]["console_scripts"]
+    declared = set(re.findall(r"^(gim-[a-z-]+) =", scripts, re.MULTILINE))
+    assert declared == set(COMMANDS)
+    assert set(re.findall(r"\bgim-[a-z]+(?:-[a-z]+)*\b", readme)) - {"gim-hloc"} == declared
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_show_help(command: str) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name(command), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert command in done.stdout
+
+
+@pytest.mark.slow
+def test_wheel_works_on_its_own(tmp_path: Path) -> None:
+    """The wheel alone: its own environment, dependencies borrowed, no checkout in sight."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, REPOSITORY],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("gim_hloc-*.whl")
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=True)
+    python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True, capture_output=True
+    )
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    # A path in a .pth file is searched, but its own .pth files (our editable install) are not read.
+    (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    script = (
+        "import gim_hloc, pkgutil, importlib; assert 'venv' in gim_hloc.__file__, gim_hloc.__file__;"
+        "[importlib.import_module(m.name) for m in"
+        " pkgutil.walk_packages(gim_hloc.__path__, 'gim_hloc.')];"
+        "[getattr(gim_hloc, n) for n in gim_hloc.__all__]"
+    )
+    subprocess.run([python, "-c", script], check=True, cwd=tmp_path)
+    done = subprocess.run(
+        [python.with_name("gim-reconstruct"), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "IMAGES OUTPUT" in done.stdout
+    names = {p.name for p in Path(site).iterdir()}
+    assert not names & {"pairs", "pipelines", "training", "evaluation", "examples", "tests"}
