@@ -815,6 +815,8 @@ def refine_tracks(
     original = copy.deepcopy(model)
     confirmed_share = 0.0
     for round_ in range(options.rounds):
+        if not model.num_points3D():
+            break  # nothing was confirmed: the original is put back below
         images = [model.image(i) for i in sorted(model.reg_image_ids())]
         ids = np.array(sorted(model.point3D_ids()))
         views, rows = _views(model, images, ids)
@@ -889,7 +891,7 @@ def _views(model: Any, images: Sequence[Any], ids: np.ndarray) -> tuple[Any, np.
                 xy.append(point.xy)
                 rows.append(row)
     views = TrackViews(track=np.array(track), image=np.array(image_index), xy_px=np.array(xy) - 0.5)
-    return views, np.array(rows)
+    return views, np.array(rows, dtype=np.int64)
 
 
 def _patch_shapes(

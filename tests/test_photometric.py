@@ -47,7 +47,7 @@ def picture(
 
 def align(second: np.ndarray, shape: np.ndarray, true: np.ndarray, first: np.ndarray, **kw: object):
     """Refine points of ``second`` started off their true place; returns errors and confirmed."""
-    points = np.stack(np.meshgrid(np.arange(40, 161, 24), np.arange(40, 161, 24)), -1)
+    points = np.stack(np.meshgrid(np.arange(64, 137, 12), np.arange(64, 137, 12)), -1)
     points = points.reshape(-1, 2).astype(np.float64)
     count = len(points)
     truth = (points - 100) @ shape.T + true
@@ -91,7 +91,7 @@ def test_known_motion_is_recovered(shape: np.ndarray) -> None:
 def test_other_content_and_blank_walls_are_not_confirmed() -> None:
     first = picture(Texture(0), np.eye(2), np.zeros(2))
     other = picture(Texture(1), np.eye(2), np.zeros(2))
-    errors, confirmed, xy = align(other, np.eye(2), np.array([100.0, 100.0]), first)
+    errors, confirmed, _ = align(other, np.eye(2), np.array([100.0, 100.0]), first)
     assert confirmed.mean() < 0.1
     assert (errors[~confirmed] <= np.sqrt(2)).all()  # unconfirmed ones stay where they were
     blank = np.full_like(first, 77.0)

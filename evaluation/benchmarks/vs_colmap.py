@@ -57,7 +57,7 @@ def row(
     """One line of the table."""
     statistics = colmap.model_statistics(model)
     if truth is None:
-        errors = ["–"] * 5
+        errors = ["-"] * 5
     else:
         scores = evaluate(model, truth)
         errors = [
