@@ -25,7 +25,7 @@ def main() -> int:
     room = Path(sys.argv[1]) if len(sys.argv) > 1 else here / "room"
     output = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("demo-output")
     common.configure_logging()
-    result = reconstruct(room / "images", output, export=("ply", "nerfstudio"))
+    result = reconstruct(room / "images", output, quality="fast", export=("ply", "nerfstudio"))
     scores = evaluate(result.models[0], room / "gt")
     sys.stdout.write(summary_text(result) + "\n")
     sys.stdout.write(

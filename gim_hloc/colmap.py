@@ -629,6 +629,10 @@ def _map_once(
         options, fixed, num_cameras, num_images, seed, threads, relaxed
     )
     if mapper == "hierarchical":
+        if not hasattr(pycolmap, "HierarchicalPipelineOptions"):
+            raise InputError(
+                f"--mapper hierarchical needs pycolmap 4.1 or newer, this is {version()}."
+            )
         hierarchical = pycolmap.HierarchicalPipelineOptions()
         hierarchical.num_threads = threads
         hierarchical.incremental_options = incremental
@@ -719,8 +723,9 @@ def _map_global(
     pipeline = pycolmap.GlobalPipelineOptions()
     pipeline.num_threads = threads
     pipeline.random_seed = seed
-    pipeline.min_model_size = options.min_model_size
-    pipeline.multiple_models = options.multiple_models
+    if hasattr(pipeline, "min_model_size"):  # pycolmap 4.0 keeps one model only
+        pipeline.min_model_size = options.min_model_size
+        pipeline.multiple_models = options.multiple_models
     adjustment = pipeline.mapper.bundle_adjustment
     adjustment.refine_principal_point = options.ba_refine_principal_point
     if len(fixed) == num_cameras:
@@ -837,6 +842,13 @@ def refine_tracks(
             workers=threads if threads > 0 else os.cpu_count() or 1,
         )
         confirmed_share = float(confirmed.mean())
+        others = np.ones(len(confirmed), dtype=bool)
+        others[reference] = False
+        if round_ == 0 and confirmed[others].mean() < options.min_share:
+            return (
+                "kept as it was: patches confirm only "
+                f"{confirmed[others].mean():.0%} of the observations"
+            )
         for index, image in enumerate(images):
             mine = np.flatnonzero(views.image == index)
             for k in mine[confirmed[mine]]:
@@ -1204,12 +1216,10 @@ def sift_baseline(
     database = output / "database.db"
     database.unlink(missing_ok=True)
     given = len(cameras) == 1 and cameras[0].given
-    reader: dict[str, Any] = {}
+    reader = pycolmap.ImageReaderOptions()
     if given:
-        reader = {
-            "camera_model": cameras[0].model,
-            "camera_params": ",".join(repr(p) for p in cameras[0].params),
-        }
+        reader.camera_model = cameras[0].model
+        reader.camera_params = ",".join(repr(p) for p in cameras[0].params)
     extraction = pycolmap.FeatureExtractionOptions()
     extraction.sift.max_num_features = max_features
     extraction.use_gpu = False

@@ -26,7 +26,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -136,6 +136,24 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+# Orientations without mirroring, each a quarter turn clockwise after the one before it.
+_QUARTER_TURNS = (1, 6, 3, 8)
+
+
+def turned(record: ImageRecord, quarter_turns: int) -> ImageRecord:
+    """The same image, shown turned clockwise by so many quarter turns more than EXIF says.
+
+    Raises:
+        InputError: the image is mirrored (EXIF orientations 2, 4, 5 and 7), which is never guessed.
+    """
+    if not quarter_turns % 4:
+        return record
+    if record.exif.orientation not in _QUARTER_TURNS:
+        raise InputError(f"{record.name} is stored mirrored and cannot be turned.")
+    index = (_QUARTER_TURNS.index(record.exif.orientation) + quarter_turns) % 4
+    return replace(record, exif=replace(record.exif, orientation=_QUARTER_TURNS[index]))
 
 
 # ------------------------------------------------------------------------------------------ listing
@@ -779,7 +797,8 @@ def read_rgb(
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         rgb = np.rint(_resize(rgb, size)).astype(np.uint8)
     if upright:
-        rgb = _turn(rgb, pixels.orientation)
+        known = source.exif.orientation if isinstance(source, ImageRecord) else pixels.orientation
+        rgb = _turn(rgb, known)
     return np.ascontiguousarray(rgb)
 
 

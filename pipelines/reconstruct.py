@@ -82,6 +82,9 @@ class ReconstructOptions:
     """Folder of masks in COLMAP's convention (a.jpg.png or a.png for a.jpg); black is ignored."""
     mask_erode: int = 4
     """Keypoints keep this many pixels away from masked ones."""
+    rotations: Literal["auto", "none"] = "auto"
+    """auto: images that match nothing are tried in other quarter turns (cameras often write no EXIF
+    orientation, and learned matchers want images upright)."""
     cameras: CameraOptions = CameraOptions()
     """How images share cameras, and known intrinsics."""
     mapper: Mapper = "incremental"
@@ -225,8 +228,13 @@ class _Run:
         self.progress = progress
         self.timings: dict[str, float] = {}
         self.notes: list[str] = []
-        self.counts: dict[str, int] = {}
         self.stages: dict[str, str] = {}
+        self._file_hashes: dict[str, str] = {}
+        self.turns: dict[str, int] = {}  # image -> quarter turns clockwise to show it upright
+        self._turns_decided = False
+        self._turn_rounds = 0
+        self._encoded: set[str] = set()  # in this run, not reused
+        self._matched: set[Pair] = set()
 
     # ------------------------------------------------------------------------------------ order
 
@@ -289,7 +297,9 @@ class _Run:
     def _locked_run(self, watch: engine.Stopwatch) -> ReconstructResult:
         if self.options.overwrite:
             self._clear()
+        self._turns_decided = False
         self.state = self._read_state()
+        self.turns = self._read_turns()
         self.features = H5Store(
             self.output / "features.h5", self.feature_settings, overwrite=self.options.overwrite
         )
@@ -305,6 +315,12 @@ class _Run:
             self._encode()
             selection = self._select_pairs()
             self._match(selection.pairs)
+            while self._turn_images(selection.pairs):
+                self._encode()
+                if self.plan.needs_descriptors:  # similarity was judged by the unturned ones
+                    selection = self._select_pairs()
+                self._match(selection.pairs)
+            self._tell_turns()
             verified = self._database(selection.pairs)
             failure, models = self._map()
             report = self._report(selection, verified, models, watch, failure)
@@ -366,10 +382,6 @@ class _Run:
             **self.feature_settings,
             **{f"match.{k}": v for k, v in matcher.match_settings().items()},
         }
-        self.sources = {
-            name: digest([record.sha256, self.masks.sha(name) if self.masks else None])
-            for name, record in self.records.items()
-        }
         keys = pair_keys(self.names)
         escaped = [name for name in self.names if keys[name] != name.replace("/", "-")]
         if escaped:
@@ -383,6 +395,14 @@ class _Run:
         )
         self.batch = self.options.batch_size or (16 if self.matcher.device.type != "cpu" else 1)
 
+    def _source(self, name: str) -> str:
+        """Hash of what an image's features are made from: file, mask and turn."""
+        if name not in self._file_hashes:
+            mask = self.masks.sha(name) if self.masks else None
+            self._file_hashes[name] = digest([self.records[name].sha256, mask])
+        turn = self.turns.get(name, 0)
+        return f"{self._file_hashes[name]}/{90 * turn}" if turn else self._file_hashes[name]
+
     def _clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""
         for name in ("sparse", "sparse.tmp", "export", "dense"):
@@ -390,6 +410,7 @@ class _Run:
         for name in (
             "run.yaml", "pairs.txt", "features.h5", "matches.h5", "features.h5.journal",
             "matches.h5.journal", "database.db", "report.html", "report.json", "log.txt",
+            "turns.json",
         ):  # fmt: skip
             (self.output / name).unlink(missing_ok=True)
 
@@ -484,12 +505,13 @@ class _Run:
 
     # ----------------------------------------------------------------------------------- encode
 
-    def _read_image(self, name: str) -> Any:
+    def _read_image(self, name: str, turn: int | None = None) -> Any:
         from gim_hloc import images as image_module
 
         record = self.records[name]
         mask = self.masks.load(record) if self.masks is not None else None
-        return image_module.load(record, self.matcher.image_options, mask=mask)
+        shown = image_module.turned(record, self.turns.get(name, 0) if turn is None else turn)
+        return image_module.load(shown, self.matcher.image_options, mask=mask)
 
     def _put_encoding(self, name: str, encoding: Encoding) -> None:
         if not isinstance(encoding, SparseEncoding):
@@ -497,7 +519,8 @@ class _Run:
                 f"The matcher {self.matcher.info.name} has no keypoints to reconstruct from."
             )
         arrays, attributes = encoding_to_arrays(encoding)
-        self.features.put(name, arrays, self.sources[name], **attributes)
+        self.features.put(name, arrays, self._source(name), **attributes)
+        self._encoded.add(name)
         logger.debug("encoded %s: %d keypoints", name, len(encoding))
 
     def _get_encoding(self, name: str) -> SparseEncoding:
@@ -505,7 +528,7 @@ class _Run:
         return encoding_from_arrays(name, arrays, attributes)
 
     def _encode(self) -> None:
-        todo = [n for n in self.names if not self.features.has(n, self.sources[n])]
+        todo = [n for n in self.names if not self.features.has(n, self._source(n))]
         with (
             self._timed("encode"),
             self._bar(len(self.names), "Encode", "images", len(self.names) - len(todo)) as bar,
@@ -517,13 +540,12 @@ class _Run:
 
             engine.encode_images(self.matcher, todo, self._read_image, done, workers=self.workers)
             self.features.finalize(self.names, {"matcher": self.matcher.info.name})
-        self.counts["encoded"] = self.counts.get("encoded", 0) + len(todo)
         self.keypoints = {name: self.features.get(name)[0]["keypoints"] for name in self.names}
         total = sum(len(k) for k in self.keypoints.values())
         logger.info(
             "Encoded %d images (%d reused), %.0f keypoints an image",
-            self.counts["encoded"],
-            len(self.names) - self.counts["encoded"],
+            len(self._encoded),
+            len(self.names) - len(self._encoded),
             total / len(self.names),
         )
 
@@ -555,11 +577,12 @@ class _Run:
     # ------------------------------------------------------------------------------------ match
 
     def _pair_source(self, pair: Pair) -> str:
-        return digest([self.sources[pair[0]], self.sources[pair[1]]])
+        return digest([self._source(pair[0]), self._source(pair[1])])
 
     def _put_matches(self, pair: Pair, matches: Matches) -> None:
         arrays = matches_to_arrays(matches, len(self._cache.get(pair[0])))  # type: ignore[arg-type]
         self.matches.put(_pair_name(pair), arrays, self._pair_source(pair))
+        self._matched.add(pair)
         logger.debug("matched %s | %s: %d matches", *pair, len(matches))
 
     def _match(self, pairs: Sequence[Pair]) -> None:
@@ -586,13 +609,133 @@ class _Run:
             self.matches.finalize(
                 [_pair_name(p) for p in pairs], {"matcher": self.matcher.info.name}
             )
-        self.counts["matched"] = self.counts.get("matched", 0) + len(todo)
         logger.info(
             "Matched %d pairs (%d reused) in %.1f s",
-            self.counts["matched"],
-            len(pairs) - self.counts["matched"],
+            len(self._matched.intersection(pairs)),
+            len(set(pairs) - self._matched),
             self.timings["match"],
         )
+
+    # ------------------------------------------------------------------------------------ turns
+
+    def _turns_key(self) -> str:
+        """What a decision about turns rests on; with the same, it is not made again."""
+        return digest([self.match_settings, sorted(r.sha256 for r in self.records.values())])
+
+    def _read_turns(self) -> dict[str, int]:
+        path = self.output / "turns.json"
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if stored.get("settings") != digest(self.match_settings):
+                return {}
+            self._turns_decided = stored["key"] == self._turns_key()
+            hashes = stored["images"]
+            return {
+                name: int(entry["quarter_turns"])
+                for name, entry in hashes.items()
+                if name in self.records and entry["sha256"] == self.records[name].sha256
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            logger.warning("%s cannot be read; turns are looked for again.", path)
+            return {}
+
+    def _write_turns(self, *, decided: bool) -> None:
+        content = {
+            "settings": digest(self.match_settings),
+            "key": self._turns_key() if decided else None,
+            "images": {
+                name: {"quarter_turns": turn, "sha256": self.records[name].sha256}
+                for name, turn in sorted(self.turns.items())
+            },
+        }
+        write_atomic(self.output / "turns.json", json.dumps(content, indent=1, ensure_ascii=False))
+
+    def _turn_images(self, pairs: Sequence[Pair]) -> bool:
+        """Find images that are stored turned against the others; True when there are new ones.
+
+        Learned matchers fail on images turned by a quarter or more. Images that hardly match the
+        largest group of images are therefore matched to it in the three other turns. Images that
+        match each other well are turned alike.
+        """
+        if self.options.rotations == "none" or self.matcher.info.rotation_invariant:
+            return False
+        if self._turns_decided or self._turn_rounds >= 3:
+            return False
+        self._turn_rounds += 1
+        with self._timed("match"):
+            found = self._find_turns(pairs)
+        for name, turn in found.items():
+            self.turns[name] = (self.turns.get(name, 0) + turn) % 4
+        self._turns_decided = not found
+        self._write_turns(decided=not found)
+        return bool(found)
+
+    def _find_turns(self, pairs: Sequence[Pair]) -> dict[str, int]:
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        index = {name: i for i, name in enumerate(self.names)}
+        sizes = np.array([len(self.keypoints[name]) for name in self.names])
+        counts = {
+            pair: int((self.matches.get(_pair_name(pair))[0]["matches0"] > -1).sum())
+            for pair in pairs
+        }
+        strong = [
+            (index[a], index[b])
+            for (a, b), count in counts.items()
+            if count >= max(30, 0.15 * min(sizes[index[a]], sizes[index[b]]))
+        ]
+        rows, columns = np.array(strong, dtype=np.int64).reshape(-1, 2).T
+        graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(index),) * 2)
+        _, label = connected_components(graph, directed=False)
+        main = int(np.bincount(label).argmax())
+        if (label == main).sum() < 2:
+            return {}
+        links: dict[int, dict[str, dict[str, int]]] = {}  # group -> image -> main image -> matches
+        for (a, b), count in counts.items():
+            for name, other in ((a, b), (b, a)):
+                group = int(label[index[name]])
+                if group != main and label[index[other]] == main and sizes[index[name]] >= 50:
+                    links.setdefault(group, {}).setdefault(name, {})[other] = count
+        found: dict[str, int] = {}
+        with self._bar(len(links), "Turn", "groups") as bar:
+            for group, images in sorted(links.items()):
+                turn = self._best_turn(images)
+                if turn:
+                    members = np.flatnonzero(label == group)
+                    found.update({self.names[int(i)]: turn for i in members})
+                bar.update()
+        return found
+
+    def _best_turn(self, images: Mapping[str, Mapping[str, int]]) -> int:
+        """Quarter turns that make the best linked of some images match; 0 when none does."""
+        name = max(sorted(images), key=lambda n: sum(images[n].values()))
+        others = sorted(images[name], key=lambda n: (-images[name][n], n))[:3]
+        before = sum(images[name][other] for other in others)
+        totals = {}
+        for turn in (1, 2, 3):
+            try:
+                shown = self._read_image(name, (self.turns.get(name, 0) + turn) % 4)
+            except InputError:  # stored mirrored
+                return 0
+            encoding = self.matcher.encode(shown)
+            totals[turn] = sum(
+                len(self.matcher.match(encoding, self._cache.get(other))) for other in others
+            )
+            logger.debug("%s turned by %d degrees: %d matches", name, 90 * turn, totals[turn])
+        best = max(totals, key=lambda turn: totals[turn])
+        return best if totals[best] >= max(60, 2.5 * before) else 0
+
+    def _tell_turns(self) -> None:
+        if self.turns:
+            listed = ", ".join(f"{n} by {90 * t}" for n, t in sorted(self.turns.items())[:8])
+            self.notes.append(
+                f"{len(self.turns)} images are stored turned without EXIF saying so and were "
+                f"matched upright (degrees clockwise): {listed}"
+                + (" and more" if len(self.turns) > 8 else "")
+                + ". Poses and keypoints are those of the stored files."
+            )
+            logger.info("%s", self.notes[-1])
 
     # --------------------------------------------------------------------------------- estimate
 
@@ -605,7 +748,7 @@ class _Run:
 
         count = len(self.names)
         pairs, exact = self._expected_pairs(count)
-        stored = [n for n in self.names if self.features.has(n, self.sources[n])] if store else []
+        stored = [n for n in self.names if self.features.has(n, self._source(n))] if store else []
         sample = [n for n in self.names if n not in set(stored)][: max(3, 2 * self.workers)]
         encodings: dict[str, Encoding] = {}
 
@@ -618,7 +761,6 @@ class _Run:
         engine.encode_images(self.matcher, sample, self._read_image, keep, workers=self.workers)
         encode_seconds = encode_watch.seconds
         self.timings["encode"] = encode_seconds
-        self.counts["encoded"] = len(sample)
 
         self._cache = engine.EncodingCache(self._get_encoding if store else encodings.__getitem__)
         near = (stored + sample)[-(max(3, 2 * self.workers)) :]
@@ -650,7 +792,6 @@ class _Run:
             )
         match_seconds = match_watch.seconds
         self.timings["match"] = match_seconds
-        self.counts["matched"] = len(trial)
 
         per_image = encode_seconds / len(sample) if sample else 0.0
         per_pair = match_seconds / len(trial) if trial else 0.0
@@ -912,6 +1053,9 @@ class _Run:
             paths=[str(path.relative_to(self.output)) for path in models],
             notes=list(dict.fromkeys(self.notes)),
         )
+        for row in report["images"]:
+            if row["name"] in self.turns:
+                row["turned_degrees"] = 90 * self.turns[row["name"]]
         report["settings"] = _plain(
             {
                 "images": str(self.root),
@@ -927,8 +1071,8 @@ class _Run:
         )
         report["versions"] = versions()
         report["counts"] = {
-            "images_encoded": self.counts["encoded"],
-            "pairs_matched_now": self.counts["matched"],
+            "images_encoded_now": len(self._encoded),
+            "pairs_matched_now": len(self._matched),
         }
         report["summary"]["seconds"] = watch.seconds
         report["timings"] = dict(self.timings)

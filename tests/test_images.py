@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from gim_hloc import images
 from gim_hloc.errors import InputError
 from gim_hloc.images import (
     Exif,
@@ -649,3 +650,26 @@ def test_more_pixels_than_the_limit_are_refused_before_decoding(tmp_path):
     (tmp_path / "a.png").write_bytes(patched)
     (rejected,) = scan(tmp_path).rejected
     assert "more than the limit" in rejected.detail
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 3, 8])
+def test_quarter_turns_turn_what_is_shown(tmp_path: Path, orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    record = images.scan(tmp_path)["a.png"]
+    shown = images.read_rgb(record)
+    for turns in range(-1, 5):
+        expected = np.rot90(shown, -turns)  # clockwise
+        assert np.array_equal(images.read_rgb(images.turned(record, turns)), expected)
+
+
+def test_mirrored_images_are_not_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 5
+    Image.new("RGB", (70, 90)).save(tmp_path / "a.png", exif=exif)
+    record = images.scan(tmp_path)["a.png"]
+    assert images.turned(record, 4) is record
+    with pytest.raises(InputError, match="mirrored"):
+        images.turned(record, 1)

@@ -187,14 +187,17 @@ def test_refinement_improves_a_whole_model(plane, tmp_path: Path) -> None:
     assert list(model.cameras[1].params) == [FOCAL, FOCAL, WIDTH / 2, HEIGHT / 2]
 
 
-def test_pictures_that_confirm_nothing_leave_the_model_alone(plane, tmp_path: Path) -> None:
+@pytest.mark.parametrize("min_share", [0.35, 0.0])  # told at once, or by the points it would cost
+def test_pictures_that_confirm_nothing_leave_the_model_alone(
+    plane, tmp_path: Path, min_share: float
+) -> None:
     scene, pictures, path = plane
     model = colmap.read_model(path)
     rng = np.random.default_rng(0)
     sentence = colmap.refine_tracks(
         model,
         lambda name: rng.normal(128, 40, pictures[name].shape).astype(np.float32),
-        options=PhotometricOptions(min_confirmed=0),
+        options=PhotometricOptions(min_confirmed=0, min_share=min_share),
         fixed={1},
         threads=1,
     )

@@ -268,6 +268,31 @@ def test_masks_drop_keypoints(images: Path, tmp_path: Path) -> None:
     assert encoded() == [NAMES[0]]
 
 
+@pytest.mark.weights
+def test_turned_images_are_found_and_matched_upright(room: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    turns = {"b.png": Image.Transpose.ROTATE_180, "d.png": Image.Transpose.ROTATE_90}
+    for name, number in zip("abcde", range(1, 6), strict=True):
+        picture = Image.open(room / "images" / f"room_00{number}.jpg").resize((480, 360))
+        file = f"{name}.png"  # no EXIF
+        if file in turns:
+            picture = picture.transpose(turns[file])
+        picture.save(images / file)
+    options: dict[str, Any] = {"quality": "fast", "max_keypoints": 512, "progress": False}
+    result = gim_hloc.reconstruct(images, tmp_path / "out", **options)
+    found = {
+        r["name"]: r["turned_degrees"] for r in result.report["images"] if "turned_degrees" in r
+    }
+    assert found == {"b.png": 180, "d.png": 90}  # clockwise, to show them upright again
+    assert result.registered == 5
+    again = gim_hloc.reconstruct(images, tmp_path / "out", **options)
+    assert again.report["counts"] == {"images_encoded_now": 0, "pairs_matched_now": 0}
+    assert again.report["summary"]["points"] == result.report["summary"]["points"]
+    plain = gim_hloc.reconstruct(images, tmp_path / "none", rotations="none", **options)
+    assert plain.registered < 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -31,6 +31,7 @@ class MatcherInfo:
     colour: Literal["rgb", "gray"]
     default_size: int  # long side in pixels at the ``base`` operating point
     summary: str  # one line for ``describe()``
+    rotation_invariant: bool = False  # whether images may be turned against each other at will
 
 
 @dataclass(kw_only=True)

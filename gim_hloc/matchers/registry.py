@@ -145,6 +145,7 @@ register(
         commercial=True,
         colour="gray",
         default_size=3200,
+        rotation_invariant=True,
         summary="RootSIFT with mutual nearest neighbours and a ratio test; learns nothing",
     ),
 )
@@ -159,6 +160,7 @@ register(
         commercial=True,
         colour="rgb",
         default_size=1600,
+        rotation_invariant=True,
         summary="RootSIFT with the numbers of the ZEB benchmark, for comparison with its tables",
     ),
 )

@@ -30,6 +30,7 @@ class PhotometricOptions:
     min_correlation: float = 0.9  # of the grey values after the move, else it keeps its place
     max_scale: float = 2.5  # change of size between the views beyond which they are not compared
     neighbours: int = 10  # points that the local plane is fitted to
+    min_share: float = 0.35  # of observations confirmed; below, pictures and model do not fit
     min_confirmed: int = 60  # observations; images with fewer confirmed ones keep all of theirs
     rounds: int = 2  # refinement and bundle adjustment in turn
 
