@@ -589,7 +589,9 @@ def run_mapping(
     paths = []
     for index, model in enumerate(models):
         if refine is not None:
-            logger.info("Model %d: %s", index, refine(model, fixed))
+            with _colmap_log(log_dir):
+                sentence = refine(model, fixed)
+            logger.info("Model %d: %s", index, sentence)
         if colours is not None:
             _extract_colours(model, colours)
         folder = temporary / str(index)

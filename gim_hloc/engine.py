@@ -72,8 +72,10 @@ class EncodingCache:
         with self._mutex:
             self.reads += 1
             self._held[name] = encoding
-            while len(self._held) > 2 and self._bytes() > self._budget:
-                self._held.popitem(last=False)
+            # Matchers add to encodings later, so sizes are summed anew; not for every image.
+            if self.reads % 16 == 0:
+                while len(self._held) > 2 and self._bytes() > self._budget:
+                    self._held.popitem(last=False)
         return encoding
 
     def _bytes(self) -> int:

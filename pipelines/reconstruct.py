@@ -405,7 +405,7 @@ class _Run:
 
     def _clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""
-        for name in ("sparse", "sparse.tmp", "export", "dense"):
+        for name in ("sparse", "sparse.tmp", "export", "dense", "logs"):
             shutil.rmtree(self.output / name, ignore_errors=True)
         for name in (
             "run.yaml", "pairs.txt", "features.h5", "matches.h5", "features.h5.journal",
@@ -817,6 +817,9 @@ class _Run:
             "seconds": seconds,
             "disk_bytes": disk,
         }
+        if store and exact and not sample and not left_pairs:
+            logger.info("All %d images and %d pairs are there already.", count, pairs)
+            return estimate
         logger.info(
             "Estimate: %s%d pairs; encoding %.2f s an image, matching %.2f s a pair, about %s until"
             " mapping; disk %.0f MB",
