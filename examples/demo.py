@@ -12,7 +12,8 @@ from pathlib import Path
 
 from gim_hloc.cli import common
 from gim_hloc.evaluation.sfm import evaluate
-from gim_hloc.pipelines.reconstruct import reconstruct, summary_text
+from gim_hloc.pipelines.outcome import summary_text
+from gim_hloc.pipelines.reconstruct import reconstruct
 
 # Well above what was measured (see docs/benchmarks.md), well below what a mistake gives.
 MAX_ROTATION_DEG = 0.3

@@ -13,7 +13,6 @@ pixels with integer = pixel centre, ``descriptors`` (D, N) float16, ``scores`` (
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -290,11 +289,6 @@ class H5Store:
             Journal(journal_path, self.stamp) if journal_path.exists() else None
         )
 
-    @property
-    def torn_bytes(self) -> int:
-        """Bytes of a torn record that an earlier, killed run left behind."""
-        return self._journal.torn if self._journal else 0
-
     def _open_old(self) -> None:
         try:
             file = h5py.File(self.path, "r")
@@ -538,14 +532,3 @@ def _candidate_keys(a: str, b: str) -> Iterator[str]:
         yield f"{plain_a}/{escaped(b) if '/' in b else b}"
     yield f"{plain_a}/{plain_b}"
     yield f"{plain_a}_{plain_b}"  # hloc's old layout
-
-
-@contextlib.contextmanager
-def open_h5(path: Path) -> Iterator[h5py.File]:
-    """Open an h5 file for reading with a user's error instead of HDF5's."""
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path} is not a readable h5 file: {error}") from None
-    with file:
-        yield file

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
 import itertools
 import json
 import logging
-import math
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +30,8 @@ from gim_hloc.errors import GimError, InputError, MappingError
 from gim_hloc.export import EXPORTS, export_model
 from gim_hloc.matchers.base import Encoding, Matcher, Matches, Quality, SparseEncoding
 from gim_hloc.pairs.select import PairOptions
+from gim_hloc.pipelines import turns
+from gim_hloc.pipelines.outcome import build_report, scene_view, versions
 from gim_hloc.store import (
     H5Store,
     OutputLock,
@@ -49,7 +47,7 @@ from gim_hloc.tracks.photometric import PhotometricOptions
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, PairVerification
-    from gim_hloc.images import ImageRecord, ImageSet
+    from gim_hloc.images import ImageSet
     from gim_hloc.masks import MaskFolder
     from gim_hloc.pairs.select import Selection
 
@@ -651,12 +649,7 @@ class _Run:
         write_atomic(self.output / "turns.json", json.dumps(content, indent=1, ensure_ascii=False))
 
     def _turn_images(self, pairs: Sequence[Pair]) -> bool:
-        """Find images that are stored turned against the others; True when there are new ones.
-
-        Learned matchers fail on images turned by a quarter or more. Images that hardly match the
-        largest group of images are therefore matched to it in the three other turns. Images that
-        match each other well are turned alike.
-        """
+        """Look for images that are stored turned (see ``turns``); True when there are new ones."""
         if self.options.rotations == "none" or self.matcher.info.rotation_invariant:
             return False
         if self._turns_decided or self._turn_rounds >= 3:
@@ -671,60 +664,26 @@ class _Run:
         return bool(found)
 
     def _find_turns(self, pairs: Sequence[Pair]) -> dict[str, int]:
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
-        index = {name: i for i, name in enumerate(self.names)}
-        sizes = np.array([len(self.keypoints[name]) for name in self.names])
         counts = {
             pair: int((self.matches.get(_pair_name(pair))[0]["matches0"] > -1).sum())
             for pair in pairs
         }
-        strong = [
-            (index[a], index[b])
-            for (a, b), count in counts.items()
-            if count >= max(30, 0.15 * min(sizes[index[a]], sizes[index[b]]))
-        ]
-        rows, columns = np.array(strong, dtype=np.int64).reshape(-1, 2).T
-        graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(index),) * 2)
-        _, label = connected_components(graph, directed=False)
-        main = int(np.bincount(label).argmax())
-        if (label == main).sum() < 2:
-            return {}
-        links: dict[int, dict[str, dict[str, int]]] = {}  # group -> image -> main image -> matches
-        for (a, b), count in counts.items():
-            for name, other in ((a, b), (b, a)):
-                group = int(label[index[name]])
-                if group != main and label[index[other]] == main and sizes[index[name]] >= 50:
-                    links.setdefault(group, {}).setdefault(name, {})[other] = count
+        groups = turns.weak_groups(
+            self.names, counts, {name: len(k) for name, k in self.keypoints.items()}
+        )
+
+        def count_matches(name: str, turn: int, others: Sequence[str]) -> int:
+            shown = self._read_image(name, (self.turns.get(name, 0) + turn) % 4)
+            encoding = self.matcher.encode(shown)
+            return sum(len(self.matcher.match(encoding, self._cache.get(o))) for o in others)
+
         found: dict[str, int] = {}
-        with self._bar(len(links), "Turn", "groups") as bar:
-            for group, images in sorted(links.items()):
-                turn = self._best_turn(images)
-                if turn:
-                    members = np.flatnonzero(label == group)
-                    found.update({self.names[int(i)]: turn for i in members})
+        with self._bar(len(groups), "Turn", "groups") as bar:
+            for group in groups:
+                turn = turns.best_turn(group, count_matches)
+                found.update(dict.fromkeys(group.members, turn) if turn else {})
                 bar.update()
         return found
-
-    def _best_turn(self, images: Mapping[str, Mapping[str, int]]) -> int:
-        """Quarter turns that make the best linked of some images match; 0 when none does."""
-        name = max(sorted(images), key=lambda n: sum(images[n].values()))
-        others = sorted(images[name], key=lambda n: (-images[name][n], n))[:3]
-        before = sum(images[name][other] for other in others)
-        totals = {}
-        for turn in (1, 2, 3):
-            try:
-                shown = self._read_image(name, (self.turns.get(name, 0) + turn) % 4)
-            except InputError:  # stored mirrored
-                return 0
-            encoding = self.matcher.encode(shown)
-            totals[turn] = sum(
-                len(self.matcher.match(encoding, self._cache.get(other))) for other in others
-            )
-            logger.debug("%s turned by %d degrees: %d matches", name, 90 * turn, totals[turn])
-        best = max(totals, key=lambda turn: totals[turn])
-        return best if totals[best] >= max(60, 2.5 * before) else 0
 
     def _tell_turns(self) -> None:
         if self.turns:
@@ -1152,213 +1111,3 @@ def _estimate_disk(images: int, pairs: int, feature_bytes: float, keypoints: flo
     database = images * keypoints * 8 + pairs * keypoints * 16 / 3
     # The journal stands beside the h5 file for a moment.
     return 2 * (features + matches) + database
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    found = {"gim_hloc": __version__, "python": platform.python_version()}
-    for name in ("torch", "kornia", "pycolmap", "numpy", "h5py", "opencv-python-headless"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def scene_view(model: Any) -> Any:
-    """Points and cameras of a model for the report's 3D view."""
-    from gim_hloc import colmap
-    from gim_hloc.pipelines.report import CameraView, SceneView
-
-    xyz, rgb, _, _ = colmap.points(model)
-    cameras = []
-    sizes = {c["id"]: (c["width"], c["height"]) for c in colmap.cameras_of(model)}
-    for name, image in sorted(colmap.image_statistics(model).items()):
-        width, height = sizes[image.camera_id]
-        cameras.append(
-            CameraView(
-                name=name,
-                center=-image.rotation.T @ image.translation,
-                rotation=image.rotation,
-                focal_px=image.focal_px,
-                width=width,
-                height=height,
-            )
-        )
-    return SceneView(points_xyz=xyz, points_rgb=rgb, cameras=cameras)
-
-
-def build_report(
-    *,
-    image_set: ImageSet,
-    keypoints: Mapping[str, int],
-    selection: Selection,
-    verified: Sequence[PairVerification],
-    models: Sequence[Any],
-    paths: Sequence[str],
-    notes: Sequence[str],
-) -> dict[str, Any]:
-    """Numbers of a run: what happened to each image and pair, and why.
-
-    Args:
-        image_set: all files that were found.
-        keypoints: keypoints of each usable image.
-        selection: the pairs and why.
-        verified: what verification left of each pair.
-        models: ``pycolmap.Reconstruction`` objects, largest first.
-        paths: where they are, relative to the output.
-        notes: sentences for the user.
-    """
-    from gim_hloc import colmap
-
-    of_image: dict[str, dict[str, int]] = {
-        record.name: {"pairs": 0, "matches": 0, "verified_pairs": 0, "inliers": 0}
-        for record in image_set.images
-    }
-    for pair in verified:
-        for name in (pair.name0, pair.name1):
-            entry = of_image[name]
-            entry["pairs"] += 1
-            entry["matches"] += pair.matches
-            entry["verified_pairs"] += pair.inliers > 0
-            entry["inliers"] += pair.inliers
-    model_of: dict[str, int] = {}
-    details: dict[str, Any] = {}
-    for index, model in enumerate(models):
-        for name, image in colmap.image_statistics(model).items():
-            if name not in model_of:
-                model_of[name] = index
-                details[name] = image
-
-    rows: list[dict[str, Any]] = []
-    for record in image_set.images:
-        counts = of_image[record.name]
-        row: dict[str, Any] = {
-            "name": record.name,
-            "width": record.width,
-            "height": record.height,
-            "keypoints": keypoints.get(record.name, 0),
-            **counts,
-            "model": model_of.get(record.name),
-        }
-        row["status"], row["reason"] = _status(record, row, bool(models))
-        known = details.get(record.name)
-        if known is not None:
-            row.update(
-                camera_id=known.camera_id,
-                points=known.points,
-                mean_reprojection_error_px=known.mean_reprojection_error_px,
-                focal_px=known.focal_px,
-            )
-        rows.append(row)
-    rows += [
-        {"name": r.name, "status": r.reason, "reason": r.detail, "model": None}
-        for r in image_set.rejected
-    ]
-    rows.sort(key=lambda row: str(row["name"]))
-
-    largest = models[0] if models else None
-    tracks: dict[str, int] = {}
-    errors = np.zeros(0)
-    summary: dict[str, Any] = {}
-    if largest is not None:
-        _, _, lengths, errors = colmap.points(largest)
-        values, counts_of = np.unique(lengths, return_counts=True)
-        tracks = {str(int(v)): int(c) for v, c in zip(values, counts_of, strict=True)}
-        statistics = colmap.statistics(largest)
-        statistics.pop("images")
-        summary.update(statistics)
-    edges = np.linspace(0, 4, 41)
-    histogram, _ = np.histogram(np.clip(errors, 0, 4 - 1e-9), edges)
-    summary = {
-        "images": len(image_set.images) + len(image_set.rejected),
-        "usable": len(image_set.images),
-        "registered": largest.num_reg_images() if largest is not None else 0,
-        "models": len(models),
-        "points": 0,
-        "observations": 0,
-        "mean_track_length": 0.0,
-        "mean_reprojection_error_px": None,
-        "pairs": len(verified),
-        "pairs_matched": sum(v.matches > 0 for v in verified),
-        "pairs_verified": sum(v.inliers > 0 for v in verified),
-        **summary,
-    }
-    described = []
-    for model, path in zip(models, paths, strict=True):
-        statistics = colmap.statistics(model)
-        described.append({"path": path, **statistics, "cameras": colmap.cameras_of(model)})
-    return {
-        "gim_hloc": __version__,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "summary": summary,
-        "images": rows,
-        "pairs": [
-            {"name0": v.name0, "name1": v.name1, "matches": v.matches, "inliers": v.inliers}
-            for v in verified
-        ],
-        "models": described,
-        "track_lengths": tracks,
-        "reprojection_errors": {"edges": edges.tolist(), "counts": histogram.tolist()},
-        "pair_selection": {
-            "mode": selection.mode,
-            "why": selection.why,
-            "counts": selection.counts,
-        },
-        "notes": list(notes),
-    }
-
-
-def _status(record: ImageRecord, row: Mapping[str, Any], mapped: bool) -> tuple[str, str]:
-    """Status of a usable image, and a sentence when it is not registered in the largest model."""
-    if row["model"] == 0:
-        return "registered", ""
-    if row["model"] is not None:
-        return "registered", f"in another model (sparse/{row['model']}), not joined to the largest"
-    if row["keypoints"] == 0:
-        return "no_features", "no keypoints: blank, dark, blurred or masked as a whole"
-    if row["pairs"] == 0:
-        return "no_pairs", "in no chosen pair"
-    if row["matches"] == 0:
-        return "no_matches", f"no match in any of its {row['pairs']} pairs"
-    if row["verified_pairs"] == 0:
-        return (
-            "no_verified_matches",
-            f"{row['matches']} matches in {row['pairs']} pairs, none geometrically consistent",
-        )
-    what = "COLMAP could not place it" if mapped else "COLMAP built no model"
-    return (
-        "not_registered",
-        f"{what}: {row['inliers']} inliers in {row['verified_pairs']} verified pairs",
-    )
-
-
-def summary_text(result: ReconstructResult) -> str:
-    """The last lines of a run, for the terminal."""
-    summary = result.report["summary"]
-    lines = [
-        f"{summary['registered']} of {summary['images']} images registered, "
-        f"{summary['points']} points, "
-        f"{summary['mean_track_length']:.1f} views a point, "
-        f"reprojection error {summary['mean_reprojection_error_px'] or math.nan:.2f} px, "
-        f"{summary['seconds']:.0f} s"
-    ]
-    if summary["models"] > 1:
-        sizes = ", ".join(str(m["images"]) for m in result.report["models"])
-        lines.append(f"{summary['models']} separate models with {sizes} images")
-    missing = [r for r in result.report["images"] if r["status"] != "registered"]
-    for row in missing[:10]:
-        lines.append(f"  missing: {row['name']} ({row['status']}: {row['reason']})")
-    if len(missing) > 10:
-        lines.append(f"  ... and {len(missing) - 10} more, see the report")
-    lines.append(f"Model:  {result.models[0]}")
-    lines.append(f"Report: {result.output / 'report.html'}")
-    return "\n".join(lines)
-
-
-def load_report(output: Path | str) -> dict[str, Any]:
-    """Read report.json of a run."""
-    path = Path(output) / "report.json"
-    if not path.is_file():
-        raise InputError(f"{output} holds no report.json; is it the output of gim-reconstruct?")
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report

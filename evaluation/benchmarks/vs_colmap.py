@@ -25,7 +25,8 @@ from gim_hloc.engine import Stopwatch
 from gim_hloc.evaluation.benchmarks.measure import machine
 from gim_hloc.evaluation.sfm import evaluate
 from gim_hloc.matchers.base import Quality
-from gim_hloc.pipelines.reconstruct import reconstruct, versions
+from gim_hloc.pipelines.outcome import versions
+from gim_hloc.pipelines.reconstruct import reconstruct
 
 logger = logging.getLogger(__name__)
 

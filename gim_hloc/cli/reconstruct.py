@@ -13,7 +13,8 @@ import tyro
 
 from gim_hloc.cli import common
 from gim_hloc.colmap import CameraOptions
-from gim_hloc.pipelines.reconstruct import ReconstructOptions, reconstruct, summary_text
+from gim_hloc.pipelines.outcome import summary_text
+from gim_hloc.pipelines.reconstruct import ReconstructOptions, reconstruct
 
 
 @dataclass(frozen=True, kw_only=True)

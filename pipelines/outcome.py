@@ -1,0 +1,223 @@
+"""What came out of a run: the numbers of the report, the view of the scene, the last lines."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import math
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gim_hloc import __version__
+
+if TYPE_CHECKING:
+    from gim_hloc.colmap import PairVerification
+    from gim_hloc.images import ImageRecord, ImageSet
+    from gim_hloc.pairs.select import Selection
+    from gim_hloc.pipelines.reconstruct import ReconstructResult
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"gim_hloc": __version__, "python": platform.python_version()}
+    for name in ("torch", "kornia", "pycolmap", "numpy", "h5py", "opencv-python-headless"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def scene_view(model: Any) -> Any:
+    """Points and cameras of a model for the report's 3D view."""
+    from gim_hloc import colmap
+    from gim_hloc.pipelines.report import CameraView, SceneView
+
+    xyz, rgb, _, _ = colmap.points(model)
+    cameras = []
+    sizes = {c["id"]: (c["width"], c["height"]) for c in colmap.cameras_of(model)}
+    for name, image in sorted(colmap.image_statistics(model).items()):
+        width, height = sizes[image.camera_id]
+        cameras.append(
+            CameraView(
+                name=name,
+                center=-image.rotation.T @ image.translation,
+                rotation=image.rotation,
+                focal_px=image.focal_px,
+                width=width,
+                height=height,
+            )
+        )
+    return SceneView(points_xyz=xyz, points_rgb=rgb, cameras=cameras)
+
+
+def build_report(
+    *,
+    image_set: ImageSet,
+    keypoints: Mapping[str, int],
+    selection: Selection,
+    verified: Sequence[PairVerification],
+    models: Sequence[Any],
+    paths: Sequence[str],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Numbers of a run: what happened to each image and pair, and why.
+
+    Args:
+        image_set: all files that were found.
+        keypoints: keypoints of each usable image.
+        selection: the pairs and why.
+        verified: what verification left of each pair.
+        models: ``pycolmap.Reconstruction`` objects, largest first.
+        paths: where they are, relative to the output.
+        notes: sentences for the user.
+    """
+    from gim_hloc import colmap
+
+    of_image: dict[str, dict[str, int]] = {
+        record.name: {"pairs": 0, "matches": 0, "verified_pairs": 0, "inliers": 0}
+        for record in image_set.images
+    }
+    for pair in verified:
+        for name in (pair.name0, pair.name1):
+            entry = of_image[name]
+            entry["pairs"] += 1
+            entry["matches"] += pair.matches
+            entry["verified_pairs"] += pair.inliers > 0
+            entry["inliers"] += pair.inliers
+    model_of: dict[str, int] = {}
+    details: dict[str, Any] = {}
+    for index, model in enumerate(models):
+        for name, image in colmap.image_statistics(model).items():
+            if name not in model_of:
+                model_of[name] = index
+                details[name] = image
+
+    rows: list[dict[str, Any]] = []
+    for record in image_set.images:
+        counts = of_image[record.name]
+        row: dict[str, Any] = {
+            "name": record.name,
+            "width": record.width,
+            "height": record.height,
+            "keypoints": keypoints.get(record.name, 0),
+            **counts,
+            "model": model_of.get(record.name),
+        }
+        row["status"], row["reason"] = _status(record, row, bool(models))
+        known = details.get(record.name)
+        if known is not None:
+            row.update(
+                camera_id=known.camera_id,
+                points=known.points,
+                mean_reprojection_error_px=known.mean_reprojection_error_px,
+                focal_px=known.focal_px,
+            )
+        rows.append(row)
+    rows += [
+        {"name": r.name, "status": r.reason, "reason": r.detail, "model": None}
+        for r in image_set.rejected
+    ]
+    rows.sort(key=lambda row: str(row["name"]))
+
+    largest = models[0] if models else None
+    tracks: dict[str, int] = {}
+    errors = np.zeros(0)
+    summary: dict[str, Any] = {}
+    if largest is not None:
+        _, _, lengths, errors = colmap.points(largest)
+        values, counts_of = np.unique(lengths, return_counts=True)
+        tracks = {str(int(v)): int(c) for v, c in zip(values, counts_of, strict=True)}
+        statistics = colmap.statistics(largest)
+        statistics.pop("images")
+        summary.update(statistics)
+    edges = np.linspace(0, 4, 41)
+    histogram, _ = np.histogram(np.clip(errors, 0, 4 - 1e-9), edges)
+    summary = {
+        "images": len(image_set.images) + len(image_set.rejected),
+        "usable": len(image_set.images),
+        "registered": largest.num_reg_images() if largest is not None else 0,
+        "models": len(models),
+        "points": 0,
+        "observations": 0,
+        "mean_track_length": 0.0,
+        "mean_reprojection_error_px": None,
+        "pairs": len(verified),
+        "pairs_matched": sum(v.matches > 0 for v in verified),
+        "pairs_verified": sum(v.inliers > 0 for v in verified),
+        **summary,
+    }
+    described = []
+    for model, path in zip(models, paths, strict=True):
+        statistics = colmap.statistics(model)
+        described.append({"path": path, **statistics, "cameras": colmap.cameras_of(model)})
+    return {
+        "gim_hloc": __version__,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "summary": summary,
+        "images": rows,
+        "pairs": [
+            {"name0": v.name0, "name1": v.name1, "matches": v.matches, "inliers": v.inliers}
+            for v in verified
+        ],
+        "models": described,
+        "track_lengths": tracks,
+        "reprojection_errors": {"edges": edges.tolist(), "counts": histogram.tolist()},
+        "pair_selection": {
+            "mode": selection.mode,
+            "why": selection.why,
+            "counts": selection.counts,
+        },
+        "notes": list(notes),
+    }
+
+
+def _status(record: ImageRecord, row: Mapping[str, Any], mapped: bool) -> tuple[str, str]:
+    """Status of a usable image, and a sentence when it is not registered in the largest model."""
+    if row["model"] == 0:
+        return "registered", ""
+    if row["model"] is not None:
+        return "registered", f"in another model (sparse/{row['model']}), not joined to the largest"
+    if row["keypoints"] == 0:
+        return "no_features", "no keypoints: blank, dark, blurred or masked as a whole"
+    if row["pairs"] == 0:
+        return "no_pairs", "in no chosen pair"
+    if row["matches"] == 0:
+        return "no_matches", f"no match in any of its {row['pairs']} pairs"
+    if row["verified_pairs"] == 0:
+        return (
+            "no_verified_matches",
+            f"{row['matches']} matches in {row['pairs']} pairs, none geometrically consistent",
+        )
+    what = "COLMAP could not place it" if mapped else "COLMAP built no model"
+    return (
+        "not_registered",
+        f"{what}: {row['inliers']} inliers in {row['verified_pairs']} verified pairs",
+    )
+
+
+def summary_text(result: ReconstructResult) -> str:
+    """The last lines of a run, for the terminal."""
+    summary = result.report["summary"]
+    lines = [
+        f"{summary['registered']} of {summary['images']} images registered, "
+        f"{summary['points']} points, "
+        f"{summary['mean_track_length']:.1f} views a point, "
+        f"reprojection error {summary['mean_reprojection_error_px'] or math.nan:.2f} px, "
+        f"{summary['seconds']:.0f} s"
+    ]
+    if summary["models"] > 1:
+        sizes = ", ".join(str(m["images"]) for m in result.report["models"])
+        lines.append(f"{summary['models']} separate models with {sizes} images")
+    missing = [r for r in result.report["images"] if r["status"] != "registered"]
+    for row in missing[:10]:
+        lines.append(f"  missing: {row['name']} ({row['status']}: {row['reason']})")
+    if len(missing) > 10:
+        lines.append(f"  ... and {len(missing) - 10} more, see the report")
+    lines.append(f"Model:  {result.models[0]}")
+    lines.append(f"Report: {result.output / 'report.html'}")
+    return "\n".join(lines)

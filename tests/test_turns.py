@@ -1,0 +1,56 @@
+"""Which images are tried in other turns, and when a turn is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gim_hloc.errors import InputError
+from gim_hloc.pipelines.turns import WeakGroup, best_turn, weak_groups
+
+KEYPOINTS = dict.fromkeys("abcdef", 1000)
+
+
+def test_images_that_match_little_are_the_weak_ones() -> None:
+    counts = {("a", "b"): 500, ("b", "c"): 160, ("a", "d"): 140, ("d", "e"): 700, ("b", "e"): 20}
+    (group,) = weak_groups("abcdef", counts, KEYPOINTS)
+    assert group.members == ("d", "e")  # they match each other; f is in no pair
+    assert group.links == {"d": {"a": 140}, "e": {"b": 20}}
+
+
+def test_nothing_is_weak_in_a_connected_scene_or_without_any_match() -> None:
+    assert weak_groups("abc", {("a", "b"): 500, ("b", "c"): 500}, KEYPOINTS) == []
+    assert weak_groups("abc", {("a", "b"): 0, ("b", "c"): 3}, KEYPOINTS) == []
+    assert weak_groups("abc", {}, KEYPOINTS) == []
+
+
+def test_images_with_hardly_any_keypoints_are_left_alone() -> None:
+    keypoints = {**KEYPOINTS, "c": 40}
+    assert weak_groups("abc", {("a", "b"): 500, ("b", "c"): 3}, keypoints) == []
+
+
+def group(**links: int) -> WeakGroup:
+    return WeakGroup(members=("x", "y"), links={"x": links, "y": {"a": 1}})
+
+
+def test_the_turn_with_most_matches_is_taken() -> None:
+    asked: list[tuple[str, int, tuple[str, ...]]] = []
+
+    def count(name: str, turn: int, others: Sequence[str]) -> int:
+        asked.append((name, turn, tuple(others)))
+        return {1: 30, 2: 400, 3: 50}[turn]
+
+    assert best_turn(group(a=10, b=40, c=20, d=30), count) == 2
+    assert asked == [("x", turn, ("b", "d", "c")) for turn in (1, 2, 3)]
+
+
+def test_small_gains_are_not_believed() -> None:
+    assert best_turn(group(a=100, b=90), lambda *_: 400) == 0  # 2.1 times
+    assert best_turn(group(a=100, b=90), lambda *_: 480) == 1
+    assert best_turn(group(a=1, b=2), lambda *_: 50) == 0  # too few to tell
+
+
+def test_images_that_cannot_be_turned_are_left() -> None:
+    def count(*_: object) -> int:
+        raise InputError("stored mirrored")
+
+    assert best_turn(group(a=10), count) == 0
