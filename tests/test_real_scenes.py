@@ -18,6 +18,7 @@ import pytest
 import gim_hloc
 from gim_hloc import colmap
 from gim_hloc.evaluation.sfm import evaluate
+from gim_hloc.pairs.select import PairOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.weights]
 
@@ -67,12 +68,14 @@ def test_fox_sequence(data: Path, tmp_path: Path) -> None:
     scene = data / "fox"
     result = gim_hloc.reconstruct(
         scene / "images", tmp_path, pairs="sequential+retrieval", quality="fast", progress=False,
-        pair=gim_hloc.ReconstructOptions().pair.__class__(window=4, quadratic=False, neighbours=6),
+        intrinsics=str(scene / "gt" / "cameras.txt"),  # a wrong principal point turns the cameras
+        pair=PairOptions(window=4, quadratic=False, neighbours=6),
     )  # fmt: skip
     scores = evaluate(result.models[0], scene / "gt")
     assert scores.registered >= 0.95 * scores.total
-    assert scores.rotation.median < 0.5
-    assert scores.centre_extent_percent.median < 0.5
+    # the reference is itself COLMAP's: 0.2 degrees and 0.2 % are its noise
+    assert scores.rotation.median < 0.3
+    assert scores.centre_extent_percent.median < 0.3
 
 
 def test_nasty_files_among_good_ones(data: Path, tmp_path: Path) -> None:
@@ -80,12 +83,14 @@ def test_nasty_files_among_good_ones(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data / "odd", images)
     shutil.copytree(data / "fountain-P11" / "images", images / "fountain")
     result = gim_hloc.reconstruct(
-        images, tmp_path / "out", quality="fast", pairs="sequential", progress=False,
+        images, tmp_path / "out", quality="fast", progress=False,
         matcher_options=("max_keypoints=512",),
     )  # fmt: skip
     rows = {row["name"]: row for row in result.report["images"]}
-    good = [n for n in rows if n.startswith("fountain/")]
-    assert all(rows[n]["status"] == "registered" for n in good)
+    # the nasty folder holds copies of some good images: of those, the first by name is kept
+    good = [n for n in rows if n.startswith("fountain/") and rows[n]["status"] != "duplicate"]
+    assert len(good) >= 8
+    assert all(rows[n]["model"] == 0 for n in good)
     assert all(row["reason"] for row in rows.values() if row["status"] != "registered")
     expected = {
         "truncated.jpg": "unreadable", "header_only.jpg": "unreadable", "empty.jpg": "empty",
