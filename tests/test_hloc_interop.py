@@ -90,6 +90,7 @@ def run(
         pairs="exhaustive",
         intrinsics=INTRINSICS,
         camera_mode="single",
+        refine_keypoints=False,  # so that both models hold the keypoints of the file
         progress=False,
     )
     return output
