@@ -84,12 +84,7 @@ _ENCODE_FIELDS = (
 _ALIKED: dict[Quality, dict[str, Any]] = {
     "fast": {"max_size": 1024, "max_keypoints": 1024, "detection_threshold": 0.2},
     "base": {"max_size": 1024, "max_keypoints": 2048, "detection_threshold": 0.2},
-    "precise": {
-        "max_size": 1600,
-        "upsample": True,
-        "max_keypoints": 4096,
-        "detection_threshold": 0.1,
-    },
+    "precise": {"max_size": 1600, "max_keypoints": 4096, "detection_threshold": 0.1},
 }
 _DISK: dict[Quality, dict[str, Any]] = {
     "fast": {"max_size": 1024, "max_keypoints": 1024},
