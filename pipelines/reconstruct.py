@@ -229,6 +229,7 @@ class _Run:
         self.stages: dict[str, str] = {}
         self._file_hashes: dict[str, str] = {}
         self.turns: dict[str, int] = {}  # image -> quarter turns clockwise to show it upright
+        self._map_notes: list[str] = []  # kept, so that a reused model tells them again
         self._turns_decided = False
         self._turn_rounds = 0
         self._encoded: set[str] = set()  # in this run, not reused
@@ -295,7 +296,6 @@ class _Run:
     def _locked_run(self, watch: engine.Stopwatch) -> ReconstructResult:
         if self.options.overwrite:
             self._clear()
-        self._turns_decided = False
         self.state = self._read_state()
         self.turns = self._read_turns()
         self.features = H5Store(
@@ -431,6 +431,7 @@ class _Run:
             "versions": versions(),
             "stages": {**self.state.get("stages", {}), **self.stages},
             "timings": {k: round(v, 3) for k, v in self.timings.items()},
+            "map_notes": self._map_notes,
         }
         write_atomic(self.output / "run.yaml", yaml.safe_dump(state, sort_keys=False))
 
@@ -622,6 +623,8 @@ class _Run:
 
     def _read_turns(self) -> dict[str, int]:
         path = self.output / "turns.json"
+        if self.options.rotations == "none":
+            return {}
         try:
             stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if stored.get("settings") != digest(self.match_settings):
@@ -708,7 +711,8 @@ class _Run:
         count = len(self.names)
         pairs, exact = self._expected_pairs(count)
         stored = [n for n in self.names if self.features.has(n, self._source(n))] if store else []
-        sample = [n for n in self.names if n not in set(stored)][: max(3, 2 * self.workers)]
+        known = set(stored)
+        sample = [n for n in self.names if n not in known][: max(3, 2 * self.workers)]
         encodings: dict[str, Encoding] = {}
 
         def keep(name: str, encoding: Encoding) -> None:
@@ -730,7 +734,8 @@ class _Run:
         if planned is not None:  # pairs outside the list would be matched for nothing
             trial = [p for p in trial if p in planned]
         elif store and not exact:
-            trial = [p for p in itertools.pairwise(near) if p in set(trial)]
+            untried = set(trial)
+            trial = [p for p in itertools.pairwise(near) if p in untried]
         trial = trial[: 2 * self.workers * max(1, self.batch)]
         found: list[int] = []
 
@@ -755,7 +760,7 @@ class _Run:
         per_image = encode_seconds / len(sample) if sample else 0.0
         per_pair = match_seconds / len(trial) if trial else 0.0
         left_images = count - len(stored) - len(sample)
-        left_pairs = max(0, pairs - len(trial) - self._stored_pairs(store))
+        left_pairs = max(0, pairs - (self.matches.count() if store else len(trial)))
         size = sum(
             value.numel() * value.element_size()
             for e in encodings.values()
@@ -796,9 +801,6 @@ class _Run:
                 "free there. Choose another folder, fewer keypoints or fewer pairs."
             )
         return estimate
-
-    def _stored_pairs(self, store: bool) -> int:
-        return self.matches.count() if store else 0
 
     def _known_pairs(self) -> set[Pair] | None:
         """The pair list when it can be had without features."""
@@ -908,7 +910,8 @@ class _Run:
         sparse = self.output / "sparse"
         if self._stage_done("sparse", key) and (sparse / "0").is_dir():
             self.mapper = colmap.resolve_mapper(self.options.mapper, len(self.names))
-            self.notes += self.state.get("map_notes", [])
+            self._map_notes = list(self.state.get("map_notes", []))
+            self.notes += self._map_notes
             logger.info("Model reused: %s", sparse)
             return None, sorted(
                 (p for p in sparse.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
@@ -941,6 +944,7 @@ class _Run:
                 self.mapper = colmap.resolve_mapper(self.options.mapper, len(self.names))
                 return error, []
         self.mapper = result.mapper
+        self._map_notes = result.notes
         self.notes += result.notes
         return None, result.paths
 
@@ -1068,7 +1072,6 @@ class _Run:
                 logger.warning("The report could not be written: %s", error)
                 logger.debug("report", exc_info=True)
         report["timings"] = dict(self.timings)
-        self.state["map_notes"] = self.notes
         self._write_state()
         return report
 

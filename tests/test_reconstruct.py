@@ -25,7 +25,7 @@ import pytest
 import yaml
 from fake_matcher import SCENE, FakeMatcher, write_images
 from PIL import Image
-from synthetic import INTRINSICS, camera_errors
+from synthetic import INTRINSICS, camera_errors, make_scene
 
 import gim_hloc
 from gim_hloc import colmap, store
@@ -149,6 +149,16 @@ def test_mapping_options_redo_mapping_only(images: Path, tmp_path: Path) -> None
     run(images, tmp_path / "out", map=colmap.MapOptions(init_min_tri_angle=8.0))
     assert FakeMatcher.calls == []
     assert (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns != before
+
+
+def test_notes_of_a_reused_model_are_told_again(tmp_path: Path, monkeypatch) -> None:
+    narrow = make_scene(images=4, arc_deg=3)  # no first pair at COLMAP's thresholds
+    monkeypatch.setattr(fake_matcher, "SCENE", narrow)
+    images = write_images(tmp_path / "images", narrow)
+    for again in (False, True):
+        result = run(images, tmp_path / "out")
+        assert bool(FakeMatcher.calls) != again
+        assert sum("relaxed" in note for note in result.report["notes"]) == 1
 
 
 def test_overwrite_starts_over_and_keeps_other_files(images: Path, tmp_path: Path) -> None:
