@@ -584,6 +584,10 @@ def run_mapping(
             "matches, the database and the report are kept; look at the match graph in the "
             "report: are there pairs with many inliers and enough parallax?"
         )
+    if resolved == "global":
+        with _colmap_log(log_dir):
+            for model in models:
+                _pin_cameras(model, cameras, fixed, threads)
     models.sort(key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
     temporary.mkdir(parents=True)
     paths = []
@@ -608,6 +612,23 @@ def _fixed_cameras(cameras: Sequence[CameraSpec], refine: Refine) -> set[int]:
     if refine == "all":
         return set()
     return {index for index, spec in enumerate(cameras, 1) if refine == "none" or spec.given}
+
+
+def _pin_cameras(model: Any, cameras: Sequence[CameraSpec], fixed: set[int], threads: int) -> None:
+    """Put the cameras that must not move back and adjust the rest to them.
+
+    The global mapper refines all cameras or none (and in pycolmap 4.0 a little even then).
+    """
+    moved = False
+    for camera_id in sorted(fixed):
+        if model.exists_camera(camera_id):
+            camera = model.camera(camera_id)
+            given = list(cameras[camera_id - 1].params)
+            if [float(p) for p in camera.params] != given:
+                camera.params = given
+                moved = True
+    if moved:
+        _adjust(model, fixed, threads)
 
 
 def _map_once(
@@ -733,11 +754,6 @@ def _map_global(
     if len(fixed) == num_cameras:
         adjustment.refine_focal_length = False
         adjustment.refine_extra_params = False
-    elif fixed:
-        logger.warning(
-            "The global mapper refines all cameras or none; the %d given ones are refined too.",
-            len(fixed),
-        )
     return _non_empty(pycolmap.global_mapping(database, images, output, pipeline))
 
 

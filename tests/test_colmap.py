@@ -143,6 +143,22 @@ def test_unknown_camera_is_refined_towards_the_truth(tmp_path: Path) -> None:
     assert centre < 0.01
 
 
+@pytest.mark.parametrize("mapper", ["incremental", "global"])
+def test_given_cameras_stay_and_guessed_ones_move(tmp_path: Path, mapper: colmap.Mapper) -> None:
+    names = [f"{'given' if i % 2 else 'guessed'}/{i}.jpg" for i in range(12)]
+    scene = make_scene(images=12, noise_px=0.2, points=500, names=sorted(names))
+    rules = tmp_path / "cameras of mine.txt"
+    given = f"PINHOLE {WIDTH} {HEIGHT} {FOCAL} {FOCAL} {WIDTH / 2} {HEIGHT / 2}"
+    rules.write_text(f"given/* {given}\n")
+    result = run(scene, tmp_path, mapper=mapper, intrinsics=str(rules), camera_mode="folder")
+    model = colmap.read_model(result.paths[0])
+    assert model.num_reg_images() == 12
+    cameras = {c["model"]: c["params"] for c in colmap.cameras_of(model)}
+    assert cameras["PINHOLE"] == [FOCAL, FOCAL, WIDTH / 2, HEIGHT / 2]
+    assert cameras["SIMPLE_RADIAL"][0] == pytest.approx(FOCAL, rel=0.02)  # guessed at 960
+    assert camera_errors(colmap.model_cameras(result.paths[0]), scene.poses)[0] < 0.3
+
+
 def test_one_thread_and_a_seed_give_the_same_model_twice(tmp_path: Path) -> None:
     scene = make_scene(images=6, noise_px=0.5)
     texts = []
