@@ -395,10 +395,12 @@ SCRIPT = r"""
   const startCamera = () => {
     // The field of view is vertical: step back where the view is narrow.
     const {clientWidth, clientHeight} = element("chart-scene");
+    const back = Math.max(1, 1.5 * clientHeight / Math.max(1, clientWidth));
+    const [cx, cy, cz] = data.scene.centre;
     const [x, y, z] = data.scene.eye.map(
-      value => value * Math.max(1, 1.5 * clientHeight / Math.max(1, clientWidth)));
+      (value, i) => data.scene.centre[i] + back * (value - data.scene.centre[i]));
     return {
-      up: {x: 0, y: 0, z: 1}, center: {x: 0, y: 0, z: 0}, eye: {x, y, z},
+      up: {x: 0, y: 0, z: 1}, center: {x: cx, y: cy, z: cz}, eye: {x, y, z},
       projection: {type: "perspective"},
     };
   };

@@ -212,8 +212,9 @@ def pack_scene(scene: SceneView) -> dict[str, Any] | None:
     Returns:
         ``points`` (base64 float32 xyz) and ``colours`` (base64 uint8 rgb) of at most ``MAX_POINTS``
         points, ``cameras`` with ``names``, ``centers`` and ``frusta`` (base64 float32; pyramids of
-        12 corners whose last is NaN, to be joined by one line), ``ranges`` of the axes, the ``eye``
-        to start from, and counts ``shown``, ``total``, ``far``. None when there is nothing to draw.
+        12 corners whose last is NaN, to be joined by one line), ``ranges`` of the axes, ``centre``
+        and ``eye`` of the first view, and counts ``shown``, ``total``, ``far``. None when there is
+        nothing to draw.
     """
     xyz = np.asarray(scene.points_xyz, np.float64).reshape(-1, 3)
     rgb = np.asarray(scene.points_rgb, np.uint8).reshape(-1, 3)
@@ -230,7 +231,7 @@ def pack_scene(scene: SceneView) -> dict[str, Any] | None:
     centers = np.array([camera.center for camera in cameras], np.float64).reshape(-1, 3)
     rotations = np.array([camera.rotation for camera in cameras], np.float64).reshape(-1, 3, 3)
 
-    turn, eye = _upright(rotations, centers)
+    turn, direction = _upright(rotations, centers)
     xyz, centers = xyz @ turn.T, centers @ turn.T
     rotations = rotations @ turn.T
 
@@ -243,6 +244,7 @@ def pack_scene(scene: SceneView) -> dict[str, Any] | None:
         xyz, rgb = xyz[rows], rgb[rows]
 
     middle = (low + high) / 2
+    centre, eye = _first_view(xyz, centers, low, high, direction)
     frusta = _frusta(cameras, centers, rotations, float(np.linalg.norm(high - low)))
     return {
         "points": _base64((xyz - middle).astype("<f4")),
@@ -253,6 +255,7 @@ def pack_scene(scene: SceneView) -> dict[str, Any] | None:
             "frusta": _base64((frusta - middle).astype("<f4")),
         },
         "ranges": np.stack([low - middle, high - middle], 1).tolist(),
+        "centre": centre,
         "eye": eye,
         "shown": len(xyz),
         "total": total,
@@ -264,7 +267,11 @@ def _upright(rotations: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, li
     """Returns the rotation that makes the mean camera up z, and where to look from (unit cube)."""
     if not len(rotations):
         return np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]), [0.9, -1.3, 0.7]
-    up = -rotations[:, 1].mean(0)
+    ups = -rotations[:, 1]
+    up = ups.mean(0)
+    alike = ups @ up > 0.5 * np.linalg.norm(up)
+    if alike.sum() > len(ups) / 2:  # a few images held sideways must not tilt the scene
+        up = ups[alike].mean(0)
     if np.linalg.norm(up) < 0.2:  # cameras in all rolls: the normal of the path, else COLMAP's -y
         hint, up = up, np.array([0.0, -1.0, 0.0])
         if len(centers) >= 3:
@@ -282,6 +289,31 @@ def _upright(rotations: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, li
     # Over the shoulder of cameras that look one way; from above when they look around.
     eye = [0.35, -1.1, 0.35] if common > 0.4 else [0.75, -1.0, 0.75]
     return turn, eye
+
+
+def _first_view(
+    xyz: np.ndarray,
+    centers: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    direction: list[float],
+) -> tuple[list[float], list[float]]:
+    """Returns what to look at and from where, so that cameras and most points are in the picture.
+
+    In plotly's units: axes in true proportion are scaled so that the geometric mean of their
+    ranges is 1, and the box is centred at 0.
+    """
+    spread = np.maximum(high - low, 1e-9)
+    unit = float(np.exp(np.log(spread).mean()))
+    parts = [centers[((centers >= low) & (centers <= high)).all(1)]] if len(centers) else []
+    if len(xyz):
+        parts.append(np.percentile(xyz, [5, 95], axis=0))
+    content = (np.concatenate(parts) - (low + high) / 2) / unit
+    first, last = content.min(0), content.max(0)
+    centre = (first + last) / 2
+    away = np.asarray(direction) / np.linalg.norm(direction)
+    distance = max(0.3, 1.15 * float(np.linalg.norm(last - first)))
+    return centre.tolist(), (centre + away * distance).tolist()
 
 
 def _robust_box(xyz: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

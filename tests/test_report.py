@@ -583,3 +583,28 @@ def test_a_browser_runs_the_page_without_errors(tmp_path):
         drawn = re.search(rf'id="chart-{chart}"[^>]*class="[^"]*js-plotly-plot', dom)
         drawn = drawn or re.search(rf'class="[^"]*js-plotly-plot[^"]*" id="chart-{chart}"', dom)
         assert drawn, f"{chart} was not drawn"
+
+
+def test_first_view_of_a_deep_scene_shows_cameras_and_points() -> None:
+    rng = np.random.default_rng(0)
+    deep = np.c_[rng.uniform(-1, 1, (500, 2)), rng.uniform(4, 60, 500)]  # far along the view
+    cameras = [
+        CameraView(f"{i}.jpg", np.array([0.3 * i, 0, 0]), np.eye(3), 500.0, 640, 480)
+        for i in range(9)
+    ]
+    sideways = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
+    cameras.append(CameraView("x.jpg", np.array([3.0, 0, 0]), sideways, 500.0, 640, 480))
+    packed = pictures.pack_scene(SceneView(deep, np.zeros((500, 3), np.uint8), cameras))
+    assert packed is not None
+    ranges = np.array(packed["ranges"])
+    unit = np.exp(np.log(np.ptp(ranges, axis=1)).mean())
+    centers = np.frombuffer(base64.b64decode(packed["cameras"]["centers"]), "<f4").reshape(-1, 3)
+    points = np.frombuffer(base64.b64decode(packed["points"]), "<f4").reshape(-1, 3)
+    eye, centre = np.array(packed["eye"]) * unit, np.array(packed["centre"]) * unit
+    axis = (centre - eye) / np.linalg.norm(centre - eye)
+    for content, share in ((centers, 1.0), (points, 0.85)):
+        depth = (content - eye) @ axis
+        beside = np.linalg.norm(content - eye - depth[:, None] * axis, axis=1)
+        seen = (depth > 0) & (beside < 0.6 * depth)  # plotly's view is about 2 x 31 degrees
+        assert seen.mean() >= share
+    assert np.allclose(np.ptp(centers[:9], axis=0)[2], 0, atol=1e-5)  # one image is not up
