@@ -34,7 +34,7 @@ from gim_hloc.evaluation.benchmarks import measure
 from gim_hloc.evaluation.benchmarks.measure import BenchmarkError, Usage
 
 DRIVER = Path(__file__).with_name("_hloc_driver.py")
-STAGES = ("scan", "encode", "pairs", "match", "verify", "map", "export", "report")
+STAGES = ("scan", "encode", "pairs", "match", "verify", "map", "refine", "export", "report")
 PACKAGES = ("gim-hloc", "torch", "kornia", "pycolmap", "numpy", "opencv-python-headless", "h5py")
 POSE_METRICS = (
     "registered",
