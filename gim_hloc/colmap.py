@@ -1028,11 +1028,6 @@ def find_model(path: Path | str) -> Path:
     )
 
 
-def registered_names(model: Any) -> list[str]:
-    """Sorted names of the images with a pose."""
-    return sorted(model.image(i).name for i in model.reg_image_ids())
-
-
 def model_cameras(path: Path | str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Poses of a model: name -> (R (3, 3), t (3,)), world to camera, in model units."""
     model = read_model(path)
@@ -1335,7 +1330,6 @@ __all__ = [
     "read_model",
     "read_verification",
     "refine_tracks",
-    "registered_names",
     "resolve_mapper",
     "run_dense",
     "run_mapping",

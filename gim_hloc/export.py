@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.files import write_atomic
 
 EXPORTS = ("txt", "ply", "nvm", "bundler", "nerfstudio")
 
@@ -78,12 +79,6 @@ def export_model(
     return notes
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _points(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (M, 3) and colours (M, 3) in the order of the point ids."""
     ids = sorted(model.point3D_ids())
@@ -112,9 +107,7 @@ def write_ply(path: Path, xyz: np.ndarray, rgb: np.ndarray) -> None:
         "property float x\nproperty float y\nproperty float z\n"
         "property uchar red\nproperty uchar green\nproperty uchar blue\nend_header\n"
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(header.encode() + vertices.tobytes())
-    os.replace(temporary, path)
+    write_atomic(path, header.encode() + vertices.tobytes())
 
 
 def _unsupported(model: Any, what: str) -> list[str]:
@@ -175,7 +168,7 @@ def write_nvm(path: Path, model: Any) -> list[str]:
             parts.append(f"{index[element.image_id]} {element.point2D_idx} {xy[0]:.6f} {xy[1]:.6f}")
         lines.append(" ".join(parts))
     lines += ["", "0", ""]
-    _replace(path, "\n".join(lines))
+    write_atomic(path, "\n".join(lines))
     return []
 
 
@@ -207,8 +200,8 @@ def write_bundler(path: Path, model: Any) -> list[str]:
                 f"{index[element.image_id]} {element.point2D_idx} {xy[0]:.6f} {-xy[1]:.6f}"
             )
         lines.append(f"{len(views)} " + " ".join(views))
-    _replace(path, "\n".join(lines) + "\n")
-    _replace(path.with_name("list.txt"), "".join(f"{image.name}\n" for image in images))
+    write_atomic(path, "\n".join(lines) + "\n")
+    write_atomic(path.with_name("list.txt"), "".join(f"{image.name}\n" for image in images))
     return []
 
 
@@ -257,7 +250,7 @@ def write_nerfstudio(path: Path, model: Any, images: Path | None) -> list[str]:
     content["frames"] = frames
     xyz, rgb = _points(model)
     write_ply(path.with_name("sparse_pc.ply"), xyz @ _NERFSTUDIO_WORLD[:, :3].T, rgb)
-    _replace(path, json.dumps(content, indent=1, ensure_ascii=False))
+    write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False))
     return []
 
 

@@ -28,6 +28,7 @@ from gim_hloc import __version__, engine
 from gim_hloc.colmap import CameraOptions, MapOptions, Mapper, VerifyOptions
 from gim_hloc.errors import GimError, InputError, MappingError
 from gim_hloc.export import EXPORTS, export_model
+from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matcher, Matches, Quality, SparseEncoding
 from gim_hloc.pairs.select import PairOptions
 from gim_hloc.pipelines import turns
@@ -41,7 +42,6 @@ from gim_hloc.store import (
     matches_to_arrays,
     pair_keys,
     rows_from_matches0,
-    write_atomic,
 )
 from gim_hloc.tracks.photometric import PhotometricOptions
 

@@ -11,8 +11,6 @@ import enum
 import json
 import logging
 import math
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from gim_hloc.files import write_atomic
 from gim_hloc.pipelines._report_html import ADVICE, UNUSABLE, plural, render_page
 
 logger = logging.getLogger(__name__)
@@ -94,9 +93,9 @@ def write_report(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     html_path, json_path = output / "report.html", output / "report.json"
-    _write_atomically(json_path, _json_text(full))
+    write_atomic(json_path, _json_text(full))
     page = render_page(full, images=images, scene=scene, pair_matches=pair_matches)
-    _write_atomically(html_path, page)
+    write_atomic(html_path, page)
     logger.debug("wrote %s (%.1f MB)", html_path, html_path.stat().st_size / 1e6)
     return html_path, json_path
 
@@ -338,17 +337,3 @@ def _json_lines(full: dict[str, Any], *, ensure_ascii: bool) -> str:
             body = dump(value, indent=2).replace("\n", "\n  ")
         entries.append(f"  {dump(key)}: {body}")
     return "{\n" + ",\n".join(entries) + "\n}\n"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would hide the report from colleagues
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

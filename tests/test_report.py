@@ -414,7 +414,7 @@ def test_files_are_replaced_at_once(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("gim_hloc.pipelines.report.os.replace", fail)
+    monkeypatch.setattr("gim_hloc.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(make_report(), tmp_path)
     assert (tmp_path / "report.json").read_text() == "old"
