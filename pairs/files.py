@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
-import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from gim_hloc.errors import InputError, OutputError
+from gim_hloc.files import write_atomic
 from gim_hloc.pairs.base import Pair
 
 _SHOWN = 5  # names listed in an error
@@ -94,15 +93,11 @@ def write_pairs(path: Path | str, pairs: Iterable[Pair]) -> None:
     separator = "\t" if blank else " "
     text = "".join(f"{a}{separator}{b}\n" for a, b in pairs)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # File names need not be valid text on Linux; surrogateescape keeps their bytes.
-        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
-        os.replace(temporary, path)
+        write_atomic(path, text.encode("utf-8", "surrogateescape"))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise OutputError(f"Cannot write the pair list '{path}': {error}") from error
 
 
