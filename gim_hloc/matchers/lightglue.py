@@ -7,26 +7,25 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
 from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
-from gim_hloc.matchers.registry import describe
-from gim_hloc.matchers.sparse import (
-    SparseMatcher,
-    encode_network_keypoints,
-    no_matches,
+from gim_hloc.matchers.common import (
+    Precision,
     resolve_device,
+    resolve_dtype,
     resolve_options,
+    resolve_precision,
 )
+from gim_hloc.matchers.registry import describe
+from gim_hloc.matchers.sparse import SparseMatcher, encode_network_keypoints, no_matches
 from gim_hloc.networks.keypoints import Subpixel
 
 logger = logging.getLogger(__name__)
-
-Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +55,6 @@ class SparseOptions:
             raise InputError(f"subpixel is {self.subpixel!r}; choose one of {choices}.")
         if self.upsample and self.max_size is None:
             raise InputError("upsample needs max_size: the long side to enlarge images to.")
-
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> str:
-    """The number format that "auto" means on a device."""
-    if precision == "auto":
-        return "float16" if device.type == "cuda" else "float32"
-    if precision not in _DTYPES:
-        raise InputError(f"Unknown precision {precision!r}. Choose auto, {', '.join(_DTYPES)}.")
-    return precision
 
 
 _DESCRIPTOR_DIM = 128  # channels of ALIKED-n16 and of DISK
@@ -174,7 +161,7 @@ class LightGlueMatcher(SparseMatcher):
     def __init__(self, name: str, *, options: SparseOptions, device: torch.device) -> None:
         info = describe(name)
         paths = {file: weights.locate(file) for file in info.checkpoint}
-        self.dtype = _DTYPES[resolve_precision(options.precision, device)]
+        self.dtype = resolve_dtype(options.precision, device)
         super().__init__(
             info=info,
             options=options,

@@ -12,14 +12,9 @@ import torch
 
 from gim_hloc.errors import InputError
 from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
+from gim_hloc.matchers.common import resolve_device, resolve_options
 from gim_hloc.matchers.registry import describe
-from gim_hloc.matchers.sparse import (
-    SparseMatcher,
-    encode_network_keypoints,
-    no_matches,
-    resolve_device,
-    resolve_options,
-)
+from gim_hloc.matchers.sparse import SparseMatcher, encode_network_keypoints, no_matches
 
 _CHUNK = 4096  # rows of the similarity matrix at once: bounds memory at _CHUNK x N floats
 

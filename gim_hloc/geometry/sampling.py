@@ -1,0 +1,74 @@
+"""Drawing matches from a dense warp: certain ones, spread evenly."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+_ROWS = 2048  # of the distance matrix at a time: at most _ROWS x N floats are held
+
+
+def pair_seed(seed: int, *names: str) -> int:
+    """Seed of a pair: depends on the names alone, not on order of work or number of workers."""
+    text = "\0".join([str(seed), *names]).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+
+
+def kernel_density(points: torch.Tensor, std: float = 0.1) -> torch.Tensor:
+    """Sum over all points of exp(-d^2 / (2 std^2)), the point itself included.
+
+    Args:
+        points: (N, D).
+        std: width of the kernel in the unit of the points.
+
+    Returns:
+        (N,) float32.
+    """
+    points = points.float()
+    density = points.new_empty(len(points))
+    for start in range(0, len(points), _ROWS):
+        rows = points[start : start + _ROWS]
+        distance = torch.cdist(rows, points)
+        density[start : start + _ROWS] = (
+            distance.square_().mul_(-1 / (2 * std**2)).exp_().sum(dim=1)
+        )
+    return density
+
+
+def balance_weights(density: torch.Tensor) -> torch.Tensor:
+    """Chance of a match to be kept: sparse regions are kept, lonely matches are not."""
+    weights = 1 / (density + 1)
+    weights[density < 10] = 1e-7
+    return weights
+
+
+def balanced_sample(
+    matches: torch.Tensor,
+    certainty: torch.Tensor,
+    number: int,
+    *,
+    threshold: float = 0.05,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Draw matches by certainty, then evenly over both images (``threshold_balanced`` of DKM).
+
+    Args:
+        matches: (N, 4) normalised coordinates in both images.
+        certainty: (N,); matches of certainty 0 are never drawn.
+        number: of matches wanted.
+        threshold: certainties above it count as 1.
+        seed: of the draw.
+
+    Returns:
+        (M,) int64 rows, M <= ``number``.
+    """
+    generator = torch.Generator(certainty.device).manual_seed(seed)
+    chance = torch.where(certainty > threshold, torch.ones_like(certainty), certainty).float()
+    possible = int((chance > 0).sum())
+    if possible == 0 or number < 1:
+        return torch.empty(0, dtype=torch.long, device=certainty.device)
+    drawn = torch.multinomial(chance, min(4 * number, possible), generator=generator)
+    weights = balance_weights(kernel_density(matches[drawn]))
+    kept = torch.multinomial(weights, min(number, len(drawn)), generator=generator)
+    return drawn[kept]

@@ -1,0 +1,152 @@
+"""What all matchers share: options of operating points, devices, settings that decide results."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+
+from gim_hloc.errors import InputError
+from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches, Quality
+
+Options = TypeVar("Options")
+AnyEncoding = TypeVar("AnyEncoding", bound=Encoding)
+Precision = Literal["auto", "float32", "float16", "bfloat16"]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> str:
+    """The number format that "auto" means on a device."""
+    if precision == "auto":
+        return "float16" if device.type == "cuda" else "float32"
+    if precision not in _DTYPES:
+        raise InputError(f"Unknown precision {precision!r}. Choose auto, {', '.join(_DTYPES)}.")
+    return precision
+
+
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """``resolve_precision`` as a torch type."""
+    return _DTYPES[resolve_precision(precision, device)]
+
+
+def resolve_options(
+    kind: type[Options],
+    *,
+    quality: Quality,
+    presets: Mapping[Quality, Mapping[str, Any]],
+    overrides: Mapping[str, Any],
+    matcher: str,
+) -> Options:
+    """Options of an operating point with some fields replaced.
+
+    Args:
+        kind: the frozen dataclass of options.
+        quality: operating point.
+        presets: fields that an operating point sets, by operating point.
+        overrides: fields set by the user.
+        matcher: name of the matcher, for the message.
+
+    Raises:
+        InputError: ``overrides`` names a field that ``kind`` lacks, or a value is refused.
+    """
+    valid = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in overrides:
+        if key not in valid:
+            close = difflib.get_close_matches(key, valid, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(
+                f"{matcher} has no option {key!r}.{hint} Its options: {', '.join(valid)}."
+            )
+    return kind(**{**presets[quality], **overrides})
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn "auto" or a device name into a torch device that exists.
+
+    Raises:
+        InputError: torch does not know the device or cannot use it here.
+    """
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"The device {device!r} cannot be used here ({str(error).splitlines()[0]}). "
+            'Use "auto" or "cpu".'
+        ) from error
+    return resolved
+
+
+class MatcherBase(ABC, Generic[AnyEncoding]):
+    """Base of all matchers: ``encode`` once per image, ``match`` per pair.
+
+    A subclass names the option fields that decide its encodings in ``encode_fields``; all others
+    decide matches.
+    """
+
+    encode_fields: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        info: MatcherInfo,
+        options: Any,
+        image_options: ImageOptions,
+        device: torch.device,
+        weights_hashes: Mapping[str, str] | None = None,
+    ) -> None:
+        self.info = info
+        self.options = options
+        self.image_options = image_options
+        self.device = device
+        self.weights_hashes = dict(weights_hashes or {})
+
+    @abstractmethod
+    def encode(self, image: ImageData) -> AnyEncoding:
+        """Compute what depends on one image only."""
+
+    @abstractmethod
+    def match(self, a: AnyEncoding, b: AnyEncoding) -> Matches:
+        """Match two encodings."""
+
+    def match_batch(self, pairs: Sequence[tuple[AnyEncoding, AnyEncoding]]) -> list[Matches]:
+        """Match many pairs."""
+        return [self.match(a, b) for a, b in pairs]
+
+    def _versions(self) -> dict[str, str]:
+        """Libraries whose version changes numbers, and that version."""
+        return {}
+
+    def _settings(self, fields: Sequence[str], weights: Sequence[str]) -> dict[str, Any]:
+        values: dict[str, Any] = {"matcher": self.info.name}
+        values |= {key: getattr(self.options, key) for key in fields}
+        values |= {f"version:{key}": value for key, value in self._versions().items()}
+        values |= {f"sha256:{key}": self.weights_hashes[key] for key in weights}
+        return values
+
+    def _encode_weights(self) -> list[str]:
+        """Names of the weight files that decide encodings."""
+        return list(self.weights_hashes)
+
+    def encode_settings(self) -> dict[str, Any]:
+        """Everything that decides encodings, flat and JSON-able."""
+        return self._settings(self.encode_fields, self._encode_weights())
+
+    def match_settings(self) -> dict[str, Any]:
+        """Everything that decides matches of given encodings, flat and JSON-able."""
+        fields = [
+            f.name for f in dataclasses.fields(self.options) if f.name not in self.encode_fields
+        ]
+        mine = set(self._encode_weights())
+        return self._settings(fields, [key for key in self.weights_hashes if key not in mine])
+
+    def settings(self) -> dict[str, Any]:
+        """Both parts, for the record of a run."""
+        return {"encode": self.encode_settings(), "match": self.match_settings()}

@@ -1,0 +1,193 @@
+"""What the dense matchers share: options, frames, padding, masks, the way from warp to matches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gim_hloc.errors import InputError
+from gim_hloc.geometry.sampling import balanced_sample, pair_seed
+from gim_hloc.geometry.warp import Warp, cell_centres, normalised_frame, read_grid, transform
+from gim_hloc.matchers.base import Encoding, ImageData, Matches
+from gim_hloc.matchers.common import MatcherBase, Precision
+
+BLACK = 8 / 255  # pixels whose channels are all below it are black (``black_pixels``)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseOptions:
+    """Numbers of a dense matcher."""
+
+    size: tuple[int, int] = (672, 896)  # (height, width) of the first pass, px
+    upsample_size: tuple[int, int] | None = (1152, 1536)  # of the second pass; None leaves it out
+    pad: bool = True  # pad to the aspect of ``size`` instead of stretching
+    max_size: int | None = None  # long side of the image before both resizes, px; None keeps it
+    num_matches: int = 5000  # drawn per pair when matches are asked for instead of the warp
+    sample_threshold: float = 0.05  # certainties above it are drawn as if they were 1
+    black_pixels: bool = False  # never match black pixels, as the reference does
+    seed: int = 0  # of the draw; the names of the pair enter too
+    precision: Precision = "auto"  # of the networks; auto: float16 on CUDA, float32 elsewhere
+    compile: bool = False  # torch.compile: minutes at the start, faster pairs afterwards
+
+    def __post_init__(self) -> None:
+        for name in ("size", "upsample_size"):
+            value = getattr(self, name)
+            if value is None and name == "upsample_size":
+                continue
+            if not isinstance(value, (tuple, list)) or len(value) != 2 or min(value) < 64:
+                raise InputError(
+                    f"{name} is {value!r}; give height and width in pixels, at least 64 each."
+                )
+            object.__setattr__(self, name, (int(value[0]), int(value[1])))
+        if self.num_matches < 1:
+            raise InputError(f"num_matches is {self.num_matches}, it must be positive.")
+
+
+@dataclass(kw_only=True)
+class DenseEncoding(Encoding):
+    """What a dense matcher holds of one image, in memory only: storing costs more than it saves.
+
+    Attributes:
+        frame: (2, 3) float64, normalised coordinates -> stored pixels, hloc's frame.
+        valid: (H, W) bool on the grid of the warp: inside the image and allowed by its mask.
+        black: (H, W) bool, black pixels that match nothing, or None (see ``black_pixels``).
+        features: tensors by name, as the matcher's network wants them.
+    """
+
+    frame: np.ndarray
+    valid: torch.Tensor
+    black: torch.Tensor | None = None
+    features: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+def padding_to_aspect(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Rows and columns that bring an image to the aspect of ``size`` (height, width), centred.
+
+    Returns:
+        left, right, top, bottom in pixels.
+    """
+    aspect = size[1] / size[0]
+    new_width = max(width, int(height * aspect))
+    new_height = max(height, int(width / aspect))
+    left, top = (new_width - width) // 2, (new_height - height) // 2
+    return left, new_width - width - left, top, new_height - height - top
+
+
+class DenseMatcher(MatcherBase[DenseEncoding]):
+    """Base of the matchers that give a warp for every pair."""
+
+    encode_fields = ("size", "upsample_size", "pad", "max_size", "black_pixels", "precision")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(height, width) of the warp's grid."""
+        size: tuple[int, int] = self.options.upsample_size or self.options.size
+        return size
+
+    @abstractmethod
+    def warp_batch(self, pairs: Sequence[tuple[DenseEncoding, DenseEncoding]]) -> list[Warp]:
+        """Warps of many pairs in one network call."""
+
+    def warp(self, a: DenseEncoding, b: DenseEncoding) -> Warp:
+        """Where each point of one image lies in the other, both ways."""
+        return self.warp_batch([(a, b)])[0]
+
+    def match(self, a: DenseEncoding, b: DenseEncoding) -> Matches:
+        """Draw matches from the warp: ``num_matches`` at most, the same ones every time."""
+        return self.draw(self.warp(a, b), a, b)
+
+    def match_batch(self, pairs: Sequence[tuple[DenseEncoding, DenseEncoding]]) -> list[Matches]:
+        """``match`` for many pairs."""
+        warps = self.warp_batch(pairs)
+        return [self.draw(warp, a, b) for warp, (a, b) in zip(warps, pairs, strict=True)]
+
+    def draw(self, warp: Warp, a: DenseEncoding, b: DenseEncoding) -> Matches:
+        """Matches drawn from a warp of (a, b), with the certainties that the warp has there."""
+        rows, certainty = warp.stacked()
+        chosen = balanced_sample(
+            rows,
+            certainty,
+            self.options.num_matches,
+            threshold=self.options.sample_threshold,
+            seed=pair_seed(self.options.seed, a.name, b.name),
+        )
+        rows, certainty = rows[chosen], certainty[chosen]
+        return Matches(
+            keypoints0=transform(warp.frame0, rows[:, :2]).cpu(),
+            keypoints1=transform(warp.frame1, rows[:, 2:]).cpu(),
+            scores=certainty.cpu(),
+        )
+
+    def place(self, image: ImageData) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+        """Pad an image and say where it lies.
+
+        Returns:
+            (3, H, W) float32 padded tensor on the matcher's device; the frame, see
+            ``DenseEncoding``; (h, w) bool on the warp's grid, True on allowed pixels of the image.
+        """
+        tensor = image.image.to(self.device, non_blocking=True)
+        if tensor.shape[0] == 1:
+            tensor = tensor.expand(3, -1, -1)
+        width, height = image.network_size
+        left, right, top, bottom = (
+            padding_to_aspect(width, height, self.options.size)
+            if self.options.pad
+            else (0, 0, 0, 0)
+        )
+        padded = F.pad(tensor, (left, right, top, bottom))
+        full_width, full_height = width + left + right, height + top + bottom
+        frame = normalised_frame(full_width, full_height, image.to_original, left=left, top=top)
+        grid = cell_centres(*self.grid_size, device=self.device)
+        column = ((grid[..., 0] + 1) / 2 * full_width).floor() - left
+        row = ((grid[..., 1] + 1) / 2 * full_height).floor() - top
+        valid = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        if image.mask is not None:
+            mask = image.mask.to(self.device)
+            valid &= mask[row.long().clamp(0, height - 1), column.long().clamp(0, width - 1)]
+        return padded, frame, valid
+
+    def black_cells(self, padded: torch.Tensor) -> torch.Tensor | None:
+        """(h, w) bool on the warp's grid: black pixels of a padded image; None if they may match."""
+        if not self.options.black_pixels:
+            return None
+        dark = (padded < BLACK).all(0)[None, None].float()
+        return F.interpolate(dark, self.grid_size, mode="nearest")[0, 0] > 0
+
+    @staticmethod
+    def finish(
+        a: DenseEncoding, b: DenseEncoding, flow: torch.Tensor, certainty: torch.Tensor
+    ) -> Warp:
+        """Make a warp from a network's output.
+
+        Args:
+            a: encoding of image 0.
+            b: encoding of image 1.
+            flow: (2, H, W, 2) normalised targets, 0 -> 1 and 1 -> 0.
+            certainty: (2, H, W) in [0, 1].
+        """
+        outside = (flow.abs() > 1).any(-1)
+        flow = flow.clamp(-1, 1)
+        seen = []
+        for direction, (here, there) in enumerate(((a, b), (b, a))):
+            height, width = certainty.shape[1:]
+            target = read_grid(
+                there.valid[..., None].float(), flow[direction].reshape(-1, 2), mode="nearest"
+            ).view(height, width)
+            allowed = here.valid & (target > 0) & ~outside[direction]
+            if here.black is not None:
+                allowed &= ~here.black
+            seen.append(torch.where(allowed, certainty[direction], certainty.new_zeros(())))
+        return Warp(
+            flow0=flow[0],
+            flow1=flow[1],
+            certainty0=seen[0],
+            certainty1=seen[1],
+            frame0=a.frame,
+            frame1=b.frame,
+        )
