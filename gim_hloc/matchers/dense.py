@@ -153,7 +153,7 @@ class DenseMatcher(MatcherBase[DenseEncoding]):
         return padded, frame, valid
 
     def black_cells(self, padded: torch.Tensor) -> torch.Tensor | None:
-        """(h, w) bool on the warp's grid: black pixels of a padded image; None if they may match."""
+        """(h, w) bool on the warp's grid: black pixels; None if they may match."""
         if not self.options.black_pixels:
             return None
         dark = (padded < BLACK).all(0)[None, None].float()
