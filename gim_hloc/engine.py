@@ -19,11 +19,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
 from gim_hloc.matchers.base import Encoding, ImageData, Matcher, Matches
+from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -82,19 +84,6 @@ class EncodingCache:
         return sum(encoding_bytes(e) for e in self._held.values())
 
 
-def encoding_bytes(value: Any) -> int:
-    """Bytes of the tensors that an encoding holds, what matchers cached in it included."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(encoding_bytes(v) for v in value.values())
-    if isinstance(value, (tuple, list)):
-        return sum(encoding_bytes(v) for v in value)
-    if isinstance(value, Encoding):
-        return sum(encoding_bytes(v) for v in vars(value).values())
-    return 0
-
-
 def run_threads(
     work: Callable[[Item], Result],
     items: Iterable[Item],
@@ -102,11 +91,12 @@ def run_threads(
     workers: int,
     done: Callable[[Item, Result], None],
     inner_threads: int | None = None,
+    ahead: int | None = None,
 ) -> None:
     """Run ``work`` on items in threads; ``done`` is called in this thread, in finishing order.
 
-    No more than ``2 * workers`` items are taken ahead. The first error stops the rest and is
-    raised.
+    No more than ``ahead`` items are taken (twice the workers by default). The first error stops
+    the rest and is raised.
 
     Args:
         work: called in a worker thread.
@@ -114,6 +104,7 @@ def run_threads(
         workers: threads; with 1 everything runs in this thread, in order.
         done: called with each item and its result.
         inner_threads: threads inside each PyTorch operator of a worker.
+        ahead: items in work or waiting at a time.
     """
     if workers <= 1:
         for item in items:
@@ -130,7 +121,7 @@ def run_threads(
     pool = ThreadPoolExecutor(max_workers=workers, initializer=start)
     try:
         while True:
-            while len(running) < 2 * workers:
+            while len(running) < (ahead or 2 * workers):
                 try:
                     item = next(iterator)
                 except StopIteration:
@@ -237,6 +228,139 @@ def match_pairs(
         for pair, result in zip(chunk, results, strict=True):
             done(pair, result)
         start += len(chunk)
+
+
+@dataclass(kw_only=True)
+class ScheduleReport:
+    """How a scheduled run went.
+
+    Attributes:
+        encoded: images in the order in which they were encoded; twice where memory was short.
+        capacity: encodings that fit in the budget at once.
+        batch_size: pairs a network call at the end, after halving for lack of memory.
+        notes: sentences for the user, e.g. that the resolution was halved.
+    """
+
+    encoded: list[str] = field(default_factory=list)
+    capacity: int = 0
+    batch_size: int = 1
+    notes: list[str] = field(default_factory=list)
+
+
+def match_scheduled(
+    matcher: Any,
+    pairs: Sequence[Pair],
+    read: Callable[[str], ImageData],
+    work: Callable[[list[tuple[Any, Any]]], Sequence[Result]],
+    done: Callable[[Pair, Result], None],
+    *,
+    cache_gb: float | None = None,
+    batch_size: int = 1,
+    workers: int = 1,
+) -> ScheduleReport:
+    """Match pairs of a matcher whose encodings are too large to be stored.
+
+    Images are encoded when a pair needs them, and the order of the pairs is chosen such that this
+    happens once per image while the budget allows it. When memory runs out, the batch is halved,
+    then the matcher's resolution (``matcher.halve()``), and the log says so.
+
+    Args:
+        matcher: what encodes.
+        pairs: name pairs, each once.
+        read: name -> image as the matcher wants it; called ahead, in threads.
+        work: encodings of some pairs -> one result per pair.
+        done: called in this thread with each pair and its result.
+        cache_gb: memory for encodings, 10^9 bytes; ``None`` chooses (see ``memory_budget``).
+        batch_size: pairs that ``work`` gets at once.
+        workers: threads that run ``work`` side by side (processor only).
+    """
+    report = ScheduleReport(batch_size=batch_size)
+    left = list(pairs)
+    while left:
+        try:
+            _run_schedule(matcher, left, read, work, done, cache_gb, workers, report)
+        except (RuntimeError, MemoryError) as error:  # torch raises several classes
+            if not is_out_of_memory(error):
+                raise
+            if matcher.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if report.batch_size > 1:
+                report.batch_size //= 2
+                note = f"Memory ran out: {report.batch_size} pairs a batch from here on."
+            elif workers > 1:
+                workers = 1
+                note = "Memory ran out: one pair at a time from here on."
+            elif hasattr(matcher, "halve") and matcher.halve():
+                note = (
+                    "Memory ran out: the matcher's resolution was halved for the pairs from here "
+                    "on. Choose --quality fast, or a smaller size, to match all of them alike."
+                )
+            else:
+                raise
+            logger.warning("%s", note)
+            report.notes.append(note)
+    return report
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that device or main memory ran out."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _run_schedule(
+    matcher: Any,
+    left: list[Pair],
+    read: Callable[[str], ImageData],
+    work: Callable[[list[tuple[Any, Any]]], Sequence[Result]],
+    done: Callable[[Pair, Result], None],
+    cache_gb: float | None,
+    workers: int,
+    report: ScheduleReport,
+) -> None:
+    """Match ``left``; pairs that are done are taken out of it."""
+    budget = memory_budget(matcher.device, cache_gb)
+    first = left[0][0]
+    encoding = matcher.encode(read(first))
+    size = max(1, encoding_bytes(encoding))
+    # Every worker needs two encodings whatever the budget says.
+    report.capacity = max(2 * workers, report.batch_size + 1, int(budget.total // size))
+    order = order_pairs(left, report.capacity)
+    batches = [
+        (start, order[start : start + report.batch_size])
+        for start in range(0, len(order), report.batch_size)
+    ]
+
+    def run(batch: tuple[int, list[Pair]]) -> Sequence[Result]:
+        start, chunk = batch
+        encodings = pool.acquire(chunk, start)
+        try:
+            return work(encodings)
+        finally:
+            pool.release(chunk)
+
+    def finished(batch: tuple[int, list[Pair]], results: Sequence[Result]) -> None:
+        for pair, result in zip(batch[1], results, strict=True):
+            done(pair, result)
+            matched.add(pair)
+
+    matched: set[Pair] = set()
+    with EncodingPool(read, matcher.encode, order, budget, matcher.device) as pool:
+        pool.put(first, encoding)
+        del encoding
+        try:
+            run_threads(
+                run,
+                batches,
+                workers=workers,
+                done=finished,
+                inner_threads=max(1, usable_cores() // workers),
+                ahead=workers,
+            )
+        finally:
+            left[:] = [pair for pair in left if pair not in matched]
+            report.encoded += pool.encoded
 
 
 class Stopwatch:

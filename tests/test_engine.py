@@ -14,6 +14,7 @@ from synthetic import make_scene
 from gim_hloc import engine, images
 from gim_hloc.matchers.base import Encoding, Matches
 from gim_hloc.matchers.sparse import make_encoding
+from gim_hloc.schedule import encoding_bytes
 
 register()
 
@@ -123,7 +124,7 @@ def test_cache_stays_within_its_budget() -> None:
         reads.append(name)
         return encoding(name)
 
-    size = engine.encoding_bytes(encoding("x"))
+    size = encoding_bytes(encoding("x"))
     cache = engine.EncodingCache(read, budget=4 * size)
     names = [f"{i}" for i in range(64)]
     for name in names:
@@ -137,6 +138,6 @@ def test_cache_stays_within_its_budget() -> None:
 
 def test_size_counts_what_matchers_add() -> None:
     value = encoding("x")
-    before = engine.encoding_bytes(value)
+    before = encoding_bytes(value)
     value.cache["start"] = (torch.zeros(100), [torch.zeros(10, dtype=torch.float16)])
-    assert engine.encoding_bytes(value) == before + 420
+    assert encoding_bytes(value) == before + 420
