@@ -224,7 +224,9 @@ def feature_pair(
     """
     xy0, descriptors0 = random_features(count0, f"{seed}|0")
     xy1, descriptors1 = random_features(count1, f"{seed}|1")
-    xy1[:common] = np.clip(xy0[:common] - np.float32([16, 8]), 0, np.float32([639, 479]))
+    xy1[:common] = np.clip(
+        xy0[:common] - np.array([16, 8], np.float32), 0, np.array([639, 479], np.float32)
+    )
     noisy = descriptors0[:common] + 0.02 * standard(f"{seed}|noise", (common, 256))
     descriptors1[:common] = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
     return xy0, descriptors0, xy1, descriptors1
