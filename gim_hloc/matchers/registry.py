@@ -164,3 +164,32 @@ register(
         summary="RootSIFT with the numbers of the ZEB benchmark, for comparison with its tables",
     ),
 )
+register(
+    "gim_roma",
+    "gim_hloc.matchers.roma:gim_roma",
+    MatcherInfo(
+        name="gim_roma",
+        kind="dense",
+        checkpoint=("gim_roma_100h.ckpt", "dinov2_vitl14_pretrain.pth"),
+        licence="MIT code, weights for research only (GIM); Apache-2.0 (DINOv2)",
+        commercial=False,
+        colour="rgb",
+        default_size=672,
+        summary="RoMa trained on internet videos: the most robust dense matcher, and the slowest",
+    ),
+)
+for _name, _scenes in (("roma_outdoor", "MegaDepth"), ("roma_indoor", "ScanNet")):
+    register(
+        _name,
+        f"gim_hloc.matchers.roma:{_name}",
+        MatcherInfo(
+            name=_name,
+            kind="dense",
+            checkpoint=(f"{_name}.pth", "dinov2_vitl14_pretrain.pth"),
+            licence="MIT (RoMa), Apache-2.0 (DINOv2)",
+            commercial=True,
+            colour="rgb",
+            default_size=560,
+            summary=f"RoMa as its authors trained it, on {_scenes}: a baseline of the ZEB table",
+        ),
+    )

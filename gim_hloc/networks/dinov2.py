@@ -5,16 +5,14 @@ Names of weights are those of Meta's published file ``dinov2_vitl14_pretrain.pth
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gim_hloc.networks.dense import Record
+
 PATCH = 14  # side of a token, px
 _POSITION_OFFSET = 0.1  # added to the number of tokens when the position table is resized
-
-Record = Callable[[str, torch.Tensor], None]
 
 
 class Attention(nn.Module):
@@ -27,6 +25,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, dim) -> the same."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(*qkv.unbind(0))
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -41,6 +40,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> the same."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -52,6 +52,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> the same."""
         return x * self.gamma
 
 
@@ -78,6 +79,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, dim) -> the same."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
@@ -90,6 +92,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, PATCH, stride=PATCH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, H / 14 * W / 14, dim), row by row."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -149,16 +152,18 @@ class DINOv2(nn.Module):
         Returns:
             (B, dim, H / 14, W / 14).
         """
-        record = record or (lambda name, value: None)
         height, width = image.shape[-2] // PATCH, image.shape[-1] // PATCH
         x = self.patch_embed(image.to(self.patch_embed.proj.weight.dtype))
-        record("dino_patch_embed", x)
+        if record:
+            record("dino_patch_embed", x)
         x = x + resize_positions(self.pos_embed[:, 1:], height, width)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([first.to(x.dtype), x], dim=1)
         for index, block in enumerate(self.blocks):
             x = block(x)
-            record(f"dino_blocks{index}", x)
+            if record:
+                record(f"dino_blocks{index}", x)
         x = self.norm(x)
-        record("dino_norm", x)
+        if record:
+            record("dino_norm", x)
         return x[:, 1:].transpose(1, 2).unflatten(2, (height, width))

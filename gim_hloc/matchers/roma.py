@@ -1,0 +1,275 @@
+"""RoMa with GIM's weights (``gim_roma``) and its authors' (``roma_outdoor``, ``roma_indoor``)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gim_hloc import weights
+from gim_hloc.errors import InputError
+from gim_hloc.geometry.warp import Warp
+from gim_hloc.matchers.base import ImageData, ImageOptions, Quality
+from gim_hloc.matchers.common import (
+    resolve_device,
+    resolve_dtype,
+    resolve_options,
+    resolve_precision,
+)
+from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
+from gim_hloc.matchers.registry import describe
+from gim_hloc.networks.dense import resize
+from gim_hloc.networks.dinov2 import PATCH, DINOv2
+from gim_hloc.networks.roma import Features, RoMa
+
+logger = logging.getLogger(__name__)
+
+DINOV2 = "dinov2_vitl14_pretrain.pth"
+_SMALLEST = 8 * PATCH  # px: fewer than 8 x 8 tokens say nothing about where things are
+
+# ImageNet's, which the authors' weights were trained with and GIM's were not.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+_TRAINED_SIDE = 560  # px: where displacements of the authors' weights have a scale factor of 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoMaOptions(DenseOptions):
+    """Numbers of RoMa."""
+
+    size: tuple[int, int] = (672, 672)  # (height, width) of the first pass, px, multiples of 14
+    upsample_size: tuple[int, int] | None = (1344, 1344)  # of the second pass; None leaves it out
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(side % PATCH for side in self.size):
+            near = tuple(max(_SMALLEST, round(side / PATCH) * PATCH) for side in self.size)
+            raise InputError(
+                f"size is {self.size}; RoMa needs multiples of {PATCH} px in its first pass, for "
+                f"instance {near}."
+            )
+
+
+_GIM: dict[Quality, dict[str, Any]] = {
+    "fast": {"size": (448, 448), "upsample_size": (896, 896)},
+    "base": {},  # the reference's numbers
+    "precise": {"size": (784, 784), "upsample_size": (1568, 1568)},
+}
+_AUTHORS: dict[Quality, dict[str, Any]] = {
+    "fast": {"size": (420, 420), "upsample_size": (640, 640), "pad": False},
+    "base": {"size": (560, 560), "upsample_size": (864, 864), "pad": False},
+    "precise": {"size": (560, 560), "upsample_size": (1152, 1152), "pad": False},
+}
+
+
+def gim_roma(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> RoMaMatcher:
+    """RoMa trained on internet videos (GIM, 100 h)."""
+    return _make("gim_roma", _GIM, quality, device, overrides)
+
+
+def roma_outdoor(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> RoMaMatcher:
+    """RoMa trained on MegaDepth by its authors."""
+    return _make("roma_outdoor", _AUTHORS, quality, device, overrides)
+
+
+def roma_indoor(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> RoMaMatcher:
+    """RoMa trained on ScanNet by its authors."""
+    return _make("roma_indoor", _AUTHORS, quality, device, overrides)
+
+
+def _make(
+    name: str,
+    presets: Mapping[Quality, Mapping[str, Any]],
+    quality: Quality,
+    device: str,
+    overrides: Mapping[str, Any],
+) -> RoMaMatcher:
+    options = resolve_options(
+        RoMaOptions, quality=quality, presets=presets, overrides=overrides, matcher=name
+    )
+    return RoMaMatcher(name, options=options, device=resolve_device(device))
+
+
+def load_roma(state: Mapping[str, torch.Tensor], *, path: str) -> RoMa:
+    """The network with the weights of a checkpoint (leading ``model.`` or not).
+
+    Args:
+        state: the checkpoint's tensors; shared with the network, not copied.
+        path: where they come from, for messages.
+
+    Raises:
+        WeightsError: names or shapes are not this network's.
+    """
+    with torch.device("meta"):
+        network = RoMa()
+    return _assign(network, {key.removeprefix("model."): v for key, v in state.items()}, path)
+
+
+def load_dinov2(state: Mapping[str, torch.Tensor], *, path: str) -> DINOv2:
+    """DINOv2 ViT-L/14 with the weights of Meta's file; see ``load_roma``."""
+    with torch.device("meta"):
+        network = DINOv2()
+    return _assign(network, state, path)
+
+
+def _assign(network: Any, state: Mapping[str, torch.Tensor], path: str) -> Any:
+    # Made without memory of its own: initialising 400 million numbers to overwrite them takes
+    # longer than all else, and doubles the memory.
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    weights.check_names(shapes, state, path=path, network=type(network).__name__)
+    ready = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
+    network.load_state_dict(ready, assign=True)
+    return network
+
+
+class RoMaMatcher(DenseMatcher):
+    """RoMa.
+
+    Args:
+        name: of the matcher in the registry.
+        options: its numbers.
+        device: where the networks run.
+        states: weights by file name, instead of the published files.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        options: RoMaOptions,
+        device: torch.device,
+        states: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
+        info = describe(name)
+        hashes: dict[str, str] = {}
+        if states is None:
+            # Find all of them before the first gigabyte is read.
+            paths = {file: weights.locate(file) for file in info.checkpoint}
+            hashes = {file: weights.sha256(path) for file, path in paths.items()}
+            states = {
+                file: weights.load_state_dict(path, inside=("state_dict",))
+                for file, path in paths.items()
+            }
+        super().__init__(
+            info=info,
+            options=options,
+            image_options=ImageOptions(max_size=options.max_size),
+            device=device,
+            weights_hashes=hashes,
+        )
+        self.authors = name != "gim_roma"  # trained with ImageNet's normalisation
+        self.dtype = resolve_dtype(options.precision, device)
+        self.network, self.dinov2 = self._networks(states)
+        self.network.eval().to(device)
+        # Autocast would convert the transformer's weights anew in every call.
+        self.dinov2.eval().to(device, self.dtype if device.type == "cuda" else None)
+        if device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if options.compile:
+            self.dinov2.compile()
+            self.network.compile_parts()
+
+    def _networks(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[RoMa, DINOv2]:
+        file, dinov2 = self.info.checkpoint
+        return load_roma(states[file], path=file), load_dinov2(states[dinov2], path=dinov2)
+
+    def encode_settings(self) -> dict[str, Any]:
+        """See ``MatcherBase``; with the number format that "auto" stands for."""
+        resolved = resolve_precision(self.options.precision, self.device)
+        return super().encode_settings() | {"precision": resolved}
+
+    def halve(self) -> bool:
+        """Halve the resolution, that of the second pass first, because memory ran out.
+
+        Encodings made before are of no use afterwards.
+
+        Returns:
+            Whether that was possible.
+        """
+        size, fine = self.options.size, self.options.upsample_size
+        if fine is not None and min(f - s for f, s in zip(fine, size, strict=True)) > 0:
+            fine = tuple(max(f // 2, s) for f, s in zip(fine, size, strict=True))
+        else:
+            size = tuple(s // 2 // PATCH * PATCH for s in size)
+            fine = None if fine is None else size
+        if min(size) < _SMALLEST:
+            return False
+        self.options = dataclasses.replace(self.options, size=size, upsample_size=fine)
+        return True
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @torch.inference_mode()
+    def encode(self, image: ImageData) -> DenseEncoding:
+        """Compute the features of both passes.
+
+        Args:
+            image: RGB, (3, H, W); a gray image (1, H, W) is repeated.
+        """
+        padded, frame, valid = self.place(image)
+        return DenseEncoding(
+            name=image.name,
+            size=image.size,
+            network_size=image.network_size,
+            to_original=image.to_original,
+            frame=frame,
+            valid=valid,
+            black=self.black_cells(padded),
+            features=self._features(padded[None]),
+        )
+
+    def _features(self, image: torch.Tensor) -> Features:
+        if self.authors:
+            mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _STD))
+            image = (image - mean) / std
+        fine_size = self.options.upsample_size
+        coarse = resize(image, self.options.size)
+        fine = None if fine_size is None else resize(image, fine_size)
+        if self.device.type == "cuda":
+            coarse = coarse.contiguous(memory_format=torch.channels_last)
+            fine = fine if fine is None else fine.contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            return self.network.encode(self.dinov2(coarse), coarse, fine)
+
+    def scale_factors(self) -> tuple[float, float]:
+        """Factors on displacements in the two passes; see ``RoMa.match``."""
+
+        def side(size: tuple[int, int]) -> float:
+            return float(size[0] * size[1]) ** 0.5
+
+        first = side(self.options.size)
+        second = side(self.options.upsample_size or self.options.size)
+        trained = _TRAINED_SIDE if self.authors else first
+        return first / trained, second / trained
+
+    @torch.inference_mode()
+    def warp_batch(self, pairs: Sequence[tuple[DenseEncoding, DenseEncoding]]) -> list[Warp]:
+        """Warps of many pairs in one network call."""
+        if not pairs:
+            return []
+        a, b = (_stack([pair[side].features for pair in pairs]) for side in (0, 1))
+        with self._autocast():
+            flow, certainty = self.network.match(a, b, scale_factors=self.scale_factors())
+        return [
+            self.finish(*pair, flow[:, index], certainty[:, index])
+            for index, pair in enumerate(pairs)
+        ]
+
+
+def _stack(features: Sequence[Features]) -> Features:
+    """Features of many images on the batch axis; those of one image as they are."""
+    if len(features) == 1:
+        return features[0]
+    return {name: torch.cat([f[name] for f in features]) for name in features[0]}
