@@ -123,7 +123,8 @@ def local_correlation(
 
     def block(start: int) -> torch.Tensor:
         query = queries[start : start + windows.step]
-        products = torch.bmm(windows.gather(start), query[:, :, None]).float().view(-1, side, side)
+        # In this order of factors MKL is ten times as fast as in the other.
+        products = torch.bmm(query[:, None], windows.gather(start).mT).float().view(-1, side, side)
         fraction = windows.fraction[start : start + windows.step]
         blended = torch.lerp(products[:, :-1], products[:, 1:], fraction[:, 1, None, None])
         blended = torch.lerp(blended[..., :-1], blended[..., 1:], fraction[:, 0, None, None])
