@@ -15,7 +15,7 @@ processor in blocks of rows that stay in its cache. None of it changes numbers b
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -240,6 +240,7 @@ class ConvRefiner(nn.Module):
         embedding: channels of the displacement's embedding.
         radius: of the local correlation in cells; 0 leaves it out.
         hidden: blocks after the first.
+        multiplier: channels inside per channel of the input.
         certainty_first: whether the output is [certainty, dx, dy] (DKM) or [dx, dy, certainty].
         momentum: of the batch normalisation's running statistics, for training.
     """
@@ -251,6 +252,7 @@ class ConvRefiner(nn.Module):
         embedding: int,
         radius: int = 0,
         hidden: int = 8,
+        multiplier: int = 1,
         certainty_first: bool = True,
         momentum: float = 0.1,
     ) -> None:
@@ -258,18 +260,21 @@ class ConvRefiner(nn.Module):
         self.features = features
         self.radius = radius
         self.certainty_first = certainty_first
-        self.channels = n = 2 * features + embedding + ((2 * radius + 1) ** 2 if radius else 0)
+        window = (2 * radius + 1) ** 2 if radius else 0
+        inputs = 2 * features + embedding + window
+        self.multiplier = multiplier
+        self.channels = n = multiplier * inputs
 
-        def block() -> nn.Sequential:
+        def block(groups: int) -> nn.Sequential:
             return nn.Sequential(
-                nn.Conv2d(n, n, 5, padding=2, groups=n),
+                nn.Conv2d(groups, n, 5, padding=2, groups=groups),
                 nn.BatchNorm2d(n, momentum=momentum),
                 nn.ReLU(),
                 nn.Conv2d(n, n, 1),
             )
 
-        self.block1 = block()
-        self.hidden_blocks = nn.Sequential(*(block() for _ in range(hidden)))
+        self.block1 = block(inputs)
+        self.hidden_blocks = nn.Sequential(*(block(n) for _ in range(hidden)))
         self.out_conv = nn.Conv2d(n, 3, 1)
         self.disp_emb = nn.Conv2d(2, embedding, 1)
         self._run = _run_blocks
@@ -340,6 +345,8 @@ class ConvRefiner(nn.Module):
             inner = x[:, margin : margin + height]
             channel = 0
             for value in inputs:
+                if self.multiplier > 1:
+                    value = value.repeat_interleave(self.multiplier, 1)
                 inner[..., channel : channel + value.shape[1]].copy_(value.permute(0, 2, 3, 1))
                 channel += value.shape[1]
             del inputs, inner
@@ -383,9 +390,13 @@ class ConvRefiner(nn.Module):
             )
         return self._folded[device, dtype]
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks for inference on CUDA; costs minutes at the first call of a size."""
-        self._run = torch.compile(_run_blocks, dynamic=False)
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Compile the blocks for inference on CUDA; costs minutes at the first call of a size.
+
+        Args:
+            **options: of ``torch.compile``.
+        """
+        self._run = torch.compile(_run_blocks, **{"dynamic": False, **options})
 
     def train(self, mode: bool = True) -> ConvRefiner:
         """Switch mode; weights may have changed, so what was folded is dropped."""
