@@ -193,3 +193,32 @@ for _name, _scenes in (("roma_outdoor", "MegaDepth"), ("roma_indoor", "ScanNet")
             summary=f"RoMa as its authors trained it, on {_scenes}: a baseline of the ZEB table",
         ),
     )
+register(
+    "gim_dkm",
+    "gim_hloc.matchers.dkm:gim_dkm",
+    MatcherInfo(
+        name="gim_dkm",
+        kind="dense",
+        checkpoint=("gim_dkm_100h.ckpt",),
+        licence="MIT code, weights for research only (GIM)",
+        commercial=False,
+        colour="rgb",
+        default_size=896,
+        summary="DKM trained on internet videos: GIM's default, dense and sub-pixel",
+    ),
+)
+for _name, _scenes in (("dkm_outdoor", "MegaDepth"), ("dkm_indoor", "ScanNet")):
+    register(
+        _name,
+        f"gim_hloc.matchers.dkm:{_name}",
+        MatcherInfo(
+            name=_name,
+            kind="dense",
+            checkpoint=(f"DKMv3_{_name.removeprefix('dkm_')}.pth",),
+            licence="MIT (DKM)",
+            commercial=True,
+            colour="rgb",
+            default_size=720,
+            summary=f"DKM as its authors trained it, on {_scenes}: a baseline of the ZEB table",
+        ),
+    )

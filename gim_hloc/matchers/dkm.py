@@ -1,0 +1,231 @@
+"""DKM with GIM's weights (``gim_dkm``) and its authors' (``dkm_outdoor``, ``dkm_indoor``)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gim_hloc import weights
+from gim_hloc.geometry.warp import Warp
+from gim_hloc.matchers.base import ImageData, ImageOptions, Quality
+from gim_hloc.matchers.common import (
+    Precision,
+    resolve_device,
+    resolve_dtype,
+    resolve_options,
+    resolve_precision,
+)
+from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
+from gim_hloc.matchers.registry import describe
+from gim_hloc.networks.dense import Record
+from gim_hloc.networks.dkm import DKM, Features
+
+_SMALLEST = 128  # px: fewer than 4 x 4 cells at stride 32 say nothing about where things are
+_EXACT = ("0/16", "0/32", "gp/16", "gp/32")  # what the Gaussian process reads stays float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class DKMOptions(DenseOptions):
+    """Numbers of DKM."""
+
+    hold: Precision = "auto"  # of features between pairs; auto: as ``precision`` computes them
+
+
+_GIM: dict[Quality, dict[str, Any]] = {
+    "fast": {"size": (480, 640), "upsample_size": (720, 960)},
+    "base": {},  # the reference's numbers
+    "precise": {"upsample_size": (1536, 2048)},
+}
+# The authors stretch images to 540 x 720 and 864 x 1152. They resize with PIL's bicubic filter
+# where this resizes bilinearly, as GIM does.
+_AUTHORS: dict[Quality, dict[str, Any]] = {
+    "fast": {"size": (384, 512), "upsample_size": (576, 768), "pad": False},
+    "base": {"size": (540, 720), "upsample_size": (864, 1152), "pad": False},
+    "precise": {"size": (540, 720), "upsample_size": (1152, 1536), "pad": False},
+}
+
+
+def gim_dkm(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> DKMMatcher:
+    """DKM trained on internet videos (GIM, 100 h)."""
+    return _make("gim_dkm", _GIM, quality, device, overrides)
+
+
+def dkm_outdoor(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> DKMMatcher:
+    """DKMv3 trained on MegaDepth by its authors."""
+    return _make("dkm_outdoor", _AUTHORS, quality, device, overrides)
+
+
+def dkm_indoor(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> DKMMatcher:
+    """DKMv3 trained on ScanNet by its authors."""
+    return _make("dkm_indoor", _AUTHORS, quality, device, overrides)
+
+
+def _make(
+    name: str,
+    presets: Mapping[Quality, Mapping[str, Any]],
+    quality: Quality,
+    device: str,
+    overrides: Mapping[str, Any],
+) -> DKMMatcher:
+    options = resolve_options(
+        DKMOptions, quality=quality, presets=presets, overrides=overrides, matcher=name
+    )
+    return DKMMatcher(name, options=options, device=resolve_device(device))
+
+
+def load_dkm(state: Mapping[str, torch.Tensor], *, path: str, normalise: bool = False) -> DKM:
+    """The network with the weights of a checkpoint.
+
+    Args:
+        state: the checkpoint's tensors, with or without a leading ``model.``; ImageNet's
+            classifier may be among them. Shared with the network, not copied.
+        path: where they come from, for messages.
+        normalise: see ``DKM``.
+
+    Raises:
+        WeightsError: names or shapes are not this network's.
+    """
+    state = {
+        key.removeprefix("model."): value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+        if "encoder.net.fc" not in key
+    }
+    # Made without memory of its own: numbers drawn to be overwritten cost seconds.
+    with torch.device("meta"):
+        network = DKM(normalise=normalise)
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    weights.check_names(shapes, state, path=path, network="DKM")
+    network.load_state_dict(state, assign=True)
+    return network
+
+
+class DKMMatcher(DenseMatcher):
+    """DKM.
+
+    Args:
+        name: of the matcher in the registry.
+        options: its numbers.
+        device: where the network runs.
+        state: weights instead of those of the published file.
+
+    Raises:
+        WeightsError: the weights cannot be had or are not this network's.
+    """
+
+    encode_fields = (*DenseMatcher.encode_fields, "hold")
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        options: DKMOptions,
+        device: torch.device,
+        state: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        info = describe(name)
+        (file,) = info.checkpoint
+        hashes: dict[str, str] = {}
+        if state is None:
+            path = weights.locate(file)
+            hashes[file] = weights.sha256(path)
+            state = weights.load_state_dict(path, inside=("state_dict",))
+        super().__init__(
+            info=info,
+            options=options,
+            image_options=ImageOptions(max_size=options.max_size),
+            device=device,
+            weights_hashes=hashes,
+        )
+        self.dtype = resolve_dtype(options.precision, device)
+        self.hold = self.dtype if options.hold == "auto" else resolve_dtype(options.hold, device)
+        self.network = load_dkm(state, path=file, normalise=name != "gim_dkm").eval().to(device)
+        if device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if options.compile:
+            self.network.compile_parts()
+
+    def encode_settings(self) -> dict[str, Any]:
+        """See ``MatcherBase``; with the number formats that "auto" stands for."""
+        precision = resolve_precision(self.options.precision, self.device)
+        hold = precision if self.options.hold == "auto" else self.options.hold
+        return super().encode_settings() | {"precision": precision, "hold": hold}
+
+    def halve(self) -> bool:
+        """Make do with less memory: halve the second pass, leave it out, then halve the first.
+
+        Encodings made before are of no use afterwards.
+
+        Returns:
+            Whether that was possible.
+        """
+        size, fine = self.options.size, self.options.upsample_size
+        if fine is not None:
+            fine = tuple(side // 2 for side in fine)
+            if fine[0] * fine[1] <= size[0] * size[1]:
+                fine = None
+        else:
+            size = tuple(side // 2 for side in size)
+        if min(size) < _SMALLEST:
+            return False
+        self.options = dataclasses.replace(self.options, size=size, upsample_size=fine)
+        return True
+
+    @torch.inference_mode()
+    def encode(self, image: ImageData, *, record: Record | None = None) -> DenseEncoding:
+        """Compute the features of both passes.
+
+        Args:
+            image: RGB (3, H, W) in [0, 1]; a gray image (1, H, W) is repeated.
+            record: given intermediate results by name; see ``DKM.encode``.
+        """
+        padded, frame, valid = self.place(image)
+        batch = padded[None]
+        if self.device.type == "cuda":
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        features = self.network.encode(
+            batch,
+            size=self.options.size,
+            upsample_size=self.options.upsample_size,
+            dtype=self.dtype,
+            record=record,
+        )
+        return DenseEncoding(
+            name=image.name,
+            size=image.size,
+            network_size=image.network_size,
+            to_original=image.to_original,
+            frame=frame,
+            valid=valid,
+            black=self.black_cells(padded),
+            features={k: v if k in _EXACT else v.to(self.hold) for k, v in features.items()},
+        )
+
+    @torch.inference_mode()
+    def warp_batch(
+        self,
+        pairs: Sequence[tuple[DenseEncoding, DenseEncoding]],
+        *,
+        record: Record | None = None,
+    ) -> list[Warp]:
+        """Warps of many pairs in one network call; see ``DKM.match`` for ``record``."""
+        if not pairs:
+            return []
+        a, b = (self._stack([pair[side].features for pair in pairs]) for side in (0, 1))
+        flow, certainty = self.network.match(a, b, record=record)
+        return [
+            self.finish(*pair, flow[:, index], certainty[:, index])
+            for index, pair in enumerate(pairs)
+        ]
+
+    def _stack(self, features: Sequence[Features]) -> Features:
+        """Features of many images on the batch axis, in the format that the network computes in."""
+        stacked = {}
+        for key, value in features[0].items():
+            if len(features) > 1:
+                value = torch.cat([f[key] for f in features])
+            stacked[key] = value if key in _EXACT else value.to(self.dtype)
+        return stacked
