@@ -158,6 +158,23 @@ def test_a_batch_of_pairs_gives_what_each_pair_gives() -> None:
     assert matcher.warp_batch([]) == []
 
 
+@torch.inference_mode()
+def test_half_precision_agrees_roughly_and_is_kept_in_half_precision() -> None:
+    options = {"size": (112, 112), "upsample_size": (160, 160)}
+    warps = {}
+    for precision in ("float32", "bfloat16"):
+        matcher = make(Tiny, precision=precision, **options)
+        a, b = matcher.encode(picture(150, 100)), matcher.encode(picture(150, 110))
+        dtypes = {a.features[name].dtype for name in a.features if name != "position"}
+        assert dtypes == {getattr(torch, precision)}
+        assert a.features["position"].dtype == torch.float32
+        warps[precision] = matcher.warp(a, b)
+        assert warps[precision].flow0.dtype == torch.float32
+    # Classes may flip where two are nearly as good; most cells must agree.
+    difference = (warps["float32"].flow0 - warps["bfloat16"].flow0).abs().amax(-1)
+    assert difference.median() < 0.02
+
+
 def test_features_are_tensors_of_the_network_s_strides() -> None:
     matcher = make(Tiny, size=(112, 112), upsample_size=(160, 160))
     features = matcher.encode(picture(150, 100)).features

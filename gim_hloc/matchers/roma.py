@@ -170,8 +170,8 @@ class RoMaMatcher(DenseMatcher):
         self.dtype = resolve_dtype(options.precision, device)
         self.network, self.dinov2 = self._networks(states)
         self.network.eval().to(device)
-        # Autocast would convert the transformer's weights anew in every call.
-        self.dinov2.eval().to(device, self.dtype if device.type == "cuda" else None)
+        # The transformer is large and needs float32 nowhere: it is converted once and for all.
+        self.dinov2.eval().to(device, self.dtype)
         if device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.compile:
@@ -240,8 +240,9 @@ class RoMaMatcher(DenseMatcher):
         if self.device.type == "cuda":
             coarse = coarse.contiguous(memory_format=torch.channels_last)
             fine = fine if fine is None else fine.contiguous(memory_format=torch.channels_last)
+        tokens = self.dinov2(coarse)
         with self._autocast():
-            return self.network.encode(self.dinov2(coarse), coarse, fine)
+            return self.network.encode(tokens, coarse, fine)
 
     def scale_factors(self) -> tuple[float, float]:
         """Factors on displacements in the two passes; see ``RoMa.match``."""

@@ -104,9 +104,8 @@ def flow_of_classes(logits: torch.Tensor) -> torch.Tensor:
     """
     count = logits.shape[1]
     side = round(count**0.5)
-    offsets = torch.tensor([-1, 0, 1, -side, side], device=logits.device)
     best = logits.argmax(dim=1, keepdim=True)
-    near = (best + offsets.view(1, -1, 1, 1)).clamp(0, count - 1)
+    near = torch.cat([best, best - 1, best + 1, best - side, best + side], 1).clamp(0, count - 1)
     # A softmax over the five is that over all classes, renormalised.
     weights = logits.gather(1, near).float().softmax(dim=1)
     anchors = cell_centres(side, side, device=logits.device).view(-1, 2)
