@@ -82,7 +82,14 @@ def padding_to_aspect(width: int, height: int, size: tuple[int, int]) -> tuple[i
 class DenseMatcher(MatcherBase[DenseEncoding]):
     """Base of the matchers that give a warp for every pair."""
 
-    encode_fields = ("size", "upsample_size", "pad", "max_size", "black_pixels", "precision")
+    encode_fields: tuple[str, ...] = (
+        "size",
+        "upsample_size",
+        "pad",
+        "max_size",
+        "black_pixels",
+        "precision",
+    )
 
     @property
     def grid_size(self) -> tuple[int, int]:
