@@ -165,7 +165,7 @@ def test_half_precision_agrees_roughly_and_is_kept_in_half_precision() -> None:
     for precision in ("float32", "bfloat16"):
         matcher = make(Tiny, precision=precision, **options)
         a, b = matcher.encode(picture(150, 100)), matcher.encode(picture(150, 110))
-        dtypes = {a.features[name].dtype for name in a.features if name != "position"}
+        dtypes = {value.dtype for name, value in a.features.items() if name != "position"}
         assert dtypes == {getattr(torch, precision)}
         assert a.features["position"].dtype == torch.float32
         warps[precision] = matcher.warp(a, b)
@@ -173,6 +173,19 @@ def test_half_precision_agrees_roughly_and_is_kept_in_half_precision() -> None:
     # Classes may flip where two are nearly as good; most cells must agree.
     difference = (warps["float32"].flow0 - warps["bfloat16"].flow0).abs().amax(-1)
     assert difference.median() < 0.02
+
+
+@torch.inference_mode()
+def test_features_may_be_held_in_half_precision() -> None:
+    options = {"size": (112, 112), "upsample_size": (160, 160)}
+    warps = []
+    for hold in ("auto", "float16"):
+        matcher = make(Tiny, hold=hold, **options)
+        a, b = matcher.encode(picture(150, 100)), matcher.encode(picture(150, 110))
+        warps.append(matcher.warp(a, b))
+    assert a.features["fine1"].dtype == torch.float16
+    assert a.features["position"].dtype == a.features["coarse16"].dtype == torch.float32
+    assert (warps[0].flow0 - warps[1].flow0).abs().median() < 1e-3
 
 
 def test_features_are_tensors_of_the_network_s_strides() -> None:
@@ -218,13 +231,15 @@ def test_halving_takes_the_second_pass_first() -> None:
     matcher = make(Stubbed, size=(672, 672), upsample_size=(1344, 1344))
     seen = []
     while matcher.halve():
-        seen.append((matcher.options.size[0], (matcher.options.upsample_size or (0, 0))[0]))
-        assert matcher.grid_size == matcher.options.upsample_size
-    assert seen == [(672, 672), (336, 336), (168, 168)]
+        seen.append((matcher.options.size, matcher.options.upsample_size))
+    assert seen == [((672, 672), None), ((336, 336), None), ((168, 168), None)]
     assert matcher.encode(picture(100, 100)).features["image"].shape[-1] == 168
-    single = make(Stubbed, size=(560, 560), upsample_size=None)
-    assert single.halve()
-    assert (single.options.size, single.options.upsample_size) == ((280, 280), None)
+    larger = make(Stubbed, size=(448, 434), upsample_size=(1344, 1344))
+    assert larger.halve()
+    assert (larger.options.size, larger.options.upsample_size) == ((448, 434), (672, 672))
+    assert larger.halve()
+    assert larger.halve()
+    assert (larger.options.size, larger.options.upsample_size) == ((224, 210), None)
 
 
 def test_settings_name_what_decides_the_numbers() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp
 from gim_hloc.matchers.base import ImageData, ImageOptions, Quality
 from gim_hloc.matchers.common import (
+    Precision,
     resolve_device,
     resolve_dtype,
     resolve_options,
@@ -27,14 +27,13 @@ from gim_hloc.networks.dense import resize
 from gim_hloc.networks.dinov2 import PATCH, DINOv2
 from gim_hloc.networks.roma import Features, RoMa
 
-logger = logging.getLogger(__name__)
-
 DINOV2 = "dinov2_vitl14_pretrain.pth"
 _SMALLEST = 8 * PATCH  # px: fewer than 8 x 8 tokens say nothing about where things are
 
 # ImageNet's, which the authors' weights were trained with and GIM's were not.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
+_EXACT = ("coarse16", "position")  # what the Gaussian process reads is held as it was computed
 _TRAINED_SIDE = 560  # px: where displacements of the authors' weights have a scale factor of 1
 
 
@@ -44,6 +43,7 @@ class RoMaOptions(DenseOptions):
 
     size: tuple[int, int] = (672, 672)  # (height, width) of the first pass, px, multiples of 14
     upsample_size: tuple[int, int] | None = (1344, 1344)  # of the second pass; None leaves it out
+    hold: Precision = "auto"  # of features between pairs; auto: as ``precision`` computes them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +139,12 @@ class RoMaMatcher(DenseMatcher):
         options: its numbers.
         device: where the networks run.
         states: weights by file name, instead of the published files.
+
+    Raises:
+        WeightsError: the weights cannot be had or are not this network's.
     """
+
+    encode_fields = (*DenseMatcher.encode_fields, "hold")
 
     def __init__(
         self,
@@ -168,6 +173,7 @@ class RoMaMatcher(DenseMatcher):
         )
         self.authors = name != "gim_roma"  # trained with ImageNet's normalisation
         self.dtype = resolve_dtype(options.precision, device)
+        self.hold = self.dtype if options.hold == "auto" else resolve_dtype(options.hold, device)
         self.network, self.dinov2 = self._networks(states)
         self.network.eval().to(device)
         # The transformer is large and needs float32 nowhere: it is converted once and for all.
@@ -183,12 +189,13 @@ class RoMaMatcher(DenseMatcher):
         return load_roma(states[file], path=file), load_dinov2(states[dinov2], path=dinov2)
 
     def encode_settings(self) -> dict[str, Any]:
-        """See ``MatcherBase``; with the number format that "auto" stands for."""
-        resolved = resolve_precision(self.options.precision, self.device)
-        return super().encode_settings() | {"precision": resolved}
+        """See ``MatcherBase``; with the number formats that "auto" stands for."""
+        precision = resolve_precision(self.options.precision, self.device)
+        hold = precision if self.options.hold == "auto" else self.options.hold
+        return super().encode_settings() | {"precision": precision, "hold": hold}
 
     def halve(self) -> bool:
-        """Halve the resolution, that of the second pass first, because memory ran out.
+        """Make do with less memory: halve the second pass, leave it out, then halve the first.
 
         Encodings made before are of no use afterwards.
 
@@ -196,11 +203,12 @@ class RoMaMatcher(DenseMatcher):
             Whether that was possible.
         """
         size, fine = self.options.size, self.options.upsample_size
-        if fine is not None and min(f - s for f, s in zip(fine, size, strict=True)) > 0:
-            fine = tuple(max(f // 2, s) for f, s in zip(fine, size, strict=True))
+        if fine is not None:
+            fine = tuple(side // 2 for side in fine)
+            if fine[0] * fine[1] <= size[0] * size[1]:
+                fine = None
         else:
-            size = tuple(s // 2 // PATCH * PATCH for s in size)
-            fine = None if fine is None else size
+            size = tuple(side // 2 // PATCH * PATCH for side in size)
         if min(size) < _SMALLEST:
             return False
         self.options = dataclasses.replace(self.options, size=size, upsample_size=fine)
@@ -242,7 +250,8 @@ class RoMaMatcher(DenseMatcher):
             fine = fine if fine is None else fine.contiguous(memory_format=torch.channels_last)
         tokens = self.dinov2(coarse)
         with self._autocast():
-            return self.network.encode(tokens, coarse, fine)
+            features = self.network.encode(tokens, coarse, fine)
+        return {k: v if k in _EXACT else v.to(self.hold) for k, v in features.items()}
 
     def scale_factors(self) -> tuple[float, float]:
         """Factors on displacements in the two passes; see ``RoMa.match``."""
@@ -260,7 +269,7 @@ class RoMaMatcher(DenseMatcher):
         """Warps of many pairs in one network call."""
         if not pairs:
             return []
-        a, b = (_stack([pair[side].features for pair in pairs]) for side in (0, 1))
+        a, b = (self._stack([pair[side].features for pair in pairs]) for side in (0, 1))
         with self._autocast():
             flow, certainty = self.network.match(a, b, scale_factors=self.scale_factors())
         return [
@@ -268,9 +277,11 @@ class RoMaMatcher(DenseMatcher):
             for index, pair in enumerate(pairs)
         ]
 
-
-def _stack(features: Sequence[Features]) -> Features:
-    """Features of many images on the batch axis; those of one image as they are."""
-    if len(features) == 1:
-        return features[0]
-    return {name: torch.cat([f[name] for f in features]) for name in features[0]}
+    def _stack(self, features: Sequence[Features]) -> Features:
+        """Features of many images on the batch axis, in the format that the network computes in."""
+        stacked = {}
+        for name, value in features[0].items():
+            if len(features) > 1:
+                value = torch.cat([f[name] for f in features])
+            stacked[name] = value if name in _EXACT else value.to(self.dtype)
+        return stacked
