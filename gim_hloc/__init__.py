@@ -16,6 +16,8 @@ from gim_hloc._version import __version__
 logging.getLogger("gim_hloc").addHandler(logging.NullHandler())
 
 _LAZY = {
+    "match": "gim_hloc.pipelines.match_pair",
+    "MatchResult": "gim_hloc.pipelines.match_pair",
     "reconstruct": "gim_hloc.pipelines.reconstruct",
     "ReconstructOptions": "gim_hloc.pipelines.reconstruct",
     "ReconstructResult": "gim_hloc.pipelines.reconstruct",
@@ -38,10 +40,19 @@ _MODULES = (
     "weights",
 )
 
-__all__ = ["GimError", "ReconstructOptions", "ReconstructResult", "__version__", "reconstruct"]
+__all__ = [
+    "GimError",
+    "MatchResult",
+    "ReconstructOptions",
+    "ReconstructResult",
+    "__version__",
+    "match",
+    "reconstruct",
+]
 
 if TYPE_CHECKING:
     from gim_hloc.errors import GimError
+    from gim_hloc.pipelines.match_pair import MatchResult, match
     from gim_hloc.pipelines.reconstruct import ReconstructOptions, ReconstructResult, reconstruct
 
 

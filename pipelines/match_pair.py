@@ -1,0 +1,527 @@
+"""Match two images: coordinates, robust geometry, files and pictures.
+
+Coordinates are stored pixels (EXIF orientation not applied) in hloc's frame: (0, 0) is the centre
+of the top left pixel.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from gim_hloc.errors import InputError, OutputError
+from gim_hloc.files import write_atomic
+from gim_hloc.masks import MaskFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gim_hloc.geometry.warp import Warp
+    from gim_hloc.images import ImageRecord
+    from gim_hloc.matchers.base import ImageData, Matcher, Matches, Quality
+
+Format = Literal["npz", "csv", "h5"]
+
+MIN_MATCHES = 8  # fewer determine no fundamental matrix
+_MIN_SIDE = 16  # pixels; networks have no cell left below
+_LONGEST_STEM = 80  # characters of an image's name in the names of the results
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """Thresholds of the robust fits (USAC with MAGSAC); the numbers are those of GIM's demo.
+
+    A threshold counts pixels of the image that the matcher saw, but at least stored pixels: an
+    image of 8000 pixels matched at 1000 is not judged to an eighth of what the matcher can see.
+    """
+
+    fundamental_px: float = 1.0  # distance from the epipolar line of an inlier
+    fundamental_confidence: float = 0.999999  # of having found the best model
+    fundamental_iterations: int = 10_000  # at most
+    homography_px: float = 8.0  # distance of an inlier from where the homography puts it
+    homography_confidence: float = 0.999  # of having found the best model
+    homography_iterations: int = 10_000  # at most
+
+    def __post_init__(self) -> None:
+        for name in ("fundamental_px", "homography_px"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be positive.")
+
+
+@dataclass(kw_only=True)
+class Fit:
+    """Robust geometry of a pair.
+
+    Attributes:
+        fundamental: (3, 3) F with x1' F x0 = 0 in stored pixels, or None.
+        inliers: (M,) bool, matches that agree with ``fundamental``; all False without one.
+        homography: (3, 3) from image 1 to image 0 in stored pixels, or None.
+        homography_inliers: (M,) bool.
+        problem: why there is no fundamental matrix, or None.
+    """
+
+    fundamental: np.ndarray | None
+    inliers: np.ndarray
+    homography: np.ndarray | None
+    homography_inliers: np.ndarray
+    problem: str | None = None
+
+
+@dataclass(kw_only=True)
+class MatchResult:
+    """Matches of two images.
+
+    Attributes:
+        matcher: its name.
+        images: the two image files.
+        keypoints0: (M, 2) float32 x, y in image 0, stored pixels, hloc's frame.
+        keypoints1: (M, 2) the same in image 1.
+        scores: (M,) float32 confidence in [0, 1].
+        fit: robust geometry, or None where none was asked for.
+        warp: the dense correspondence, of dense matchers only.
+        features: all keypoints of both images, (N0, 2) and (N1, 2), of sparse matchers only.
+        indices: (M, 2) rows of the matches in ``features``, of sparse matchers only.
+        seconds: time of each step.
+    """
+
+    matcher: str
+    images: tuple[ImageRecord, ImageRecord]
+    keypoints0: np.ndarray
+    keypoints1: np.ndarray
+    scores: np.ndarray
+    fit: Fit | None = None
+    warp: Warp | None = None
+    features: tuple[np.ndarray, np.ndarray] | None = None
+    indices: np.ndarray | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def inliers(self) -> np.ndarray:
+        """(M,) bool: matches that agree with the fundamental matrix; all True without a fit."""
+        return np.ones(len(self), dtype=bool) if self.fit is None else self.fit.inliers
+
+    @property
+    def fundamental(self) -> np.ndarray | None:
+        """(3, 3) fundamental matrix, x1' F x0 = 0 in stored pixels, or None."""
+        return None if self.fit is None else self.fit.fundamental
+
+    @property
+    def homography(self) -> np.ndarray | None:
+        """(3, 3) homography from image 1 to image 0 in stored pixels, or None."""
+        return None if self.fit is None else self.fit.homography
+
+    def summary(self) -> str:
+        """One line: counts and seconds."""
+        counts = f"{len(self)} matches"
+        if self.fit is not None:
+            counts += (
+                f", {int(self.fit.inliers.sum())} inliers of the fundamental matrix"
+                f", {int(self.fit.homography_inliers.sum())} of the homography"
+            )
+        steps = ", ".join(f"{step} {seconds:.2f}" for step, seconds in self.seconds.items())
+        a, b = self.images
+        total = sum(self.seconds.values())
+        return f"{a.name} - {b.name}: {counts}; {self.matcher}, {total:.2f} s ({steps})"
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        formats: Sequence[Format] = ("npz",),
+        pictures: bool = True,
+    ) -> list[Path]:
+        """Write coordinates and pictures, named after the images and the matcher.
+
+        Args:
+            folder: made if missing; files of the same names are replaced.
+            formats: of the coordinates.
+            pictures: whether to draw the matches (``..._match.png``) and image 1 projected onto
+                image 0 (``..._warp.png``, where there is a warp or a homography).
+
+        Returns:
+            The written files.
+
+        Raises:
+            InputError: an unknown format.
+            OutputError: the folder cannot be written.
+        """
+        return _save(self, Path(folder), formats, pictures=pictures)
+
+
+def match(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    matcher: str | Matcher = "aliked_lightglue",
+    quality: Quality = "base",
+    device: str = "auto",
+    mask0: str | os.PathLike[str] | None = None,
+    mask1: str | os.PathLike[str] | None = None,
+    mask_erode: int = 4,
+    fit: FitOptions | None = FitOptions(),
+    **options: Any,
+) -> MatchResult:
+    """Match two images.
+
+    Args:
+        a: path of image 0.
+        b: path of image 1.
+        matcher: name of a matcher (``gim_hloc.matchers.names()``), or one that is loaded already,
+            for many pairs; ``quality``, ``device`` and ``options`` are then its own.
+        quality: operating point of the matcher.
+        device: where it runs: auto, cpu, cuda, ...
+        mask0: mask of image 0 in its stored pixels; black is ignored.
+        mask1: mask of image 1.
+        mask_erode: keypoints keep this many pixels away from masked ones.
+        fit: thresholds of the robust fits; None leaves them out.
+        **options: of the matcher, such as ``max_size=1600``.
+
+    Returns:
+        Matches, geometry and timings.
+
+    Raises:
+        InputError: an image, a mask or an option cannot be used.
+        WeightsError: the matcher's weights are missing.
+    """
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "read"):
+        records = _open_pair(Path(a), Path(b))
+        masks = [
+            _read_mask(mask, record, mask_erode)
+            for mask, record in zip((mask0, mask1), records, strict=True)
+        ]
+    with _timed(seconds, "load"):
+        loaded = _load_matcher(matcher, quality, device, options)
+    return _match(loaded, records, masks, fit, seconds)
+
+
+def _load_matcher(
+    matcher: str | Matcher, quality: Quality, device: str, options: dict[str, Any]
+) -> Matcher:
+    if not isinstance(matcher, str):
+        if options:
+            raise InputError(f"A loaded matcher has its options already; {min(options)} is new.")
+        return matcher
+    from gim_hloc import matchers
+
+    return matchers.load(matcher, quality=quality, device=device, **options)
+
+
+def _match(
+    matcher: Any,
+    records: tuple[ImageRecord, ImageRecord],
+    masks: Sequence[np.ndarray | None],
+    fit_options: FitOptions | None,
+    seconds: dict[str, float],
+) -> MatchResult:
+    from gim_hloc import images
+    from gim_hloc.matchers.base import SparseEncoding
+    from gim_hloc.matchers.dense import DenseMatcher
+
+    with _timed(seconds, "read"):
+        data = [
+            images.load(record, matcher.image_options, mask=mask)
+            for record, mask in zip(records, masks, strict=True)
+        ]
+    with _timed(seconds, "encode"):
+        one, two = (matcher.encode(image) for image in data)
+    warp = None
+    with _timed(seconds, "match"):
+        if isinstance(matcher, DenseMatcher):
+            warp = matcher.warp(one, two)
+            matches: Matches = matcher.draw(warp, one, two)
+        else:
+            matches = matcher.match(one, two)
+        keypoints0, keypoints1, scores = (
+            np.asarray(values.detach().cpu(), dtype=np.float32)
+            for values in (matches.keypoints0, matches.keypoints1, matches.scores)
+        )
+    fitted = None
+    if fit_options is not None:
+        with _timed(seconds, "fit"):
+            scale0, scale1 = (_scale(image) for image in data)
+            fitted = fit_geometry(keypoints0, keypoints1, fit_options, scale0=scale0, scale1=scale1)
+    features = None
+    if (
+        matches.indices is not None
+        and isinstance(one, SparseEncoding)
+        and isinstance(two, SparseEncoding)
+    ):
+        features = (one.keypoints.cpu().numpy(), two.keypoints.cpu().numpy())
+    return MatchResult(
+        matcher=matcher.info.name,
+        images=records,
+        keypoints0=keypoints0,
+        keypoints1=keypoints1,
+        scores=scores,
+        fit=fitted,
+        warp=warp,
+        features=features,
+        indices=None if features is None else np.asarray(matches.indices),
+        seconds=seconds,
+    )
+
+
+def fit_geometry(
+    keypoints0: np.ndarray,
+    keypoints1: np.ndarray,
+    options: FitOptions,
+    *,
+    scale0: float = 1.0,
+    scale1: float = 1.0,
+) -> Fit:
+    """Fit a fundamental matrix and a homography to matches.
+
+    Args:
+        keypoints0: (M, 2) pixels of image 0.
+        keypoints1: (M, 2) pixels of image 1.
+        options: thresholds.
+        scale0: pixels of image 0 that one pixel of a threshold stands for.
+        scale1: the same for image 1.
+    """
+    import cv2
+
+    count = len(keypoints0)
+    none = np.zeros(count, dtype=bool)
+    if count < MIN_MATCHES:
+        problem = f"{count} matches, and a fundamental matrix needs {MIN_MATCHES}"
+        return Fit(
+            fundamental=None,
+            inliers=none,
+            homography=None,
+            homography_inliers=none,
+            problem=problem,
+        )
+    # In float64: USAC works on what it is given.
+    points0 = np.ascontiguousarray(keypoints0, dtype=np.float64) / scale0
+    points1 = np.ascontiguousarray(keypoints1, dtype=np.float64) / scale1
+    shrink0, shrink1 = (np.diag([1 / s, 1 / s, 1.0]) for s in (scale0, scale1))
+    matrix, inliers = _usac(
+        cv2.findFundamentalMat,
+        *(points0, points1, cv2.USAC_MAGSAC),
+        *(
+            options.fundamental_px,
+            options.fundamental_confidence,
+            options.fundamental_iterations,
+        ),
+    )
+    fundamental = None if matrix is None else shrink1.T @ matrix @ shrink0
+    matrix, agreeing = _usac(
+        cv2.findHomography,
+        *(points1, points0, cv2.USAC_MAGSAC, options.homography_px),
+        maxIters=options.homography_iterations,
+        confidence=options.homography_confidence,
+    )
+    # Four points always agree with some homography.
+    if matrix is None or agreeing.sum() < MIN_MATCHES:
+        matrix, agreeing = None, none
+    homography = None if matrix is None else np.linalg.inv(shrink0) @ matrix @ shrink1
+    return Fit(
+        fundamental=fundamental,
+        inliers=inliers if fundamental is not None else none,
+        homography=homography,
+        homography_inliers=agreeing,
+        problem="no fundamental matrix fits the matches" if fundamental is None else None,
+    )
+
+
+def _usac(method: Any, *args: Any, **kwargs: Any) -> tuple[np.ndarray | None, np.ndarray]:
+    """A robust fit of OpenCV: the matrix, or None where it found none, and the inliers."""
+    import cv2
+
+    nothing = np.zeros(len(args[0]), dtype=bool)
+    try:
+        matrix, mask = method(*args, **kwargs)
+    except cv2.error:  # degenerate input, such as all points on one spot
+        return None, nothing
+    if matrix is None or mask is None or matrix.shape != (3, 3) or not np.isfinite(matrix).all():
+        return None, nothing
+    inliers = mask.ravel().astype(bool)
+    return (matrix, inliers) if inliers.any() else (None, nothing)
+
+
+def _scale(image: ImageData) -> float:
+    """Stored pixels a network pixel, at least 1."""
+    return max(1.0, float(np.sqrt(abs(np.linalg.det(image.to_original[:, :2])))))
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------------------ inputs
+
+
+def _open_pair(a: Path, b: Path) -> tuple[ImageRecord, ImageRecord]:
+    """Check two images and name them by their paths below the folder that they share."""
+    import dataclasses
+
+    one, two = _open(a), _open(b)
+    if a.samefile(b):
+        raise InputError(f"Both images are {a}; give two different ones.")
+    names = [a.name, b.name]
+    if a.name == b.name:
+        paths = [str(path.absolute()) for path in (a, b)]
+        shared = os.path.commonpath(paths)
+        names = [Path(path).relative_to(shared).as_posix() for path in paths]
+    return dataclasses.replace(one, name=names[0]), dataclasses.replace(two, name=names[1])
+
+
+def _open(path: Path) -> ImageRecord:
+    from gim_hloc import images
+
+    if not path.exists():
+        raise InputError(f"There is no image {path}.")
+    if not path.is_file():
+        raise InputError(f"{path} is a folder; give an image.")
+    found = images.scan(path.parent, names=[path.name], min_size=_MIN_SIDE)
+    if found.rejected:
+        raise InputError(
+            f"{path} cannot be used: {found.rejected[0].reason}, {found.rejected[0].detail}."
+        )
+    return found.images[0]
+
+
+class _MaskFile(MaskFolder):
+    """One mask, whatever its name."""
+
+    def __init__(self, path: Path, *, erode_px: int) -> None:
+        super().__init__(path.parent, erode_px=erode_px)
+        self.path = path
+
+    def find(self, name: str) -> Path | None:
+        """Path of the mask."""
+        return self.path
+
+
+def _read_mask(
+    path: str | os.PathLike[str] | None, record: ImageRecord, erode_px: int
+) -> np.ndarray | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"There is no mask {path}.")
+    return _MaskFile(Path(path), erode_px=erode_px).load(record)
+
+
+# ----------------------------------------------------------------------------------------- outputs
+
+
+def _save(
+    result: MatchResult, folder: Path, formats: Sequence[Format], *, pictures: bool
+) -> list[Path]:
+    unknown = sorted(set(formats) - set(get_args(Format)))
+    if unknown:
+        raise InputError(f"Unknown format {unknown[0]!r}. Known: {', '.join(get_args(Format))}.")
+    stems = [record.path.stem[:_LONGEST_STEM] for record in result.images]
+    base = "_".join([*stems, result.matcher])
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in get_args(Format):
+            if kind in formats:
+                written += _WRITERS[kind](result, folder, base)
+        if pictures:
+            written += _write_pictures(result, folder, base)
+    except OSError as error:
+        raise OutputError(f"Cannot write to {folder}: {error}") from error
+    return written
+
+
+def _write_npz(result: MatchResult, folder: Path, base: str) -> list[Path]:
+    arrays: dict[str, Any] = {
+        "names": np.array([record.name for record in result.images]),
+        "sizes": np.array([record.size for record in result.images]),
+        "matcher": np.array(result.matcher),
+        "keypoints0": result.keypoints0,
+        "keypoints1": result.keypoints1,
+        "scores": result.scores,
+        "inliers": result.inliers,
+    }
+    for name in ("fundamental", "homography"):
+        if getattr(result, name) is not None:
+            arrays[name] = getattr(result, name)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    path = folder / f"{base}_matches.npz"
+    write_atomic(path, stream.getvalue())
+    return [path]
+
+
+def _write_csv(result: MatchResult, folder: Path, base: str) -> list[Path]:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["x0", "y0", "x1", "y1", "score", "inlier"])
+    for xy0, xy1, score, inlier in zip(
+        result.keypoints0, result.keypoints1, result.scores, result.inliers, strict=True
+    ):
+        writer.writerow([*(f"{value:.4f}" for value in (*xy0, *xy1)), f"{score:.5f}", int(inlier)])
+    path = folder / f"{base}_matches.csv"
+    write_atomic(path, stream.getvalue())
+    return [path]
+
+
+def _write_h5(result: MatchResult, folder: Path, base: str) -> list[Path]:
+    """Keypoints and matches as hloc reads them: two files, since both are looked up by name."""
+    import h5py
+
+    names = [record.name for record in result.images]
+    if result.features is None or result.indices is None:
+        # Every match has a keypoint of its own.
+        features = (result.keypoints0, result.keypoints1)
+        indices = np.arange(len(result))[:, None].repeat(2, axis=1)
+    else:
+        features, indices = result.features, result.indices
+    matches0 = np.full(len(features[0]), -1, dtype=np.int32)
+    scores0 = np.zeros(len(features[0]), dtype=np.float32)
+    matches0[indices[:, 0]] = indices[:, 1]
+    scores0[indices[:, 0]] = result.scores
+    paths = [folder / f"{base}_features.h5", folder / f"{base}_matches.h5"]
+    streams = [io.BytesIO(), io.BytesIO()]
+    with h5py.File(streams[0], "w") as file:
+        for record, keypoints in zip(result.images, features, strict=True):
+            group = file.create_group(record.name)
+            group["keypoints"] = keypoints.astype(np.float32)
+            group["keypoints"].attrs["uncertainty"] = 1.0
+            group["image_size"] = np.array(record.size)
+    with h5py.File(streams[1], "w") as file:
+        group = file.create_group("/".join(name.replace("/", "-") for name in names))
+        group["matches0"], group["matching_scores0"] = matches0, scores0
+        group["keypoints0"], group["keypoints1"] = result.keypoints0, result.keypoints1
+        group["scores"], group["inliers"] = result.scores, result.inliers
+    for path, stream in zip(paths, streams, strict=True):
+        write_atomic(path, stream.getvalue())
+    return paths
+
+
+_WRITERS = {"npz": _write_npz, "csv": _write_csv, "h5": _write_h5}
+
+
+def _write_pictures(result: MatchResult, folder: Path, base: str) -> list[Path]:
+    from gim_hloc.pipelines import _match_pictures
+
+    drawn = {
+        folder / f"{base}_match.png": _match_pictures.draw_matches(result),
+        folder / f"{base}_warp.png": _match_pictures.draw_warp(result),
+    }
+    for path, picture in drawn.items():
+        if picture is None:
+            path.unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
+        else:
+            write_atomic(path, _match_pictures.png(picture))
+    return [path for path, picture in drawn.items() if picture is not None]
