@@ -111,6 +111,7 @@ class DKMMatcher(DenseMatcher):
         options: its numbers.
         device: where the network runs.
         state: weights instead of those of the published file.
+        network: the whole network instead, already with weights.
 
     Raises:
         WeightsError: the weights cannot be had or are not this network's.
@@ -125,11 +126,12 @@ class DKMMatcher(DenseMatcher):
         options: DKMOptions,
         device: torch.device,
         state: Mapping[str, torch.Tensor] | None = None,
+        network: Any = None,
     ) -> None:
         info = describe(name)
         (file,) = info.checkpoint
         hashes: dict[str, str] = {}
-        if state is None:
+        if state is None and network is None:
             path = weights.locate(file)
             hashes[file] = weights.sha256(path)
             state = weights.load_state_dict(path, inside=("state_dict",))
@@ -142,7 +144,9 @@ class DKMMatcher(DenseMatcher):
         )
         self.dtype = resolve_dtype(options.precision, device)
         self.hold = self.dtype if options.hold == "auto" else resolve_dtype(options.hold, device)
-        self.network = load_dkm(state, path=file, normalise=name != "gim_dkm").eval().to(device)
+        if network is None:
+            network = load_dkm(state or {}, path=file, normalise=name != "gim_dkm")
+        self.network = network.eval().to(device)
         if device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.compile:
