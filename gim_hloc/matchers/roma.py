@@ -111,7 +111,7 @@ def load_roma(state: Mapping[str, torch.Tensor], *, path: str) -> RoMa:
     """
     with torch.device("meta"):
         network = RoMa()
-    return _assign(network, {key.removeprefix("model."): v for key, v in state.items()}, path)
+    return _assign(network, weights.unwrap("gim_roma", state), path)
 
 
 def load_dinov2(state: Mapping[str, torch.Tensor], *, path: str) -> DINOv2:
@@ -160,10 +160,7 @@ class RoMaMatcher(DenseMatcher):
             # Find all of them before the first gigabyte is read.
             paths = {file: weights.locate(file) for file in info.checkpoint}
             hashes = {file: weights.sha256(path) for file, path in paths.items()}
-            states = {
-                file: weights.load_state_dict(path, inside=("state_dict",))
-                for file, path in paths.items()
-            }
+            states = {file: weights.load_state_dict(path) for file, path in paths.items()}
         super().__init__(
             info=info,
             options=options,
