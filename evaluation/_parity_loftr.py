@@ -49,10 +49,8 @@ def produce(golden: Golden, weights: Weights) -> dict[str, Any]:
     produced |= {"feat_c0_transformed": x0, "feat_c1_transformed": x1}
     produced |= _confidence(x0, x1, a, b)
     scales = [
-        torch.from_numpy(golden[f"scale{side}"]).reshape(1, 2)
-        if golden.has(f"scale{side}")
-        else None
-        for side in "01"
+        torch.from_numpy(golden[name]).reshape(1, 2) if golden.has(name) else None
+        for name in ("scale0", "scale1")
     ]
     for threshold in golden.config["thresholds"]:
         produced |= _matches(model, a, b, float(threshold), scales)

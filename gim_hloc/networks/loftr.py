@@ -246,7 +246,8 @@ class LoFTR(nn.Module):
 
     def embed(self, coarse: torch.Tensor) -> torch.Tensor:
         """Coarse features (B, C, h, w) with their positions added, float32."""
-        table = positions(*coarse.shape[2:], self.positional, coarse.device)
+        height, width = coarse.shape[2:]
+        table = positions(height, width, self.positional, coarse.device)
         return coarse.to(torch.promote_types(coarse.dtype, torch.float32)) + table
 
     def encode(self, image: torch.Tensor, mask: torch.Tensor | None = None) -> Features:

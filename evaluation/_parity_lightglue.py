@@ -1,0 +1,198 @@
+"""Golden arrays of gim_lightglue: SuperPoint, LightGlue, and both as the demo runs them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gim_hloc.evaluation import filled
+from gim_hloc.evaluation.parity import Golden, Weights
+from gim_hloc.networks import superpoint
+from gim_hloc.networks.lightglue import LightGlue, Start, published_shapes
+from gim_hloc.weights import check_names, load_into, strip_prefixes
+
+_HALF = 0.5  # the reference's keypoints have their origin in the corner of the first pixel
+
+
+@functools.lru_cache(maxsize=1)
+def networks(weights: Weights) -> tuple[superpoint.SuperPoint, LightGlue]:
+    """Detector and matcher with filled weights."""
+    state = weights("gim_lightglue")
+    detector = superpoint.SuperPoint()
+    own = strip_prefixes(state, strip=("superpoint.",), drop=("model.",))
+    load_into(detector, own, path="the filled gim_lightglue")
+    rest = strip_prefixes(state, strip=("model.",), drop=("superpoint.",))
+    shapes = published_shapes(input_dim=256)
+    check_names(shapes, rest, path="the filled gim_lightglue", network="LightGlue")
+    matcher = LightGlue.from_state(rest, input_dim=256, depth_confidence=-1, width_confidence=-1)
+    return detector.eval(), matcher
+
+
+def produce(golden: Golden, weights: Weights) -> dict[str, Any]:
+    """All arrays that the file holds."""
+    detector, matcher = networks(weights)
+    family, _, rest = golden.name.partition("_")
+    if family == "superpoint":
+        return _superpoint(golden, detector)
+    if rest.startswith("demo"):
+        return _demo(golden.sibling(f"superpoint_{rest.removeprefix('demo_')}"), detector, matcher)
+    return _lightglue(golden, detector, matcher)
+
+
+def _gray(golden: Golden, side: str) -> torch.Tensor:
+    return torch.from_numpy(golden[f"gray{side}"])[None, None] / 255
+
+
+def _superpoint(golden: Golden, detector: superpoint.SuperPoint) -> dict[str, Any]:
+    config = golden.config["config"]
+    produced: dict[str, Any] = {}
+    for side in "01":
+        image = _gray(golden, side)
+        if golden.has(f"logits{side}"):
+            logits, raw = detector(image)
+            scores = superpoint.score_map(logits)
+            kept = superpoint.suppress(scores, config["nms_radius"])
+            produced |= {
+                f"logits{side}": logits,
+                f"dense_desc_raw{side}": raw,
+                f"dense_scores{side}": scores,
+                f"nms_scores{side}": kept,
+                f"nms_count{side}": (kept > 0).sum(),
+            }
+        points = _points(image, detector, config["max_num_keypoints"], config)
+        name = f"demo{side}" if golden.has(f"demo{side}_keypoints") else f"top512_{side}"
+        xy, count = points.xy, len(points.xy)
+        if config["force_num_keypoints"]:
+            torch.manual_seed(0)
+            size = (image.shape[-1], image.shape[-2])
+            xy = superpoint.pad_with_random(xy, config["max_num_keypoints"], size)
+        produced |= {
+            f"{name}_keypoints": xy[None] + _HALF,
+            f"{name}_keypoint_scores": points.scores,
+            f"{name}_descriptors": points.descriptors[None],
+            f"{name}_descriptors16": points.descriptors[:, ::16],
+            f"{name}_n_detected": count,
+        }
+    return produced
+
+
+def _points(
+    image: torch.Tensor, detector: superpoint.SuperPoint, count: int, config: dict[str, Any]
+) -> superpoint.Points:
+    return detector.detect(
+        image,
+        max_keypoints=count,
+        threshold=config.get("detection_threshold", 0.0),
+        radius=config.get("nms_radius", 3),
+    )[0]
+
+
+def _demo(
+    images: Golden, detector: superpoint.SuperPoint, matcher: LightGlue
+) -> dict[str, torch.Tensor]:
+    """The whole way from images to matches, 2048 points."""
+    starts, keypoints = [], []
+    for side in "01":
+        image = _gray(images, side)
+        points = _points(image, detector, 2048, images.config["config"])
+        keypoints.append(points.xy + _HALF)
+        size = (image.shape[-1], image.shape[-2])
+        starts.append(matcher.start(points.xy, size, points.descriptors))
+    produced: dict[str, torch.Tensor] = {}
+    for threshold in (0.1, 0.0):
+        matcher.filter_threshold = threshold
+        index, score = matcher.match(*starts)
+        ends = [keypoints[0][index[:, 0]], keypoints[1][index[:, 1]]]
+        produced[f"th{threshold:g}_match_points"] = torch.cat(ends, 1)
+        produced[f"th{threshold:g}_match_scores"] = score
+    return produced
+
+
+def _lightglue(
+    golden: Golden, detector: superpoint.SuperPoint, matcher: LightGlue
+) -> dict[str, Any]:
+    """LightGlue on recorded (or, where too large to record, made-up) features."""
+    produced: dict[str, Any] = {}
+    if golden.name == "lightglue_random":
+        pair = [torch.from_numpy(array) for array in filled.feature_pair(300, 280, 200)]
+        features = [(pair[0], pair[1], (640, 480)), (pair[2], pair[3], (640, 480))]
+        produced |= dict(zip(("keypoints0", "keypoints1"), pair[::2], strict=True))
+        produced |= dict(zip(("descriptors0", "descriptors1"), pair[1::2], strict=True))
+    else:
+        features = []
+        images = golden.sibling(f"superpoint_{golden.name.partition('_')[2]}_top512")
+        for side in "01":
+            width, height = golden[f"image_size{side}"][0].tolist()
+            xy = torch.from_numpy(golden[f"keypoints{side}"][0])
+            descriptors = torch.from_numpy(golden[f"descriptors{side}"][0])
+            features.append((xy, descriptors, (width, height)))
+            # Our detector must make this very input.
+            points = _points(_gray(images, side), detector, 512, images.config["config"])
+            produced[f"keypoints{side}"] = points.xy + _HALF
+            produced[f"descriptors{side}"] = points.descriptors
+    starts = [matcher.start(xy, size, descriptors) for xy, descriptors, size in features]
+    produced |= _intermediates(matcher, starts)
+    # The recording has the sides of image 0 swapped, as the demo handed them over: the angles
+    # differ by a constant, and nothing else does, because attention sees differences only.
+    xy, descriptors, (width, height) = features[0]
+    swapped = matcher.start(xy, (height, width), descriptors)
+    turns = torch.stack([swapped.cos, swapped.sin]).repeat_interleave(2, -1)
+    produced["posenc0"] = turns[:, None, None]
+    return produced | _matches(matcher, starts)
+
+
+def _intermediates(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.Tensor]:
+    """States after each layer and the assignment; dustbins are the last row and column."""
+    produced = {"self_attn_layer0_0": starts[0].x}
+    states = [start.x[None] for start in starts]
+    for layer, block in enumerate(matcher.crosses):
+        if layer:
+            own = matcher.selfs[layer]
+            states = [
+                own(x, start.cos[None], start.sin[None], None)
+                for x, start in zip(states, starts, strict=True)
+            ]
+        (qk0, v0), (qk1, v1) = (block.heads_of(x) for x in states)
+        states = [
+            block.attend(states[0], qk0, qk1, v1, None),
+            block.attend(states[1], qk1, qk0, v0, None),
+        ]
+        produced |= {f"desc{side}_layer{layer}": x for side, x in enumerate(states)}
+    project, heads = matcher.final_proj[-1], matcher.heads[-1]
+    scaled = [project(x[0]) * x.shape[-1] ** -0.25 for x in states]
+    similarity = scaled[0] @ scaled[1].T
+    logits = [heads(x[0])[:, 0] for x in states]
+    score = similarity.log_softmax(1) + similarity.log_softmax(0)
+    score = score + F.logsigmoid(logits[0])[:, None] + F.logsigmoid(logits[1])
+    unmatched = [F.logsigmoid(-logit) for logit in logits]
+    whole = F.pad(score, (0, 1, 0, 1))
+    whole[:-1, -1], whole[-1, :-1] = unmatched
+    return produced | {
+        "log_assignment": whole,
+        "log_assignment_rowmax": score.amax(1),
+        "log_assignment_colmax": score.amax(0),
+        "unmatched0": unmatched[0],
+        "unmatched1": unmatched[1],
+    }
+
+
+def _matches(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.Tensor]:
+    """Matches at both thresholds. Scores are those of all mutual pairs, whatever the threshold."""
+    matcher.filter_threshold = 0.0
+    mutual, confidence = matcher.match(starts[0], starts[1])
+    produced: dict[str, torch.Tensor] = {}
+    for threshold in (0.1, 0.0):
+        matcher.filter_threshold = threshold
+        index, score = matcher.match(starts[0], starts[1])
+        name = f"th{threshold:g}"
+        produced |= {f"{name}_matches": index, f"{name}_scores": score}
+        for side, start in enumerate(starts):
+            partner = torch.full((len(start.x),), -1)
+            partner[index[:, side]] = index[:, 1 - side]
+            scores = start.x.new_zeros(len(start.x))
+            scores[mutual[:, side]] = confidence
+            produced |= {f"{name}_matches{side}": partner, f"{name}_matching_scores{side}": scores}
+    return produced
