@@ -78,6 +78,12 @@ _ITEM_BYTES = {
     "bool": 1,
     "complex64": 8,
     "complex128": 16,
+    # Numbers without a storage of their own, named by ``_rebuild_tensor_v3``.
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
 }
 
 

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import http.server
+import io
+import json
+import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from gim_hloc import weights
+from gim_hloc import downloads, matchers, weight_checks, weights
 from gim_hloc.errors import WeightsError
 
 CONTENT = bytes(range(256)) * 5000
+PARITY = Path(__file__).parents[2] / "shared" / "parity"
+
+
+def safetensors(state: dict[str, torch.Tensor]) -> bytes:
+    """The format of Hugging Face, float32 only."""
+    header, data = {}, b""
+    for name, tensor in state.items():
+        body = tensor.contiguous().numpy().astype("<f4").tobytes()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(body)],
+        }
+        data += body
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +55,10 @@ class Server:
         self.break_after: int | None = None
         self.ranges: list[str | None] = []
         self.honour_ranges = True
+        self.content = CONTENT
+        self.content_type = "application/octet-stream"
+        self.etag: str | None = None
+        self.gate: threading.Event | None = None  # answers wait for it
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -42,12 +68,19 @@ class Server:
                 if self.path == "/missing":
                     self.send_error(404)
                     return
+                if server.gate is not None:
+                    server.gate.wait(30)
                 start = int(asked[6:-1]) if asked and server.honour_ranges else 0
-                if start >= len(CONTENT):
+                if self.headers.get("If-Range") not in (None, server.etag):
+                    start = 0
+                if start >= len(server.content):
                     self.send_error(416)
                     return
-                body = CONTENT[start:]
+                body = server.content[start:]
                 self.send_response(206 if start else 200)
+                self.send_header("Content-Type", server.content_type)
+                if server.etag is not None:
+                    self.send_header("ETag", server.etag)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body[: server.break_after])
@@ -133,6 +166,143 @@ def test_wrong_content_is_not_kept(
             assert not list(weights.cache_folder().glob(f"{name}*"))
 
 
+def checkpoint_bytes() -> bytes:
+    stream = io.BytesIO()
+    torch.save({"weight": torch.arange(50_000.0)}, stream)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def checkpoint(server: Server, monkeypatch: pytest.MonkeyPatch) -> weights.WeightFile:
+    """A file of unknown size and hash, as most are."""
+    monkeypatch.setattr(weights, "_known", {})
+    server.content = checkpoint_bytes()
+    return weights.register(
+        weights.WeightFile(
+            name="net.ckpt",
+            used_by=("net",),
+            sources=(f"{server.url}/net.ckpt", f"{server.url}/other/net.safetensors"),
+            licence="MIT",
+            aliases=("net.safetensors",),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "told"),
+    [
+        (b"<!DOCTYPE html><html>quota exceeded</html>", "application/octet-stream", "web page"),
+        (CONTENT, "text/html; charset=utf-8", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "text/plain", "Git LFS"),
+        (b'{"error": "not found"}', "application/json", "neither"),
+    ],
+)
+def test_answer_that_is_no_file(
+    checkpoint: weights.WeightFile, server: Server, content: bytes, content_type: str, told: str
+) -> None:
+    server.content, server.content_type = content, content_type
+    with pytest.raises(WeightsError, match=told):
+        weights.locate("net.ckpt")
+    assert list(weights.cache_folder().iterdir()) == [], "nothing of it is kept"
+
+
+def test_resumed_download_of_a_file_that_changed(
+    checkpoint: weights.WeightFile, server: Server
+) -> None:
+    server.etag, server.break_after = '"one"', 100_000
+    with pytest.raises(WeightsError, match="connection ended after 100000 of"):
+        weights.locate("net.ckpt")
+    old = server.content
+    server.content = old[:-1] + b"x"  # as long as before
+    server.etag, server.break_after = '"two"', None
+    path = weights.locate("net.ckpt")
+    assert path.read_bytes() == server.content
+    server.ranges.clear()
+    assert weights.locate("net.ckpt") == path
+    assert server.ranges == []
+
+
+def test_safetensors_keep_their_suffix(checkpoint: weights.WeightFile, server: Server) -> None:
+    weights.register(dataclasses.replace(checkpoint, sources=checkpoint.sources[1:], size=3))
+    server.content = safetensors({"weight": torch.ones(3)})
+    path = weights.locate("net.ckpt")
+    assert path == weights.cache_folder() / "net.safetensors"
+    server.ranges.clear()
+    assert weights.locate("net.ckpt") == path
+    assert weights.locate("net.safetensors") == path
+    assert server.ranges == []
+    assert torch.equal(weights.load_state_dict(path)["weight"], torch.ones(3))
+
+
+def test_local_addresses(checkpoint: weights.WeightFile, tmp_path: Path) -> None:
+    mirror = tmp_path / "mirror.ckpt"
+    mirror.write_bytes(checkpoint_bytes())
+    weights.register(dataclasses.replace(checkpoint, sources=(mirror.as_uri(),)))
+    assert weights.locate("net.ckpt").read_bytes() == mirror.read_bytes()
+
+
+def test_two_at_once_download_once(checkpoint: weights.WeightFile, server: Server) -> None:
+    server.gate = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [pool.submit(weights.locate, "net.ckpt") for _ in range(2)]
+        server.gate.set()
+        paths = {task.result(30) for task in tasks}
+    assert [path.read_bytes() for path in paths] == [server.content]
+    assert len(server.ranges) == 1
+    assert [path.name for path in weights.cache_folder().iterdir()] == ["net.ckpt"]
+
+
+def test_without_a_network_no_time_out_is_waited_for(
+    checkpoint: weights.WeightFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts that never answer: were each waited for in full, this test would not end."""
+    sources = tuple(f"https://host{i}.invalid/net.ckpt" for i in range(50))
+    weights.register(dataclasses.replace(checkpoint, sources=sources))
+    end = threading.Event()
+    asked = []
+
+    def never(address: tuple[str, int], timeout: float) -> None:
+        asked.append(address[0])
+        end.wait(60)
+        raise OSError("the test is over")
+
+    monkeypatch.setattr(downloads, "_reached", {})
+    monkeypatch.setattr(downloads, "_CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr(downloads.socket, "create_connection", never)
+    try:
+        with pytest.raises(WeightsError) as caught:
+            weights.locate("net.ckpt")
+        first = len(asked)
+        with pytest.raises(WeightsError):
+            weights.locate("net.ckpt")
+    finally:
+        end.set()
+    assert all(source in str(caught.value) for source in sources)
+    assert "no connection within" in str(caught.value)
+    assert "gim-weights download net.ckpt" in str(caught.value)
+    assert len(asked) == first == 50, "an unreachable host is not asked again at once"
+
+
+def test_refused_connection_falls_through(
+    checkpoint: weights.WeightFile, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "_reached", {})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sources = (f"http://127.0.0.1:{port}/net.ckpt", f"{server.url}/net.ckpt")
+    weights.register(dataclasses.replace(checkpoint, sources=sources))
+    assert weights.locate("net.ckpt").read_bytes() == server.content
+
+
+def test_proxies_are_asked_instead_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
+    monkeypatch.setenv("no_proxy", "direct.invalid")
+    assert downloads._host("https://far.invalid/x") == ("proxy.invalid", 3128)
+    assert downloads._host("https://direct.invalid/x") == ("direct.invalid", 443)
+    assert downloads._host("file:///x") is None
+
+
 def test_order_of_search(
     file: weights.WeightFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
 ) -> None:
@@ -202,29 +372,6 @@ def test_state_dict_inside_a_checkpoint(tmp_path: Path) -> None:
         weights.load_state_dict(tmp_path / "a.pth")
 
 
-def test_files_that_would_run_code_are_refused(tmp_path: Path) -> None:
-    marker = tmp_path / "ran"
-
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (open, (str(marker), "w"))  # type: ignore[return-value]
-
-    torch.save({"weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match=r"evil\.pth"):
-        weights.load_state_dict(tmp_path / "evil.pth")
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04broken"])
-def test_damaged_file(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "a.pth"
-    path.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"a\.pth cannot be read"):
-        weights.load_state_dict(path)
-    with pytest.raises(WeightsError, match="does not exist"):
-        weights.load_state_dict(tmp_path / "b.pth")
-
-
 def test_wrong_file_names_the_differences() -> None:
     module = torch.nn.Linear(2, 3)
     before = module.weight.clone()
@@ -237,3 +384,112 @@ def test_wrong_file_names_the_differences() -> None:
     assert "unexpected: extra.weight" in message
     assert "(3, 3) instead of (3, 2)" in message
     assert torch.equal(module.weight, before)
+
+
+def test_file_of_another_network_is_named() -> None:
+    state = {"model.decoder.gps.32.pos_conv.weight": torch.zeros(1)}
+    with pytest.raises(WeightsError, match="Its names are those of DKM"):
+        weights.load_into(torch.nn.Linear(1, 1), state, path="x.ckpt")
+
+
+# ------------------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    ("network", "names", "expected"),
+    [
+        ("gim_loftr", ["model.backbone.x"], ["backbone.x"]),
+        ("gim_loftr", ["matcher.backbone.x"], ["backbone.x"]),
+        ("gim_loftr", ["backbone.x"], ["backbone.x"]),
+        ("gim_loftr", ["model.matcher.x", "matcher.model.y"], ["x", "y"]),
+        ("gim_dkm", ["model.encoder.x", "decoder.y"], ["encoder.x", "decoder.y"]),
+        ("gim_dkm", ["model.encoder.net.fc.bias", "encoder.net.fc.weight", "model.x"], ["x"]),
+        ("gim_roma", ["model.decoder.x", "encoder.y"], ["decoder.x", "encoder.y"]),
+        (
+            "gim_lightglue.detector",
+            ["superpoint.conv1a.weight", "model.transformers.x"],
+            ["conv1a.weight"],
+        ),
+        (
+            "gim_lightglue.matcher",
+            ["superpoint.conv1a.weight", "model.transformers.x"],
+            ["transformers.x"],
+        ),
+        # Only at the start, and only the first.
+        ("gim_roma", ["model.model.x", "y.model.z"], ["model.x", "y.model.z"]),
+        ("gim_lightglue.detector", ["superpoint.model.x"], ["model.x"]),
+    ],
+)
+def test_unwrapping(network: str, names: list[str], expected: list[str]) -> None:
+    state = {name: torch.tensor(index) for index, name in enumerate(names)}
+    found = weights.unwrap(network, state)
+    assert list(found) == expected
+    kept = [name for name in names if any(name.endswith(short) for short in expected)]
+    assert [found[short] for short in expected] == [state[name] for name in kept]
+
+
+def test_names_that_become_one_are_refused() -> None:
+    state = {"model.x": torch.zeros(1), "x": torch.ones(1)}
+    with pytest.raises(WeightsError, match="'x' twice"):
+        weights.strip_prefixes(state)
+
+
+# ---------------------------------------------------------------------------------- published files
+
+
+def test_table_of_files() -> None:
+    files = weights.known()
+    names = [name for file in files for name in (file.name, *file.aliases)]
+    assert len(names) == len(set(names))
+    for file in files:
+        assert file.sources, file.name
+        assert all(source.startswith("https://") for source in file.sources)
+        assert file.size or file.about
+        assert file.git_blob is None or len(file.git_blob) == 40
+        assert not (file.commercial and "commercial" in file.licence)
+        assert all(file.saved_name(s) in (file.name, *file.aliases) for s in file.sources)
+
+
+def test_matchers_and_table_agree() -> None:
+    for info in matchers.describe():
+        for name in info.checkpoint:
+            file = weights.find(name)
+            assert file is not None, name
+            assert file.name == name
+            assert info.name in file.used_by, name
+            assert file.commercial or not info.commercial, name
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("gim_loftr_50h.ckpt", "gim_loftr"),
+        ("gim_lightglue_100h.ckpt", "gim_lightglue"),
+        ("gim_dkm_100h.ckpt", "gim_dkm"),
+        ("gim_roma_100h.ckpt", "gim_roma"),
+        ("dinov2_vitl14_pretrain.pth", "dinov2_vitl14"),
+        ("encoder_epoch_20.pth", "semseg_encoder"),
+        ("decoder_epoch_20.pth", "semseg_decoder"),
+    ],
+)
+def test_networks_have_the_names_of_the_published_files(file: str, keys: str) -> None:
+    path = PARITY / f"{keys}.keys.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    for part in weight_checks.NETWORKS[file]:
+        pytest.importorskip(part.made_by.partition(":")[0])
+    shapes = json.loads(path.read_text())
+    state = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes.items()}
+    published = weights.find(file)
+    assert published is not None
+    about = published.about or 0
+    assert about == pytest.approx(4 * sum(v.numel() for v in state.values()), rel=0.01)
+    count = sum(
+        weight_checks.check_part(part, state, path=path) for part in weight_checks.NETWORKS[file]
+    )
+    assert count == sum(
+        not name.endswith(weight_checks.NETWORKS[file][0].ignored or ("\0",)) for name in state
+    )
+    wrong = dict(list(state.items())[1:])
+    with pytest.raises(WeightsError, match="missing"):
+        weight_checks.check_part(weight_checks.NETWORKS[file][0], wrong, path=path)
