@@ -1,7 +1,7 @@
 """What the golden files ``dkm_*.npz`` hold, from our gim_dkm.
 
 The reference pads images with black, and black pixels match nothing in it: here images are padded
-before the matcher sees them and ``black_pixels`` is on.
+before the matcher sees them and ``black_pixels`` is on. So is ``shared_factor``, its mistake.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gim_hloc.matchers.base import ImageData
 from gim_hloc.matchers.dense import padding_to_aspect
 from gim_hloc.matchers.dkm import DKMMatcher, DKMOptions
 
-_OPTIONS = DKMOptions(precision="float32", pad=False, black_pixels=True)
+_OPTIONS = DKMOptions(precision="float32", pad=False, black_pixels=True, shared_factor=True)
 
 
 @functools.lru_cache(maxsize=1)

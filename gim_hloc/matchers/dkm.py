@@ -147,8 +147,7 @@ class DKMMatcher(DenseMatcher):
         if network is None:
             network = load_dkm(state or {}, path=file, normalise=name != "gim_dkm")
         self.network = network.eval().to(device)
-        if device.type == "cuda":
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.to(memory_format=torch.channels_last)
         if options.compile:
             self.network.compile_parts()
 
@@ -187,11 +186,8 @@ class DKMMatcher(DenseMatcher):
             record: given intermediate results by name; see ``DKM.encode``.
         """
         padded, frame, valid = self.place(image)
-        batch = padded[None]
-        if self.device.type == "cuda":
-            batch = batch.contiguous(memory_format=torch.channels_last)
         features = self.network.encode(
-            batch,
+            padded[None].contiguous(memory_format=torch.channels_last),
             size=self.options.size,
             upsample_size=self.options.upsample_size,
             dtype=self.dtype,
@@ -219,7 +215,9 @@ class DKMMatcher(DenseMatcher):
         if not pairs:
             return []
         a, b = (self._stack([pair[side].features for pair in pairs]) for side in (0, 1))
-        flow, certainty = self.network.match(a, b, record=record)
+        flow, certainty = self.network.match(
+            a, b, shared_factor=self.options.shared_factor, record=record
+        )
         return [
             self.finish(*pair, flow[:, index], certainty[:, index])
             for index, pair in enumerate(pairs)

@@ -28,7 +28,7 @@ Record = Callable[[str, torch.Tensor], None]
 """Called with the name and the value of an intermediate result."""
 
 _ALIGN = 16  # channels are filled up to a multiple of it
-_STRIPE_BYTES = 4 << 20  # of one block of rows in a refiner on a processor
+_STRIPE_BYTES = 2 << 20  # of one block of rows in a refiner on a processor
 _GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of feature rows gathered at once
 
 
@@ -217,6 +217,19 @@ class GaussianProcess(nn.Module):
         return mean.mT.reshape(len(a), -1, *a.shape[-2:])
 
 
+def both_factors(a: torch.Tensor, b: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
+    """Factors of the Gaussian process for a batch of both directions: a -> b, then b -> a.
+
+    Args:
+        a: (B, N, dim) factors of the images 0.
+        b: (B, N, dim) factors of the images 1.
+        shared: repeat a mistake of the reference. On grids of more than 2000 cells (its default
+            sizes among them) it inverts image 1's covariance only and solves b -> a with that too,
+            which gives answers far out of range. The networks were not trained with it.
+    """
+    return torch.cat([b, b if shared and b.shape[1] > 2000 else a])
+
+
 class _Block(NamedTuple):
     """Depthwise 5x5 with normalisation folded in, then 1x1; channels filled up with zeros."""
 
@@ -354,7 +367,7 @@ class ConvRefiner(nn.Module):
             if record:
                 x, blocks = _run_blocks(x, blocks[:1]), blocks[1:]
                 inner = x[:, margin : margin + height, :, : self.channels]
-                first.append(inner.permute(0, 3, 1, 2))
+                first.append(inner.permute(0, 3, 1, 2).clone())
             x = self._run(x, blocks)[:, margin : margin + height]
             results.append(F.linear(x, folded.out, folded.out_bias).float().permute(0, 3, 1, 2))
         if record:
@@ -433,9 +446,19 @@ def refine(
 
 
 def _run_blocks(x: torch.Tensor, blocks: tuple[_Block, ...]) -> torch.Tensor:
-    """Blocks of a refiner, (B, H, W, P) -> same; on a processor with two rows of zeros around H."""
+    """Blocks of a refiner, (B, H, W, P) -> same; on a processor with two rows of zeros around H.
+
+    On a processor ``x`` is overwritten: new memory of this size costs as much as a third of the
+    arithmetic, so that blocks write into two buffers in turn.
+    """
+    if x.device.type != "cpu":
+        for block in blocks:
+            x = _whole(x, block)
+        return x
+    spare = torch.zeros_like(x)
     for block in blocks:
-        x = _stripes(x, block) if x.device.type == "cpu" else _whole(x, block)
+        _stripes(x, block, out=spare)
+        x, spare = spare, x
     return x
 
 
@@ -447,12 +470,10 @@ def _whole(x: torch.Tensor, block: _Block) -> torch.Tensor:
     return F.linear(y.relu_().permute(0, 2, 3, 1), block.pointwise, block.pointwise_bias)
 
 
-def _stripes(x: torch.Tensor, block: _Block) -> torch.Tensor:
+def _stripes(x: torch.Tensor, block: _Block, *, out: torch.Tensor) -> None:
     batch, height, width, channels = x.shape
     height -= 4
     step = max(1, _STRIPE_BYTES // (width * channels * x.element_size()))
-    out = torch.empty_like(x)
-    out[:, :2], out[:, -2:] = 0, 0
     for element in range(batch):
         for top in range(0, height, step):
             rows = min(step, height - top)
@@ -466,4 +487,3 @@ def _stripes(x: torch.Tensor, block: _Block) -> torch.Tensor:
             y = y.relu_().permute(0, 2, 3, 1).reshape(-1, channels)
             target = out[element, top + 2 : top + 2 + rows].view(-1, channels)
             torch.addmm(block.pointwise_bias, y, block.pointwise.T, out=target)
-    return out

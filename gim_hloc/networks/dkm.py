@@ -22,6 +22,7 @@ from gim_hloc.networks.dense import (
     GaussianProcess,
     Record,
     attenuated_certainty,
+    both_factors,
     refine,
     resize,
 )
@@ -199,13 +200,19 @@ class DKM(nn.Module):
             held[f"{number}/{stride}"] = pyramid[stride].to(dtype)
 
     def match(
-        self, a: Features, b: Features, *, record: Record | None = None
+        self,
+        a: Features,
+        b: Features,
+        *,
+        shared_factor: bool = False,
+        record: Record | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Match pairs, both ways at once.
 
         Args:
             a: features of the first images, see ``encode``.
             b: features of the second images, as many.
+            shared_factor: see ``both_factors``.
             record: given intermediate results by name, of both directions: 0 -> 1, then 1 -> 0.
 
         Returns:
@@ -219,7 +226,8 @@ class DKM(nn.Module):
         context = a["0/32"].new_zeros(1, _CONTEXT, 1, 1)
         for stride in (32, 16):
             here, there = _both(a, b, f"0/{stride}")
-            answer = self.decoder.gps[str(stride)](here, there, _both(a, b, f"gp/{stride}")[1])
+            factors = both_factors(a[f"gp/{stride}"], b[f"gp/{stride}"], shared=shared_factor)
+            answer = self.decoder.gps[str(stride)](here, there, factors)
             if stride == 32:
                 context = context.expand(len(here), -1, -1, -1)
             flow, certainty, context = self.decoder.embedding_decoder(answer, here, context, stride)
