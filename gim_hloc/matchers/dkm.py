@@ -90,9 +90,8 @@ def load_dkm(state: Mapping[str, torch.Tensor], *, path: str, normalise: bool = 
         WeightsError: names or shapes are not this network's.
     """
     state = {
-        key.removeprefix("model."): value.float() if value.is_floating_point() else value
-        for key, value in state.items()
-        if "encoder.net.fc" not in key
+        key: value.float() if value.is_floating_point() else value
+        for key, value in weights.unwrap("dkm", state).items()
     }
     # Made without memory of its own: numbers drawn to be overwritten cost seconds.
     with torch.device("meta"):
@@ -134,7 +133,7 @@ class DKMMatcher(DenseMatcher):
         if state is None and network is None:
             path = weights.locate(file)
             hashes[file] = weights.sha256(path)
-            state = weights.load_state_dict(path, inside=("state_dict",))
+            state = weights.load_state_dict(path)
         super().__init__(
             info=info,
             options=options,
