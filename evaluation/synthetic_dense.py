@@ -424,12 +424,9 @@ def _texture(seed: int, size: int = 2048) -> np.ndarray:
     for _ in range(size * 2):
         centre = rng.integers(0, size, 2).tolist()
         colour = rng.uniform(-80, 80, 3).tolist()
-        layer = int(rng.integers(3, 14))
-        patch = picture[
-            max(0, centre[1] - layer) : centre[1] + layer + 1,
-            max(0, centre[0] - layer) : centre[0] + layer + 1,
-        ]
-        patch[: layer + 1, : layer + 1] += np.float32(colour)
+        side = int(rng.integers(3, 14))
+        patch = picture[centre[1] : centre[1] + side, centre[0] : centre[0] + side]
+        patch += np.float32(colour)
     return np.clip(picture + 128, 0, 255)
 
 
@@ -767,7 +764,7 @@ def synthetic_dense(*, quality: Quality, device: str, **overrides: Any) -> Synth
 def register() -> None:
     """Make the matcher known as ``synthetic_dense``; calling it again changes nothing."""
     if NAME not in registry.names():
-        registry.register(NAME, synthetic_dense, INFO)
+        registry.register(NAME, "gim_hloc.evaluation.synthetic_dense:synthetic_dense", INFO)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -785,11 +782,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli_common.configure_logging()
 
     def run() -> int:
-        if len(arguments) not in (2, 3, 4) or arguments[0] != "write":
+        sizes = [int(text) for text in arguments[2:] if text.isdigit()]
+        if len(arguments) not in (2, 2 + len(sizes)) or arguments[0] != "write" or len(sizes) > 2:
             raise InputError(
                 "Give 'write FOLDER [VIEWS [WIDTH]]' or 'reconstruct IMAGES OUTPUT ...'."
             )
-        views, width = (int(v) for v in (*arguments[2:], *(24, 1600)[len(arguments) - 2 :]))
+        views, width = [*sizes, *(24, 1600)[len(sizes) :]]
         scene = make_scene(SceneOptions(views=views, size=(width, width * 3 // 4)))
         write_scene(scene, Path(arguments[1]))
         return 0

@@ -26,8 +26,10 @@ import pycolmap
 from gim_hloc.errors import InputError, MappingError
 
 if TYPE_CHECKING:
+    from gim_hloc.geometry.warp import Warp
     from gim_hloc.images import ImageRecord
     from gim_hloc.tracks.photometric import PhotometricOptions
+    from gim_hloc.tracks.refine import RefineOptions
 
 logger = logging.getLogger(__name__)
 
@@ -1305,6 +1307,131 @@ def run_dense(
     return True, f"Dense cloud: {output / 'dense.ply'}"
 
 
+# --------------------------------------------------------------------------- refinement by warps
+
+
+def refine_by_warps(
+    model: Any,
+    warp: Callable[[str, str], Warp],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    options: RefineOptions,
+    fixed: set[int],
+    threads: int = -1,
+    progress: Callable[[], None] | None = None,
+) -> str:
+    """Read the warps of a dense matcher again at a model's points, and adjust the model to them.
+
+    Observations move to the mean of what the warps from all other images of their track say;
+    those that the warps deny are dropped; images that two or more warps find a point in join its
+    track. A model that would lose more than half of its points is left as it was.
+
+    Args:
+        model: ``pycolmap.Reconstruction``, changed in place.
+        warp: (name0, name1) of a pair -> its warp; called once a pair and round.
+        pairs: all pairs that can be asked for.
+        options: see ``gim_hloc.tracks.refine``.
+        fixed: ids of the cameras whose intrinsics must not move.
+        threads: of the bundle adjustment; -1 takes all cores.
+        progress: called after each pair of each round.
+
+    Returns:
+        A sentence for the log.
+    """
+    import copy
+
+    from gim_hloc.tracks.refine import read_again
+
+    before = statistics(model)
+    if not before["points"]:
+        return "no points to read the warps at"
+    original = copy.deepcopy(model)
+    joined = dropped = 0
+    for round_ in range(options.rounds):
+        if not model.num_points3D():
+            break  # the warps deny everything: the original is put back below
+        images = [model.image(i) for i in sorted(model.reg_image_ids())]
+        ids = np.array(sorted(model.point3D_ids()))
+        views, rows = _views(model, images, ids)
+        found = read_again(
+            [image.name for image in images],
+            [_size(model.camera(image.camera_id)) for image in images],
+            [views.track[views.image == index] for index in range(len(images))],
+            _projection(model, images, ids),
+            pairs,
+            warp,
+            options,
+            progress,
+        )
+        row_of = dict(
+            zip((views.track * len(images) + views.image).tolist(), rows.tolist(), strict=True)
+        )
+        for point, index, xy, agreeing, against in zip(
+            ids[found.point].tolist(),
+            found.image.tolist(),
+            found.xy_px + 0.5,
+            found.agreeing.tolist(),
+            found.against.tolist(),
+            strict=True,
+        ):
+            image = images[index]
+            row = row_of.get(int(np.searchsorted(ids, point)) * len(images) + index)
+            if row is not None and agreeing:
+                image.points2D[row].xy = xy
+            elif row is not None and against and model.exists_point3D(point):
+                model.delete_observation(image.image_id, row)
+                dropped += 1
+            elif row is None and agreeing >= options.min_readings and model.exists_point3D(point):
+                image.points2D.append(pycolmap.Point2D(xy))
+                element = pycolmap.TrackElement(image.image_id, len(image.points2D) - 1)
+                model.add_observation(point, element)
+                joined += 1
+        _adjust(model, fixed, threads)
+        pycolmap.ObservationManager(model).filter_all_points3D(4.0 if round_ == 0 else 2.0, 1.5)
+        _adjust(model, fixed, threads)
+    model.update_point_3d_errors()
+    after = statistics(model)
+    if after["points"] < 0.5 * before["points"]:
+        _restore(model, original)
+        return (
+            f"kept as it was: the warps agree with only {after['points']:.0f} of "
+            f"{before['points']:.0f} points"
+        )
+    return (
+        f"refined by the warps: {before['mean_reprojection_error_px']:.2f} -> "
+        f"{after['mean_reprojection_error_px']:.2f} px, images a point "
+        f"{before['mean_track_length']:.1f} -> {after['mean_track_length']:.1f}, {joined} "
+        f"observations added and {dropped} dropped, "
+        f"{before['points']:.0f} -> {after['points']:.0f} points"
+    )
+
+
+def _size(camera: Any) -> tuple[int, int]:
+    return int(camera.width), int(camera.height)
+
+
+def _projection(
+    model: Any, images: Sequence[Any], ids: np.ndarray
+) -> Callable[[int, np.ndarray], np.ndarray]:
+    """(index of an image, indices of points) -> pixels in hloc's frame, NaN for points unseen."""
+    xyz = np.array([model.points3D[int(i)].xyz for i in ids])
+    cameras = [model.camera(image.camera_id) for image in images]
+    poses = [np.asarray(image.cam_from_world().matrix()) for image in images]
+
+    def project(index: int, points: np.ndarray) -> np.ndarray:
+        local = xyz[points] @ poses[index][:, :3].T + poses[index][:, 3]
+        xy = np.full((len(points), 2), np.nan)
+        ahead = local[:, 2] > 0
+        if ahead.any():
+            xy[ahead] = _project(cameras[index], local[ahead])
+        with np.errstate(invalid="ignore"):
+            inside = (xy > 0).all(1) & (xy < _size(cameras[index])).all(1)
+        xy[~inside] = np.nan
+        return xy - 0.5
+
+    return project
+
+
 __all__ = [
     "AUTO_GLOBAL_ABOVE",
     "CameraOptions",
@@ -1329,6 +1456,7 @@ __all__ = [
     "points",
     "read_model",
     "read_verification",
+    "refine_by_warps",
     "refine_tracks",
     "resolve_mapper",
     "run_dense",

@@ -19,6 +19,7 @@ in larger images they grow along, since the error of a warp is set by the size t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -663,7 +664,7 @@ def _guided(
     for image, unit in enumerate(table.unit):
         here = np.flatnonzero(observations.image == image)
         first_anchor, last_anchor = table.start[image], table.start[image + 1]
-        query, found, _ = within(
+        _, found, _ = within(
             table.xy[first_anchor:last_anchor],
             observations.xy[here],
             float(options.merge_px * unit),
@@ -955,7 +956,7 @@ def _limited(observations: _Observations, limit: int, views: int) -> _Observatio
     kept = []
     chunk = max(64, limit // 8)
     bounds = np.searchsorted(number, np.arange(0, number[-1] + 1 + chunk, chunk))
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         rows, own = order[begin:end], number[begin:end] - number[begin]
         fits = room[observations.image[rows]] > _place_in_image(observations.image[rows])
         left, full = np.bincount(own, fits), np.bincount(own)

@@ -87,7 +87,7 @@ def components(
 
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     start = dict(zip(names, offsets[:-1], strict=True))
-    edges = [rows + [start[a], start[b]] for (a, b), rows in matches.items() if len(rows)]
+    edges = [rows + np.array([start[a], start[b]]) for (a, b), rows in matches.items() if len(rows)]
     ends = np.concatenate(edges) if edges else np.zeros((0, 2), np.int64)
     total = int(offsets[-1])
     graph = coo_matrix((np.ones(len(ends), np.int8), (ends[:, 0], ends[:, 1])), (total, total))

@@ -79,13 +79,11 @@ def quantize(names: Sequence[str], raw: Mapping[Pair, Raw], options: QuantizedOp
     for pair in raw:
         keypoints0, keypoints1, scores = checked[pair]
         if options.max_keypoints is None:
-            rows = [cells[pair, 0], cells[pair, 1]]
+            rows0, rows1 = cells[pair, 0], cells[pair, 1]
         else:
-            rows = [
-                images[name].nearest(xy, options.max_error)
-                for name, xy in zip(pair, (keypoints0, keypoints1), strict=True)
-            ]
-        matches[pair], match_scores[pair] = _one_to_one(*rows, scores)
+            rows0 = images[pair[0]].nearest(keypoints0, options.max_error)
+            rows1 = images[pair[1]].nearest(keypoints1, options.max_error)
+        matches[pair], match_scores[pair] = _one_to_one(rows0, rows1, scores)
     nothing = np.zeros((0, 2), np.float32)
     return Tracks(
         keypoints={name: images[name].xy if name in images else nothing for name in names},
@@ -251,7 +249,7 @@ def _numbered(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _one_to_one(
     rows0: np.ndarray, rows1: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Matches (K, 2) that are the best of both their ends, sorted by the first, and their scores."""
+    """Matches (K, 2) that are the best of both ends, sorted by the first, and their scores."""
     valid = (rows0 != -1) & (rows1 != -1)
     ends = np.stack([rows0[valid], rows1[valid]], axis=1).astype(np.int64)
     scores = scores[valid]
