@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _MARGIN = 2  # white pixels between and around images
 _RADIUS = 3  # of a match's dot, pixels
+_MOST_LINES = 400  # more would hide the images; every match has its dots all the same
 _MATCH_SIDE = 1600  # longest side of an image in the picture of matches, pixels
+_SMALL_SIDE = 320  # smaller images are enlarged to it, and to half the other's side
 _WARP_SIDE = 1200  # of a panel of the projection
 _INLIER = (0, 255, 0)  # green
 _UNVERIFIED = (255, 140, 0)  # orange: matches that no geometry was fitted to
@@ -46,8 +48,8 @@ class _Picture:
         return _apply(invert_affine(self.to_stored), stored)
 
 
-def _open(record: ImageRecord, side: int) -> _Picture:
-    data = images.load(record, ImageOptions(max_size=side))
+def _open(record: ImageRecord, side: int, *, enlarge: bool = False) -> _Picture:
+    data = images.load(record, ImageOptions(max_size=side, upsample=enlarge))
     rgb = np.rint(data.image.numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
     if rgb.shape[2] == 1:
         rgb = rgb.repeat(3, axis=2)
@@ -72,15 +74,20 @@ def png(picture: np.ndarray) -> bytes:
 def draw_matches(result: MatchResult) -> np.ndarray:
     """Both images side by side; below them the same with the matches.
 
-    Inliers are green. Where no geometry could be fitted or none was asked for, all matches are
-    drawn in orange.
+    Inliers are green; of many, a part has lines. Where no geometry could be fitted or none was
+    asked for, all matches are drawn in orange.
 
     Returns:
         (H, W, 3) uint8 RGB on white.
     """
     import cv2
 
-    pictures = [_open(record, _MATCH_SIDE) for record in result.images]
+    sides = [min(max(record.size), _MATCH_SIDE) for record in result.images]
+    smallest = max(_SMALL_SIDE, max(sides) // 2)
+    pictures = [
+        _open(record, max(side, smallest), enlarge=True)
+        for record, side in zip(result.images, sides, strict=True)
+    ]
     (h0, w0), (h1, w1) = (picture.rgb.shape[:2] for picture in pictures)
     height = max(h0, h1)
     canvas = np.full((2 * height + 3 * _MARGIN, w0 + w1 + 3 * _MARGIN, 3), 255, dtype=np.uint8)
@@ -101,7 +108,9 @@ def draw_matches(result: MatchResult) -> np.ndarray:
         )
     ]
     lines = canvas.copy()
-    for start, end in zip(*(points.tolist() for points in ends), strict=True):
+    count = len(ends[0])
+    drawn = np.unique(np.linspace(0, count - 1, min(count, _MOST_LINES)).astype(int))
+    for start, end in zip(*(points[drawn].tolist() for points in ends), strict=True):
         cv2.line(lines, start, end, colour, 1, cv2.LINE_AA, _SHIFT)
     canvas = cv2.addWeighted(lines, 0.5, canvas, 0.5, 0)
     for points in ends:

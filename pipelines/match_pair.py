@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Format = Literal["npz", "csv", "h5"]
 
 MIN_MATCHES = 8  # fewer determine no fundamental matrix
+FEW_INLIERS = 15  # below it a fundamental matrix may agree with wrong matches by chance
 _MIN_SIDE = 16  # pixels; networks have no cell left below
 _LONGEST_STEM = 80  # characters of an image's name in the names of the results
 
@@ -121,6 +122,18 @@ class MatchResult:
     def homography(self) -> np.ndarray | None:
         """(3, 3) homography from image 1 to image 0 in stored pixels, or None."""
         return None if self.fit is None else self.fit.homography
+
+    @property
+    def remark(self) -> str | None:
+        """What is wrong with the geometry, for people, or None."""
+        if self.fit is None:
+            return None
+        if self.fit.problem is not None:
+            return f"No geometry: {self.fit.problem}. All matches are drawn, in orange."
+        count = int(self.fit.inliers.sum())
+        if count < FEW_INLIERS:
+            return f"Only {count} inliers, as few as wrong matches give: perhaps nothing in common."
+        return None
 
     def summary(self) -> str:
         """One line: counts and seconds."""

@@ -87,8 +87,8 @@ def _run(arguments: _Arguments) -> int:
     )
     written = result.save(arguments.out, formats=arguments.format, pictures=arguments.pictures)
     sys.stdout.write(result.summary() + "\n")
-    if result.fit is not None and result.fit.problem is not None:
-        sys.stdout.write(f"No geometry: {result.fit.problem}. All matches are drawn, in orange.\n")
+    if result.remark is not None:
+        sys.stdout.write(result.remark + "\n")
     sys.stdout.write("".join(f"{path}\n" for path in written))
     return 0
 
