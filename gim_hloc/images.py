@@ -755,6 +755,13 @@ def _turn(array: np.ndarray, orientation: int) -> np.ndarray:
     return array
 
 
+def upright_to_stored_pixels(array: np.ndarray, record: ImageRecord) -> np.ndarray:
+    """Turn an upright array (H, W, ...) of an image back to how its file stores it."""
+    # Quarter turns undo each other; all other orientations are their own inverse.
+    inverse = {6: 8, 8: 6}.get(record.exif.orientation, record.exif.orientation)
+    return np.ascontiguousarray(_turn(array, inverse))
+
+
 def network_size(width: int, height: int, options: ImageOptions) -> tuple[int, int]:
     """(width, height) at which an upright image of this size reaches the network."""
     scale = 1.0

@@ -1,25 +1,37 @@
 """Masks that keep moving objects, sky or rig parts out of a reconstruction.
 
 A mask says where keypoints are allowed. It is never painted into the image, where its edges would
-become features themselves.
+become features themselves. ``exclusion_masks`` makes masks of what moves or has no place from a
+segmentation of the images.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gim_hloc.errors import InputError
-from gim_hloc.images import ImageRecord, open_stored
+from gim_hloc import weights
+from gim_hloc.errors import InputError, OutputError
+from gim_hloc.files import write_atomic
+from gim_hloc.images import ImageRecord, open_stored, read_rgb, upright_to_stored_pixels
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
 _NAMED_EXAMPLES = 3
+
+EXCLUDED = ("person", "sky", "car")
+"""What a reconstruction of a static scene does without."""
+_SEGMENTATION = {"encoder": "encoder_epoch_20.pth", "decoder": "decoder_epoch_20.pth"}
 
 
 class MaskFolder:
@@ -159,6 +171,90 @@ class MaskFolder:
         if unused:
             warnings.append(f"{len(unused)} masks belong to no image: {_examples(unused)}.")
         return warnings
+
+
+def exclusion_masks(
+    images: Iterable[ImageRecord],
+    out: str | os.PathLike[str],
+    classes: Sequence[str] = EXCLUDED,
+    *,
+    max_size: int = 1920,
+    device: str = "auto",
+    network: Any = None,
+) -> list[Path]:
+    """Write masks of what to leave out, in COLMAP's naming: ``MaskFolder(out)`` finds them.
+
+    Args:
+        images: images of ``images.scan``.
+        out: folder of the masks, made if needed; ``a/b.jpg`` gets ``a/b.jpg.png``, in stored
+            pixels, black where a class of ``classes`` is.
+        classes: names of ``networks.segmentation.CLASSES``.
+        max_size: long side that the network sees, pixels.
+        device: "auto" (CUDA if there is one) or a torch device.
+        network: a ``networks.segmentation.Segmentation`` to use; loaded by default.
+
+    Returns:
+        Paths of the masks, in the order of the images.
+
+    Raises:
+        InputError: unknown class, or an image that cannot be read.
+        WeightsError: the weights of the segmentation cannot be had.
+        OutputError: the folder cannot be written.
+    """
+    import cv2
+    from PIL import Image
+    from tqdm import tqdm
+
+    from gim_hloc.networks import segmentation
+
+    unknown = [name for name in classes if name not in segmentation.CLASSES]
+    if unknown or not classes:
+        raise InputError(
+            f"No class named {', '.join(unknown) or '(none given)'}; choose from "
+            f"{', '.join(segmentation.CLASSES)}."
+        )
+    model = load_segmentation(device) if network is None else network
+    paths = []
+    for record in tqdm(list(images), desc="masks", unit="image", disable=None):
+        labels = model.segment(read_rgb(record), max_size=max_size)
+        keep = segmentation.allowed(labels, classes).astype(np.uint8) * 255
+        large = cv2.resize(keep, record.upright_size, interpolation=cv2.INTER_NEAREST_EXACT)
+        encoded = io.BytesIO()
+        Image.fromarray(upright_to_stored_pixels(large, record)).save(encoded, "PNG")
+        path = Path(out) / f"{record.name}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, encoded.getvalue())
+        except OSError as error:
+            raise OutputError(f"The mask {path} cannot be written: {error}.") from error
+        paths.append(path)
+    return paths
+
+
+def load_segmentation(device: str = "auto") -> Any:
+    """The segmentation network with the published weights.
+
+    Raises:
+        WeightsError: a file cannot be had or is not the network's.
+    """
+    from gim_hloc.matchers.common import resolve_device
+    from gim_hloc.networks.segmentation import Segmentation
+
+    paths = {part: weights.locate(name) for part, name in _SEGMENTATION.items()}
+    model = Segmentation()
+    for part, path in paths.items():
+        state = weights.load_state_dict(path, inside=("state_dict",))
+        load_segmentation_state(getattr(model, part), state, path=path)
+    return model.eval().requires_grad_(False).to(resolve_device(device))
+
+
+def load_segmentation_state(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, path: str | Path
+) -> None:
+    """Load encoder or decoder strictly, but for what their training library left in the files."""
+    state = weights.strip_prefixes(state, strip=(), drop=("._tmp_running_", "._running_iter"))
+    counters = [key for key in module.state_dict() if key.endswith("num_batches_tracked")]
+    weights.load_into(module, state, path=path, optional=counters)
 
 
 def _examples(names: Sequence[str]) -> str:
