@@ -222,3 +222,35 @@ for _name, _scenes in (("dkm_outdoor", "MegaDepth"), ("dkm_indoor", "ScanNet")):
             summary=f"DKM as its authors trained it, on {_scenes}: a baseline of the ZEB table",
         ),
     )
+register(
+    "gim_loftr",
+    "gim_hloc.matchers.loftr:gim_loftr",
+    MatcherInfo(
+        name="gim_loftr",
+        kind="semidense",
+        checkpoint=("gim_loftr_50h.ckpt",),
+        licence="MIT code, weights for research only (GIM)",
+        commercial=False,
+        colour="rgb",
+        default_size=1024,
+        summary="LoFTR trained on internet videos: semi-dense, without keypoints",
+    ),
+)
+for _name, _scenes, _file in (
+    ("loftr_outdoor", "MegaDepth", "loftr_outdoor.ckpt"),
+    ("loftr_indoor", "ScanNet", "loftr_indoor_ds_new.ckpt"),
+):
+    register(
+        _name,
+        f"gim_hloc.matchers.loftr:{_name}",
+        MatcherInfo(
+            name=_name,
+            kind="semidense",
+            checkpoint=(_file,),
+            licence="Apache-2.0 (LoFTR)",
+            commercial=True,
+            colour="gray",
+            default_size=840,
+            summary=f"LoFTR as its authors trained it, on {_scenes}: a baseline of the ZEB table",
+        ),
+    )

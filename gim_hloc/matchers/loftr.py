@@ -1,0 +1,335 @@
+"""LoFTR with GIM's weights (``gim_loftr``) and its authors' (``loftr_outdoor``, ``loftr_indoor``).
+
+LoFTR has no keypoints: a match starts at the corner of a cell of 8 pixels in the first image and
+ends anywhere in the second one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+
+from gim_hloc import weights
+from gim_hloc.errors import InputError
+from gim_hloc.matchers.base import (
+    Encoding,
+    ImageData,
+    ImageOptions,
+    Matches,
+    Quality,
+    apply_affine,
+)
+from gim_hloc.matchers.common import (
+    MatcherBase,
+    Precision,
+    resolve_device,
+    resolve_dtype,
+    resolve_options,
+    resolve_precision,
+)
+from gim_hloc.matchers.registry import describe
+from gim_hloc.networks.loftr import (
+    CELL,
+    BorderRule,
+    Features,
+    LoFTR,
+    Matched,
+    Positional,
+    stack,
+)
+
+_SMALLEST = 160  # px, long side: below it hardly a cell is off the border
+_LARGE = 4096  # px, long side: what halving starts from where no size was set
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoFTROptions:
+    """Numbers of LoFTR."""
+
+    max_size: int | None = 1024  # long side in pixels that the network sees; None keeps the image's
+    threshold: float = 0.2  # lowest confidence of a match, in (0, 1)
+    border: int = 2  # cells of 8 px at the image's borders that never match
+    border_rule: BorderRule = "grid"  # mask: borders follow the mask's extent, as the reference has
+    positional: Positional = "published"  # corrected: for checkpoints of GIM's training code
+    precision: Precision = "auto"  # of the network; auto: float16 on CUDA, float32 elsewhere
+    hold: Precision = "auto"  # of fine features between pairs; auto: as computed
+    compile: bool = False  # torch.compile the backbone: slow start, faster images afterwards
+
+    def __post_init__(self) -> None:
+        if self.max_size is not None and self.max_size < 4 * CELL:
+            raise InputError(
+                f"max_size is {self.max_size}, it must be {4 * CELL} or more, or None."
+            )
+        if not 0 < self.threshold < 1:
+            raise InputError(f"threshold is {self.threshold}, it must lie between 0 and 1.")
+        if self.border < 0:
+            raise InputError(f"border is {self.border}, it must not be negative.")
+        for name, kind in (("border_rule", BorderRule), ("positional", Positional)):
+            if getattr(self, name) not in get_args(kind):
+                choices = " or ".join(get_args(kind))
+                raise InputError(f"{name} is {getattr(self, name)!r}; choose {choices}.")
+
+
+@dataclass(kw_only=True)
+class LoFTREncoding(Encoding):
+    """What LoFTR holds of one image, in memory only.
+
+    Attributes:
+        features: ``tokens`` (L, 256) coarse and ``fine`` (H/2, W/2, 128) features; where the image
+            has a mask, also ``cells`` (L,) and ``pixels`` (H, W) bool, True where matches may lie.
+    """
+
+    features: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+
+_PRESETS: dict[Quality, dict[str, Any]] = {
+    "fast": {"max_size": 640},
+    "base": {"max_size": 1024},
+    "precise": {"max_size": 1600},
+}
+# The authors train and test at 640 x 480 (indoor) and 840 (outdoor).
+_AUTHORS: dict[Quality, dict[str, Any]] = {
+    "fast": {"max_size": 640},
+    "base": {"max_size": 840},
+    "precise": {"max_size": 1200},
+}
+
+
+def gim_loftr(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> LoFTRMatcher:
+    """LoFTR trained on internet videos (GIM, 50 h)."""
+    return _make("gim_loftr", _PRESETS, quality, device, overrides)
+
+
+def loftr_outdoor(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> LoFTRMatcher:
+    """LoFTR trained on MegaDepth by its authors."""
+    return _make("loftr_outdoor", _AUTHORS, quality, device, overrides)
+
+
+def loftr_indoor(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> LoFTRMatcher:
+    """LoFTR trained on ScanNet by its authors."""
+    # These weights were trained after the slip in the positional encoding had been mended.
+    return _make(
+        "loftr_indoor", _AUTHORS, quality, device, {"positional": "corrected", **overrides}
+    )
+
+
+def _make(
+    name: str,
+    presets: Mapping[Quality, Mapping[str, Any]],
+    quality: Quality,
+    device: str,
+    overrides: Mapping[str, Any],
+) -> LoFTRMatcher:
+    options = resolve_options(
+        LoFTROptions, quality=quality, presets=presets, overrides=overrides, matcher=name
+    )
+    return LoFTRMatcher(name, options=options, device=resolve_device(device))
+
+
+def make_network(name: str, positional: Positional = "published") -> LoFTR:
+    """The network of a matcher, without weights: GIM's, or the published one for gray images."""
+    if name == "gim_loftr":
+        return LoFTR(positional=positional)
+    from kornia.feature.loftr.backbone import build_backbone
+    from kornia.feature.loftr.loftr import default_cfg
+
+    return LoFTR(backbone=build_backbone(default_cfg), positional=positional, coarse_in_fine=True)
+
+
+class LoFTRMatcher(MatcherBase[LoFTREncoding]):
+    """LoFTR.
+
+    Args:
+        name: of the matcher in the registry.
+        options: its numbers.
+        device: where the network runs.
+        network: a network with weights instead of the published file's.
+
+    Raises:
+        WeightsError: the weights cannot be had or are not this network's.
+    """
+
+    encode_fields = ("max_size", "positional", "precision", "hold")
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        options: LoFTROptions,
+        device: torch.device,
+        network: LoFTR | None = None,
+    ) -> None:
+        info = describe(name)
+        (file,) = info.checkpoint
+        hashes: dict[str, str] = {}
+        if network is None:
+            path = weights.locate(file)
+            hashes[file] = weights.sha256(path)
+            state = weights.load_state_dict(path, inside=("state_dict",))
+            state = weights.unwrap("gim_loftr" if name == "gim_loftr" else "loftr", state)
+            network = make_network(name, options.positional)
+            weights.load_into(network, state, path=path)
+        super().__init__(
+            info=info,
+            options=options,
+            image_options=ImageOptions(
+                max_size=options.max_size, grayscale=info.colour == "gray", multiple_of=CELL
+            ),
+            device=device,
+            weights_hashes=hashes,
+        )
+        self.dtype = resolve_dtype(options.precision, device)
+        self.hold = None if options.hold == "auto" else resolve_dtype(options.hold, device)
+        module: Any = network.eval().requires_grad_(False).to(device)
+        self.network: LoFTR = module.to(memory_format=torch.channels_last)
+        if options.compile:
+            self.network.backbone.compile()
+
+    def encode_settings(self) -> dict[str, Any]:
+        """See ``MatcherBase``; with the number format that "auto" stands for."""
+        resolved = resolve_precision(self.options.precision, self.device)
+        return super().encode_settings() | {"precision": resolved}
+
+    def halve(self) -> bool:
+        """Make do with less memory: see images at half the size from here on.
+
+        Encodings made before are of no use afterwards.
+
+        Returns:
+            Whether that was possible.
+        """
+        size = (self.options.max_size or _LARGE) // 2
+        if size < _SMALLEST:
+            return False
+        self.options = dataclasses.replace(self.options, max_size=size)
+        self.image_options = dataclasses.replace(self.image_options, max_size=size)
+        return True
+
+    @torch.inference_mode()
+    def encode(self, image: ImageData) -> LoFTREncoding:
+        """Compute what depends on one image only.
+
+        Args:
+            image: (3, H, W), for the published networks (1, H, W), in [0, 1]; sides multiples of 8.
+
+        Raises:
+            InputError: a side is no multiple of 8.
+        """
+        tensor = image.image.to(self.device, non_blocking=True)
+        if self.info.colour == "rgb" and tensor.shape[0] == 1:
+            tensor = tensor.expand(3, -1, -1)
+        height, width = tensor.shape[1:]
+        if height % CELL or width % CELL or min(height, width) < CELL:
+            raise InputError(
+                f"{image.name}: LoFTR needs sides that are multiples of {CELL} px, not "
+                f"{width} x {height}. Read images with the matcher's image_options."
+            )
+        features: dict[str, torch.Tensor] = {}
+        cells = None
+        if image.mask is not None:
+            features["pixels"] = image.mask.to(self.device)
+            cells = features["pixels"][None, ::CELL, ::CELL]
+            features["cells"] = cells.flatten()
+        batch = tensor[None].contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            found = self.network.encode(batch, cells)
+        features["tokens"] = found.tokens[0]
+        features["fine"] = found.fine[0] if self.hold is None else found.fine[0].to(self.hold)
+        return LoFTREncoding(
+            name=image.name,
+            size=image.size,
+            network_size=(width, height),
+            to_original=image.to_original,
+            features=features,
+        )
+
+    @torch.inference_mode()
+    def match(self, a: LoFTREncoding, b: LoFTREncoding) -> Matches:
+        """Match two encodings."""
+        return self._match([(a, b)])[0]
+
+    @torch.inference_mode()
+    def match_batch(self, pairs: Sequence[tuple[LoFTREncoding, LoFTREncoding]]) -> list[Matches]:
+        """Match many pairs: those of equal sizes at once on a GPU, one by one on a processor."""
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for row, (a, b) in enumerate(pairs):
+            alike: Any = row
+            if self.device.type != "cpu":
+                alike = tuple((e.network_size, "cells" in e.features) for e in (a, b))
+            groups[alike].append(row)
+        results: dict[int, Matches] = {}
+        for rows in groups.values():
+            found = self._match([pairs[row] for row in rows])
+            results |= dict(zip(rows, found, strict=True))
+        return [results[row] for row in range(len(pairs))]
+
+    def _match(self, pairs: Sequence[tuple[LoFTREncoding, LoFTREncoding]]) -> list[Matches]:
+        """Match pairs whose images agree in size and in having masks."""
+        sides = [stack([self._features(pair[side]) for pair in pairs]) for side in (0, 1)]
+        with self._autocast():
+            found = self.network.match(
+                sides[0],
+                sides[1],
+                threshold=self.options.threshold,
+                border=self.options.border,
+                border_rule=self.options.border_rule,
+            )
+        keep = torch.ones_like(found.cells.batch, dtype=torch.bool)
+        for xy, side in ((found.xy0, 0), (found.xy1, 1)):
+            if "pixels" in pairs[0][side].features:
+                masks = torch.stack([pair[side].features["pixels"] for pair in pairs])
+                keep &= _allowed(masks.to(xy.device), found.cells.batch, xy)
+        return _split(found, keep, pairs)
+
+    def _features(self, encoding: LoFTREncoding) -> Features:
+        width, height = encoding.network_size
+        held = {key: value.to(self.device) for key, value in encoding.features.items()}
+        cells = held.get("cells")
+        fine = held["fine"] if self.hold is None else held["fine"].to(self.dtype)
+        return Features(
+            held["tokens"][None],
+            fine[None],
+            (height // CELL, width // CELL),
+            None if cells is None else cells[None],
+        )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        )
+
+
+def _allowed(masks: torch.Tensor, batch: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
+    """Which points (M, 2) of images ``batch`` lie on allowed pixels of masks (B, H, W)."""
+    column, row = xy.round().long().unbind(1)
+    row, column = row.clamp(0, masks.shape[1] - 1), column.clamp(0, masks.shape[2] - 1)
+    return masks[batch, row, column]
+
+
+def _split(
+    found: Matched, keep: torch.Tensor, pairs: Sequence[tuple[LoFTREncoding, LoFTREncoding]]
+) -> list[Matches]:
+    """Matches of each pair in stored pixels."""
+    batch = found.cells.batch[keep].cpu()
+    xy0, xy1 = found.xy0[keep].cpu(), found.xy1[keep].cpu()
+    scores = found.cells.confidence[keep].float().clamp(max=1.0).cpu()
+    ends = torch.searchsorted(batch, torch.arange(len(pairs)), right=True).tolist()
+    results = []
+    for (a, b), start, end in zip(pairs, [0, *ends], ends, strict=False):
+        results.append(
+            Matches(
+                keypoints0=apply_affine(a.to_original, xy0[start:end]),
+                keypoints1=apply_affine(b.to_original, xy1[start:end]),
+                scores=scores[start:end],
+            )
+        )
+    return results
