@@ -31,7 +31,7 @@ from gim_hloc.export import EXPORTS, export_model
 from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matcher, Matches, Quality, SparseEncoding
 from gim_hloc.pairs.select import PairOptions
-from gim_hloc.pipelines import turns
+from gim_hloc.pipelines import linking, turns
 from gim_hloc.pipelines.outcome import build_report, scene_view, versions
 from gim_hloc.store import (
     H5Store,
@@ -43,7 +43,9 @@ from gim_hloc.store import (
     pair_keys,
     rows_from_matches0,
 )
+from gim_hloc.tracks.anchored import AnchoredOptions
 from gim_hloc.tracks.photometric import PhotometricOptions
+from gim_hloc.tracks.quantized import QuantizedOptions
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, PairVerification
@@ -74,6 +76,13 @@ class ReconstructOptions:
     """Long side in pixels that the matcher sees, instead of the operating point's."""
     max_keypoints: int | None = None
     """Keypoints an image, instead of the operating point's."""
+    tracks: Literal["anchored", "quantized"] = "anchored"
+    """How matches of dense and semi-dense matchers become tracks. quantized: hloc's aggregation."""
+    anchors: str = "auto"
+    """Matcher whose keypoints are the first anchors and describe images for the pair selection.
+    auto: aliked_lightglue, or sift where its weights are missing."""
+    cache_gb: float | None = None
+    """Memory for encodings of dense matchers, 10^9 bytes; the device first, then the host."""
     matcher_options: tuple[str, ...] = ()
     """Any other option of the matcher as NAME=VALUE, e.g. filter_threshold=0.2."""
     masks: Path | None = None
@@ -113,6 +122,10 @@ class ReconstructOptions:
     """Refine keypoints to sub-pixel accuracy by comparing image patches once a model exists."""
     refine: PhotometricOptions = PhotometricOptions()
     """Numbers of that refinement."""
+    anchored: AnchoredOptions = AnchoredOptions()  # noqa: RUF009 - frozen
+    """Numbers of anchored tracks."""
+    quantized: QuantizedOptions = QuantizedOptions()  # noqa: RUF009 - frozen
+    """Numbers of quantised tracks."""
     verify: VerifyOptions = VerifyOptions()
     """Thresholds of the two-view verification."""
     map: MapOptions = MapOptions()
@@ -233,6 +246,8 @@ class _Run:
         self._turns_decided = False
         self._turn_rounds = 0
         self._encoded: set[str] = set()  # in this run, not reused
+        self._estimated: dict[str, Any] = {}  # by the first pair of a matcher without keypoints
+        self._dense_encodings = 0  # images encoded by a matcher without keypoints, in this run
         self._matched: set[Pair] = set()
 
     # ------------------------------------------------------------------------------------ order
@@ -277,6 +292,9 @@ class _Run:
             device=options.device,
             **self._matcher_overrides(),
         )
+        # Matchers without keypoints of their own are read at those of another one.
+        self.linked = self.matcher.info.kind != "sparse"
+        self.describer: Matcher = self._load_describer() if self.linked else self.matcher
         logger.info(
             "%d images, %d camera%s, matcher %s (%s) on %s",
             len(self.names),
@@ -289,7 +307,8 @@ class _Run:
         logger.info("Pairs: %s (%s)", self.plan.mode, self.plan.why)
         self._prepare_keys()
         if options.dry_run:
-            return ReconstructResult(output=self.output, estimate=self._estimate(store=False))
+            estimate = self._estimate_dry() if self.linked else self._estimate(store=False)
+            return ReconstructResult(output=self.output, estimate=estimate)
         with OutputLock(self.output), self._log_file(), self._seeded():
             return self._locked_run(watch)
 
@@ -298,18 +317,11 @@ class _Run:
             self._clear()
         self.state = self._read_state()
         self.turns = self._read_turns()
-        self.features = H5Store(
-            self.output / "features.h5", self.feature_settings, overwrite=self.options.overwrite
-        )
-        self.matches = H5Store(
-            self.output / "matches.h5",
-            self.match_settings,
-            key_of=self.match_keys,
-            overwrite=self.options.overwrite,
-        )
+        self._open_stores()
         try:
             self._tell_changes()
-            estimate = self._estimate(store=True)
+            # Without keypoints the first pair serves as the estimate, in _match_linked.
+            estimate = {} if self.linked else self._estimate(store=True)
             self._encode()
             selection = self._select_pairs()
             self._match(selection.pairs)
@@ -319,16 +331,18 @@ class _Run:
                     selection = self._select_pairs()
                 self._match(selection.pairs)
             self._tell_turns()
+            if self.linked:
+                self._link(selection.pairs)
             verified = self._database(selection.pairs)
             failure, models = self._map()
             report = self._report(selection, verified, models, watch, failure)
         finally:
-            self.features.close()
-            self.matches.close()
+            for store in self._stores():
+                store.close()
         if failure is not None:
             raise failure
         return ReconstructResult(
-            output=self.output, models=models, report=report, estimate=estimate
+            output=self.output, models=models, report=report, estimate=estimate or self._estimated
         )
 
     # ---------------------------------------------------------------------------------- helpers
@@ -343,12 +357,58 @@ class _Run:
             raise InputError(f"{self.output} is a file; give a folder for the output.")
 
     def _matcher_overrides(self) -> dict[str, Any]:
+        from gim_hloc import matchers
+
         overrides = parse_matcher_options(self.options.matcher_options)
         for name in ("max_size", "max_keypoints"):
             value = getattr(self.options, name)
             if value is not None:
                 overrides[name] = value
+        if matchers.describe(self.options.matcher).kind != "sparse":
+            overrides.pop("max_keypoints", None)  # of the anchors, see _load_describer
         return overrides
+
+    def _load_describer(self) -> Matcher:
+        from gim_hloc import matchers
+
+        name = linking.choose_describer(self.options.anchors)
+        overrides: dict[str, Any] = {}
+        if self.options.max_keypoints is not None:
+            overrides["max_keypoints"] = self.options.max_keypoints
+        describer = matchers.load(
+            name, quality=self.options.quality, device=self.options.device, **overrides
+        )
+        if describer.info.kind != "sparse":
+            raise InputError(f"{name} has no keypoints; choose a sparse matcher for the anchors.")
+        if self.options.anchors == "auto" and name != "aliked_lightglue":
+            self.notes.append(f"The weights of aliked_lightglue are missing: anchors are {name}'s.")
+        return describer
+
+    def _open_stores(self) -> None:
+        overwrite = self.options.overwrite
+        self.features = H5Store(
+            self.output / "features.h5", self.feature_settings, overwrite=overwrite
+        )
+        self.matches = H5Store(
+            self.output / "matches.h5",
+            self.match_settings,
+            key_of=self.match_keys,
+            overwrite=overwrite,
+        )
+        self.described, self.readings = self.features, self.matches
+        if self.linked:
+            self.described = H5Store(
+                self.output / "anchors.h5", self.anchor_settings, overwrite=overwrite
+            )
+            self.readings = H5Store(
+                self.output / "readings.h5",
+                self.reading_settings,
+                key_of=self.match_keys,
+                overwrite=overwrite,
+            )
+
+    def _stores(self) -> list[H5Store]:
+        return list(dict.fromkeys((self.features, self.matches, self.described, self.readings)))
 
     def _assign_cameras(self) -> tuple[list[CameraSpec], list[str]]:
         from gim_hloc import colmap
@@ -370,9 +430,10 @@ class _Run:
     def _prepare_keys(self) -> None:
         """Settings and sources that decide what of an earlier run is reused."""
         matcher: Any = self.matcher
+        describer: Any = self.describer
         self.feature_settings: dict[str, Any] = {
             "format": FORMAT,
-            **{f"encode.{k}": v for k, v in matcher.encode_settings().items()},
+            **{f"encode.{k}": v for k, v in describer.encode_settings().items()},
         }
         if self.masks is not None:
             self.feature_settings["mask_erode"] = self.options.mask_erode
@@ -380,6 +441,20 @@ class _Run:
             **self.feature_settings,
             **{f"match.{k}": v for k, v in matcher.match_settings().items()},
         }
+        if self.linked:
+            tracks = dataclasses.asdict(
+                self.options.anchored
+                if self.options.tracks == "anchored"
+                else self.options.quantized
+            )
+            self.anchor_settings = self.feature_settings
+            self.reading_settings = {
+                **self.match_settings,
+                **{f"warp.{k}": v for k, v in matcher.encode_settings().items()},
+                "tracks": self.options.tracks,
+                **{f"tracks.{k}": v for k, v in tracks.items()},
+            }
+            self.feature_settings = self.match_settings = self.reading_settings
         keys = pair_keys(self.names)
         escaped = [name for name in self.names if keys[name] != name.replace("/", "-")]
         if escaped:
@@ -408,7 +483,7 @@ class _Run:
         for name in (
             "run.yaml", "pairs.txt", "features.h5", "matches.h5", "features.h5.journal",
             "matches.h5.journal", "database.db", "report.html", "report.json", "log.txt",
-            "turns.json",
+            "turns.json", "anchors.h5", "anchors.h5.journal", "readings.h5", "readings.h5.journal",
         ):  # fmt: skip
             (self.output / name).unlink(missing_ok=True)
 
@@ -439,7 +514,7 @@ class _Run:
         return bool(self.state.get("stages", {}).get(stage) == key)
 
     def _tell_changes(self) -> None:
-        for store, what in ((self.features, "Features"), (self.matches, "Matches")):
+        for store, what in ((self.described, "Features"), (self.readings, "Matches")):
             if store.changed_settings:
                 logger.info(
                     "%s of the earlier run are not reused: %s changed.",
@@ -504,30 +579,29 @@ class _Run:
 
     # ----------------------------------------------------------------------------------- encode
 
-    def _read_image(self, name: str, turn: int | None = None) -> Any:
+    def _read_image(self, name: str, turn: int | None = None, *, dense: bool = False) -> Any:
         from gim_hloc import images as image_module
 
         record = self.records[name]
         mask = self.masks.load(record) if self.masks is not None else None
         shown = image_module.turned(record, self.turns.get(name, 0) if turn is None else turn)
-        return image_module.load(shown, self.matcher.image_options, mask=mask)
+        wanted = self.matcher if dense else self.describer
+        return image_module.load(shown, wanted.image_options, mask=mask)
 
     def _put_encoding(self, name: str, encoding: Encoding) -> None:
         if not isinstance(encoding, SparseEncoding):
-            raise InputError(
-                f"The matcher {self.matcher.info.name} has no keypoints to reconstruct from."
-            )
+            raise InputError(f"The encodings of {self.describer.info.name} hold no keypoints.")
         arrays, attributes = encoding_to_arrays(encoding)
-        self.features.put(name, arrays, self._source(name), **attributes)
+        self.described.put(name, arrays, self._source(name), **attributes)
         self._encoded.add(name)
         logger.debug("encoded %s: %d keypoints", name, len(encoding))
 
     def _get_encoding(self, name: str) -> SparseEncoding:
-        arrays, attributes = self.features.get(name)
+        arrays, attributes = self.described.get(name)
         return encoding_from_arrays(name, arrays, attributes)
 
     def _encode(self) -> None:
-        todo = [n for n in self.names if not self.features.has(n, self._source(n))]
+        todo = [n for n in self.names if not self.described.has(n, self._source(n))]
         with (
             self._timed("encode"),
             self._bar(len(self.names), "Encode", "images", len(self.names) - len(todo)) as bar,
@@ -537,9 +611,9 @@ class _Run:
                 self._put_encoding(name, encoding)
                 bar.update()
 
-            engine.encode_images(self.matcher, todo, self._read_image, done, workers=self.workers)
-            self.features.finalize(self.names, {"matcher": self.matcher.info.name})
-        self.keypoints = {name: self.features.get(name)[0]["keypoints"] for name in self.names}
+            engine.encode_images(self.describer, todo, self._read_image, done, workers=self.workers)
+            self.described.finalize(self.names, {"matcher": self.describer.info.name})
+        self.keypoints = {name: self.described.get(name)[0]["keypoints"] for name in self.names}
         total = sum(len(k) for k in self.keypoints.values())
         logger.info(
             "Encoded %d images (%d reused), %.0f keypoints an image",
@@ -556,7 +630,7 @@ class _Run:
 
         def local_descriptors() -> dict[str, np.ndarray]:
             return {
-                name: np.asarray(self.features.get(name)[0]["descriptors"].T, dtype=np.float32)
+                name: np.asarray(self.described.get(name)[0]["descriptors"].T, dtype=np.float32)
                 for name in self.names
             }
 
@@ -585,13 +659,16 @@ class _Run:
         logger.debug("matched %s | %s: %d matches", *pair, len(matches))
 
     def _match(self, pairs: Sequence[Pair]) -> None:
-        todo = [p for p in pairs if not self.matches.has(_pair_name(p), self._pair_source(p))]
+        todo = [p for p in pairs if not self.readings.has(_pair_name(p), self._pair_source(p))]
         logger.debug("to match: %d of %d pairs", len(todo), len(pairs))
         self._cache = engine.EncodingCache(self._get_encoding)
         with (
             self._timed("match"),
             self._bar(len(pairs), "Match", "pairs", len(pairs) - len(todo)) as bar,
         ):
+            if self.linked:
+                self._match_linked(todo, bar.update)
+                todo = []
 
             def done(pair: Pair, matches: Matches) -> None:
                 self._put_matches(pair, matches)
@@ -605,7 +682,7 @@ class _Run:
                 workers=self.workers,
                 batch_size=self.batch,
             )
-            self.matches.finalize(
+            self.readings.finalize(
                 [_pair_name(p) for p in pairs], {"matcher": self.matcher.info.name}
             )
         logger.info(
@@ -613,6 +690,107 @@ class _Run:
             len(self._matched.intersection(pairs)),
             len(set(pairs) - self._matched),
             self.timings["match"],
+        )
+
+    # -------------------------------------------------------------------------------------- link
+
+    def _anchors_of(self, names: Sequence[str]) -> dict[str, Any]:
+        found = {}
+        for name in names:
+            arrays, _ = self.described.get(name)
+            record = self.records[name]
+            found[name] = linking.make_anchors(
+                record.size,
+                arrays["keypoints"],
+                arrays["scores"],
+                self.masks.load(record) if self.masks is not None else None,
+                self.options.anchored,
+            )
+        return found
+
+    def _match_linked(self, todo: Sequence[Pair], update: Any) -> None:
+        """Match pairs of a matcher without keypoints and read the result at the anchors."""
+        if not todo:
+            return
+        anchors = {}
+        if self.options.tracks == "anchored":
+            anchors = self._anchors_of(sorted({name for pair in todo for name in pair}))
+        read = linking.reader(self.matcher, self.options.tracks, anchors, self.options.anchored)
+        seconds: list[float] = []  # of pairs
+        watch = engine.Stopwatch()
+
+        def work(encodings: list[tuple[Any, Any]]) -> list[dict[str, np.ndarray]]:
+            start = watch.seconds
+            found = read(encodings)
+            seconds.append((watch.seconds - start) / len(encodings))
+            return found
+
+        def done(pair: Pair, arrays: dict[str, np.ndarray]) -> None:
+            if not self._matched:
+                first = max(0.0, watch.seconds - seconds[0]) / 2
+                self._estimated = self._estimate_linked(len(todo), seconds[0], first)
+            self.readings.put(_pair_name(pair), arrays, self._pair_source(pair))
+            self._matched.add(pair)
+            logger.debug("matched %s | %s: %d matches", *pair, linking.count(arrays))
+            update()
+
+        report = engine.match_scheduled(
+            self.matcher,
+            todo,
+            lambda name: self._read_image(name, dense=True),
+            work,
+            done,
+            cache_gb=self.options.cache_gb,
+            batch_size=self.batch,
+            workers=self.workers if self.matcher.info.kind == "semidense" else 1,
+        )
+        self.notes += report.notes
+        self._dense_encodings += len(report.encoded)
+        logger.info(
+            "Encoded %d images %d times for %d pairs (%d encodings fit in memory)",
+            len(set(report.encoded)),
+            len(report.encoded),
+            len(todo),
+            report.capacity,
+        )
+
+    def _link(self, pairs: Sequence[Pair]) -> None:
+        """Link the readings of all pairs into tracks: keypoints and matches of every image."""
+        source = digest([[_pair_name(p), self._pair_source(p)] for p in pairs])
+        names = [_pair_name(p) for p in pairs]
+        reused = all(self.features.has(n, source) for n in self.names) and all(
+            self.matches.has(n, source) for n in names
+        )
+        with self._timed("link"):
+            if not reused:
+                with self._bar(len(pairs), "Link", "pairs") as bar:
+                    tracks = linking.link(
+                        self.names,
+                        lambda: self._anchors_of(self.names),
+                        pairs,
+                        lambda pair: self.readings.get(_pair_name(pair))[0],
+                        self.options.tracks,
+                        anchored=self.options.anchored,
+                        quantized=self.options.quantized,
+                        progress=bar.update,
+                    )
+                for name in self.names:
+                    arrays = {
+                        "keypoints": tracks.keypoints[name],
+                        "image_size": np.array(self.records[name].size, dtype=np.int64),
+                    }
+                    self.features.put(name, arrays, source)
+                for pair, name in zip(pairs, names, strict=True):
+                    arrays = linking.matches_arrays(tracks, pair)
+                    self.matches.put(name, arrays, source)
+            attributes = {"matcher": self.matcher.info.name, "tracks": self.options.tracks}
+            self.features.finalize(self.names, attributes)
+            self.matches.finalize(names, attributes)
+        self.keypoints = {name: self.features.get(name)[0]["keypoints"] for name in self.names}
+        logger.info(
+            "Linked into %.0f keypoints an image (%s tracks)",
+            np.mean([len(k) for k in self.keypoints.values()]),
+            self.options.tracks,
         )
 
     # ------------------------------------------------------------------------------------ turns
@@ -653,7 +831,8 @@ class _Run:
 
     def _turn_images(self, pairs: Sequence[Pair]) -> bool:
         """Look for images that are stored turned (see ``turns``); True when there are new ones."""
-        if self.options.rotations == "none" or self.matcher.info.rotation_invariant:
+        # Which way up an image fits is judged with the describer's matches, whatever the matcher.
+        if self.options.rotations == "none" or self.describer.info.rotation_invariant:
             return False
         if self._turns_decided or self._turn_rounds >= 3:
             return False
@@ -667,18 +846,16 @@ class _Run:
         return bool(found)
 
     def _find_turns(self, pairs: Sequence[Pair]) -> dict[str, int]:
-        counts = {
-            pair: int((self.matches.get(_pair_name(pair))[0]["matches0"] > -1).sum())
-            for pair in pairs
-        }
+        counts = {pair: linking.count(self.readings.get(_pair_name(pair))[0]) for pair in pairs}
         groups = turns.weak_groups(
             self.names, counts, {name: len(k) for name, k in self.keypoints.items()}
         )
 
         def count_matches(name: str, turn: int, others: Sequence[str]) -> int:
             shown = self._read_image(name, (self.turns.get(name, 0) + turn) % 4)
-            encoding = self.matcher.encode(shown)
-            return sum(len(self.matcher.match(encoding, self._cache.get(o))) for o in others)
+            matcher = self.describer
+            encoding = matcher.encode(shown)
+            return sum(len(matcher.match(encoding, self._cache.get(o))) for o in others)
 
         found: dict[str, int] = {}
         with self._bar(len(groups), "Turn", "groups") as bar:
@@ -801,6 +978,38 @@ class _Run:
                 "free there. Choose another folder, fewer keypoints or fewer pairs."
             )
         return estimate
+
+    def _estimate_linked(self, pairs: int, per_pair: float, per_image: float) -> dict[str, Any]:
+        """Tell what a matcher without keypoints will take, from its first pair."""
+        seconds = per_pair * pairs + per_image * len(self.names)
+        estimate = {
+            "images": len(self.names),
+            "pairs": pairs,
+            "pairs_exact": not self.plan.needs_descriptors,
+            "seconds_per_image": per_image,
+            "seconds_per_pair": per_pair,
+            "seconds": seconds,
+        }
+        logger.info(
+            "Estimate: %d pairs; encoding %.1f s an image, matching %.1f s a pair, about %s until "
+            "mapping",
+            pairs,
+            per_image,
+            per_pair,
+            _duration(seconds),
+        )
+        return estimate
+
+    def _estimate_dry(self) -> dict[str, Any]:
+        """Time two encodings and one pair of a matcher without keypoints."""
+        watch = engine.Stopwatch()
+        matcher = self.matcher
+        a, b = (matcher.encode(self._read_image(n, dense=True)) for n in self.names[:2])
+        per_image = watch.seconds / 2
+        watch = engine.Stopwatch()
+        matcher.match(a, b)
+        pairs, _ = self._expected_pairs(len(self.names))
+        return self._estimate_linked(pairs, watch.seconds, per_image)
 
     def _known_pairs(self) -> set[Pair] | None:
         """The pair list when it can be had without features."""
@@ -1038,6 +1247,7 @@ class _Run:
         report["versions"] = versions()
         report["counts"] = {
             "images_encoded_now": len(self._encoded),
+            "dense_encodings_now": self._dense_encodings,
             "pairs_matched_now": len(self._matched),
         }
         report["summary"]["seconds"] = watch.seconds

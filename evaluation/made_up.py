@@ -1,0 +1,50 @@
+"""Made-up checkpoints in the layout of the published ones: right names and shapes, random numbers.
+
+They let every path of a matcher run where the trained weights cannot be had. What such a matcher
+finds means nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gim_hloc.errors import InputError
+from gim_hloc.evaluation.filled import SEED, fill_state_dict
+from gim_hloc.weight_checks import NETWORKS, expected_shapes
+
+# Name of the network in the fill recipe, and the prefix of each of its parts in the file.
+_LAYOUT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "gim_loftr_50h.ckpt": ("gim_loftr", ("model.",)),
+    "gim_lightglue_100h.ckpt": ("gim_lightglue", ("superpoint.", "model.")),
+    "gim_dkm_100h.ckpt": ("gim_dkm", ("model.",)),
+    "gim_roma_100h.ckpt": ("gim_roma", ("model.",)),
+    "dinov2_vitl14_pretrain.pth": ("dinov2_vitl14", ("",)),
+    "encoder_epoch_20.pth": ("semseg_encoder", ("",)),
+    "decoder_epoch_20.pth": ("semseg_decoder", ("",)),
+}
+
+
+def write_checkpoint(file: str, path: Path, *, seed: str = SEED) -> Path:
+    """Write a made-up checkpoint.
+
+    Args:
+        file: published name, e.g. ``gim_dkm_100h.ckpt``.
+        path: where to write it.
+        seed: of its numbers; the default gives those of the parity data.
+
+    Raises:
+        InputError: there is no layout for this file.
+    """
+    import torch
+
+    if file not in _LAYOUT:
+        raise InputError(f"No made-up {file}; there are: {', '.join(_LAYOUT)}.")
+    model, prefixes = _LAYOUT[file]
+    keys: dict[str, list[object]] = {}
+    for part, prefix in zip(NETWORKS[file], prefixes, strict=True):
+        for name, shape in expected_shapes(part).items():
+            dtype = "int64" if name.endswith("num_batches_tracked") else "float32"
+            keys[prefix + name] = [list(shape), dtype]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": fill_state_dict(model, keys, seed)}, path)
+    return path

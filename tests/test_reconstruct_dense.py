@@ -1,0 +1,244 @@
+"""Whole runs of matchers without keypoints: a dense and a semi-dense one that know the scene."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synthetic import camera_errors
+
+import gim_hloc
+from gim_hloc import colmap, matchers
+from gim_hloc.cli.reconstruct import main
+from gim_hloc.evaluation import synthetic_dense
+from gim_hloc.evaluation.synthetic_dense import (
+    SceneOptions,
+    SyntheticDense,
+    make_scene,
+    write_scene,
+)
+from gim_hloc.matchers.base import Matches
+from gim_hloc.pipelines import linking
+from gim_hloc.pipelines.reconstruct import ReconstructResult
+from gim_hloc.tracks.anchored import AnchoredOptions
+
+synthetic_dense.register()
+SEMIDENSE = "synthetic_semidense"
+
+
+class SyntheticSemidense(SyntheticDense):
+    """The same warps, given as matches on a grid of 8 pixels like LoFTR's."""
+
+    def match(self, a: Any, b: Any) -> Matches:
+        width, height = a.size
+        grid = np.stack(np.meshgrid(np.arange(4, width, 8), np.arange(4, height, 8)), -1)
+        xy = torch.from_numpy(grid.reshape(-1, 2).astype(np.float32))
+        reading = self.warp(a, b).read(xy)
+        good = (reading.certainty > 0.5) & (reading.cycle_px < 2)
+        return Matches(
+            keypoints0=xy[good],
+            keypoints1=reading.xy_px[good],
+            scores=reading.certainty[good],
+        )
+
+    def match_batch(self, pairs: Any) -> list[Matches]:
+        return [self.match(a, b) for a, b in pairs]
+
+
+def _semidense(**options: Any) -> SyntheticSemidense:
+    dense = synthetic_dense.synthetic_dense(**options)
+    found = SyntheticSemidense(options=dense.options, device=dense.device, scene=dense.scene)
+    found.info = matchers.describe(SEMIDENSE)
+    return found
+
+
+if SEMIDENSE not in matchers.names():
+    info = synthetic_dense.INFO
+    matchers.register(
+        SEMIDENSE,
+        _semidense,
+        type(info)(
+            **{**vars(info), "name": SEMIDENSE, "kind": "semidense"},
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scene")
+    write_scene(make_scene(SceneOptions(views=8, size=(640, 480))), folder)
+    return folder
+
+
+def run(folder: Path, output: Path, **options: Any) -> ReconstructResult:
+    settings: dict[str, Any] = {
+        "matcher": "synthetic_dense",
+        "quality": "fast",
+        "anchors": "sift",
+        "pairs": "exhaustive",
+        "camera_mode": "single",
+        "intrinsics": "SIMPLE_PINHOLE,560,320,240",
+        "deterministic": True,
+        "refine_keypoints": False,
+        "max_keypoints": 600,
+        "anchored": AnchoredOptions(grid_px=40),
+        "matcher_options": (f"scene={folder / 'scene.json'}", "size=[240, 320]"),
+        **options,
+    }
+    return gim_hloc.reconstruct(folder / "images", output, progress=False, **settings)
+
+
+@pytest.fixture
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the images that a synthetic matcher encodes."""
+    seen: list[str] = []
+    plain = SyntheticDense.encode
+
+    def encode(self: SyntheticDense, image: Any) -> Any:
+        seen.append(image.name)
+        return plain(self, image)
+
+    monkeypatch.setattr(SyntheticDense, "encode", encode)
+    return seen
+
+
+@pytest.mark.parametrize("matcher", ["synthetic_dense", SEMIDENSE])
+def test_anchored_run_gives_true_poses(
+    matcher: str, scene_folder: Path, tmp_path: Path, encodings: list[str]
+) -> None:
+    result = run(scene_folder, tmp_path / "out", matcher=matcher)
+    scene = synthetic_dense.load_scene(scene_folder / "scene.json")
+    assert result.registered == len(scene.names)
+    assert Counter(encodings) == Counter(scene.names)  # once each
+    rotation, centre = camera_errors(colmap.model_cameras(tmp_path / "out"), scene.poses)
+    assert rotation < 0.15
+    assert centre < 2e-3
+    statistics = colmap.model_statistics(result.models[0])
+    assert statistics["mean_track_length"] > 3
+    for name in ("anchors.h5", "readings.h5", "features.h5", "matches.h5", "report.html"):
+        assert (tmp_path / "out" / name).is_file(), name
+    # hloc's layout, so that any hloc script can join here
+    with h5py.File(tmp_path / "out/features.h5") as file:
+        keypoints = file[scene.names[0]]["keypoints"][()]
+        assert keypoints.dtype == np.float32
+        assert (keypoints != np.round(keypoints)).any(), "never rounded"
+    with h5py.File(tmp_path / "out/matches.h5") as file:
+        matches0 = file[scene.names[0]][scene.names[1]]["matches0"][()]
+        assert len(matches0) == len(keypoints)
+        assert (matches0 > -1).sum() > 100
+
+
+def test_the_same_command_again_computes_nothing(
+    scene_folder: Path, tmp_path: Path, encodings: list[str]
+) -> None:
+    first = run(scene_folder, tmp_path / "out")
+    encodings.clear()
+    second = run(scene_folder, tmp_path / "out")
+    assert encodings == []
+    assert second.report["summary"]["points"] == first.report["summary"]["points"]
+    # Other numbers of the matcher: its pairs are matched again, the anchors stay.
+    third = run(
+        scene_folder,
+        tmp_path / "out",
+        matcher_options=(
+            f"scene={scene_folder / 'scene.json'}",
+            "size=[240, 320]",
+            "noise_px=1.0",
+        ),
+    )
+    assert len(encodings) == 8
+    assert third.report["counts"]["images_encoded_now"] == 0
+    assert third.report["counts"]["dense_encodings_now"] == 8
+
+
+def test_little_memory_gives_the_same_model(
+    scene_folder: Path, tmp_path: Path, encodings: list[str]
+) -> None:
+    first = run(scene_folder, tmp_path / "a")
+    encodings.clear()
+    second = run(scene_folder, tmp_path / "b", cache_gb=0.012)
+    assert len(encodings) > 8
+    with h5py.File(tmp_path / "a/features.h5") as a, h5py.File(tmp_path / "b/features.h5") as b:
+        assert sorted(a) == sorted(b)
+        for name in a:
+            assert np.array_equal(a[name]["keypoints"][()], b[name]["keypoints"][()])
+    assert second.report["summary"]["points"] == first.report["summary"]["points"]
+
+
+def test_quantized_tracks_through_the_pipeline(scene_folder: Path, tmp_path: Path) -> None:
+    result = run(
+        scene_folder,
+        tmp_path / "out",
+        tracks="quantized",
+        matcher_options=(
+            f"scene={scene_folder / 'scene.json'}",
+            "size=[240, 320]",
+            "num_matches=1500",
+        ),
+    )
+    assert result.registered == 8
+    with h5py.File(tmp_path / "out/features.h5") as file:
+        keypoints = file["/"][next(iter(file))]["keypoints"][()]
+    # hloc's lattice of int(max_error) = 2 px
+    assert np.allclose((keypoints + 0.5) % 2, 0)
+
+
+def test_masked_pixels_get_neither_anchors_nor_targets(scene_folder: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    names = sorted(path.name for path in (scene_folder / "images").iterdir())
+    keep = np.full((480, 640), 255, np.uint8)
+    keep[:, 320:] = 0
+    for name in names:
+        Image.fromarray(keep).save(masks / f"{name}.png")
+    result = run(scene_folder, tmp_path / "out", masks=masks, mask_erode=0)
+    assert result.registered >= 6
+    with h5py.File(tmp_path / "out/features.h5") as file:
+        for name in names:
+            keypoints = file[name]["keypoints"][()]
+            assert len(keypoints) > 100
+            # One cell of the warp's grid is two pixels wide.
+            assert keypoints[:, 0].max() < 320 + 2
+
+
+def test_anchors_default_to_what_works_here(
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gim_hloc import weights
+    from gim_hloc.errors import WeightsError
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise WeightsError("not here")
+
+    monkeypatch.setattr(weights, "locate", missing)
+    assert linking.choose_describer("auto") == "sift"
+    assert linking.choose_describer("disk_lightglue") == "disk_lightglue"
+    result = run(scene_folder, tmp_path / "out", anchors="auto")
+    assert any("anchors are sift's" in note for note in result.report["notes"])
+
+
+def test_dense_anchors_are_refused(scene_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    code = main(
+        [
+            str(scene_folder / "images"), str(tmp_path / "out"),
+            "--matcher", "synthetic_dense", "--anchors", "synthetic_dense",
+            "--matcher-options", f"scene={scene_folder / 'scene.json'}",
+        ]
+    )  # fmt: skip
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "scene" in error or "no keypoints" in error
+    assert "Traceback" not in error
+
+
+def test_dry_run_estimates_and_writes_nothing(scene_folder: Path, tmp_path: Path) -> None:
+    result = run(scene_folder, tmp_path / "out", dry_run=True)
+    assert result.estimate["pairs"] == 28
+    assert result.estimate["seconds_per_pair"] > 0
+    assert not (tmp_path / "out").exists()
