@@ -20,8 +20,7 @@ from gim_hloc.matchers.base import apply_affine
 from gim_hloc.matchers.common import resolve_options
 from gim_hloc.matchers.dense import padding_to_aspect
 from gim_hloc.matchers.dkm import _AUTHORS, _GIM, DKMMatcher, DKMOptions, load_dkm
-from gim_hloc.networks.dense import both_factors
-from gim_hloc.networks.dkm import DKM
+from gim_hloc.networks.dkm import DKM, both_factors
 
 IDENTITY = np.eye(2, 3)
 SMALL = {"size": (96, 128), "upsample_size": (120, 160), "num_matches": 700}

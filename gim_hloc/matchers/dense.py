@@ -31,7 +31,6 @@ class DenseOptions:
     num_matches: int = 5000  # drawn per pair when matches are asked for instead of the warp
     sample_threshold: float = 0.05  # certainties above it are drawn as if they were 1
     black_pixels: bool = False  # never match black pixels, as the reference does
-    shared_factor: bool = False  # repeat a mistake of the reference, see networks.dense
     seed: int = 0  # of the draw; the names of the pair enter too
     precision: Precision = "auto"  # of the networks; auto: float16 on CUDA, float32 elsewhere
     compile: bool = False  # torch.compile: minutes at the start, faster pairs afterwards

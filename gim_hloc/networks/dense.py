@@ -217,19 +217,6 @@ class GaussianProcess(nn.Module):
         return mean.mT.reshape(len(a), -1, *a.shape[-2:])
 
 
-def both_factors(a: torch.Tensor, b: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
-    """Factors of the Gaussian process for a batch of both directions: a -> b, then b -> a.
-
-    Args:
-        a: (B, N, dim) factors of the images 0.
-        b: (B, N, dim) factors of the images 1.
-        shared: repeat a mistake of the reference. On grids of more than 2000 cells (its default
-            sizes among them) it inverts image 1's covariance only and solves b -> a with that too,
-            which gives answers far out of range. The networks were not trained with it.
-    """
-    return torch.cat([b, b if shared and b.shape[1] > 2000 else a])
-
-
 class _Block(NamedTuple):
     """Depthwise 5x5 with normalisation folded in, then 1x1; channels filled up with zeros."""
 

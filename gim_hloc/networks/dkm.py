@@ -22,7 +22,6 @@ from gim_hloc.networks.dense import (
     GaussianProcess,
     Record,
     attenuated_certainty,
-    both_factors,
     refine,
     resize,
 )
@@ -274,6 +273,19 @@ class DKM(nn.Module):
         """Compile the refiners for inference; see ``ConvRefiner.compile``."""
         for refiner in self.decoder.conv_refiner.values():
             refiner.compile()
+
+
+def both_factors(a: torch.Tensor, b: torch.Tensor, *, shared: bool = False) -> torch.Tensor:
+    """Factors of the Gaussian process for a batch of both directions: a -> b, then b -> a.
+
+    Args:
+        a: (B, N, dim) factors of the images 0.
+        b: (B, N, dim) factors of the images 1.
+        shared: repeat a mistake of the reference. On grids of more than 2000 cells (its default
+            sizes among them) it inverts image 1's covariance only and solves b -> a with that too,
+            which gives answers far out of range. The networks were not trained with it.
+    """
+    return torch.cat([b, b if shared and b.shape[1] > 2000 else a])
 
 
 def _both(a: Features, b: Features, key: str) -> tuple[torch.Tensor, torch.Tensor]:
