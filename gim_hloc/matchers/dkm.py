@@ -32,8 +32,8 @@ _EXACT = ("0/16", "0/32", "gp/16", "gp/32")  # what the Gaussian process reads s
 class DKMOptions(DenseOptions):
     """Numbers of DKM."""
 
-    # Above 2000 cells at stride 16 (``base`` and larger) solve the second direction with the first's
-    # covariance: a mistake of the reference, see ``networks.dkm.both_factors``.
+    # Above 2000 cells at stride 16 (``base`` and larger) solve the second direction with the
+    # covariance of the first: a mistake of the reference, see ``networks.dkm.both_factors``.
     shared_factor: bool = False
     hold: Precision = "auto"  # of features between pairs; auto: as ``precision`` computes them
 
