@@ -283,7 +283,7 @@ def both_factors(a: torch.Tensor, b: torch.Tensor, *, shared: bool = False) -> t
         b: (B, N, dim) factors of the images 1.
         shared: repeat a mistake of the reference. On grids of more than 2000 cells (its default
             sizes among them) it inverts image 1's covariance only and solves b -> a with that too,
-            which gives answers far out of range. The networks were not trained with it.
+            which gives answers far out of range. Training was not affected: it ran one direction.
     """
     return torch.cat([b, b if shared and b.shape[1] > 2000 else a])
 
