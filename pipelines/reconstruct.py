@@ -33,6 +33,7 @@ from gim_hloc.matchers.base import Encoding, Matcher, Matches, Quality, SparseEn
 from gim_hloc.pairs.select import PairOptions
 from gim_hloc.pipelines import linking, turns
 from gim_hloc.pipelines.outcome import build_report, scene_view, versions
+from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
 from gim_hloc.store import (
     H5Store,
     OutputLock,
@@ -46,6 +47,7 @@ from gim_hloc.store import (
 from gim_hloc.tracks.anchored import AnchoredOptions
 from gim_hloc.tracks.photometric import PhotometricOptions
 from gim_hloc.tracks.quantized import QuantizedOptions
+from gim_hloc.tracks.refine import RefineOptions
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, PairVerification
@@ -126,6 +128,11 @@ class ReconstructOptions:
     """Numbers of anchored tracks."""
     quantized: QuantizedOptions = QuantizedOptions()  # noqa: RUF009 - frozen
     """Numbers of quantised tracks."""
+    refine_warps: bool = False
+    """Match all pairs of a dense matcher again once a model exists and read the warps at its
+    points: longer, more exact tracks for twice the matching time and more."""
+    warps: RefineOptions = RefineOptions()  # noqa: RUF009 - frozen
+    """Numbers of that second reading."""
     verify: VerifyOptions = VerifyOptions()
     """Thresholds of the two-view verification."""
     map: MapOptions = MapOptions()
@@ -304,6 +311,10 @@ class _Run:
             options.quality,
             self.matcher.device,
         )
+        if options.refine_warps and self.matcher.info.kind != "dense":
+            raise InputError(
+                f"--refine-warps needs a dense matcher; {self.matcher.info.name} has no warps."
+            )
         logger.info("Pairs: %s (%s)", self.plan.mode, self.plan.why)
         self._prepare_keys()
         if options.dry_run:
@@ -334,6 +345,7 @@ class _Run:
             if self.linked:
                 self._link(selection.pairs)
             verified = self._database(selection.pairs)
+            self._pairs = selection.pairs
             failure, models = self._map()
             report = self._report(selection, verified, models, watch, failure)
         finally:
@@ -1112,6 +1124,7 @@ class _Run:
                 "refine": dataclasses.asdict(self.options.refine)
                 if self.options.refine_keypoints
                 else None,
+                "warps": dataclasses.asdict(self.options.warps) if self._reads_again() else None,
                 "threads": 1 if self.options.deterministic else "many",
             }
         )
@@ -1145,7 +1158,9 @@ class _Run:
                     log_dir=self.output / "logs",
                     progress=registered,
                     colours=lambda name: image_module.read_rgb(self.records[name], upright=False),
-                    refine=self._refine if self.options.refine_keypoints else None,
+                    refine=self._refine
+                    if self.options.refine_keypoints or self._reads_again()
+                    else None,
                 )
             except MappingError as error:
                 shutil.rmtree(sparse, ignore_errors=True)
@@ -1157,7 +1172,68 @@ class _Run:
         self.notes += result.notes
         return None, result.paths
 
+    def _reads_again(self) -> bool:
+        return self.options.refine_warps and self.matcher.info.kind == "dense"
+
     def _refine(self, model: Any, fixed: set[int]) -> str:
+        """What follows mapping: warps read again, then patches compared."""
+        sentences = []
+        if self._reads_again():
+            sentences.append(self._refine_by_warps(model, fixed))
+        if self.options.refine_keypoints:
+            sentences.append(self._refine_by_patches(model, fixed))
+        return "; ".join(sentences)
+
+    def _refine_by_warps(self, model: Any, fixed: set[int]) -> str:
+        from gim_hloc import colmap
+
+        matcher: Any = self.matcher
+        registered = {model.image(i).name for i in model.reg_image_ids()}
+        pairs = [p for p in self._pairs if registered.issuperset(p)]
+        budget = memory_budget(matcher.device, self.options.cache_gb)
+        first = matcher.encode(self._read_image(pairs[0][0], dense=True)) if pairs else None
+        size = max(1, encoding_bytes(first))
+        order = order_pairs(pairs, max(2, budget.total // size))
+        rounds = self.options.warps.rounds
+        watch = engine.Stopwatch()
+        with (
+            EncodingPool(
+                lambda name: self._read_image(name, dense=True),
+                matcher.encode,
+                order * rounds,
+                budget,
+                matcher.device,
+            ) as pool,
+            self._bar(rounds * len(order), "Reread", "pairs") as bar,
+        ):
+            if first is not None:
+                pool.put(pairs[0][0], first)
+            position = itertools.count()
+
+            def warp(a: str, b: str) -> Any:
+                here = next(position)
+                encodings = pool.acquire([(a, b)], here)
+                try:
+                    return matcher.warp(*encodings[0])
+                finally:
+                    pool.release([(a, b)])
+
+            sentence = colmap.refine_by_warps(
+                model,
+                warp,
+                order,
+                options=self.options.warps,
+                fixed=fixed,
+                threads=1 if self.options.deterministic else -1,
+                progress=bar.update,
+            )
+            self._dense_encodings += len(pool.encoded)
+        self.timings["reread"] = self.timings.get("reread", 0.0) + watch.seconds
+        self.timings["map"] = self.timings.get("map", 0.0) - watch.seconds
+        logger.info("%s", sentence)
+        return sentence
+
+    def _refine_by_patches(self, model: Any, fixed: set[int]) -> str:
         import cv2
 
         from gim_hloc import colmap

@@ -16,6 +16,7 @@ from synthetic import camera_errors
 import gim_hloc
 from gim_hloc import colmap, matchers
 from gim_hloc.cli.reconstruct import main
+from gim_hloc.errors import InputError
 from gim_hloc.evaluation import synthetic_dense
 from gim_hloc.evaluation.synthetic_dense import (
     SceneOptions,
@@ -242,3 +243,23 @@ def test_dry_run_estimates_and_writes_nothing(scene_folder: Path, tmp_path: Path
     assert result.estimate["pairs"] == 28
     assert result.estimate["seconds_per_pair"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_warps_read_again_lengthen_tracks(scene_folder: Path, tmp_path: Path) -> None:
+    plain = run(scene_folder, tmp_path / "out")
+    before = colmap.model_statistics(plain.models[0])
+    again = run(scene_folder, tmp_path / "out", refine_warps=True)
+    after = colmap.model_statistics(again.models[0])
+    assert after["mean_track_length"] > before["mean_track_length"]
+    assert again.report["counts"]["pairs_matched_now"] == 0  # matching itself was reused
+    assert again.report["counts"]["dense_encodings_now"] == 8
+    scene = synthetic_dense.load_scene(scene_folder / "scene.json")
+    rotation, centre = camera_errors(colmap.model_cameras(tmp_path / "out"), scene.poses)
+    assert rotation < 0.15
+    assert centre < 2e-3
+    assert any("refined by the warps" in note for note in again.report["notes"])
+
+
+def test_reading_warps_again_needs_warps(scene_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dense matcher"):
+        run(scene_folder, tmp_path / "out", refine_warps=True, matcher="sift", matcher_options=())
