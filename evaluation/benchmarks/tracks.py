@@ -365,18 +365,18 @@ def quantize_files(
 
     with h5py.File(matches, "a") as file:
         raw = {
-            (a, b): tuple(
-                file[_key(a, b)][name][:] for name in ("keypoints0", "keypoints1", "scores")
-            )
+            (a, b): tuple(group[name][:] for name in ("keypoints0", "keypoints1", "scores"))
             for a, b in pairs
+            for group in [file[_key(a, b)]]
         }
         tracks = quantized.quantize(names, raw, options)
         for (a, b), rows in tracks.matches.items():
             matches0 = np.full(int(rows[:, 0].max(initial=-1)) + 1, -1, np.int32)
             scores0 = np.zeros(len(matches0), np.float16)
             matches0[rows[:, 0]], scores0[rows[:, 0]] = rows[:, 1], tracks.scores[a, b]
-            file[_key(a, b)].create_dataset("matches0", data=matches0)
-            file[_key(a, b)].create_dataset("matching_scores0", data=scores0)
+            group = file[_key(a, b)]
+            group.create_dataset("matches0", data=matches0)
+            group.create_dataset("matching_scores0", data=scores0)
     return tracks
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,8 +81,8 @@ def quantize(names: Sequence[str], raw: Mapping[Pair, Raw], options: QuantizedOp
         if options.max_keypoints is None:
             rows0, rows1 = cells[pair, 0], cells[pair, 1]
         else:
-            rows0 = images[pair[0]].nearest(keypoints0, options.max_error)
-            rows1 = images[pair[1]].nearest(keypoints1, options.max_error)
+            rows0 = images[pair[0]].nearest(keypoints0)
+            rows1 = images[pair[1]].nearest(keypoints1)
         matches[pair], match_scores[pair] = _one_to_one(rows0, rows1, scores)
     nothing = np.zeros((0, 2), np.float32)
     return Tracks(
@@ -105,88 +105,84 @@ def _checked(pair: Pair, value: Raw) -> Raw:
     return keypoints0.reshape(-1, 2), keypoints1.reshape(-1, 2), scores
 
 
-@dataclass(kw_only=True)
 class _Image:
-    """Keypoints of an image, ready to be searched."""
+    """Keypoints of an image, ready to be searched.
 
-    xy: np.ndarray  # (N, 2) float32
-    scores: np.ndarray  # (N,)
-    pitch: int  # px between the possible places of keypoints, 0 if any is possible
-    _tree: Any = field(default=None, repr=False)
-    _table: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
+    Args:
+        xy: (N, 2) float32.
+        scores: (N,).
+        pitch: px between the possible places of keypoints, 0 if any is possible.
+        reach: px within which nearest keypoints will be asked for.
+    """
 
-    def nearest(self, xy: np.ndarray, max_error: float) -> np.ndarray:
-        """Row of the nearest keypoint to each of (M, 2), -1 beyond ``max_error``.
+    def __init__(self, xy: np.ndarray, scores: np.ndarray, pitch: int, reach: float) -> None:
+        self.xy, self.scores, self.reach = xy, scores, reach
+        self._pitch = pitch
+        self._tree: Any = None
+        self._bins: np.ndarray | None = None
+        if not pitch or not len(xy):
+            return
+        place = np.round((xy + 0.5) / pitch).astype(np.int64)
+        # Twice as many empty bins around as a look-up goes, so that none leaves the table.
+        self._steps = int(reach / pitch + 0.5)
+        self._origin = place.min(0) - 2 * self._steps - 1
+        place -= self._origin
+        width, height = place.max(0) + 2 * self._steps + 2
+        if width * height > _MAX_TABLE:
+            return
+        self._limit = np.array([width, height]) - self._steps - 1
+        self._width = int(width)
+        flat = place[:, 1] * width + place[:, 0]
+        self._bins = np.full(width * height, len(xy), np.int32)
+        self._bins[flat] = np.arange(len(xy))
+        # Two keypoints may share a bin: it belongs to two cells.
+        self._shared = np.append(self._bins[flat] != np.arange(len(xy)), False)
+        self._shared[self._bins[flat[self._shared[:-1]]]] = True
+        self._x, self._y = (np.append(xy[:, k].astype(np.float64), np.inf) for k in (0, 1))
+
+    def nearest(self, xy: np.ndarray) -> np.ndarray:
+        """Row of the nearest keypoint to each of (M, 2), -1 beyond ``reach``.
 
         Keypoints lie on a lattice, so that a few look-ups find the nearest. hloc asks a KD-tree,
         whose choice among equally near ones is its own: those are asked of the tree here too.
         """
         if not len(self.xy) or not len(xy):
             return np.full(len(xy), -1)
-        table = self._lattice()
-        if table is None:
-            return self._from_tree(xy, max_error)
-        bins, doubled = table
-        origin = self._origin
-        query = xy.astype(np.float64)
-        points = self.xy.astype(np.float64)
-        home = np.round((query + 0.5) / self.pitch).astype(np.int64) - origin
-        reach = int(max_error / self.pitch + 0.5)
-        best = np.full(len(xy), -1)
-        square = np.full(len(xy), np.inf)
-        unsure = np.zeros(len(xy), dtype=bool)
-        height, width = bins.shape
-        for dy in range(-reach, reach + 1):
-            for dx in range(-reach, reach + 1):
-                column, row = home[:, 0] + dx, home[:, 1] + dy
-                inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-                found = bins[np.where(inside, row, 0), np.where(inside, column, 0)]
-                rows = np.flatnonzero(inside & (found >= 0))
-                found = found[rows]
-                offset = points[found] - query[rows]
-                distance = (offset * offset).sum(1)
-                margin = 1e-9 * (1 + distance)
-                nearer = distance < square[rows] - margin
-                equal = (np.abs(distance - square[rows]) <= margin) | doubled[found]
-                unsure[rows] = np.where(
-                    nearer,
-                    doubled[found],
-                    unsure[rows] | (equal & (distance <= square[rows] + margin)),
-                )
-                best[rows[nearer]] = found[nearer]
-                square[rows[nearer]] = distance[nearer]
-        near = np.sqrt(square)
-        # What the tree would measure could differ in the last digit.
-        unsure |= np.abs(near - max_error) < 1e-9 * (1 + max_error)
-        best[~(near <= max_error)] = -1
-        asked = np.flatnonzero(unsure)
-        if len(asked):
-            best[asked] = self._from_tree(xy[asked], max_error)
+        if self._bins is None:
+            return self._from_tree(xy)
+        home = np.round((xy + 0.5) / self._pitch).astype(np.int64) - self._origin
+        home = np.clip(home, self._steps, self._limit)
+        base = home[:, 1] * self._width + home[:, 0]
+        around = np.arange(-self._steps, self._steps + 1)
+        offsets = (around[:, None] * self._width + around).ravel()
+        found = self._bins[offsets[:, None] + base]
+        x, y = xy[:, 0].astype(np.float64), xy[:, 1].astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            square = (self._x[found] - x) ** 2
+            square += (self._y[found] - y) ** 2
+        chosen = square.argmin(axis=0)
+        best = np.take_along_axis(found, chosen[None], axis=0)[0].astype(np.int64)
+        least = square.min(axis=0)
+        near = np.sqrt(least) <= self.reach
+        # Equal to the last digits, or on the border of the reach: ask the tree.
+        margin = 1e-9 * (1 + least)
+        asked = (square <= least + margin).sum(axis=0) > 1
+        asked |= self._shared[best]
+        asked &= near
+        asked |= np.abs(np.sqrt(least) - self.reach) < 1e-9 * (1 + self.reach)
+        best[~near] = -1
+        rows = np.flatnonzero(asked)
+        if len(rows):
+            best[rows] = self._from_tree(xy[rows])
         return best
 
-    def _lattice(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Table (H, W) of the keypoint in each bin, and which keypoints share theirs."""
-        if self._table is None and self.pitch:
-            place = np.round((self.xy + 0.5) / self.pitch).astype(np.int64)
-            self._origin = place.min(0)
-            place -= self._origin
-            width, height = (int(v) + 1 for v in place.max(0))
-            if width * height > _MAX_TABLE:
-                self.pitch = 0
-                return None
-            bins = np.full((height, width), -1, np.int64)
-            bins[place[:, 1], place[:, 0]] = np.arange(len(place))
-            doubled = np.bincount(place[:, 1] * width + place[:, 0], minlength=width * height) > 1
-            self._table = bins, doubled[place[:, 1] * width + place[:, 0]]
-        return self._table
-
-    def _from_tree(self, xy: np.ndarray, max_error: float) -> np.ndarray:
+    def _from_tree(self, xy: np.ndarray) -> np.ndarray:
         from scipy.spatial import KDTree
 
         if self._tree is None:
             self._tree = KDTree(self.xy)
         distance, rows = self._tree.query(xy)
-        rows[~(distance <= max_error)] = -1
+        rows[~(distance <= self.reach)] = -1
         return np.asarray(rows)
 
 
@@ -196,34 +192,39 @@ def _aggregate(
     """Keypoints of an image from all its matches, and the cell (M,) of each match."""
     cell_side = max(options.cell_size, options.max_error)
     bin_side = int(options.max_error)
-    cell, first = _numbered(_places(xy, cell_side))
-    count = len(first)
-    # A bin belongs to its cell: the same place may collect for two neighbouring cells.
-    bin_place = _places(xy, bin_side)
-    bins, bin_first = _numbered(np.c_[cell, bin_place])
+    cell_place, bin_place = _places(xy, cell_side), _places(xy, bin_side)
+    cell, first = _numbered(cell_place)
+    if bin_side == cell_side:
+        bins, bin_first = cell, first
+    elif bin_side > 0:
+        # A bin is no wider than a cell, so that it touches two at most along each axis: it
+        # collects for each of them, told apart by whether their numbers are even.
+        bins, bin_first = _numbered(bin_place * 2 + (cell_place & 1))
+    else:
+        bins, bin_first = _numbered(bin_place)  # places themselves, each in one cell
     total = np.zeros(len(bin_first), scores.dtype)
     np.add.at(total, bins, scores)  # one after the other, as hloc adds them up
-    owner = cell[bin_first]
     # Of equally good bins of a cell the first to appear; bins are numbered by appearance.
-    order = np.lexsort((np.arange(len(total)), -total, owner))
-    best = order[np.searchsorted(owner[order], np.arange(count))]
+    owner = cell[bin_first]
+    order = np.argsort(owner, kind="stable")
+    best = order[_first_best(owner[order], total[order])]
     places = _rounded(xy[bin_first[best]], bin_side).astype(np.float32)
     worth = total[best]
     if options.max_keypoints is not None:
         kept = np.argsort(worth)[::-1][: options.max_keypoints]
         places, worth = places[kept], worth[kept]
-    return _Image(xy=places.reshape(-1, 2), scores=worth, pitch=bin_side), cell
+    return _Image(places.reshape(-1, 2), worth, bin_side, options.max_error), cell
 
 
 def _places(xy: np.ndarray, side: float) -> np.ndarray:
     """What hloc tells cells apart by: whole numbers (M, 2), or the coordinates for side 0."""
     if side <= 0:
         return xy
-    return np.asarray(np.round((xy + 0.5) / side))
+    return np.asarray(np.round((xy + 0.5) / side)).astype(np.int64)
 
 
 def _rounded(xy: np.ndarray, side: float) -> np.ndarray:
-    """Hloc's coordinates of a cell or bin."""
+    """Coordinates of a cell or bin, as hloc computes them."""
     if side <= 0:
         return xy
     return np.asarray(np.round(np.round((xy + 0.5) / side) * side - 0.5, 2))
@@ -231,19 +232,41 @@ def _rounded(xy: np.ndarray, side: float) -> np.ndarray:
 
 def _numbered(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Number (M,) of each row's value in the order of first appearance, and that row (N,)."""
-    if not len(places):
+    count = len(places)
+    if not count:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    key = places[:, 0]
-    for column in range(1, places.shape[1]):
-        # Numbers of the values so far and of this column's, put together.
-        _, upper = np.unique(key, return_inverse=True)
-        values, lower = np.unique(places[:, column], return_inverse=True)
-        key = upper * len(values) + lower
-    _, first, label = np.unique(key, return_index=True, return_inverse=True)
+    if places.dtype == np.int64:
+        places = places - places.min(0)
+        width, height = (int(v) + 1 for v in places.max(0))
+        if width * height <= _MAX_TABLE:
+            key = places[:, 1] * width + places[:, 0]
+            table = np.empty(width * height, np.int32)  # only what is written is read
+            table[key[::-1]] = np.arange(count - 1, -1, -1, dtype=np.int32)
+            earliest = table[key]
+            first = np.flatnonzero(earliest == np.arange(count))
+            number = np.empty(count, np.int64)
+            number[first] = np.arange(len(first))
+            return number[earliest], first
+    _, x = np.unique(places[:, 0], return_inverse=True)
+    values, y = np.unique(places[:, 1], return_inverse=True)
+    _, first, label = np.unique(x * len(values) + y, return_index=True, return_inverse=True)
     number = np.empty(len(first), np.int64)
     order = np.argsort(first)
     number[order] = np.arange(len(first))
     return number[label], first[order]
+
+
+def _first_best(group: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Positions of the first largest value of each group; the groups lie in a row."""
+    if not len(group):
+        return np.zeros(0, np.int64)
+    starts = np.concatenate([[True], group[1:] != group[:-1]])
+    begin = np.flatnonzero(starts)
+    number = np.cumsum(starts) - 1
+    equal = np.flatnonzero(values == np.maximum.reduceat(values, begin)[number])
+    own = number[equal]
+    positions: np.ndarray = equal[np.concatenate([[True], own[1:] != own[:-1]])]
+    return positions
 
 
 def _one_to_one(
@@ -269,11 +292,6 @@ def _best_of_each(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
     which is hloc's choice.
     """
     order = np.argsort(ids)
-    begin = np.flatnonzero(np.concatenate([[True], np.diff(ids[order]) > 0]))
-    sizes = np.diff(np.append(begin, len(ids)))
-    top = np.repeat(np.maximum.reduceat(scores[order], begin), sizes)
-    equal = np.flatnonzero(scores[order] == top)
-    group = np.repeat(np.arange(len(begin)), sizes)[equal]
     winner = np.zeros(len(ids), dtype=bool)
-    winner[order[equal[np.unique(group, return_index=True)[1]]]] = True
+    winner[order[_first_best(ids[order], scores[order])]] = True
     return winner
