@@ -250,6 +250,7 @@ class _Run:
         self._file_hashes: dict[str, str] = {}
         self.turns: dict[str, int] = {}  # image -> quarter turns clockwise to show it upright
         self._map_notes: list[str] = []  # kept, so that a reused model tells them again
+        self._warp_notes: list[str] = []
         self._turns_decided = False
         self._turn_rounds = 0
         self._encoded: set[str] = set()  # in this run, not reused
@@ -1168,8 +1169,8 @@ class _Run:
                 self.mapper = colmap.resolve_mapper(self.options.mapper, len(self.names))
                 return error, []
         self.mapper = result.mapper
-        self._map_notes = result.notes
-        self.notes += result.notes
+        self._map_notes = result.notes + self._warp_notes
+        self.notes += self._map_notes
         return None, result.paths
 
     def _reads_again(self) -> bool:
@@ -1230,7 +1231,7 @@ class _Run:
             self._dense_encodings += len(pool.encoded)
         self.timings["reread"] = self.timings.get("reread", 0.0) + watch.seconds
         self.timings["map"] = self.timings.get("map", 0.0) - watch.seconds
-        logger.info("%s", sentence)
+        self._warp_notes.append(f"The model was {sentence}.")
         return sentence
 
     def _refine_by_patches(self, model: Any, fixed: set[int]) -> str:
