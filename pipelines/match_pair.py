@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 Format = Literal["npz", "csv", "h5"]
 
 MIN_MATCHES = 8  # fewer determine no fundamental matrix
-FEW_INLIERS = 15  # below it a fundamental matrix may agree with wrong matches by chance
+# As many agree with some fundamental matrix by chance: of few matches, and of thousands at random.
+FEW_INLIERS = 15
+FEW_OF_ALL = 0.05
 _MIN_SIDE = 16  # pixels; networks have no cell left below
 _LONGEST_STEM = 80  # characters of an image's name in the names of the results
 
@@ -131,8 +133,11 @@ class MatchResult:
         if self.fit.problem is not None:
             return f"No geometry: {self.fit.problem}. All matches are drawn, in orange."
         count = int(self.fit.inliers.sum())
-        if count < FEW_INLIERS:
-            return f"Only {count} inliers, as few as wrong matches give: perhaps nothing in common."
+        if count < max(FEW_INLIERS, FEW_OF_ALL * len(self)):
+            return (
+                f"Only {count} of {len(self)} matches are inliers, as few as wrong matches give: "
+                "perhaps the images have nothing in common."
+            )
         return None
 
     def summary(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -459,11 +460,19 @@ def test_nothing_in_common(
         assert picture.size == (2 * WIDTH + 6, 2 * HEIGHT + 6)
 
 
-def test_few_inliers_are_remarked_upon(tmp_path: Path) -> None:
-    a = save(tmp_path / "a.png", texture(seed=1))
-    b = save(tmp_path / "b.png", texture(seed=2))
-    result = match(a, b, matcher="sift")
-    assert result.remark is not None
+@pytest.mark.parametrize("count", [20, 3000])
+def test_matches_at_random_are_remarked_upon(pair: tuple[Path, Path], count: int) -> None:
+    result = match(*pair, matcher="sift")
+    assert result.remark is None
+    random = np.random.default_rng(3)
+    xy0, xy1 = random.uniform(0, 1000, (2, count, 2)).astype(np.float32)
+    found = fit_geometry(xy0, xy1, FitOptions())
+    assert found.problem is None
+    guessed = dataclasses.replace(
+        result, keypoints0=xy0, keypoints1=xy1, scores=np.ones(count, np.float32), fit=found
+    )
+    assert guessed.remark is not None
+    assert f"of {count} matches" in guessed.remark
 
 
 def content(path: Path, kind: str) -> Path:
