@@ -15,7 +15,7 @@ from gim_hloc.errors import InputError
 from gim_hloc.geometry.sampling import balanced_sample, pair_seed
 from gim_hloc.geometry.warp import Warp, cell_centres, normalised_frame, read_grid, transform
 from gim_hloc.matchers.base import Encoding, ImageData, Matches
-from gim_hloc.matchers.common import MatcherBase, Precision
+from gim_hloc.matchers.common import MatcherBase, Precision, resolve_precision
 
 BLACK = 8 / 255  # pixels whose channels are all below it are black (``black_pixels``)
 
@@ -33,6 +33,7 @@ class DenseOptions:
     black_pixels: bool = False  # never match black pixels, as the reference does
     seed: int = 0  # of the draw; the names of the pair enter too
     precision: Precision = "auto"  # of the networks; auto: float16 on CUDA, float32 elsewhere
+    hold: Precision = "auto"  # of features between pairs; auto: as ``precision`` computes them
     compile: bool = False  # torch.compile: minutes at the start, faster pairs afterwards
 
     def __post_init__(self) -> None:
@@ -89,6 +90,7 @@ class DenseMatcher(MatcherBase[DenseEncoding]):
         "max_size",
         "black_pixels",
         "precision",
+        "hold",
     )
 
     @property
@@ -96,6 +98,18 @@ class DenseMatcher(MatcherBase[DenseEncoding]):
         """(height, width) of the warp's grid."""
         size: tuple[int, int] = self.options.upsample_size or self.options.size
         return size
+
+    def encode_settings(self) -> dict[str, Any]:
+        """See ``MatcherBase``; with the number formats that "auto" stands for."""
+        precision = resolve_precision(self.options.precision, self.device)
+        hold = precision if self.options.hold == "auto" else self.options.hold
+        return super().encode_settings() | {"precision": precision, "hold": hold}
+
+    def match_settings(self) -> dict[str, Any]:
+        """See ``MatcherBase``; compiling changes no number that matters."""
+        settings = super().match_settings()
+        settings.pop("compile", None)
+        return settings
 
     @abstractmethod
     def warp_batch(self, pairs: Sequence[tuple[DenseEncoding, DenseEncoding]]) -> list[Warp]:

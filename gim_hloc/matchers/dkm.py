@@ -13,11 +13,9 @@ from gim_hloc import weights
 from gim_hloc.geometry.warp import Warp
 from gim_hloc.matchers.base import ImageData, ImageOptions, Quality
 from gim_hloc.matchers.common import (
-    Precision,
     resolve_device,
     resolve_dtype,
     resolve_options,
-    resolve_precision,
 )
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.matchers.registry import describe
@@ -35,7 +33,6 @@ class DKMOptions(DenseOptions):
     # Above 2000 cells at stride 16 (``base`` and larger) solve the second direction with the
     # covariance of the first: a mistake of the reference, see ``networks.dkm.both_factors``.
     shared_factor: bool = False
-    hold: Precision = "auto"  # of features between pairs; auto: as ``precision`` computes them
 
 
 _GIM: dict[Quality, dict[str, Any]] = {
@@ -119,8 +116,6 @@ class DKMMatcher(DenseMatcher):
         WeightsError: the weights cannot be had or are not this network's.
     """
 
-    encode_fields = (*DenseMatcher.encode_fields, "hold")
-
     def __init__(
         self,
         name: str,
@@ -152,12 +147,6 @@ class DKMMatcher(DenseMatcher):
         self.network.to(memory_format=torch.channels_last)
         if options.compile:
             self.network.compile_parts()
-
-    def encode_settings(self) -> dict[str, Any]:
-        """See ``MatcherBase``; with the number formats that "auto" stands for."""
-        precision = resolve_precision(self.options.precision, self.device)
-        hold = precision if self.options.hold == "auto" else self.options.hold
-        return super().encode_settings() | {"precision": precision, "hold": hold}
 
     def halve(self) -> bool:
         """Make do with less memory: halve the second pass, leave it out, then halve the first.

@@ -15,11 +15,9 @@ from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp
 from gim_hloc.matchers.base import ImageData, ImageOptions, Quality
 from gim_hloc.matchers.common import (
-    Precision,
     resolve_device,
     resolve_dtype,
     resolve_options,
-    resolve_precision,
 )
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.matchers.registry import describe
@@ -43,7 +41,6 @@ class RoMaOptions(DenseOptions):
 
     size: tuple[int, int] = (672, 672)  # (height, width) of the first pass, px, multiples of 14
     upsample_size: tuple[int, int] | None = (1344, 1344)  # of the second pass; None leaves it out
-    hold: Precision = "auto"  # of features between pairs; auto: as ``precision`` computes them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,8 +141,6 @@ class RoMaMatcher(DenseMatcher):
         WeightsError: the weights cannot be had or are not this network's.
     """
 
-    encode_fields = (*DenseMatcher.encode_fields, "hold")
-
     def __init__(
         self,
         name: str,
@@ -184,12 +179,6 @@ class RoMaMatcher(DenseMatcher):
     def _networks(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[RoMa, DINOv2]:
         file, dinov2 = self.info.checkpoint
         return load_roma(states[file], path=file), load_dinov2(states[dinov2], path=dinov2)
-
-    def encode_settings(self) -> dict[str, Any]:
-        """See ``MatcherBase``; with the number formats that "auto" stands for."""
-        precision = resolve_precision(self.options.precision, self.device)
-        hold = precision if self.options.hold == "auto" else self.options.hold
-        return super().encode_settings() | {"precision": precision, "hold": hold}
 
     def halve(self) -> bool:
         """Make do with less memory: halve the second pass, leave it out, then halve the first.
