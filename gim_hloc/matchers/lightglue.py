@@ -1,4 +1,8 @@
-"""Learned keypoints matched by LightGlue: ``aliked_lightglue`` and ``disk_lightglue``."""
+"""Learned keypoints matched by LightGlue.
+
+``aliked_lightglue``, ``disk_lightglue``, ``gim_lightglue`` (SuperPoint, trained on internet videos)
+and ``lightglue`` (SuperPoint, as LightGlue's authors trained it).
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,8 @@ class SparseOptions:
             raise InputError("upsample needs max_size: the long side to enlarge images to.")
 
 
-_DESCRIPTOR_DIM = 128  # channels of ALIKED-n16 and of DISK
+_SUPERPOINT = ("gim_lightglue", "lightglue")  # their detector; ALIKED-n16 and DISK have 128
+_GRAY = (0.299, 0.587, 0.114)  # what red, green and blue weigh in a gray image
 
 _ENCODE_FIELDS = (
     "max_size",
@@ -80,6 +85,26 @@ _DISK: dict[Quality, dict[str, Any]] = {
 }
 
 
+# The reference's numbers: no early stop, no pruning.
+_GIM: dict[str, Any] = {
+    "nms_radius": 3,
+    "subpixel": "none",
+    "depth_confidence": -1.0,
+    "width_confidence": -1.0,
+}
+_GIM_SUPERPOINT: dict[Quality, dict[str, Any]] = {
+    "fast": {**_GIM, "max_size": 1024, "max_keypoints": 1024},
+    "base": {**_GIM, "max_size": 1920, "max_keypoints": 2048},
+    "precise": {**_GIM, "max_size": 1920, "max_keypoints": 4096},
+}
+_DETECT: dict[str, Any] = {"nms_radius": 4, "detection_threshold": 0.0005, "subpixel": "none"}
+_AUTHORS: dict[Quality, dict[str, Any]] = {
+    "fast": {**_DETECT, "max_size": 1024, "max_keypoints": 1024},
+    "base": {**_DETECT, "max_size": 1024, "max_keypoints": 2048},
+    "precise": {**_DETECT, "max_size": 1600, "max_keypoints": 4096},
+}
+
+
 def aliked_lightglue(
     *, quality: Quality = "base", device: str = "auto", **overrides: Any
 ) -> LightGlueMatcher:
@@ -92,6 +117,20 @@ def disk_lightglue(
 ) -> LightGlueMatcher:
     """DISK (depth supervision) and LightGlue with the published weights."""
     return _make("disk_lightglue", _DISK, quality, device, overrides)
+
+
+def gim_lightglue(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> LightGlueMatcher:
+    """SuperPoint and LightGlue trained on internet videos (GIM, 100 h)."""
+    return _make("gim_lightglue", _GIM_SUPERPOINT, quality, device, overrides)
+
+
+def lightglue(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> LightGlueMatcher:
+    """SuperPoint and LightGlue with the weights and numbers of LightGlue's authors."""
+    return _make("lightglue", _AUTHORS, quality, device, overrides)
 
 
 def _make(
@@ -117,6 +156,14 @@ def _load_extractor(name: str, path: Path) -> torch.nn.Module:
         state = weights.load_state_dict(path, inside=["state_dict"])
         weights.load_into(published, state, path=path, optional=["dkd.hw_grid"])
         network: torch.nn.Module = ALIKED.from_kornia(published)
+    elif name in _SUPERPOINT:
+        from gim_hloc.networks.superpoint import SuperPoint
+
+        network = SuperPoint()
+        state = weights.load_state_dict(path, inside=["state_dict"])
+        if name == "gim_lightglue":
+            state = weights.unwrap("gim_lightglue.detector", state)
+        weights.load_into(network, state, path=path)
     else:
         from gim_hloc.networks.disk import DISK
 
@@ -125,21 +172,33 @@ def _load_extractor(name: str, path: Path) -> torch.nn.Module:
     return network
 
 
-def _load_glue(path: Path, options: SparseOptions, device: torch.device) -> torch.nn.Module:
+def _load_glue(
+    name: str, path: Path, options: SparseOptions, device: torch.device
+) -> torch.nn.Module:
     from gim_hloc.networks.lightglue import LightGlue, published_shapes
 
-    state = {_lightglue_key(key): value for key, value in weights.load_state_dict(path).items()}
+    state = weights.load_state_dict(path, inside=["state_dict"])
+    if name == "gim_lightglue":
+        state = weights.unwrap("gim_lightglue.matcher", state)
+    state = {_lightglue_key(key): value for key, value in state.items()}
     # Some published files hold a parameter that no version of the network reads.
     unread = ["confidence_thresholds", *(f"log_assignment.{i}.r" for i in range(9))]
-    weights.check_names(published_shapes(), state, path=path, network="LightGlue", optional=unread)
+    dim = _descriptor_dim(name)
+    shapes = published_shapes(input_dim=dim)
+    weights.check_names(shapes, state, path=path, network="LightGlue", optional=unread)
     return LightGlue.from_state(
         state,
+        input_dim=dim,
         depth_confidence=options.depth_confidence,
         width_confidence=options.width_confidence,
         filter_threshold=options.filter_threshold,
         # Below this many points, a GPU is no faster with fewer.
         pruning_min=1536 if device.type == "cuda" else -1,
     ).to(device)
+
+
+def _descriptor_dim(name: str) -> int:
+    return 256 if name in _SUPERPOINT else 128
 
 
 def _lightglue_key(key: str) -> str:
@@ -160,22 +219,34 @@ class LightGlueMatcher(SparseMatcher):
 
     def __init__(self, name: str, *, options: SparseOptions, device: torch.device) -> None:
         info = describe(name)
+        if name in _SUPERPOINT and options.subpixel != "none":
+            raise InputError(
+                f"{name} has whole-pixel keypoints: subpixel must be 'none', "
+                f"not {options.subpixel!r}."
+            )
         paths = {file: weights.locate(file) for file in info.checkpoint}
         self.dtype = resolve_dtype(options.precision, device)
         super().__init__(
             info=info,
             options=options,
-            image_options=ImageOptions(max_size=options.max_size, upsample=options.upsample),
+            image_options=ImageOptions(
+                max_size=options.max_size,
+                upsample=options.upsample,
+                grayscale=info.colour == "gray",
+            ),
             device=device,
             weights_hashes={file: weights.sha256(path) for file, path in paths.items()},
         )
-        extractor_file, glue_file = info.checkpoint
+        # GIM publishes both networks in one file.
+        extractor_file, glue_file = info.checkpoint[0], info.checkpoint[-1]
         self.extractor: Any = _load_extractor(name, paths[extractor_file]).eval().to(device)
-        self.glue: Any = _load_glue(paths[glue_file], options, device)
+        self.glue: Any = _load_glue(name, paths[glue_file], options, device)
         # Encodings may be shared by matchers with other weights or on other devices.
         self._cache_key = f"{glue_file}:{self.weights_hashes[glue_file]}:{device}:{self.dtype}"
 
     def _versions(self) -> dict[str, str]:
+        if self.info.name in _SUPERPOINT:
+            return {}
         return {"kornia": importlib.metadata.version("kornia")}
 
     def _encode_weights(self) -> list[str]:
@@ -191,14 +262,16 @@ class LightGlueMatcher(SparseMatcher):
         """Detect and describe keypoints.
 
         Args:
-            image: RGB, (3, H, W); a gray image (1, H, W) is repeated.
+            image: RGB, (3, H, W), or gray (1, H, W); turned into what the network wants.
         """
         tensor = image.image.to(self.device)
-        if tensor.shape[0] == 1:
+        if self.info.colour == "gray" and tensor.shape[0] == 3:
+            tensor = torch.tensordot(tensor.new_tensor(_GRAY), tensor, 1)[None]
+        elif self.info.colour == "rgb" and tensor.shape[0] == 1:
             tensor = tensor.expand(3, -1, -1)
         if tensor.amax() - tensor.amin() < 1 / 255:
             # Networks that normalise each image find keypoints in nothing, at the border.
-            nothing = tensor.new_empty(0, _DESCRIPTOR_DIM)
+            nothing = tensor.new_empty(0, _descriptor_dim(self.info.name))
             return encode_network_keypoints(image, nothing[:, :2], nothing, nothing[:, 0])
         xy, descriptors, scores = self.extractor.detect_and_describe(
             tensor,

@@ -254,3 +254,31 @@ for _name, _scenes, _file in (
             summary=f"LoFTR as its authors trained it, on {_scenes}: a baseline of the ZEB table",
         ),
     )
+register(
+    "gim_lightglue",
+    "gim_hloc.matchers.lightglue:gim_lightglue",
+    MatcherInfo(
+        name="gim_lightglue",
+        kind="sparse",
+        checkpoint=("gim_lightglue_100h.ckpt",),
+        licence="MIT code, weights for research only (GIM); SuperPoint: Magic Leap, non-commercial",
+        commercial=False,
+        colour="gray",
+        default_size=1920,
+        summary="SuperPoint keypoints, matched by LightGlue trained on internet videos",
+    ),
+)
+register(
+    "lightglue",
+    "gim_hloc.matchers.lightglue:lightglue",
+    MatcherInfo(
+        name="lightglue",
+        kind="sparse",
+        checkpoint=("superpoint_v1.pth", "superpoint_lightglue.pth"),
+        licence="Magic Leap, non-commercial (SuperPoint), Apache-2.0 (LightGlue)",
+        commercial=False,
+        colour="gray",
+        default_size=1024,
+        summary="SuperPoint and LightGlue as their authors trained them: a baseline of ZEB",
+    ),
+)

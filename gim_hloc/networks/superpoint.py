@@ -97,6 +97,41 @@ class SuperPoint(nn.Module):
         counts = (values > max(threshold, 0.0)).sum(1).tolist()
         return [Points(xy[i, :n], values[i, :n], descriptors[i, :n]) for i, n in enumerate(counts)]
 
+    def detect_and_describe(
+        self,
+        image: torch.Tensor,
+        *,
+        max_keypoints: int,
+        threshold: float,
+        radius: int,
+        subpixel: str = "none",
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keypoints of one image, strongest first, as the other detectors give them.
+
+        Args:
+            image: (1, H, W) in [0, 1].
+            max_keypoints: at most so many, the strongest.
+            threshold: lowest score of a keypoint.
+            radius: of the suppression window, pixels.
+            subpixel: ignored: positions are whole pixels, as in the reference.
+            mask: (H, W) bool, True where keypoints are allowed.
+
+        Returns:
+            keypoints (N, 2) x, y in pixels (integer = centre), descriptors (N, 256), scores (N,).
+        """
+        if min(image.shape[1:]) < 8:
+            empty = image.new_empty(0, 256)
+            return empty[:, :2], empty, empty[:, 0]
+        (points,) = self.detect(
+            image[None],
+            max_keypoints=max_keypoints,
+            threshold=threshold,
+            radius=radius,
+            mask=None if mask is None else mask[None].to(image.device),
+        )
+        return points.xy, points.descriptors, points.scores
+
 
 def score_map(logits: torch.Tensor, sizes: Sizes | None = None) -> torch.Tensor:
     """Scores (B, 8 h, 8 w) of the pixels from logits (B, 65, h, w); 0 outside an image."""
