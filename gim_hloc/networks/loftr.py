@@ -34,7 +34,11 @@ _FINE = 2  # pixels between fine cells
 _WINDOW = 5  # fine cells along a side of a window
 _TEMPERATURE = 0.1  # of the softmax over similarities
 _FINE_CHUNK = 4096  # matches a fine pass: bounds its memory
-_SPAN = 120.0  # of similarities whose exponentials float32 holds with digits to spare
+# Exponentials of similarities less (maximum - _HEADROOM), summed over 10^5 cells, do not overflow
+# float32; while the rows' maxima span less than _SPAN, what underflows is below 1e-6 of every sum
+# that decides a match.
+_HEADROOM = 75.0
+_SPAN = 130.0
 
 
 class Features(NamedTuple):
@@ -432,21 +436,10 @@ def mutual_matches(
             # A processor's caches want small blocks, a GPU large ones.
             block_bytes = (8 << 20) if x0.device.type == "cpu" else (128 << 20)
         rows = max(16, block_bytes // (4 * batch * size))
-        column_log = x0.new_full((batch, size), -math.inf, dtype=torch.float64)
-        found = []
-        for start in range(0, length, rows):
-            block = left[:, start : start + rows] @ right
-            valid = None if mask0 is None else mask0[:, start : start + rows]
-            block, reference, total, columns = _exponentials(block, valid)
-            column_log = torch.logaddexp(column_log, columns)
-            likely = block > (threshold * total)[..., None]
-            if valid is not None:
-                likely &= valid[..., None]
-            pair, row, column = likely.nonzero(as_tuple=True)
-            value = block[pair, row, column]
-            log = value.log().double() + reference[pair, row]
-            found.append((pair, row + start, column, value / total[pair, row], log))
-        pair, row, column, by_row, log = (torch.cat(t) for t in zip(*found, strict=True))
+        parts: Any = _candidates(left, right, threshold, mask0, rows)
+        if parts is None:
+            parts = _candidates(left, right, threshold, mask0, rows, exact=True)
+        pair, row, column, by_row, log, column_log = parts
         confidence = by_row * (log - column_log[pair, column]).exp().to(dtype)
     if mask1 is not None:
         confidence = confidence * mask1[pair, column]
@@ -462,35 +455,70 @@ def mutual_matches(
     return Cells(pair[chosen], row[chosen], column[chosen], confidence[chosen])
 
 
-def _exponentials(
-    block: torch.Tensor, valid: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What dual softmax needs of a block of rows.
+def _candidates(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    threshold: float,
+    mask: torch.Tensor | None,
+    rows: int,
+    exact: bool = False,
+) -> tuple[torch.Tensor, ...] | None:
+    """Entries of the similarities whose softmax over the row is above a threshold.
 
     Args:
-        block: (B, R, S) similarities, overwritten.
-        valid: (B, R) rows that count in the columns' sums, or None for all.
+        left: (B, L, C).
+        right: (B, C, S).
+        threshold: of the softmax.
+        mask: (B, L) rows that count, or None for all.
+        rows: how many make a block.
+        exact: use the slow way that holds for similarities of any range.
 
     Returns:
-        exponentials (B, R, S) of the similarities less a reference (B, R); sums of the exponentials
-        of each row (B, R); logarithms, float64, of the sums of exponentials of each column (B, S).
+        pair, row, column, softmax over the row, and similarity (float64) of each entry; logarithm
+        (B, S), float64, of the sum of exponentials of each column. None if the similarities span
+        too much for the fast way.
     """
-    top = block.amax(2)
-    counted = top if valid is None else top[valid]
-    low, high = counted.aminmax() if counted.numel() else (top.amin(), top.amin())
-    if float(high - low) > _SPAN:
-        lines = block if valid is None else block.masked_fill(~valid[..., None], -math.inf)
-        columns = lines.logsumexp(1).double()
-        block = block.sub_(top[..., None]).exp_()
-        return block, top, block.sum(2), columns
-    # One exponential serves rows and columns: around the middle of the rows' maxima, all values
-    # that count fit in float32. Rows that do not count are kept from overflowing.
-    reference = ((low + high) / 2).expand_as(top)
-    if valid is not None:
-        reference = torch.where(valid, reference, top)
-    block = block.sub_(reference[..., None]).exp_()
-    sums = block.sum(1) if valid is None else (valid[:, None].to(block.dtype) @ block)[:, 0]
-    return block, reference, block.sum(2), sums.double().log() + (low + high) / 2
+    column_log = left.new_full((len(left), right.shape[2]), -math.inf, dtype=torch.float64)
+    low, high = math.inf, -math.inf
+    found = []
+    for start in range(0, left.shape[1], rows):
+        block = left[:, start : start + rows] @ right
+        valid = None if mask is None else mask[:, start : start + rows]
+        top = block.amax(2)
+        counted = top if valid is None else top[valid]
+        if not counted.numel():
+            continue
+        ends = torch.stack(counted.aminmax()).tolist()
+        low, high = min(low, ends[0]), max(high, ends[1])
+        if exact:
+            lines = block if valid is None else block.masked_fill(~valid[..., None], -math.inf)
+            columns, reference = lines.logsumexp(1).double(), top
+        elif high - low > _SPAN:
+            return None
+        else:
+            # One exponential serves rows and columns: below the block's maximum by so much that
+            # no sum overflows, and all values that count fit in float32.
+            middle = ends[1] - _HEADROOM
+            reference = torch.full_like(top, middle)
+            if valid is not None:  # rows that do not count must not overflow either
+                reference = torch.where(valid, reference, top)
+        block = block.sub_(reference[..., None]).exp_()
+        if not exact:
+            sums = block.sum(1) if valid is None else (valid[:, None].to(block) @ block)[:, 0]
+            columns = sums.double().log() + middle
+        column_log = torch.logaddexp(column_log, columns)
+        total = block.sum(2)
+        likely = block > (threshold * total)[..., None]
+        if valid is not None:
+            likely &= valid[..., None]
+        pair, row, column = likely.nonzero(as_tuple=True)
+        value = block[pair, row, column]
+        log = value.log().double() + reference[pair, row]
+        found.append((pair, row + start, column, value / total[pair, row], log))
+    if not found:
+        none = torch.empty(0, dtype=torch.long, device=left.device)
+        found = [(none, none, none, left.new_empty(0), column_log.new_empty(0))]
+    return (*(torch.cat(part) for part in zip(*found, strict=True)), column_log)
 
 
 def _windows(
