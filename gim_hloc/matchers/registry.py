@@ -282,3 +282,18 @@ register(
         summary="SuperPoint and LightGlue as their authors trained them: a baseline of ZEB",
     ),
 )
+for _name, _scenes in (("superglue_outdoor", "MegaDepth"), ("superglue_indoor", "ScanNet")):
+    register(
+        _name,
+        f"gim_hloc.matchers.superglue:{_name}",
+        MatcherInfo(
+            name=_name,
+            kind="sparse",
+            checkpoint=(f"{_name}.safetensors",),
+            licence="Magic Leap, non-commercial (SuperPoint and SuperGlue)",
+            commercial=False,
+            colour="gray",
+            default_size=1024,
+            summary=f"SuperPoint and SuperGlue, trained on {_scenes} (needs transformers)",
+        ),
+    )

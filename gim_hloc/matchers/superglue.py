@@ -1,0 +1,201 @@
+"""SuperPoint and SuperGlue as their authors trained them: baselines of the ZEB table.
+
+The matching network is that of the ``transformers`` package, an optional dependency (without
+torchvision it runs too); keypoints come from our SuperPoint with the weights of the same file.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gim_hloc import weights
+from gim_hloc.errors import InputError
+from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
+from gim_hloc.matchers.common import resolve_device, resolve_options
+from gim_hloc.matchers.registry import describe
+from gim_hloc.matchers.sparse import SparseMatcher, encode_network_keypoints, no_matches
+from gim_hloc.networks.superpoint import SuperPoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperGlueOptions:
+    """Numbers of SuperPoint and SuperGlue."""
+
+    max_size: int | None = 1024  # long side in pixels that the network sees; None keeps the image's
+    max_keypoints: int = 2048  # per image, the strongest; matching time grows with the square
+    detection_threshold: float = 0.005  # lowest score of a keypoint
+    nms_radius: int = 4  # pixels of the network's image: keypoints keep this distance
+    filter_threshold: float = 0.2  # lowest confidence of a match, in [0, 1]
+    sinkhorn_iterations: int = 100  # of the assignment; fewer are faster and less exact
+
+    def __post_init__(self) -> None:
+        if self.max_size is not None and self.max_size < 8:
+            raise InputError(f"max_size is {self.max_size}, it must be at least 8 or None.")
+        for name in ("max_keypoints", "nms_radius", "sinkhorn_iterations"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be at least 1.")
+
+
+_PRESETS: dict[Quality, dict[str, Any]] = {
+    "fast": {"max_keypoints": 1024, "sinkhorn_iterations": 50},
+    "base": {},
+    "precise": {"max_size": 1600, "max_keypoints": 4096},
+}
+
+# Our SuperPoint's layers -> the package's.
+_LAYERS = {
+    **{
+        f"conv{stage}{part}": f"encoder.conv_blocks.{stage - 1}.conv_{part}"
+        for stage in range(1, 5)
+        for part in "ab"
+    },
+    **{f"convP{part}": f"keypoint_decoder.conv_score_{part}" for part in "ab"},
+    **{f"convD{part}": f"descriptor_decoder.conv_descriptor_{part}" for part in "ab"},
+}
+
+
+def superglue_outdoor(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> SuperGlueMatcher:
+    """SuperGlue trained on MegaDepth."""
+    return _make("superglue_outdoor", quality, device, overrides)
+
+
+def superglue_indoor(
+    *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> SuperGlueMatcher:
+    """SuperGlue trained on ScanNet."""
+    return _make("superglue_indoor", quality, device, overrides)
+
+
+def _make(
+    name: str, quality: Quality, device: str, overrides: Mapping[str, Any]
+) -> SuperGlueMatcher:
+    options = resolve_options(
+        SuperGlueOptions, quality=quality, presets=_PRESETS, overrides=overrides, matcher=name
+    )
+    return SuperGlueMatcher(name, options=options, device=resolve_device(device))
+
+
+def make_network(options: SuperGlueOptions, name: str = "superglue_outdoor") -> Any:
+    """The package's SuperGlue (its SuperPoint included), without weights.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    try:
+        from transformers import SuperGlueConfig, SuperGlueForKeypointMatching
+    except ImportError as error:
+        (file,) = describe(name).checkpoint
+        raise InputError(
+            f"{name} needs the package transformers, which is not installed or does not import "
+            f"({error}). Install it with: pip install 'gim-hloc[transformers]'. Its weights are "
+            f"model.safetensors of huggingface.co/magic-leap-community/{name}, here named {file}."
+        ) from error
+    return SuperGlueForKeypointMatching(
+        SuperGlueConfig(
+            sinkhorn_iterations=options.sinkhorn_iterations,
+            matching_threshold=options.filter_threshold,
+        )
+    )
+
+
+class SuperGlueMatcher(SparseMatcher):
+    """SuperPoint and SuperGlue.
+
+    Args:
+        name: of the matcher in the registry.
+        options: its numbers.
+        device: where the networks run.
+        network: a network of ``make_network`` with weights instead of the published file's.
+
+    Raises:
+        InputError: transformers is not installed.
+        WeightsError: the weights cannot be had or are not this network's.
+    """
+
+    encode_fields = ("max_size", "max_keypoints", "detection_threshold", "nms_radius")
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        options: SuperGlueOptions,
+        device: torch.device,
+        network: Any = None,
+    ) -> None:
+        info = describe(name)
+        hashes: dict[str, str] = {}
+        if network is None:
+            network = make_network(options, name)
+            (file,) = info.checkpoint
+            path = weights.locate(file)
+            hashes[file] = weights.sha256(path)
+            weights.load_into(network, weights.load_state_dict(path), path=path)
+        super().__init__(
+            info=info,
+            options=options,
+            image_options=ImageOptions(max_size=options.max_size, grayscale=True),
+            device=device,
+            weights_hashes=hashes,
+        )
+        self.network = network.eval().requires_grad_(False).to(device)
+        self.detector = SuperPoint().eval().requires_grad_(False).to(device)
+        state = network.keypoint_detector.state_dict()
+        self.detector.load_state_dict(
+            {
+                f"{ours}.{part}": state[f"{theirs}.{part}"]
+                for ours, theirs in _LAYERS.items()
+                for part in ("weight", "bias")
+            }
+        )
+
+    def _versions(self) -> dict[str, str]:
+        return {"transformers": importlib.metadata.version("transformers")}
+
+    @torch.inference_mode()
+    def encode(self, image: ImageData) -> SparseEncoding:
+        """Detect and describe keypoints in a gray image (1, H, W)."""
+        xy, descriptors, scores = self.detector.detect_and_describe(
+            image.image.mean(0, keepdim=True).to(self.device),
+            max_keypoints=self.options.max_keypoints,
+            threshold=self.options.detection_threshold,
+            radius=self.options.nms_radius,
+            mask=image.mask,
+        )
+        return encode_network_keypoints(image, xy, descriptors, scores)
+
+    @torch.inference_mode()
+    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        """Match two encodings."""
+        if len(a) == 0 or len(b) == 0:
+            return no_matches(a, b)
+        # The package takes images of one size and keypoints padded to one length.
+        longest = max(len(a), len(b))
+        shape = (1, 2, longest)
+        xy, descriptors = torch.zeros(*shape, 2), torch.zeros(*shape, a.descriptors.shape[1])
+        scores, mask = torch.zeros(shape), torch.zeros(shape, dtype=torch.int)
+        for side, encoding in enumerate((a, b)):
+            extent = torch.tensor(encoding.network_size, dtype=torch.float32)
+            count = len(encoding)
+            # As if every image were one unit large, with its centre at (1/2, 1/2).
+            unit = (encoding.network_keypoints - extent / 2) / extent.max() + 0.5
+            xy[0, side, :count] = unit
+            descriptors[0, side, :count] = encoding.descriptors.float()
+            scores[0, side, :count] = encoding.scores
+            mask[0, side, :count] = 1
+        matches, confidence = self.network._match_image_pair(
+            *(t.to(self.device) for t in (xy, descriptors, scores)),
+            height=1,
+            width=1,
+            mask=mask.to(self.device) if len(a) != len(b) else None,
+        )[:2]
+        partner, confidence = matches[0, 0, : len(a)], confidence[0, 0, : len(a)]
+        rows = ((partner >= 0) & (partner < len(b))).nonzero()[:, 0]
+        index = torch.stack([rows, partner[rows]], 1)
+        return Matches.from_indices(a, b, index, confidence[rows])
