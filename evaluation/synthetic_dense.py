@@ -176,7 +176,8 @@ class Scene:
                 falling = (
                     (self.slope(at[:, :2]) * rays[active, :2]).sum(1) - rays[active, 2]
                 ).clip(1e-3)
-                near = above < 0.02
+                # Not where the ray grazes the surface: it may pass and hit farther on.
+                near = (above < 0.02) & (falling > 0.3 * rate[active])
                 t = t + np.where(near, above / falling, above / rate[active])
             else:
                 t = t + above / rate[active]
@@ -264,8 +265,8 @@ class Scene:
             view = self.views[name]
             principal = view.principal + 0.5  # COLMAP's origin is the corner of the first pixel
             cameras.append(
-                f"{index} SIMPLE_PINHOLE {view.width} {view.height} {view.focal!r} "
-                f"{principal[0]!r} {principal[1]!r}"
+                f"{index} SIMPLE_PINHOLE {view.width} {view.height} {float(view.focal)!r} "
+                f"{float(principal[0])!r} {float(principal[1])!r}"
             )
             pose = " ".join(
                 repr(float(v)) for v in (*_quaternion(view.rotation), *view.translation)
@@ -413,13 +414,13 @@ def _texture(seed: int, size: int = 2048) -> np.ndarray:
     rng = np.random.default_rng(pair_seed(seed, "texture"))
     picture = np.zeros((size, size, 3), np.float32)
     cells = 8
-    while cells <= size:
+    while cells <= size // 2:  # finer grain would only shimmer from view to view
         grid = rng.normal(0, 1, (cells, cells, 3 if cells < 64 else 1)).astype(np.float32)
         pad = np.pad(grid, ((2, 2), (2, 2), (0, 0)), mode="wrap")
         scale = size // cells
         layer = cv2.resize(pad, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
         layer = layer.reshape(*layer.shape[:2], -1)[2 * scale : -2 * scale, 2 * scale : -2 * scale]
-        picture += (np.sign(layer) if cells == 64 else layer) * (14 if cells < size // 4 else 7)
+        picture += (np.sign(layer) if cells == 64 else layer) * 14
         cells *= 2
     for _ in range(size * 2):
         centre = rng.integers(0, size, 2).tolist()
@@ -441,8 +442,7 @@ def render(scene: Scene, view: View) -> np.ndarray:
     texture = _texture(scene.seed)
     # One texel is about as large as a pixel in the middle of the scene. Box sides and tops get
     # pieces of the texture of their own through the slant of the second coordinate.
-    distance = float(np.linalg.norm(view.centre))
-    texel = distance / view.focal
+    texel = float(np.mean([np.linalg.norm(v.centre) / v.focal for v in scene.views.values()]))
     size = texture.shape[0]
     lifted = xyz[:, 2] - scene.height(xyz[:, :2])
     u = (xyz[:, 0] + 0.73 * lifted) / texel

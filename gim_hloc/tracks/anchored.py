@@ -317,21 +317,24 @@ def read_warp(
 
     Returns:
         (N, 2) stored pixels of image 1, (N,) certainties, (N,) cycle errors in cells; float32, on
-        the warp's device.
+        the warp's device. The certainty is 0 beyond the outermost cell centres of both grids,
+        where nothing can be interpolated.
     """
-    device = warp.flow0.device
-    if not symmetric:
-        reading = warp.read(torch.as_tensor(xy_px, device=device))
-        return reading.xy_px, reading.certainty, reading.cycle_px
-    uv = transform(inverse(warp.frame0), torch.as_tensor(xy_px, device=device))
+    uv = transform(inverse(warp.frame0), torch.as_tensor(xy_px, device=warp.flow0.device))
     there = read_grid(warp.flow0, uv)
     missing = uv - read_grid(warp.flow1, there)
     height, width = warp.flow0.shape[:2]
     cycle = (missing * uv.new_tensor([width / 2, height / 2])).norm(dim=1)
-    inside = (uv.abs() <= 1).all(1) & (there.abs() <= 1).all(1)
+    inside = _between_centres(uv, warp.flow0) & _between_centres(there, warp.flow1)
     certainty = read_grid(warp.certainty0[..., None], uv)[:, 0]
-    target = read_grid(warp.flow0, uv + missing / 2)
+    target = read_grid(warp.flow0, uv + missing / 2) if symmetric else there
     return transform(warp.frame1, target), torch.where(inside, certainty, 0.0), cycle
+
+
+def _between_centres(uv: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    height, width = grid.shape[:2]
+    limit = uv.new_tensor([1 - 1 / width, 1 - 1 / height]) + 1e-6
+    return (uv.abs() <= limit).all(1)
 
 
 def read_matches(
@@ -403,14 +406,19 @@ class _LocalFit:
         weight *= np.exp(-0.5 * (np.where(found, distance, 0) / max(self.spacing, 1e-3)) ** 2)
         offset = (self.source[near] - xy[:, None]) / max(self.spacing, 1e-3)
         targets = self.target[near]
-        affine = self._solve(offset, targets, weight)
-        # Once more without what disagrees: a wrong match moves the fit, not the rest's agreement.
-        predicted = _apply(offset, affine)
-        residual = np.linalg.norm(predicted - targets, axis=2)
-        scale = np.median(np.where(weight > 0, residual, np.inf), axis=1)
-        scale = np.where(np.isfinite(scale), scale, 0.0)
-        weight = weight / (1 + (residual / (2 * scale + 0.05)[:, None]) ** 2) ** 2
-        affine = self._solve(offset, targets, weight)
+        # Wrong matches must not bend the fit: at first by how far each moves from the median
+        # motion, then by how far it lies from the fit. An affine motion is fitted exactly by
+        # whatever weights.
+        motion = np.where(found[..., None], targets - self.source[near], np.nan)
+        with np.errstate(invalid="ignore"):
+            odd = np.linalg.norm(motion - _nanmedian(motion)[:, None], axis=2)
+        for step in range(4):
+            scale = _nanmedian(np.where(found, odd, np.nan)[..., None])[:, 0]
+            tolerance = (3 if step == 0 else 2) * scale + 0.05
+            trust = 1 / (1 + (np.where(found, odd, 0) / tolerance[:, None]) ** 2) ** 2
+            affine = self._solve(offset, targets, weight * trust)
+            odd = np.linalg.norm(_apply(offset, affine) - targets, axis=2)
+        weight = weight * trust
         total = weight.sum(1)
         certainty = (weight * self.weights[near]).sum(1) / np.maximum(total, 1e-12)
         return affine[:, 0], certainty, read & np.isfinite(affine[:, 0]).all(1)
@@ -428,6 +436,16 @@ class _LocalFit:
         solution: np.ndarray = np.linalg.solve(normal, right)
         solution[:, 0] += centre[:, 0]
         return solution
+
+
+def _nanmedian(values: np.ndarray) -> np.ndarray:
+    """Medians (N, D) over the middle axis, 0 where there is no value."""
+    ordered = np.sort(values, axis=1)  # NaN last
+    count = np.isfinite(values[..., 0]).sum(1)
+    row = np.arange(len(values))
+    low = ordered[row, np.maximum(count - 1, 0) // 2]
+    high = ordered[row, np.minimum(count // 2, np.maximum(count - 1, 0))]
+    return np.where((count > 0)[:, None], (low + high) / 2, 0.0)
 
 
 def _apply(offset: np.ndarray, affine: np.ndarray) -> np.ndarray:
