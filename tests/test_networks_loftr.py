@@ -237,7 +237,7 @@ def test_masked_cells_neither_match_nor_attend() -> None:
 def test_many_matches_are_refined_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     a = network().encode(pattern(96, 128))
     whole = network().match(a, a)
-    monkeypatch.setattr(loftr, "_FINE_CHUNK", 7)
+    monkeypatch.setitem(loftr._FINE_CHUNK, "cpu", 7)
     parts = network().match(a, a)
     assert torch.allclose(parts.xy1, whole.xy1, atol=1e-4)
 

@@ -33,7 +33,8 @@ CELL = 8  # pixels between coarse cells
 _FINE = 2  # pixels between fine cells
 _WINDOW = 5  # fine cells along a side of a window
 _TEMPERATURE = 0.1  # of the softmax over similarities
-_FINE_CHUNK = 4096  # matches a fine pass: bounds its memory
+_FINE_CHUNK = {"cpu": 512}  # matches a fine pass: what a processor's caches hold, and
+_FINE_CHUNK_ELSEWHERE = 8192  # what bounds memory on a GPU
 # Exponentials of similarities less (maximum - _HEADROOM), summed over 10^5 cells, do not overflow
 # float32; while the rows' maxima span less than _SPAN, what underflows is below 1e-6 of every sum
 # that decides a match.
@@ -329,7 +330,9 @@ class LoFTR(nn.Module):
     ) -> torch.Tensor:
         """Offsets of the matches in image 1, see ``Matched.expectation``."""
         parts = [a.fine.new_zeros(0, 3, dtype=torch.float32)]
-        for chunk in torch.arange(len(cells.batch), device=cells.batch.device).split(_FINE_CHUNK):
+        device = cells.batch.device
+        size = _FINE_CHUNK.get(device.type, _FINE_CHUNK_ELSEWHERE)
+        for chunk in torch.arange(len(cells.batch), device=device).split(size):
             part = Cells(*(t[chunk] for t in cells))
             windows0, windows1 = self.fine_windows(a, b, tokens0, tokens1, part)
             for index in range(2):
