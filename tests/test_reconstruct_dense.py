@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,54 @@ def test_warps_read_again_lengthen_tracks(scene_folder: Path, tmp_path: Path) ->
 def test_reading_warps_again_needs_warps(scene_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="dense matcher"):
         run(scene_folder, tmp_path / "out", refine_warps=True, matcher="sift", matcher_options=())
+
+
+def test_gim_dkm_without_its_weights_says_what_to_fetch(
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from gim_hloc import downloads
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("GIM_HLOC_WEIGHTS", str(tmp_path))
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(downloads.socket, "create_connection", unreachable)
+    monkeypatch.setattr(downloads.socket, "getaddrinfo", unreachable)
+    code = main([str(scene_folder / "images"), str(tmp_path / "out"), "--matcher", "gim_dkm"])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "gim_dkm_100h.ckpt" in error
+    assert "gim-weights download" in error
+    assert "https://" in error
+    assert "GIM_HLOC_WEIGHTS" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_made_up_weights_run_to_an_honest_end(
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from gim_hloc.evaluation.made_up import write_checkpoint
+
+    file = "gim_dkm_100h.ckpt"
+    write_checkpoint(file, tmp_path / "weights" / file)
+    monkeypatch.setenv("GIM_HLOC_WEIGHTS", str(tmp_path / "weights"))
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted((scene_folder / "images").iterdir())[:3]:
+        Image.open(path).resize((320, 240)).save(images / path.name)
+    code = main(
+        [
+            str(images), str(tmp_path / "out"), "--matcher", "gim_dkm", "--anchors", "sift",
+            "--matcher-options", "size=[128, 160]", "upsample_size=null",
+        ]
+    )  # fmt: skip
+    (tmp_path / "weights" / file).unlink()  # 281 MB
+    assert code == 4
+    assert "no pair" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["summary"]["registered"] == 0
+    assert report["summary"]["pairs_verified"] == 0
+    assert report["counts"]["dense_encodings_now"] == 3
