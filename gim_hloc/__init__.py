@@ -22,12 +22,14 @@ _LAZY = {
     "ReconstructOptions": "gim_hloc.pipelines.reconstruct",
     "ReconstructResult": "gim_hloc.pipelines.reconstruct",
     "GimError": "gim_hloc.errors",
+    "register": "gim_hloc.hloc_plugin",
 }
 _MODULES = (
     "colmap",
     "errors",
     "evaluation",
     "geometry",
+    "hloc_plugin",
     "images",
     "masks",
     "matchers",
@@ -48,10 +50,12 @@ __all__ = [
     "__version__",
     "match",
     "reconstruct",
+    "register",
 ]
 
 if TYPE_CHECKING:
     from gim_hloc.errors import GimError
+    from gim_hloc.hloc_plugin import register
     from gim_hloc.pipelines.match_pair import MatchResult, match
     from gim_hloc.pipelines.reconstruct import ReconstructOptions, ReconstructResult, reconstruct
 

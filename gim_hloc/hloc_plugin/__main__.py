@@ -1,0 +1,82 @@
+"""hloc's command lines with our configurations.
+
+python -m gim_hloc.hloc_plugin MODULE [arguments of python -m hloc.MODULE]
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from gim_hloc.cli import common
+from gim_hloc.errors import InputError
+from gim_hloc.hloc_plugin.registration import import_hloc, register
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line of one of hloc's modules."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return common.run(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(f"{(__doc__ or '').strip()}\n\nMODULE: {', '.join(_modules())}\n")
+        return
+    register()
+    name = arguments[0].removeprefix("hloc.")
+    try:
+        module = import_hloc(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"hloc.{name}".startswith(error.name):
+            raise
+        raise InputError(f"hloc has no module {name!r}. It has: {', '.join(_modules())}.") from None
+    before = sys.argv
+    sys.argv = [f"gim_hloc.hloc_plugin {name}", *arguments[1:]]
+    try:
+        _run_command_line(module)
+    finally:
+        sys.argv = before
+
+
+def _modules() -> list[str]:
+    """Modules of hloc that have a command line."""
+    root = Path(import_hloc().__path__[0])
+    return [
+        ".".join(path.relative_to(root).with_suffix("").parts)
+        for path in sorted(root.rglob("*.py"))
+        if _guarded(path.read_text(encoding="utf-8"), str(path))
+    ]
+
+
+def _run_command_line(module: ModuleType) -> None:
+    """Run what a module does when it is started with ``python -m``.
+
+    Started that way it would be a second module with configurations of its own. Its last block is
+    run among the names of the imported module instead, which has ours.
+    """
+    file = module.__file__ or ""
+    block = _guarded(Path(file).read_text(encoding="utf-8"), file) if file else []
+    if not block:
+        raise InputError(f"{module.__name__} has no command line.")
+    code = compile(ast.Module(body=block, type_ignores=[]), file, "exec")
+    exec(code, {**vars(module), "__name__": "__main__"})
+
+
+def _guarded(source: str, file: str) -> list[ast.stmt]:
+    """Statements under ``if __name__ == "__main__"``."""
+    found: list[ast.stmt] = []
+    for node in ast.parse(source, file).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test).replace('"', "'") in (
+            "__name__ == '__main__'",
+            "'__main__' == __name__",
+        ):
+            found += node.body
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
