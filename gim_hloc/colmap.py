@@ -10,11 +10,12 @@ Supported: pycolmap 4.0 to 4.2 (rigs and frames in the database; see ``tests/tes
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from gim_hloc.errors import InputError, MappingError
 if TYPE_CHECKING:
     from gim_hloc.geometry.warp import Warp
     from gim_hloc.images import ImageRecord
+    from gim_hloc.poses import Pose
     from gim_hloc.tracks.photometric import PhotometricOptions
     from gim_hloc.tracks.refine import RefineOptions
 
@@ -149,13 +151,17 @@ def _checked_params(model: str, params: tuple[float, ...], where: str) -> tuple[
 
 
 def assign_cameras(
-    images: Sequence[ImageRecord], options: CameraOptions
+    images: Sequence[ImageRecord],
+    options: CameraOptions,
+    known: Mapping[str, CameraSpec] | None = None,
 ) -> tuple[list[CameraSpec], list[str]]:
     """Decide which images share a camera and what is known about it.
 
     Args:
         images: the usable images.
         options: see ``CameraOptions``.
+        known: name -> camera that is known from elsewhere (a model); ``options.intrinsics`` is for
+            the other images only. Their ``names`` are not looked at.
 
     Returns:
         Cameras in the order of their first image, and notes for the report.
@@ -164,13 +170,23 @@ def assign_cameras(
         InputError: for intrinsics that do not fit the images or cannot be parsed.
     """
     notes: list[str] = []
-    given = _given_cameras(images, options.intrinsics) if options.intrinsics else {}
-    missing = [record.name for record in images if record.name not in given]
+    others = [record for record in images if record.name not in (known or {})]
+    given = _given_cameras(others, options.intrinsics) if options.intrinsics and others else {}
+    missing = [record.name for record in others if record.name not in given]
     if given and missing:
         notes.append(
             f"{options.intrinsics} names no camera for {len(missing)} of {len(images)} images "
             f"(first: {missing[0]}); these get a guessed one."
         )
+    for record in images:
+        if known and record.name in known:
+            one = known[record.name]
+            if (one.width, one.height) != record.size:
+                raise InputError(
+                    f"The known camera of {record.name} is {one.width}x{one.height} but the "
+                    f"image is {record.width}x{record.height}. Intrinsics belong to one image size."
+                )
+            given[record.name] = dataclasses.replace(one, names=[])
     groups: dict[tuple[Any, ...], CameraSpec] = {}
     for record in images:
         spec = given.get(record.name)
@@ -323,19 +339,26 @@ def _camera_file(images: Sequence[ImageRecord], path: Path) -> dict[str, CameraS
 
 def _image_cameras(path: Path) -> dict[str, int]:
     """Image name -> camera id from a COLMAP images.txt; empty when there is none."""
+    return {fields[9]: int(fields[8]) for fields in _image_lines(path)}
+
+
+def _image_names(path: Path) -> dict[int, str]:
+    """Image id -> name from a COLMAP images.txt."""
+    return {int(fields[0]): fields[9] for fields in _image_lines(path)}
+
+
+def _image_lines(path: Path) -> list[list[str]]:
+    """The ten fields of each image in an images.txt; names may hold blanks."""
     if not path.is_file():
-        return {}
-    cameras: dict[str, int] = {}
+        return []
     lines = [
         line
         for line in path.read_text(encoding="utf-8-sig").splitlines()
         if not line.startswith("#")
     ]
-    for line in lines[::2]:  # every second line holds the observations, and may be empty
-        fields = line.strip().split(maxsplit=9)
-        if len(fields) == 10:
-            cameras[fields[9]] = int(fields[8])
-    return cameras
+    # Every second line holds the observations, and may be empty.
+    found = [line.strip().split(maxsplit=9) for line in lines[::2]]
+    return [fields for fields in found if len(fields) == 10]
 
 
 # -------------------------------------------------------------------------------------- database
@@ -362,6 +385,9 @@ def build_database(
     seed: int = 0,
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
+    poses: Mapping[str, Pose] | None = None,
+    priors: Mapping[str, np.ndarray] | None = None,
+    prior_stddev: float = 1.0,
 ) -> list[PairVerification]:
     """Write a COLMAP database: images, cameras, keypoints, matches and verified geometries.
 
@@ -379,6 +405,10 @@ def build_database(
         seed: base of the pairs' seeds.
         threads: pairs verified at a time.
         progress: called with the number of pairs just finished.
+        poses: name -> (R, t), world to camera, exact ones. A pair with two of them is not
+            estimated: its inliers are the matches that fit the known relative pose.
+        priors: name -> (3,) camera centre that the mapper is to stay near.
+        prior_stddev: standard deviation of priors, in their unit.
 
     Returns:
         One entry for each pair of ``matches``, in its order.
@@ -394,8 +424,16 @@ def build_database(
             xy_colmap = np.asarray(keypoints(name), dtype=np.float32).reshape(-1, 2) + 0.5
             points[name] = xy_colmap
             database.write_keypoints(ids[name], xy_colmap)
+            if priors is not None and name in priors:
+                _write_prior(database, ids[name], priors[name], prior_stddev)
 
         def estimate(index: int, name0: str, name1: str, rows: np.ndarray) -> Any:
+            if poses is not None and name0 in poses and name1 in poses:
+                ends = [
+                    (camera_of[name], points[name].astype(np.float64), poses[name])
+                    for name in (name0, name1)
+                ]
+                return _known_geometry(ends[0], ends[1], rows, verify.max_error)
             options = _two_view_options(verify, seed + index)
             return pycolmap.estimate_two_view_geometry(
                 camera_of[name0],
@@ -429,6 +467,55 @@ def build_database(
                 progress(1)
     os.replace(temporary, path)
     return results
+
+
+def _write_prior(database: Any, image_id: int, centre: np.ndarray, stddev: float) -> None:
+    prior = pycolmap.PosePrior()
+    prior.corr_data_id = database.read_image(image_id).data_id
+    prior.position = np.asarray(centre, dtype=np.float64)
+    prior.position_covariance = np.eye(3) * stddev**2
+    prior.coordinate_system = pycolmap.PosePriorCoordinateSystem.CARTESIAN
+    database.write_pose_prior(prior)
+
+
+_End = tuple[Any, np.ndarray, "Pose"]  # camera, keypoints (N, 2) corner origin, pose
+
+
+def _known_geometry(end0: _End, end1: _End, rows: np.ndarray, max_error: float) -> Any:
+    """Two-view geometry of a known relative pose: matches within ``max_error`` px of their lines.
+
+    As in hloc's triangulation, the distance to the epipolar line counts in both images.
+    """
+    (camera0, xy0, (r0, t0)), (camera1, xy1, (r1, t1)) = end0, end1
+    turn = r1 @ r0.T
+    shift = t1 - turn @ t0
+    cross = np.array([[0, -shift[2], shift[1]], [shift[2], 0, -shift[0]], [-shift[1], shift[0], 0]])
+    essential = cross @ turn
+    rays0, rays1 = (
+        _unproject(camera, xy[rows[:, side]])
+        for side, (camera, xy) in enumerate(((camera0, xy0), (camera1, xy1)))
+    )
+    lines0, lines1 = rays1 @ essential, rays0 @ essential.T
+    residual = np.abs((rays0 * lines0).sum(1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error0 = residual / np.linalg.norm(lines0[:, :2], axis=1)
+        error1 = residual / np.linalg.norm(lines1[:, :2], axis=1)
+        good = (error0 <= camera0.cam_from_img_threshold(max_error)) & (
+            error1 <= camera1.cam_from_img_threshold(max_error)
+        )
+    geometry = pycolmap.TwoViewGeometry()
+    geometry.config = int(pycolmap.TwoViewGeometryConfiguration.CALIBRATED)
+    geometry.inlier_matches = np.ascontiguousarray(rows[good], dtype=np.uint32)
+    geometry.cam2_from_cam1 = pycolmap.Rigid3d(np.column_stack([turn, shift]))
+    geometry.E = essential
+    return geometry
+
+
+def _unproject(camera: Any, xy_colmap: np.ndarray) -> np.ndarray:
+    """Rays (N, 3) with z = 1 of pixels, corner origin; NaN where the camera has none."""
+    found = camera.cam_from_img(np.ascontiguousarray(xy_colmap, dtype=np.float64))
+    plane = [(np.nan, np.nan) if ray is None else ray[:2] for ray in found]
+    return np.column_stack([np.array(plane).reshape(-1, 2), np.ones(len(xy_colmap))])
 
 
 def _ordered_map(
@@ -531,6 +618,7 @@ def run_mapping(
     progress: Callable[[int, int], None] | None = None,
     colours: Callable[[str], np.ndarray] | None = None,
     refine: Callable[[Any, set[int]], str] | None = None,
+    priors: Mapping[str, Pose] | None = None,
 ) -> MappingResult:
     """Map a verified database and write every model, largest first, to ``output/0``, ``1``, ….
 
@@ -551,6 +639,8 @@ def run_mapping(
         colours: name -> (H, W, 3) uint8 stored pixels, to colour the points with.
         refine: improves a model in place before it is written (see ``refine_tracks``), given the
             ids of the cameras to keep; returns a sentence for the log.
+        priors: poses whose centres the database holds as priors (incremental mapper only); models
+            are put into their world.
 
     Raises:
         MappingError: when no model comes out even with relaxed values.
@@ -567,7 +657,7 @@ def run_mapping(
         with _colmap_log(log_dir):
             return _map_once(
                 resolved, database, temporary, options, fixed, len(cameras), num_images, seed,
-                threads, relaxed, progress,
+                threads, relaxed, progress, priors is not None,
             )  # fmt: skip
 
     models = attempt(relaxed=False)
@@ -591,6 +681,22 @@ def run_mapping(
             for model in models:
                 _pin_cameras(model, cameras, fixed, threads)
     models.sort(key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
+    paths = _write_models(models, output, fixed, refine, colours, log_dir, align_to=priors)
+    return MappingResult(paths=paths, mapper=resolved, notes=notes)
+
+
+def _write_models(
+    models: Sequence[Any],
+    output: Path,
+    fixed: set[int],
+    refine: Callable[[Any, set[int]], str] | None,
+    colours: Callable[[str], np.ndarray] | None,
+    log_dir: Path | None,
+    align_to: Mapping[str, Pose] | None = None,
+) -> list[Path]:
+    """Refine, align and colour models, and replace ``output`` by them as a whole."""
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     paths = []
     for index, model in enumerate(models):
@@ -598,6 +704,8 @@ def run_mapping(
             with _colmap_log(log_dir):
                 sentence = refine(model, fixed)
             logger.info("Model %d: %s", index, sentence)
+        if align_to is not None:
+            _align(model, align_to)
         if colours is not None:
             _extract_colours(model, colours)
         folder = temporary / str(index)
@@ -606,7 +714,7 @@ def run_mapping(
         paths.append(output / str(index))
     shutil.rmtree(output, ignore_errors=True)
     os.replace(temporary, output)
-    return MappingResult(paths=paths, mapper=resolved, notes=notes)
+    return paths
 
 
 def _fixed_cameras(cameras: Sequence[CameraSpec], refine: Refine) -> set[int]:
@@ -645,6 +753,7 @@ def _map_once(
     threads: int,
     relaxed: bool,
     progress: Callable[[int, int], None] | None,
+    priors: bool,
 ) -> list[Any]:
     # COLMAP reads the images only for colours, which we extract ourselves (any format, any EXIF).
     images = Path(".")
@@ -653,6 +762,9 @@ def _map_once(
     incremental = _incremental_options(
         options, fixed, num_cameras, num_images, seed, threads, relaxed
     )
+    if priors:
+        incremental.use_prior_position = True
+        incremental.use_robust_loss_on_prior_position = True  # one wrong prior must not bend all
     if mapper == "hierarchical":
         if not hasattr(pycolmap, "HierarchicalPipelineOptions"):
             raise InputError(
@@ -801,6 +913,186 @@ def _colmap_log(folder: Path | None) -> Iterator[None]:
         log.alsologtostderr, log.logtostderr, log.stderrthreshold = before
 
 
+# ------------------------------------------------------------------------------------ known poses
+
+
+def poses_and_cameras(path: Path | str) -> tuple[dict[str, Pose], dict[str, CameraSpec]]:
+    """Poses and cameras of the registered images of a model, by name."""
+    model = read_model(path)
+    images = [model.image(i) for i in model.reg_image_ids()]
+    return _poses_of(model), {i.name: camera_spec(model.camera(i.camera_id)) for i in images}
+
+
+def camera_spec(camera: Any) -> CameraSpec:
+    """A ``pycolmap.Camera`` as a known camera without images."""
+    return CameraSpec(
+        model=str(camera.model_name),
+        width=int(camera.width),
+        height=int(camera.height),
+        params=tuple(float(p) for p in camera.params),
+        prior=True,
+        given=True,
+    )
+
+
+def triangulate_known(
+    database: Path,
+    output: Path,
+    *,
+    poses: Mapping[str, Pose],
+    cameras: Sequence[CameraSpec],
+    options: MapOptions,
+    adjust: bool = False,
+    refine_intrinsics: Refine = "auto",
+    seed: int = 0,
+    threads: int = -1,
+    log_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    colours: Callable[[str], np.ndarray] | None = None,
+    refine: Callable[[Any, set[int]], str] | None = None,
+) -> MappingResult:
+    """Triangulate a verified database with known poses and write the model to ``output/0``.
+
+    Images without a pose are registered afterwards by COLMAP's incremental mapper, which then also
+    triangulates what they see.
+
+    Args:
+        database: COLMAP database as ``build_database`` writes it.
+        output: folder that is replaced as a whole once the model is there.
+        poses: name -> (R, t), world to camera.
+        cameras: as written to the database.
+        options: thresholds.
+        adjust: move the poses too, by bundle adjustment. The model is then put back into the world
+            of the known poses by a similarity. Otherwise they stay as they are.
+        refine_intrinsics: see ``CameraOptions``.
+        seed: of COLMAP's random numbers.
+        threads: COLMAP's threads.
+        log_dir: where COLMAP's own log goes.
+        progress: called with (0, images with a pose in the model).
+        colours: see ``run_mapping``.
+        refine: see ``run_mapping``.
+
+    Raises:
+        MappingError: when no point can be triangulated.
+    """
+    num_images = sum(len(spec.names) for spec in cameras)
+    fixed = _fixed_cameras(cameras, refine_intrinsics)
+    pipeline = _incremental_options(
+        options, fixed, len(cameras), num_images, seed, threads, relaxed=False
+    )
+    pipeline.multiple_models = False
+    if len(poses) == 2:
+        pipeline.triangulation.ignore_two_view_tracks = False
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with _colmap_log(log_dir):
+        model = _posed_model(database, poses)
+        if progress is not None:
+            progress(0, model.num_reg_images())
+        final = pipeline.mapper.filter_max_reproj_error
+        # Approximate poses give approximate points; the bounds tighten as both get better.
+        for bound in (4 * final, 2 * final, final) if adjust else (final,):
+            pipeline.mapper.filter_max_reproj_error = bound
+            pipeline.triangulation.complete_max_reproj_error = bound
+            pipeline.triangulation.merge_max_reproj_error = bound
+            model = pycolmap.triangulate_points(
+                model, database, Path("."), temporary, clear_points=True, options=pipeline
+            )
+            if adjust and model.num_points3D():
+                _adjust(model, fixed, threads)
+                pycolmap.ObservationManager(model).filter_all_points3D(bound, 1.5)
+                _adjust(model, fixed, threads)
+        if adjust:
+            _align(model, poses)
+        pipeline.mapper.filter_max_reproj_error = final
+        if not model.num_points3D():
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise MappingError(
+                "No point could be triangulated with the known poses. The matches, the database "
+                "and the report are kept. Are the poses those of these images (order of names), in "
+                "the convention of their format (world to camera in COLMAP's, camera to world in "
+                "transforms.json and TUM files), and do the intrinsics fit?"
+            )
+        if model.num_reg_images() < num_images:
+            model.write(temporary)
+            done = model.num_reg_images()
+            pipeline.fix_existing_frames = not adjust
+
+            def next_image() -> None:
+                nonlocal done
+                done += 1
+                if progress is not None:
+                    progress(0, done)
+
+            found = pycolmap.incremental_mapping(
+                database,
+                Path("."),
+                temporary,
+                options=pipeline,
+                input_path=temporary,
+                next_image_callback=next_image,
+            )
+            if found:
+                model = max(found.values(), key=lambda m: m.num_reg_images())
+            if adjust:
+                _align(model, poses)
+    shutil.rmtree(temporary, ignore_errors=True)
+    if not adjust:
+        _put_poses(model, poses)
+    paths = _write_models(
+        [model], output, fixed, refine, colours, log_dir, align_to=poses if adjust else None
+    )
+    return MappingResult(paths=paths, mapper="known poses", notes=[])
+
+
+def _posed_model(database: Path, poses: Mapping[str, Pose]) -> Any:
+    """A reconstruction of the database's cameras and those of its images that have a pose."""
+    model = pycolmap.Reconstruction()
+    with pycolmap.Database.open(database) as db:
+        for camera in db.read_all_cameras():
+            model.add_camera_with_trivial_rig(camera)
+        for image in db.read_all_images():
+            if image.name in poses:
+                model.add_image_with_trivial_frame(image, _rigid(poses[image.name]))
+    return model
+
+
+def _rigid(pose: Pose) -> Any:
+    return pycolmap.Rigid3d(np.column_stack(pose))
+
+
+def _put_poses(model: Any, poses: Mapping[str, Pose]) -> None:
+    """Undo what rounding did to poses that were held."""
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        if image.name in poses:
+            model.frame(image.frame_id).set_cam_from_world(
+                image.camera_id, _rigid(poses[image.name])
+            )
+
+
+def _align(model: Any, poses: Mapping[str, Pose]) -> None:
+    """Move a model as a whole to where known poses are."""
+    from gim_hloc.poses import similarity
+
+    found = similarity(_poses_of(model), poses)
+    if found is not None:
+        scale, rotation, translation = found
+        model.transform(
+            pycolmap.Sim3d(scale, pycolmap.Rotation3d(rotation), np.asarray(translation))
+        )
+
+
+def _poses_of(model: Any) -> dict[str, Pose]:
+    poses: dict[str, Pose] = {}
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        matrix = np.asarray(image.cam_from_world().matrix())
+        poses[image.name] = (matrix[:, :3].copy(), matrix[:, 3].copy())
+    return poses
+
+
 # ------------------------------------------------------------------------------------- refinement
 
 
@@ -812,6 +1104,7 @@ def refine_tracks(
     fixed: set[int],
     threads: int = -1,
     progress: Callable[[], None] | None = None,
+    held: Collection[str] = (),
 ) -> str:
     """Move a model's observations by comparing patches, and adjust poses and points to them.
 
@@ -826,6 +1119,7 @@ def refine_tracks(
         fixed: ids of the cameras whose intrinsics must not move.
         threads: of the bundle adjustment, and images at a time; -1 takes all cores.
         progress: called after each image of each round.
+        held: images whose poses must not move.
 
     Returns:
         A sentence for the log.
@@ -879,11 +1173,11 @@ def refine_tracks(
                 point_id = int(ids[views.track[k]])
                 if model.exists_point3D(point_id):  # goes with its last but one observation
                     model.delete_observation(image.image_id, int(rows[k]))
-        _adjust(model, fixed, threads)
+        _adjust(model, fixed, threads, held)
         # Refined observations agree far better than COLMAP's 4 px ask.
         limit = 4.0 if round_ == 0 else 2.0
         pycolmap.ObservationManager(model).filter_all_points3D(limit, 1.5)
-        _adjust(model, fixed, threads)
+        _adjust(model, fixed, threads, held)
     model.update_point_3d_errors()
     after = statistics(model)
     if after["points"] < 0.5 * before["points"]:
@@ -978,8 +1272,8 @@ def _project(camera: Any, points_in_camera: np.ndarray) -> np.ndarray:
     ).reshape(-1, 2)
 
 
-def _adjust(model: Any, fixed: set[int], threads: int) -> None:
-    """Bundle-adjust a whole model."""
+def _adjust(model: Any, fixed: set[int], threads: int, held: Collection[str] = ()) -> None:
+    """Bundle-adjust a whole model, but not the poses of the images ``held``."""
     options = pycolmap.BundleAdjustmentOptions()
     options.print_summary = False
     options.ceres.solver_options.num_threads = threads
@@ -987,10 +1281,14 @@ def _adjust(model: Any, fixed: set[int], threads: int) -> None:
     used = set()
     for image_id in model.reg_image_ids():
         config.add_image(image_id)
-        used.add(int(model.image(image_id).camera_id))
+        image = model.image(image_id)
+        used.add(int(image.camera_id))
+        if image.name in held:
+            config.set_constant_rig_from_world_pose(image.frame_id)
     for camera_id in fixed & used:
         config.set_constant_cam_intrinsics(camera_id)
-    config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+    if config.num_constant_rig_from_world_poses() < 2:  # the world is not held in place otherwise
+        config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
     pycolmap.create_default_bundle_adjuster(options, config, model).solve()
 
 
@@ -1012,9 +1310,15 @@ def read_model(path: Path | str) -> Any:
     """
     folder = find_model(path)
     try:
-        return pycolmap.Reconstruction(folder)
+        model = pycolmap.Reconstruction(folder)
     except Exception as error:
         raise InputError(f"{folder} is not a readable COLMAP model: {error}") from None
+    if not (folder / "images.bin").is_file():
+        # COLMAP's text reader ends a name at its first blank; its writer does not.
+        for image_id, name in _image_names(folder / "images.txt").items():
+            if model.exists_image(image_id) and " " in name:
+                model.image(image_id).name = name
+    return model
 
 
 def find_model(path: Path | str) -> Path:
@@ -1032,13 +1336,7 @@ def find_model(path: Path | str) -> Path:
 
 def model_cameras(path: Path | str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Poses of a model: name -> (R (3, 3), t (3,)), world to camera, in model units."""
-    model = read_model(path)
-    poses = {}
-    for image_id in model.reg_image_ids():
-        image = model.image(image_id)
-        matrix = np.asarray(image.cam_from_world().matrix())
-        poses[image.name] = (matrix[:, :3].copy(), matrix[:, 3].copy())
-    return poses
+    return _poses_of(read_model(path))
 
 
 def model_observations(path: Path | str) -> dict[str, np.ndarray]:
@@ -1319,6 +1617,7 @@ def refine_by_warps(
     fixed: set[int],
     threads: int = -1,
     progress: Callable[[], None] | None = None,
+    held: Collection[str] = (),
 ) -> str:
     """Read the warps of a dense matcher again at a model's points, and adjust the model to them.
 
@@ -1334,6 +1633,7 @@ def refine_by_warps(
         fixed: ids of the cameras whose intrinsics must not move.
         threads: of the bundle adjustment; -1 takes all cores.
         progress: called after each pair of each round.
+        held: images whose poses must not move.
 
     Returns:
         A sentence for the log.
@@ -1386,9 +1686,9 @@ def refine_by_warps(
                 element = pycolmap.TrackElement(image.image_id, len(image.points2D) - 1)
                 model.add_observation(point, element)
                 joined += 1
-        _adjust(model, fixed, threads)
+        _adjust(model, fixed, threads, held)
         pycolmap.ObservationManager(model).filter_all_points3D(4.0 if round_ == 0 else 2.0, 1.5)
-        _adjust(model, fixed, threads)
+        _adjust(model, fixed, threads, held)
     model.update_point_3d_errors()
     after = statistics(model)
     if after["points"] < 0.5 * before["points"]:
@@ -1444,6 +1744,7 @@ __all__ = [
     "assign_cameras",
     "build_database",
     "camera_param_count",
+    "camera_spec",
     "cameras_of",
     "find_model",
     "has_cuda",
@@ -1454,6 +1755,7 @@ __all__ = [
     "model_statistics",
     "parse_intrinsics",
     "points",
+    "poses_and_cameras",
     "read_model",
     "read_verification",
     "refine_by_warps",
@@ -1464,6 +1766,7 @@ __all__ = [
     "set_seed",
     "sift_baseline",
     "statistics",
+    "triangulate_known",
     "undistort",
     "version",
 ]

@@ -101,7 +101,7 @@ class RejectedImage:
     """One image file that is left out, and why."""
 
     name: str  # as in ImageRecord; characters that cannot be printed are escaped
-    reason: Literal["unreadable", "empty", "tiny", "duplicate"]
+    reason: Literal["unreadable", "empty", "tiny", "duplicate", "no_pose"]
     detail: str  # e.g. "JPEG: image file is truncated", "same bytes as a.jpg"
 
     def __str__(self) -> str:

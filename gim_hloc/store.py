@@ -13,6 +13,7 @@ pixels with integer = pixel centre, ``descriptors`` (D, N) float16, ``scores`` (
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -493,22 +494,34 @@ def read_features(path: Path, name: str) -> dict[str, np.ndarray]:
         return {k: v[()] for k, v in file[name].items() if isinstance(v, h5py.Dataset)}
 
 
-def read_matches(path: Path, name0: str, name1: str) -> tuple[np.ndarray, np.ndarray]:
+@contextlib.contextmanager
+def _opened(path: Path | h5py.File) -> Iterator[h5py.File]:
+    """A file to read: opened here, or open already."""
+    if isinstance(path, h5py.File):
+        yield path
+        return
+    with h5py.File(path, "r") as file:
+        yield file
+
+
+def read_matches(path: Path | h5py.File, name0: str, name1: str) -> tuple[np.ndarray, np.ndarray]:
     """Read one pair's matches from a file in hloc's layout, in either order.
 
     Returns:
-        (M, 2) rows into the keypoints of ``name0`` and ``name1``, and (M,) scores.
+        (M, 2) rows into the keypoints of ``name0`` and ``name1``, and (M,) scores (1 where the file
+        has none).
 
     Raises:
         InputError: when the pair is not there.
     """
-    with h5py.File(path, "r") as file:
+    with _opened(path) as file:
         for a, b, swap in ((name0, name1, False), (name1, name0, True)):
             for key in _candidate_keys(a, b):
-                if key in file:
-                    matches0 = file[key]["matches0"][()]
-                    rows = rows_from_matches0(matches0)
-                    scores = file[key]["matching_scores0"][()][rows[:, 0]]
+                if key in file and "matches0" in file[key]:
+                    rows = rows_from_matches0(file[key]["matches0"][()])
+                    scores = np.ones(len(rows), np.float32)
+                    if "matching_scores0" in file[key]:
+                        scores = file[key]["matching_scores0"][()][rows[:, 0]]
                     return (rows[:, ::-1] if swap else rows), scores
     raise InputError(f"{path} holds no matches of {name0!r} and {name1!r}.")
 

@@ -32,6 +32,7 @@ from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matcher, Matches, Quality, SparseEncoding
 from gim_hloc.pairs.select import PairOptions
 from gim_hloc.pipelines import linking, turns
+from gim_hloc.pipelines.imported import ImportedMatcher
 from gim_hloc.pipelines.outcome import build_report, scene_view, versions
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
 from gim_hloc.store import (
@@ -54,10 +55,13 @@ if TYPE_CHECKING:
     from gim_hloc.images import ImageSet
     from gim_hloc.masks import MaskFolder
     from gim_hloc.pairs.select import Selection
+    from gim_hloc.poses import KnownPoses
 
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
+
+PoseUse = Literal["fixed", "refine", "prior"]
 
 # Raised when the meaning of a stored array changes, so that older files are not reused.
 FORMAT = 1
@@ -137,6 +141,25 @@ class ReconstructOptions:
     """Thresholds of the two-view verification."""
     map: MapOptions = MapOptions()
     """Thresholds of the mapping."""
+    model: Path | None = None
+    """Known poses: folder of a COLMAP model, nerfstudio's transforms.json, or a TUM trajectory
+    (camera to world). Its intrinsics are used too unless --intrinsics is given."""
+    poses: PoseUse = "fixed"
+    """fixed: triangulate, poses stay; refine: bundle adjustment afterwards; prior: ordinary mapping
+    that stays near the known camera centres."""
+    prior_stddev: float | None = None
+    """Standard deviation of the centres that --poses prior takes as known, in their unit. By
+    default 1 % of the cameras' mean distance from their middle."""
+    missing_poses: Literal["register", "leave-out"] = "register"
+    """Images without a known pose: registered by the mapper afterwards, or left out."""
+    features: Path | None = None
+    """Feature file of hloc (or ours) to take keypoints from instead of computing them; with
+    --matches and a pair list as --pairs."""
+    matches: Path | None = None
+    """Match file of hloc that belongs to --features."""
+    extend: Path | None = None
+    """Output folder of an earlier run: IMAGES are added to its model. Its settings, keypoints,
+    matches and poses are taken over (--poses fixed or refine); it is not changed."""
 
 
 @dataclass(kw_only=True)
@@ -254,6 +277,10 @@ class _Run:
         self._turns_decided = False
         self._turn_rounds = 0
         self._encoded: set[str] = set()  # in this run, not reused
+        self.features: H5Store
+        self.matches: H5Store
+        self.known: KnownPoses | None = None
+        self.pair_options_model = options.pair.model
         self._estimated: dict[str, Any] = {}  # by the first pair of a matcher without keypoints
         self._dense_encodings = 0  # images encoded by a matcher without keypoints, in this run
         self._matched: set[Pair] = set()
@@ -265,9 +292,10 @@ class _Run:
         from gim_hloc import matchers
         from gim_hloc.pairs.select import plan
 
-        options = self.options
         watch = engine.Stopwatch()
         self._check_folders()
+        self._check_options()
+        options = self.options
         unknown = sorted(set(options.export) - set(EXPORTS))
         if unknown:
             raise InputError(f"Unknown export {unknown[0]!r}. Known: {', '.join(EXPORTS)}.")
@@ -279,10 +307,10 @@ class _Run:
                 progress=self.progress,
             )
             image_module.require_usable(self.image_set)
-        self.records = {record.name: record for record in self.image_set.images}
-        self.names = list(self.records)
+        self._take_images()
         for rejected in self.image_set.rejected:
             logger.warning("Left out: %s (%s: %s)", rejected.name, rejected.reason, rejected.detail)
+        self._read_poses()
         self.masks = self._masks()
 
         # Everything that can be wrong with the options is found before the long work.
@@ -292,14 +320,20 @@ class _Run:
             options.pair,
             mode=options.pairs if options.pairs != "auto" else options.pair.mode,
             seed=options.seed,
+            model=self.pair_options_model,
         )
         self.plan = plan(self.pair_options, self.names)
-        self.matcher: Matcher = matchers.load(
-            options.matcher,
-            quality=options.quality,
-            device=options.device,
-            **self._matcher_overrides(),
+        self.matcher: Matcher = (
+            ImportedMatcher(options.features, options.matches)
+            if options.features is not None and options.matches is not None
+            else matchers.load(
+                options.matcher,
+                quality=options.quality,
+                device=options.device,
+                **self._matcher_overrides(),
+            )
         )
+        self.imported = isinstance(self.matcher, ImportedMatcher)
         # Matchers without keypoints of their own are read at those of another one.
         self.linked = self.matcher.info.kind != "sparse"
         self.describer: Matcher = self._load_describer() if self.linked else self.matcher
@@ -318,6 +352,8 @@ class _Run:
             )
         logger.info("Pairs: %s (%s)", self.plan.mode, self.plan.why)
         self._prepare_keys()
+        if options.dry_run and self.imported:
+            raise InputError("--dry-run estimates matching, and --features leaves none to be done.")
         if options.dry_run:
             estimate = self._estimate_dry() if self.linked else self._estimate(store=False)
             return ReconstructResult(output=self.output, estimate=estimate)
@@ -333,18 +369,8 @@ class _Run:
         try:
             self._tell_changes()
             # Without keypoints the first pair serves as the estimate, in _match_linked.
-            estimate = {} if self.linked else self._estimate(store=True)
-            self._encode()
-            selection = self._select_pairs()
-            self._match(selection.pairs)
-            while self._turn_images(selection.pairs):
-                self._encode()
-                if self.plan.needs_descriptors:  # similarity was judged by the unturned ones
-                    selection = self._select_pairs()
-                self._match(selection.pairs)
-            self._tell_turns()
-            if self.linked:
-                self._link(selection.pairs)
+            estimate = {} if self.linked or self.imported else self._estimate(store=True)
+            selection = self._import() if self.imported else self._encode_and_match()
             verified = self._database(selection.pairs)
             self._pairs = selection.pairs
             failure, models = self._map()
@@ -357,6 +383,148 @@ class _Run:
         return ReconstructResult(
             output=self.output, models=models, report=report, estimate=estimate or self._estimated
         )
+
+    def _encode_and_match(self) -> Selection:
+        self._encode()
+        selection = self._select_pairs()
+        self._match(selection.pairs)
+        while self._turn_images(selection.pairs):
+            self._encode()
+            if self.plan.needs_descriptors:  # similarity was judged by the unturned ones
+                selection = self._select_pairs()
+            self._match(selection.pairs)
+        self._tell_turns()
+        if self.linked:
+            self._link(selection.pairs)
+        return selection
+
+    # ------------------------------------------------------------------ known poses, hloc's files
+
+    def _check_options(self) -> None:
+        """Options that contradict each other."""
+        options = self.options
+        given = [name for name in ("features", "matches") if getattr(options, name) is not None]
+        if len(given) == 1:
+            other = "matches" if given[0] == "features" else "features"
+            raise InputError(f"--{given[0]} needs --{other}: both are taken from hloc, or neither.")
+        if given and options.pairs in ("auto", "exhaustive", "sequential", "retrieval", "spatial"):
+            raise InputError(
+                "--features and --matches need the pair list that the matches were made for: "
+                "--pairs FILE."
+            )
+        if options.extend is not None and (options.model is not None or given):
+            raise InputError("--extend goes without --model, --features and --matches.")
+        if options.poses != "fixed" and options.model is None and options.extend is None:
+            raise InputError(f"--poses {options.poses} needs known poses: --model POSES.")
+        if options.poses == "prior":
+            if options.extend is not None:
+                raise InputError("--extend keeps the poses (--poses fixed) or moves them (refine).")
+            if options.mapper not in ("incremental", "auto"):
+                raise InputError("--poses prior works with COLMAP's incremental mapper only.")
+            if options.prior_stddev is not None and not options.prior_stddev > 0:
+                raise InputError(f"--prior-stddev is {options.prior_stddev}, it must be positive.")
+
+    def _take_images(self) -> None:
+        self.records = {record.name: record for record in self.image_set.images}
+        self.names = list(self.records)
+
+    def _read_poses(self) -> None:
+        """Read known poses and say which images have none."""
+        from gim_hloc import poses as pose_module
+
+        path = self.options.model
+        if path is None:
+            return
+        self.known = pose_module.read_poses(
+            path, self.names, {name: record.size for name, record in self.records.items()}
+        )
+        self.notes += self.known.notes
+        logger.info("Known poses: %d of %d images", len(self.known.poses), len(self.names))
+        for note in self.known.notes:
+            logger.info("%s", note)
+        missing = [name for name in self.names if name not in self.known.poses]
+        if missing and self.options.missing_poses == "leave-out":
+            self._leave_out(missing, f"no pose in {path}")
+        elif missing and self.options.poses != "prior":
+            self._note(
+                f"{len(missing)} images have no pose in {path} and are registered by the mapper "
+                f"afterwards: {_some(missing)}."
+            )
+        elif missing:
+            self._note(f"{len(missing)} images have no pose in {path}: {_some(missing)}.")
+        if len(self.known.poses) < 2:
+            raise InputError(f"{path} has a pose of one image only; two are needed.")
+        if not pose_module.radius(self.known.centres().values()) > 0:
+            raise InputError(f"{path}: all cameras are in one place; nothing can be triangulated.")
+        if (
+            self.pair_options_model is None
+            and path.is_dir()
+            and not (path / "transforms.json").is_file()
+        ):
+            self.pair_options_model = path
+
+    def _note(self, sentence: str) -> None:
+        logger.warning("%s", sentence)
+        self.notes.append(sentence)
+
+    def _leave_out(self, names: Sequence[str], detail: str) -> None:
+        from gim_hloc import images as image_module
+
+        gone = set(names)
+        rejected = [
+            image_module.RejectedImage(name=name, reason="no_pose", detail=detail) for name in names
+        ]
+        self.image_set = image_module.ImageSet(
+            root=self.image_set.root,
+            images=tuple(r for r in self.image_set.images if r.name not in gone),
+            rejected=(*self.image_set.rejected, *rejected),
+        )
+        self._note(f"{len(names)} images are left out ({detail}): {_some(names)}.")
+        image_module.require_usable(self.image_set)
+        self._take_images()
+
+    def _poses_if(self, *uses: PoseUse) -> dict[str, Any] | None:
+        """Known poses when they are used in one of these ways."""
+        if self.known is None or self.options.poses not in uses:
+            return None
+        return {name: pose for name, pose in self.known.poses.items() if name in self.records}
+
+    def _poses_key(self) -> Any:
+        """What stands for the known poses in the keys of stages."""
+        if self.known is None:
+            return None
+        listed = {
+            name: [np.asarray(part).tolist() for part in pose]
+            for name, pose in sorted(self.known.poses.items())
+        }
+        return digest([self.options.poses, self._prior_stddev(), listed])
+
+    def _prior_stddev(self) -> float:
+        from gim_hloc.poses import radius
+
+        if self.options.prior_stddev is not None or self.known is None:
+            return self.options.prior_stddev or 1.0
+        return 0.01 * radius(self.known.centres().values())
+
+    def _import(self) -> Selection:
+        """Take keypoints and matches over from hloc's files."""
+        matcher = self.matcher
+        if not isinstance(matcher, ImportedMatcher):
+            raise TypeError("only for imported files")
+        selection = self._select_pairs()
+        with self._timed("import"), self._bar(len(selection.pairs), "Import", "pairs") as bar:
+            notes = matcher.take_over(
+                self.records, selection.pairs, self.features, self.matches, bar.update
+            )
+        for note in notes:
+            self._note(note)
+        self.keypoints = {name: self.features.get(name)[0]["keypoints"] for name in self.names}
+        logger.info(
+            "Imported %.0f keypoints an image, %d pairs",
+            np.mean([len(k) for k in self.keypoints.values()]),
+            len(selection.pairs),
+        )
+        return selection
 
     # ---------------------------------------------------------------------------------- helpers
 
@@ -427,7 +595,22 @@ class _Run:
         from gim_hloc import colmap
 
         colmap.camera_param_count(self.options.cameras.camera_model)  # an unknown name is an error
-        return colmap.assign_cameras(list(self.records.values()), self.options.cameras)
+        known = None
+        if self.known is not None and self.options.cameras.intrinsics is None:
+            known = self.known.cameras
+        cameras, notes = colmap.assign_cameras(
+            list(self.records.values()), self.options.cameras, known
+        )
+        guessed = [spec for spec in cameras if not spec.given]
+        if self.known is not None and guessed and self.options.poses == "fixed":
+            notes.append(
+                "The poses are known but not the intrinsics, which are guessed"
+                + (" from EXIF" if all(spec.prior for spec in guessed) else "")
+                + f" for {sum(len(spec.names) for spec in guessed)} images and not refined with "
+                "fixed poses: give --intrinsics, or --poses refine."
+            )
+            logger.warning("%s", notes[-1])
+        return cameras, notes
 
     def _masks(self) -> MaskFolder | None:
         if self.options.masks is None:
@@ -1078,9 +1261,11 @@ class _Run:
                 "verify": dataclasses.asdict(self.options.verify),
                 "seed": self.options.seed,
                 "pycolmap": colmap.version(),
+                "poses": self._poses_key(),
             }
         )
         self.stages["database"] = key
+        prior = self._poses_if("prior")
         with self._timed("verify"):
             if self._stage_done("database", key) and path.exists():
                 verified = colmap.read_verification(path, pairs)
@@ -1103,12 +1288,30 @@ class _Run:
                     seed=self.options.seed,
                     threads=self._threads(),
                     progress=bar.update,
+                    poses=self._poses_if("fixed"),
+                    priors={n: -r.T @ t for n, (r, t) in prior.items()} if prior else None,
+                    prior_stddev=self._prior_stddev(),
                 )
+        self._judge_poses(verified)
         self.state.setdefault("stages", {}).pop("sparse", None)
         self._write_state()
         good = sum(v.inliers > 0 for v in verified)
         logger.info("Verified %d of %d pairs", good, len(pairs))
         return verified
+
+    def _judge_poses(self, verified: Sequence[PairVerification]) -> None:
+        """Warn when hardly a match agrees with fixed poses."""
+        known = self._poses_if("fixed")
+        if known is None:
+            return
+        pairs = [v for v in verified if v.name0 in known and v.name1 in known]
+        matches, inliers = sum(v.matches for v in pairs), sum(v.inliers for v in pairs)
+        if matches and inliers < 0.1 * matches:
+            self._note(
+                f"Only {inliers / matches:.1%} of the matches agree with the known poses. Are they "
+                "those of these images (order of names), in the convention of their format, and do "
+                "the intrinsics fit?"
+            )
 
     # -------------------------------------------------------------------------------------- map
 
@@ -1127,12 +1330,13 @@ class _Run:
                 else None,
                 "warps": dataclasses.asdict(self.options.warps) if self._reads_again() else None,
                 "threads": 1 if self.options.deterministic else "many",
+                "poses": self._poses_key(),
             }
         )
         self.stages["sparse"] = key
+        self.mapper = self._mapper_name()
         sparse = self.output / "sparse"
         if self._stage_done("sparse", key) and (sparse / "0").is_dir():
-            self.mapper = colmap.resolve_mapper(self.options.mapper, len(self.names))
             self._map_notes = list(self.state.get("map_notes", []))
             self.notes += self._map_notes
             logger.info("Model reused: %s", sparse)
@@ -1146,32 +1350,56 @@ class _Run:
                 bar.n = count
                 bar.refresh()
 
+            settings: dict[str, Any] = {
+                "options": self.options.map,
+                "cameras": self.cameras,
+                "refine_intrinsics": self.options.cameras.refine_intrinsics,
+                "seed": self.options.seed,
+                "threads": 1 if self.options.deterministic else -1,
+                "log_dir": self.output / "logs",
+                "progress": registered,
+                "colours": lambda name: image_module.read_rgb(self.records[name], upright=False),
+                "refine": self._refine
+                if self.options.refine_keypoints or self._reads_again()
+                else None,
+            }
+            known = self._poses_if("fixed", "refine")
             try:
-                result = colmap.run_mapping(
-                    self.output / "database.db",
-                    sparse,
-                    options=self.options.map,
-                    mapper=self.options.mapper,
-                    cameras=self.cameras,
-                    refine_intrinsics=self.options.cameras.refine_intrinsics,
-                    seed=self.options.seed,
-                    threads=1 if self.options.deterministic else -1,
-                    log_dir=self.output / "logs",
-                    progress=registered,
-                    colours=lambda name: image_module.read_rgb(self.records[name], upright=False),
-                    refine=self._refine
-                    if self.options.refine_keypoints or self._reads_again()
-                    else None,
-                )
+                if known is not None:
+                    result = colmap.triangulate_known(
+                        self.output / "database.db",
+                        sparse,
+                        poses=known,
+                        adjust=self.options.poses == "refine",
+                        **settings,
+                    )
+                else:
+                    result = colmap.run_mapping(
+                        self.output / "database.db",
+                        sparse,
+                        mapper="incremental" if self._poses_if("prior") else self.options.mapper,
+                        priors=self._poses_if("prior"),
+                        **settings,
+                    )
             except MappingError as error:
                 shutil.rmtree(sparse, ignore_errors=True)
                 self.stages.pop("sparse")
-                self.mapper = colmap.resolve_mapper(self.options.mapper, len(self.names))
                 return error, []
-        self.mapper = result.mapper
+        self.mapper = self._mapper_name()
         self._map_notes = result.notes + self._warp_notes
         self.notes += self._map_notes
         return None, result.paths
+
+    def _mapper_name(self) -> str:
+        from gim_hloc import colmap
+
+        if self.known is not None:
+            return f"known poses, {self.options.poses}"
+        return colmap.resolve_mapper(self.options.mapper, len(self.names))
+
+    def _held(self) -> set[str]:
+        """Images whose poses must not move."""
+        return set(self._poses_if("fixed") or ())
 
     def _reads_again(self) -> bool:
         return self.options.refine_warps and self.matcher.info.kind == "dense"
@@ -1227,6 +1455,7 @@ class _Run:
                 fixed=fixed,
                 threads=1 if self.options.deterministic else -1,
                 progress=bar.update,
+                held=self._held(),
             )
             self._dense_encodings += len(pool.encoded)
         self.timings["reread"] = self.timings.get("reread", 0.0) + watch.seconds
@@ -1255,6 +1484,7 @@ class _Run:
                 fixed=fixed,
                 threads=1 if self.options.deterministic else -1,
                 progress=bar.update,
+                held=self._held(),
             )
             bar.total = bar.n
             bar.refresh()
@@ -1361,6 +1591,10 @@ class _Run:
         report["timings"] = dict(self.timings)
         self._write_state()
         return report
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 def _pair_name(pair: Pair) -> str:

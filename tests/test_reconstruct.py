@@ -297,7 +297,7 @@ def test_turned_images_are_found_and_matched_upright(room: Path, tmp_path: Path)
     assert found == {"b.png": 180, "d.png": 90}  # clockwise, to show them upright again
     assert result.registered == 5
     again = gim_hloc.reconstruct(images, tmp_path / "out", **options)
-    assert again.report["counts"] == {"images_encoded_now": 0, "pairs_matched_now": 0}
+    assert set(again.report["counts"].values()) == {0}
     assert again.report["summary"]["points"] == result.report["summary"]["points"]
     plain = gim_hloc.reconstruct(images, tmp_path / "none", rotations="none", **options)
     assert plain.registered < 5

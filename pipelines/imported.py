@@ -1,0 +1,215 @@
+"""Keypoints and matches that come from hloc's files instead of a matcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gim_hloc.errors import InputError
+from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches
+from gim_hloc.store import H5Store, digest, read_matches
+
+if TYPE_CHECKING:
+    import h5py
+
+    from gim_hloc.images import ImageRecord
+
+Pair = tuple[str, str]
+
+_LISTED = 5  # names in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedOptions:
+    """Where imported files are."""
+
+    features: str
+    matches: str
+
+
+class ImportedMatcher:
+    """Stands where a matcher would: its encodings and matches are files.
+
+    Accepts what hloc writes: keypoints in half precision, files without scores, pairs in either
+    order, pair keys of old versions (``a_b``), and nested names.
+
+    Args:
+        features: h5 file with a group an image that holds ``keypoints`` (N, 2), integer = centre of
+            a pixel of the stored image.
+        matches: h5 file with a group a pair that holds ``matches0`` (N0,), -1 = none.
+
+    Raises:
+        InputError: a file is not there or no h5 file.
+    """
+
+    def __init__(self, features: Path, matches: Path) -> None:
+        self.features, self.matches = features, matches
+        for path, what in ((features, "features"), (matches, "matches")):
+            _check_h5(path, what)
+        self.info = MatcherInfo(
+            name="imported",
+            kind="sparse",
+            checkpoint=(),
+            licence="that of the program which made the files",
+            commercial=False,
+            colour="rgb",
+            default_size=0,
+            summary="keypoints and matches from files in hloc's layout",
+            rotation_invariant=True,  # nothing can be matched again
+        )
+        self.options = ImportedOptions(features=str(features), matches=str(matches))
+        self.image_options = ImageOptions(max_size=None)
+        self.device = torch.device("cpu")
+        self.weights_hashes: dict[str, str] = {}
+
+    def encode_settings(self) -> dict[str, Any]:
+        """The file and when it was written."""
+        return {"imported": _stamp(self.features)}
+
+    def match_settings(self) -> dict[str, Any]:
+        """The same of the matches."""
+        return {"imported": _stamp(self.matches)}
+
+    def encode(self, image: ImageData) -> Encoding:
+        """Nothing is computed here."""
+        raise InputError(f"{self.features} holds keypoints; no further images can be encoded.")
+
+    def match(self, a: Encoding, b: Encoding) -> Matches:
+        """Nothing is computed here."""
+        raise InputError(f"{self.matches} holds matches; no further pairs can be matched.")
+
+    def match_batch(self, pairs: Sequence[tuple[Encoding, Encoding]]) -> list[Matches]:
+        """Nothing is computed here."""
+        return [self.match(a, b) for a, b in pairs]
+
+    def take_over(
+        self,
+        records: Mapping[str, ImageRecord],
+        pairs: Sequence[Pair],
+        features: H5Store,
+        matches: H5Store,
+        progress: Callable[[], Any] = lambda: None,
+    ) -> list[str]:
+        """Check both files and write what is used of them into a run's own.
+
+        Args:
+            records: the images.
+            pairs: the pairs wanted, names in order.
+            features: gets the keypoints.
+            matches: gets the matches of the pairs.
+            progress: called once a pair.
+
+        Returns:
+            Notes for the user.
+
+        Raises:
+            InputError: naming the images or pairs that are missing or do not fit.
+        """
+        import h5py
+
+        notes: list[str] = []
+        counts: dict[str, int] = {}
+        with h5py.File(self.features, "r") as file:
+            missing = [n for n in records if n not in file or "keypoints" not in file[n]]
+            if missing:
+                raise InputError(
+                    f"{self.features} holds no keypoints of {len(missing)} of {len(records)} "
+                    f"images: {_some(missing)}. Names must be paths relative to the image folder."
+                )
+            half = []
+            for name, record in records.items():
+                arrays = _features(file[name], record, self.features)
+                counts[name] = len(arrays["keypoints"])
+                if file[name]["keypoints"].dtype == np.float16 and max(record.size) > 512:
+                    half.append(name)
+                features.put(name, arrays, digest(record.sha256))
+        if half:
+            step = 2.0 ** np.floor(np.log2(max(max(records[n].size) for n in half) - 1)) / 1024
+            notes.append(
+                f"{self.features} holds keypoints in half precision (hloc's as_half), rounded to "
+                f"{step:g} px in the far part of the images: as_half=False keeps them exact."
+            )
+        with h5py.File(self.matches, "r") as file:
+            missing_pairs = []
+            for a, b in pairs:
+                try:
+                    rows, scores = read_matches(file, a, b)
+                except InputError:
+                    missing_pairs.append(f"{a} {b}")
+                    continue
+                progress()
+                if len(missing_pairs):
+                    continue
+                arrays = _matches(rows, scores, counts[a], counts[b], f"{self.matches}, {a} {b}")
+                matches.put(f"{a}\t{b}", arrays, digest([records[a].sha256, records[b].sha256]))
+        if missing_pairs:
+            raise InputError(
+                f"{self.matches} holds no matches of {len(missing_pairs)} of {len(pairs)} pairs of "
+                f"the list: {_some(missing_pairs)}."
+            )
+        features.finalize(list(records), {"matcher": self.info.name})
+        matches.finalize([f"{a}\t{b}" for a, b in pairs], {"matcher": self.info.name})
+        return notes
+
+
+def _check_h5(path: Path, what: str) -> None:
+    import h5py
+
+    if not path.is_file():
+        raise InputError(f"There is no file of {what} {path}.")
+    if not h5py.is_hdf5(path):
+        raise InputError(f"The file of {what} {path} is no h5 file.")
+
+
+def _stamp(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _features(group: h5py.Group, record: ImageRecord, path: Path) -> dict[str, np.ndarray]:
+    keypoints = np.asarray(group["keypoints"][()], dtype=np.float32)
+    where = f"{path}, {record.name}"
+    if keypoints.size == 0:
+        keypoints = np.zeros((0, 2), np.float32)
+    if keypoints.ndim != 2 or keypoints.shape[1] < 2 or not np.isfinite(keypoints).all():
+        raise InputError(f"{where}: keypoints are not finite (N, 2) coordinates.")
+    keypoints = np.ascontiguousarray(keypoints[:, :2])
+    size = tuple(int(v) for v in group["image_size"][()]) if "image_size" in group else record.size
+    # Half precision rounds up to 2 px beyond the border of a 4000 px image.
+    low, high = keypoints.min(0, initial=0), keypoints.max(0, initial=0)
+    if size != record.size or low.min() < -3 or (high > np.array(record.size) + 2).any():
+        raise InputError(
+            f"{where}: keypoints of an image of {size[0]}x{size[1]} px reach ({high[0]:.0f}, "
+            f"{high[1]:.0f}), but the image file is {record.width}x{record.height}. Were they "
+            "computed on other files (resized, or turned by EXIF)?"
+        )
+    return {"keypoints": keypoints, "image_size": np.array(record.size, dtype=np.int64)}
+
+
+def _matches(
+    rows: np.ndarray, scores: np.ndarray, count0: int, count1: int, where: str
+) -> dict[str, np.ndarray]:
+    """``matches0`` and ``matching_scores0`` of a pair, whichever order the file has it in."""
+    rows = rows.astype(np.int64)
+    if len(rows) and (rows[:, 0].max() >= count0 or rows[:, 1].max() >= count1):
+        raise InputError(
+            f"{where}: matches name keypoint {rows[:, 0].max()} and {rows[:, 1].max()} of images "
+            f"with {count0} and {count1}. The matches belong to another file of features."
+        )
+    matches0 = np.full(count0, -1, dtype=np.int32)
+    scores0 = np.zeros(count0, dtype=np.float16)
+    matches0[rows[:, 0]] = rows[:, 1]
+    scores0[rows[:, 0]] = scores
+    return {"matches0": matches0, "matching_scores0": scores0}
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:_LISTED]) + (", ..." if len(texts) > _LISTED else "")
+
+
+__all__ = ["ImportedMatcher", "ImportedOptions"]
