@@ -95,6 +95,30 @@ def quantize(names: Sequence[str], raw: Mapping[Pair, Raw], options: QuantizedOp
     )
 
 
+def given(xy: np.ndarray, max_error: float) -> _Image:
+    """Keypoints (N, 2) that are there already, for ``assign``; matches move ``max_error`` px."""
+    xy = np.asarray(xy, dtype=np.float32).reshape(-1, 2)
+    return _Image(xy, xy[:, 0], 0, max_error)
+
+
+def assign(
+    pair: Pair, raw: Raw, keypoints0: _Image, keypoints1: _Image
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give the matches of a pair to the nearest keypoints, as hloc's ``assign_matches`` does.
+
+    Args:
+        pair: names, for messages.
+        raw: as in ``quantize``.
+        keypoints0: of image 0, see ``given``.
+        keypoints1: of image 1.
+
+    Returns:
+        (K, 2) int64 rows, no row twice on one side, sorted by the first; and (K,) float32 scores.
+    """
+    xy0, xy1, scores = _checked(pair, raw)
+    return _one_to_one(keypoints0.nearest(xy0), keypoints1.nearest(xy1), scores)
+
+
 def _checked(pair: Pair, value: Raw) -> Raw:
     keypoints0, keypoints1, scores = (np.asarray(array) for array in value)
     if not len(keypoints0) == len(keypoints1) == len(scores):
