@@ -10,6 +10,8 @@ extended when they are imported. hloc's command lines cannot see what another pa
 that they are started through this one:
 
     python -m gim_hloc.hloc_plugin match_dense --conf gim_dkm --pairs ...
+
+``match_dense.main`` of this package takes hloc's arguments and writes hloc's files, faster.
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from gim_hloc.hloc_plugin.registration import register
 
-__all__ = ["confs", "register"]
+__all__ = ["confs", "match_dense", "register"]
 
 if TYPE_CHECKING:
-    from gim_hloc.hloc_plugin import confs
+    from gim_hloc.hloc_plugin import confs, match_dense
 
 
 def __getattr__(name: str) -> Any:
     """Import the modules of this package on first use."""
-    if name == "confs":
+    if name in ("confs", "match_dense"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,0 +1,88 @@
+"""hloc's own dense models in our schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gim_hloc.hloc_plugin.registration import import_hloc, register
+from gim_hloc.matchers.base import (
+    Encoding,
+    ImageData,
+    ImageOptions,
+    MatcherInfo,
+    Matches,
+    apply_affine,
+)
+from gim_hloc.matchers.common import resolve_device
+
+
+@dataclasses.dataclass(kw_only=True)
+class HeldImage(Encoding):
+    """The image itself: hloc's models match images, not encodings."""
+
+    image: torch.Tensor  # (1, C, H, W) on the model's device
+
+
+class HlocMatcher:
+    """A dense model of hloc, e.g. its LoFTR.
+
+    Args:
+        model: hloc's configuration of it.
+        image_options: how hloc's configuration wants images read.
+
+    Raises:
+        InputError: hloc is not installed.
+    """
+
+    weights_hashes: Mapping[str, str] = {}
+
+    def __init__(self, model: Mapping[str, Any], image_options: ImageOptions) -> None:
+        register()
+        load = import_hloc("utils.base_model").dynamic_load
+        self.device = resolve_device("auto")
+        self.image_options = image_options
+        self.options = dict(model)
+        self.info = MatcherInfo(
+            name=str(model["name"]),
+            kind="semidense",
+            checkpoint=(),
+            licence="see hloc",
+            commercial=False,
+            colour="gray" if image_options.grayscale else "rgb",
+            default_size=image_options.max_size or 0,
+            summary="a model of hloc",
+        )
+        self._model = load(import_hloc("matchers"), model["name"])(dict(model))
+        self._model = self._model.eval().to(self.device)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides matches."""
+        return {"hloc": self.options}
+
+    def encode(self, image: ImageData) -> HeldImage:
+        """Hold the image where the model wants it."""
+        return HeldImage(
+            name=image.name,
+            size=image.size,
+            network_size=image.network_size,
+            to_original=image.to_original,
+            image=image.image[None].to(self.device),
+        )
+
+    @torch.no_grad()
+    def match(self, a: HeldImage, b: HeldImage) -> Matches:
+        """Match two images; as with our semi-dense matchers, the free end is in ``b``."""
+        found = self._model({"image0": b.image, "image1": a.image})
+        return Matches(
+            keypoints0=apply_affine(a.to_original, found["keypoints1"]),
+            keypoints1=apply_affine(b.to_original, found["keypoints0"]),
+            scores=found["scores"].float().cpu(),
+        )
+
+    def match_batch(self, pairs: Sequence[tuple[HeldImage, HeldImage]]) -> list[Matches]:
+        """Match many pairs, one by one."""
+        return [self.match(a, b) for a, b in pairs]

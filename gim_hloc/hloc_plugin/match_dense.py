@@ -1,0 +1,650 @@
+"""hloc's ``match_dense.main`` with the same arguments and the same files, faster.
+
+    from gim_hloc.hloc_plugin import confs, match_dense
+    features, matches = match_dense.main(confs.MATCH_DENSE["gim_dkm"], pairs, images, outputs)
+
+hloc loads and encodes both images of every pair; here every image is read and encoded once
+(``engine.match_scheduled``), pairs are matched in batches on a GPU, and keypoints come from
+``tracks``: ``anchored`` (default, more accurate and with longer tracks) or ``quantized`` (hloc's
+result). It does not need hloc, unless the configuration names one of hloc's own models.
+
+As in hloc, images of ``features_ref`` and of an existing feature file keep their keypoints, and
+pairs that are matched already are passed over unless ``overwrite``. Unlike hloc, files are replaced
+as a whole when all is done; a run that was stopped goes on where it was.
+
+The command ``python -m gim_hloc.hloc_plugin.match_dense`` has hloc's arguments, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import h5py
+import numpy as np
+
+from gim_hloc.cli import common
+from gim_hloc.errors import InputError, OutputError
+from gim_hloc.hloc_plugin import confs
+from gim_hloc.matchers.base import ImageOptions
+from gim_hloc.pairs.files import read_pairs
+from gim_hloc.pipelines import linking
+from gim_hloc.pipelines.linking import Arrays, Kind, Pair
+from gim_hloc.store import Journal, digest
+from gim_hloc.tracks import quantized
+from gim_hloc.tracks.anchored import AnchoredOptions, Anchors, PairReading
+from gim_hloc.tracks.base import Tracks
+
+if TYPE_CHECKING:
+    from gim_hloc.images import ImageRecord
+
+logger = logging.getLogger(__name__)
+
+Conf = Mapping[str, Any]
+Raw = tuple[np.ndarray, np.ndarray, np.ndarray]  # ends in both images (M, 2), scores (M,)
+
+_GPU_BATCH = 16  # pairs a network call; halved where memory is short
+_PREPROCESSING = {"grayscale": True, "resize_max": 1024, "dfactor": 8}  # hloc's defaults
+
+
+def main(
+    conf: Conf,
+    pairs: Path,
+    image_dir: Path,
+    export_dir: Path | None = None,
+    matches: Path | None = None,
+    features: Path | str | None = None,
+    features_ref: Path | Sequence[Path] | None = None,
+    max_kps: int | None = 8192,
+    overwrite: bool = False,
+    *,
+    tracks: Kind = "anchored",
+    describer: str = "auto",
+    anchored: AnchoredOptions | None = None,
+    batch_size: int | None = None,
+    cache_gb: float | None = None,
+    progress: bool = True,
+) -> tuple[Path, Path]:
+    """Match pairs densely and write keypoints and matches in hloc's layout.
+
+    The arguments before the asterisk are hloc's.
+
+    Args:
+        conf: see ``gim_hloc.hloc_plugin.confs``, or one of hloc's.
+        pairs: text file, ``name0 name1`` a line. For localisation name0 is the query.
+        image_dir: folder of the images.
+        export_dir: folder for files whose paths are not given.
+        matches: match file.
+        features: feature file (``Path``), or what its name begins with (``str``).
+        features_ref: feature files whose keypoints stay as they are.
+        max_kps: keypoints an image at most. None keeps all; images that are paired with images of
+            ``features_ref`` then get one keypoint a match (localisation).
+        overwrite: match pairs again and find keypoints of images in ``features`` again.
+        tracks: how matches become keypoints.
+        describer: sparse matcher whose keypoints are anchors; ``auto`` takes ``aliked_lightglue``
+            where its weights are, else ``sift``; ``none`` leaves anchors to the grid.
+        anchored: numbers of anchored tracks; ``max_kps`` counts.
+        batch_size: pairs a network call; 16 on a GPU, else 1.
+        cache_gb: memory for encodings, 10^9 bytes; None takes half of what is free.
+        progress: show progress bars.
+
+    Returns:
+        Paths of the feature file and of the match file.
+
+    Raises:
+        InputError: a file or an image cannot be used, or an option is unknown.
+        OutputError: a file cannot be written.
+        WeightsError: the weights cannot be had.
+    """
+    if tracks not in get_args(Kind):
+        raise InputError(f"tracks is {tracks!r}; choose {' or '.join(get_args(Kind))}.")
+    feature_path, match_path = _paths(conf, Path(pairs), export_dir, matches, features)
+    references = _reference_files(features_ref)
+    wanted = _unique(read_pairs(pairs, directed=True))
+    _check_keys(wanted, match_path)
+    if not overwrite:
+        wanted = _missing(wanted, match_path)
+    if not wanted:
+        logger.info("All pairs of %s are in %s.", pairs, match_path)
+        return feature_path, match_path
+    for path in (feature_path, match_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    names = sorted({name for pair in wanted for name in pair})
+    sources = [*references, *([feature_path] if feature_path.exists() and not overwrite else [])]
+    job = _Job(
+        conf=conf,
+        pairs=wanted,
+        records=_records(Path(image_dir), names),
+        fixed=_keypoints(sources, names),
+        tracks=tracks,
+        describer=describer,
+        anchored=dataclasses.replace(anchored or AnchoredOptions(), max_keypoints=max_kps),
+        max_kps=max_kps,
+        progress=progress,
+    )
+    job.run(feature_path, match_path, batch_size, cache_gb)
+    return feature_path, match_path
+
+
+# ---------------------------------------------------------------------------------------- inputs
+
+
+def _paths(
+    conf: Conf,
+    pairs: Path,
+    export_dir: Path | None,
+    matches: Path | None,
+    features: Path | str | None,
+) -> tuple[Path, Path]:
+    """Where hloc would write features and matches."""
+    if isinstance(features, Path):
+        if matches is None:
+            raise InputError("Give both features and matches as paths, or neither.")
+        return features, Path(matches)
+    if export_dir is None:
+        raise InputError("Give export_dir, or features and matches as paths.")
+    prefix = "feats_" if features is None else features
+    feature_path = Path(export_dir, f"{prefix}{conf['output']}.h5")
+    if matches is None:
+        matches = Path(export_dir, f"{conf['output']}_{pairs.stem}.h5")
+    return feature_path, Path(matches)
+
+
+def _reference_files(features_ref: Path | Sequence[Path] | None) -> list[Path]:
+    if features_ref is None:
+        return []
+    files = [features_ref] if isinstance(features_ref, (str, Path)) else list(features_ref)
+    for path in files:
+        if not Path(path).is_file():
+            raise InputError(f"The reference features {path} do not exist.")
+    return [Path(path) for path in files]
+
+
+def _unique(pairs: Iterable[Pair]) -> list[Pair]:
+    """Pairs without those that occur the other way round before."""
+    kept: dict[Pair, None] = {}
+    for a, b in pairs:
+        if (b, a) not in kept:
+            kept[a, b] = None
+    return list(kept)
+
+
+def _key(pair: Pair) -> str:
+    """Group of a pair in hloc's files."""
+    return "/".join(name.replace("/", "-") for name in pair)
+
+
+def _check_keys(pairs: Sequence[Pair], match_path: Path) -> None:
+    owners: dict[str, Pair] = {}
+    for pair in pairs:
+        for key in (_key(pair), _key(pair[::-1])):
+            other = owners.setdefault(key, pair)
+            if other != pair:
+                raise InputError(
+                    f"hloc cannot tell the pairs {' '.join(other)} and {' '.join(pair)} apart: it "
+                    f"writes both as {key} in {match_path}. Rename one of the images."
+                )
+
+
+def _missing(pairs: Sequence[Pair], match_path: Path) -> list[Pair]:
+    """Pairs that the file does not hold. hloc also takes those that it left half done for held."""
+    if not match_path.exists():
+        return list(pairs)
+    with _open(match_path) as file:
+        return [
+            (a, b)
+            for a, b in pairs
+            if not any(
+                f"{key}/matches0" in file
+                for key in (
+                    *(_key((a, b)), _key((b, a))),
+                    *(_key((a, b)).replace("/", "_"), _key((b, a)).replace("/", "_")),
+                )
+            )
+        ]
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _records(root: Path, names: Sequence[str]) -> dict[str, ImageRecord]:
+    from gim_hloc import images
+
+    found = images.scan(root, names=names, min_size=1)
+    records = {record.name: record for record in found.images}
+    for rejected in found.rejected:
+        if rejected.reason != "duplicate":
+            raise InputError(f"{root}: {rejected}.")
+        # Twice the same picture is not for us to judge here.
+        (records[rejected.name],) = images.scan(root, names=[rejected.name], min_size=1).images
+    return records
+
+
+def _keypoints(files: Sequence[Path], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Keypoints (N, 2) of images that are in one of the files; the last file counts."""
+    found = {}
+    for path in files:
+        with _open(path) as file:
+            for name in names:
+                if f"{name}/keypoints" in file:
+                    xy = np.asarray(file[name]["keypoints"][()], dtype=np.float32)
+                    found[name] = xy.reshape(-1, 2)
+    return found
+
+
+def _load(conf: Conf) -> Any:
+    """The matcher that hloc would use."""
+    from gim_hloc.hloc_plugin import models
+
+    preprocessing = {**_PREPROCESSING, **conf.get("preprocessing", {})}
+    image_options = ImageOptions(
+        max_size=preprocessing["resize_max"],
+        grayscale=bool(preprocessing["grayscale"]),
+        multiple_of=int(preprocessing["dfactor"] or 1),
+    )
+    model = conf["model"]
+    if model["name"] not in ("gim_dkm", "gim_roma", "gim_loftr", "gim_hloc_dense"):
+        from gim_hloc.hloc_plugin.foreign import HlocMatcher
+
+        return HlocMatcher(model, image_options)
+    matcher = models.load_matcher(model, None if "matcher" in model else model["name"])
+    if matcher.info.kind not in models.DenseModel.kinds:
+        raise InputError(f"{matcher.info.name} is a sparse matcher; use match_features.")
+    matcher.image_options = image_options
+    return matcher
+
+
+# ------------------------------------------------------------------------------------------ work
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Job:
+    """Pairs to match and what is known about their images.
+
+    Attributes:
+        fixed: name -> (N, 2) keypoints that stay as they are.
+    """
+
+    conf: Conf
+    pairs: list[Pair]
+    records: dict[str, ImageRecord]
+    fixed: dict[str, np.ndarray]
+    tracks: Kind
+    describer: str
+    anchored: AnchoredOptions
+    max_kps: int | None
+    progress: bool
+
+    def run(
+        self, feature_path: Path, match_path: Path, batch_size: int | None, cache_gb: float | None
+    ) -> None:
+        """Match, link and write."""
+        matcher = _load(self.conf)
+        anchors = self._anchors() if self.tracks == "anchored" else {}
+        settings = {
+            "matcher": matcher.settings(),
+            "image_options": dataclasses.asdict(matcher.image_options),
+            "tracks": self.tracks,
+            "anchored": dataclasses.asdict(self.anchored) if anchors else None,
+        }
+        journal = Journal(match_path.with_name(match_path.name + ".journal"), digest(settings))
+        try:
+            self._match(matcher, anchors, journal, batch_size, cache_gb)
+            del matcher
+
+            def read(pair: Pair) -> Arrays:
+                return journal.read(_entry(pair))[0]
+
+            self._write(feature_path, match_path, self._link(read, anchors), read, anchors)
+        except BaseException:
+            journal.close()
+            raise
+        journal.close(remove=True)
+
+    @functools.cached_property
+    def free(self) -> frozenset[Pair]:
+        """Pairs of which each match gives its query a keypoint of its own."""
+        if self.max_kps is not None:
+            return frozenset()
+        return frozenset(p for p in self.pairs if p[0] not in self.fixed and p[1] in self.fixed)
+
+    def _anchors(self) -> dict[str, Anchors]:
+        """Anchors of all images: keypoints that are fixed, else a detector's and a grid."""
+        joint = {name for pair in self.pairs if pair not in self.free for name in pair}
+        todo = sorted(joint - set(self.fixed))
+        nothing = np.zeros((0, 2), np.float32)
+        keypoints: dict[str, tuple[np.ndarray, np.ndarray | None]] = dict.fromkeys(
+            todo, (nothing, None)
+        )
+        if todo and self.describer != "none":
+            keypoints |= self._describe(todo)
+        anchors = {
+            name: linking.make_anchors(self.records[name].size, xy, scores, None, self.anchored)
+            for name, (xy, scores) in keypoints.items()
+        }
+        for name in self.records.keys() - set(todo):
+            xy = self.fixed.get(name, nothing)
+            tier = np.ones(len(xy), np.uint8)
+            anchors[name] = Anchors(xy_px=xy, tier=tier, size=self.records[name].size)
+        return anchors
+
+    def _describe(self, names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+        from gim_hloc import engine, images, matchers
+
+        detector = matchers.load(linking.choose_describer(self.describer))
+        found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        with self._bar(len(names), "Anchors", "images") as bar:
+
+            def done(name: str, encoding: Any) -> None:
+                found[name] = (encoding.keypoints.numpy(), encoding.scores.numpy())
+                bar.update()
+
+            engine.encode_images(
+                detector,
+                names,
+                lambda name: images.load(self.records[name], detector.image_options),
+                done,
+                workers=engine.default_workers(detector.device, False),
+            )
+        return found
+
+    def _match(
+        self,
+        matcher: Any,
+        anchors: Mapping[str, Anchors],
+        journal: Journal,
+        batch_size: int | None,
+        cache_gb: float | None,
+    ) -> None:
+        """Match what the journal does not hold yet."""
+        from gim_hloc import engine, images
+
+        made_from = {
+            name: digest([record.sha256, _content(anchors[name]) if anchors else None])
+            for name, record in self.records.items()
+        }
+
+        def source(pair: Pair) -> str:
+            return digest([made_from[pair[0]], made_from[pair[1]]])
+
+        def held(pair: Pair) -> bool:
+            name = _entry(pair)
+            return name in journal and journal.attributes(name).get("source") == source(pair)
+
+        todo = [pair for pair in self.pairs if not held(pair)]
+        read = linking.reader(matcher, self.tracks, anchors, self.anchored)
+        semidense = matcher.info.kind == "semidense"
+
+        def work(encodings: list[tuple[Any, Any]]) -> list[Arrays]:
+            # As hloc does: the free ends of semi-dense matches belong in image 0, unless its
+            # keypoints are fixed.
+            raw = self.tracks == "quantized"
+            turned = [raw and (a.name in self.fixed) != semidense for a, _ in encodings]
+            asked = [(b, a) if t else (a, b) for (a, b), t in zip(encodings, turned, strict=True)]
+            return [
+                found | {"keypoints0": found["keypoints1"], "keypoints1": found["keypoints0"]}
+                if t
+                else found
+                for found, t in zip(read(asked), turned, strict=True)
+            ]
+
+        cpu = matcher.device.type == "cpu"
+        side_by_side = semidense and "hloc" not in matcher.settings()
+        with self._bar(len(self.pairs), "Match", "pairs", len(self.pairs) - len(todo)) as bar:
+
+            def done(pair: Pair, arrays: Arrays) -> None:
+                journal.append(_entry(pair), arrays, {"source": source(pair)})
+                bar.update()
+
+            engine.match_scheduled(
+                matcher,
+                todo,
+                lambda name: images.load(self.records[name], matcher.image_options),
+                work,
+                done,
+                cache_gb=cache_gb,
+                batch_size=batch_size or (1 if cpu else _GPU_BATCH),
+                workers=engine.default_workers(matcher.device, False) if side_by_side else 1,
+            )
+
+    # ------------------------------------------------------------------------------------ link
+
+    def _link(self, read: Any, anchors: Mapping[str, Anchors]) -> Tracks:
+        """Keypoints of the images that have none yet, and matches of all pairs."""
+        joint = [pair for pair in self.pairs if pair not in self.free]
+        options = quantized.QuantizedOptions(
+            max_error=self.conf["max_error"],
+            cell_size=self.conf["cell_size"],
+            max_keypoints=self.max_kps,
+        )
+        tracks = linking.link(
+            sorted(self.records),
+            lambda: anchors,
+            joint,
+            read,
+            self.tracks,
+            anchored=self.anchored,
+            quantized=options,
+        )
+        tracks.lengths = None
+        for name, xy in self.fixed.items():
+            tracks.keypoints[name] = xy
+        reach = dict.fromkeys(self.records, float(options.max_error))
+        for query in sorted({a for a, _ in self.free}):
+            own = [pair for pair in self._hlocs_order() if pair in self.free and pair[0] == query]
+            raws = [self._raw(pair, read(pair), anchors) for pair in own]
+            xy, scores = _unrepeated(
+                np.concatenate([raw[0] for raw in raws]), np.concatenate([raw[2] for raw in raws])
+            )
+            tracks.keypoints[query] = np.concatenate([tracks.keypoints[query], xy])
+            tracks.keypoint_scores[query] = np.concatenate([tracks.keypoint_scores[query], scores])
+            reach[query] = 1e-3  # every match has its own keypoint
+        there: dict[str, Any] = {}
+        for pair in self.pairs:
+            if not self.fixed.keys() & set(pair):
+                continue
+            for name in pair:
+                if name not in there:
+                    there[name] = quantized.given(tracks.keypoints[name], reach[name])
+            tracks.matches[pair], tracks.scores[pair] = quantized.assign(
+                pair, self._raw(pair, read(pair), anchors), there[pair[0]], there[pair[1]]
+            )
+        return tracks
+
+    def _hlocs_order(self) -> list[Pair]:
+        """Pairs in the order in which hloc aggregates them, which numbers keypoints."""
+        count: dict[str, int] = {}
+        for pair in self.pairs:
+            for name in pair:
+                count[name] = count.get(name, 0) + 1
+        return sorted(self.pairs, key=lambda pair: (min(count[pair[0]], count[pair[1]]), pair))
+
+    def _raw(self, pair: Pair, arrays: Arrays, anchors: Mapping[str, Anchors]) -> Raw:
+        """Matches of a pair by coordinates."""
+        if self.tracks == "quantized":
+            return arrays["keypoints0"], arrays["keypoints1"], arrays["scores"]
+        reading = PairReading.from_arrays(arrays)
+        index0, xy1, score0 = reading.direction(0)
+        index1, xy0, score1 = reading.direction(1)
+        mine, theirs = anchors[pair[0]].xy_px[index0], anchors[pair[1]].xy_px[index1]
+        if pair in self.free:  # what was read at the keypoints that are to be matched
+            return xy0, theirs, score1
+        return (
+            np.concatenate([mine, xy0]),
+            np.concatenate([xy1, theirs]),
+            np.concatenate([score0, score1]),
+        )
+
+    # ----------------------------------------------------------------------------------- write
+
+    def _write(
+        self,
+        feature_path: Path,
+        match_path: Path,
+        linked: Tracks,
+        read: Any,
+        anchors: Mapping[str, Anchors],
+    ) -> None:
+        """Add to both files. Features first: a pair in the match file has its keypoints."""
+        found = sorted(self.records.keys() - self.fixed.keys())
+        with _Rewritten(feature_path) as file:
+            for name in found:
+                _put(
+                    file,
+                    name,
+                    {
+                        "keypoints": linked.keypoints[name].astype(np.float32),
+                        "score": linked.keypoint_scores[name],
+                    },
+                )
+        with _Rewritten(match_path) as file:
+            for pair in self.pairs:
+                xy0, xy1, scores = self._raw(pair, read(pair), anchors)
+                raw = {"keypoints0": xy0, "keypoints1": xy1, "scores": scores}
+                reverse = _key(pair[::-1])
+                if reverse in file:
+                    del file[reverse]
+                rows = linked.matches[pair]
+                _put(file, _key(pair), raw | _matches0(rows, linked.scores[pair]))
+        if found:
+            mean = np.mean([len(linked.keypoints[name]) for name in found])
+            logger.info("%d images have %.1f keypoints on average.", len(found), mean)
+
+    def _bar(self, total: int, text: str, unit: str, done: int = 0) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=total,
+            desc=text,
+            unit=unit,
+            initial=done,
+            disable=not self.progress,
+            smoothing=0.1,
+        )
+
+
+def _entry(pair: Pair) -> str:
+    return "\t".join(pair)
+
+
+def _content(anchors: Anchors) -> str:
+    return hashlib.sha256(anchors.xy_px.tobytes()).hexdigest()
+
+
+def _unrepeated(xy: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Different places (N, 2) as they appear first, and the scores (N,) that they collect."""
+    places, first, number = np.unique(xy, axis=0, return_index=True, return_inverse=True)
+    total = np.zeros(len(places), np.float32)
+    np.add.at(total, number.reshape(-1), scores)
+    order = np.argsort(first)
+    return places[order].astype(np.float32), total[order]
+
+
+def _matches0(rows: np.ndarray, scores: np.ndarray) -> Arrays:
+    """A pair's matches (M, 2) as hloc's dense matching writes them: up to the last matched row."""
+    length = int(rows[:, 0].max()) + 1 if len(rows) else 0
+    matches0 = np.full(length, -1, np.int32)
+    scores0 = np.zeros(length, np.float16)
+    matches0[rows[:, 0]] = rows[:, 1]
+    scores0[rows[:, 0]] = scores
+    return {"matches0": matches0, "matching_scores0": scores0}
+
+
+def _put(file: h5py.File, key: str, arrays: Arrays) -> None:
+    if key in file:
+        del file[key]
+    group = file.create_group(key)
+    for name, values in arrays.items():
+        group.create_dataset(name, data=values)
+
+
+class _Rewritten:
+    """An h5 file with what is put into it, complete or as it was."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+
+    def __enter__(self) -> h5py.File:
+        self._temporary.unlink(missing_ok=True)
+        try:
+            if self._path.exists():
+                shutil.copyfile(self._path, self._temporary)
+            self._file = h5py.File(self._temporary, "a")
+        except OSError as error:
+            raise OutputError(f"Cannot write {self._path}: {error}") from error
+        return self._file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None:
+            os.replace(self._temporary, self._path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    """``python -m gim_hloc.hloc_plugin.match_dense``."""
+    parser = argparse.ArgumentParser(
+        prog="gim_hloc.hloc_plugin.match_dense",
+        description="hloc.match_dense with the same arguments and files, faster.",
+    )
+    parser.add_argument("--pairs", type=Path, required=True, help="'name0 name1' a line")
+    parser.add_argument("--image_dir", type=Path, required=True)
+    parser.add_argument("--export_dir", type=Path, help="folder of files without a path")
+    parser.add_argument("--matches", type=Path, help="match file")
+    parser.add_argument("--features", help="feature file (.h5), or what its name begins with")
+    parser.add_argument(
+        "--conf", default="gim_dkm", help=f"{', '.join(confs.MATCH_DENSE)}, or one of hloc's"
+    )
+    parser.add_argument("--features_ref", type=Path, nargs="+", help="keypoints that stay")
+    parser.add_argument("--max_kps", type=int, default=8192, help="an image; 0: all")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--tracks", choices=get_args(Kind), default="anchored")
+    parser.add_argument("--describer", default="auto", help="matcher that gives anchors, or none")
+    parser.add_argument("--batch_size", type=int, help="pairs a network call")
+    parser.add_argument("--cache_gb", type=float, help="memory for encodings")
+    arguments = parser.parse_args(argv)
+    common.configure_logging()
+
+    def run() -> None:
+        values = vars(arguments)
+        values["conf"] = _conf(values["conf"])
+        values["max_kps"] = values["max_kps"] or None
+        if values["features"] is not None and values["features"].endswith(".h5"):
+            values["features"] = Path(values["features"])
+        main(**values)
+
+    return common.run(run)
+
+
+def _conf(name: str) -> Conf:
+    if name in confs.MATCH_DENSE:
+        return confs.MATCH_DENSE[name]
+    from gim_hloc.hloc_plugin.registration import import_hloc, register
+
+    register()
+    table: dict[str, Conf] = import_hloc("match_dense").confs
+    if name not in table:
+        raise InputError(f"There is no configuration {name!r}; there are: {', '.join(table)}.")
+    return table[name]
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,319 @@
+"""The drop-in for hloc's ``match_dense.main``: files, references, resuming. No hloc needed."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from gim_hloc.errors import InputError
+from gim_hloc.evaluation import synthetic_dense
+from gim_hloc.hloc_plugin import confs, match_dense
+from gim_hloc.tracks.anchored import AnchoredOptions
+from gim_hloc.tracks.quantized import QuantizedOptions, quantize
+
+SIZE = (320, 240)
+NAMES = [f"view_{i:03d}.png" for i in range(5)]
+ALL = list(itertools.combinations(NAMES, 2))
+GRID = AnchoredOptions(grid_px=12)
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Setup:
+    folder: Path
+    scene: synthetic_dense.Scene
+    conf: dict[str, Any]
+
+    def pairs(self, path: Path, pairs: list[tuple[str, str]]) -> Path:
+        path.write_text("\n".join(f"{a} {b}" for a, b in pairs))
+        return path
+
+    def run(
+        self, pairs: list[tuple[str, str]], output: Path, **options: Any
+    ) -> tuple[dict[str, Arrays], dict[str, Arrays]]:
+        output.mkdir(exist_ok=True)
+        options = {"describer": "none", "anchored": GRID, "progress": False} | options
+        found = match_dense.main(
+            options.pop("conf", self.conf),
+            self.pairs(output / "pairs.txt", pairs),
+            self.folder / "images",
+            options.pop("export_dir", output),
+            **options,
+        )
+        return read(found[0]), read(found[1])
+
+
+def read(path: Path) -> dict[str, Arrays]:
+    """Datasets by the name of their group."""
+    found: dict[str, Arrays] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, h5py.Dataset):
+            group, _, key = name.rpartition("/")
+            found.setdefault(group, {})[key] = value[()]
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
+    return found
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    synthetic_dense.register()
+    folder = tmp_path_factory.mktemp("scene")
+    scene = synthetic_dense.make_scene(
+        synthetic_dense.SceneOptions(views=len(NAMES), size=SIZE, boxes=2)
+    )
+    synthetic_dense.write_scene(scene, folder)
+    conf = {
+        "output": "matches-known",
+        "model": {
+            "name": "gim_hloc_dense", "matcher": "synthetic_dense",
+            "scene": str(folder / "scene.json"), "size": (72, 96), "num_matches": 400,
+            "noise_px": 0.2, "outlier_share": 0.0,
+        },
+        "preprocessing": {"grayscale": False, "resize_max": None, "dfactor": 1},
+        "max_error": 2,
+        "cell_size": 8,
+    }  # fmt: skip
+    return Setup(folder, scene, conf)
+
+
+def rows(arrays: Arrays) -> np.ndarray:
+    first = np.flatnonzero(arrays["matches0"] >= 0)
+    return np.stack([first, arrays["matches0"][first]], 1)
+
+
+def errors(setup: Setup, a: str, b: str, xy0: np.ndarray, xy1: np.ndarray) -> np.ndarray:
+    true = setup.scene.true_position(a, b, xy0.astype(np.float64))
+    found: np.ndarray = np.linalg.norm(true - xy1, axis=1)
+    return found[np.isfinite(found)]
+
+
+@pytest.fixture(scope="module")
+def anchored(
+    setup: Setup, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Arrays], dict[str, Arrays]]:
+    output = tmp_path_factory.mktemp("anchored")
+    return output, *setup.run(ALL, output)
+
+
+def test_quantised_tracks_are_hlocs(setup: Setup, tmp_path: Path) -> None:
+    features, matches = setup.run(ALL, tmp_path, tracks="quantized", max_kps=300)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "feats_matches-known.h5", "matches-known_pairs.h5", "pairs.txt",
+    ]  # fmt: skip
+    raw = {
+        (a, b): tuple(matches[f"{a}/{b}"][k] for k in ("keypoints0", "keypoints1", "scores"))
+        for a, b in ALL
+    }
+    assert all(len(ends[0]) == 400 for ends in raw.values())
+    expected = quantize(
+        NAMES,
+        raw,
+        QuantizedOptions(max_error=2, cell_size=8, max_keypoints=300),  # type: ignore
+    )
+    for name in NAMES:
+        assert features[name]["keypoints"].dtype == np.float32
+        np.testing.assert_array_equal(features[name]["keypoints"], expected.keypoints[name])
+        np.testing.assert_array_equal(features[name]["score"], expected.keypoint_scores[name])
+    for a, b in ALL:
+        found = matches[f"{a}/{b}"]
+        assert (found["matches0"].dtype, found["matching_scores0"].dtype) == (np.int32, np.float16)
+        np.testing.assert_array_equal(rows(found), expected.matches[a, b])
+        assert len(found["matches0"]) == expected.matches[a, b][:, 0].max() + 1
+
+
+def test_anchored_tracks_are_accurate_and_longer(
+    setup: Setup, anchored: tuple[Path, dict[str, Arrays], dict[str, Arrays]], tmp_path: Path
+) -> None:
+    _, features, matches = anchored
+    assert set(features) == set(NAMES)
+    worst = {}
+    for kind, (keypoints, pairs) in {
+        "anchored": (features, matches),
+        "quantized": setup.run(ALL, tmp_path, tracks="quantized"),
+    }.items():
+        found = []
+        for a, b in ALL:
+            both = rows(pairs[f"{a}/{b}"])
+            xy0, xy1 = keypoints[a]["keypoints"], keypoints[b]["keypoints"]
+            found.append(errors(setup, a, b, xy0[both[:, 0]], xy1[both[:, 1]]))
+            raw = pairs[f"{a}/{b}"]
+            near = errors(setup, a, b, raw["keypoints0"], raw["keypoints1"])
+            assert np.median(near) < 0.5
+        worst[kind] = np.median(np.concatenate(found))
+    assert worst["anchored"] < 0.35
+    assert worst["anchored"] < 0.5 * worst["quantized"]
+
+
+def test_finished_pairs_are_passed_over(
+    setup: Setup,
+    anchored: tuple[Path, dict[str, Arrays], dict[str, Arrays]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = shutil.copytree(anchored[0], tmp_path / "again")
+    before = {p.name: p.stat().st_mtime_ns for p in output.glob("*.h5")}
+    monkeypatch.setattr(match_dense, "_load", pytest.fail)
+    # hloc takes a pair and its reverse for one.
+    found = setup.run([(b, a) for a, b in ALL], output)
+    assert set(found[1]) == set(anchored[2])
+    assert {p.name: p.stat().st_mtime_ns for p in output.glob("*.h5")} == before
+
+
+def test_images_that_have_keypoints_keep_them(setup: Setup, tmp_path: Path) -> None:
+    for kind in ("anchored", "quantized"):
+        output = tmp_path / kind
+        three, matched = setup.run(list(itertools.combinations(NAMES[:3], 2)), output, tracks=kind)
+        match_file = output / "matches-known_pairs.h5"
+        everything, more = setup.run(ALL, output, tracks=kind)
+        assert set(everything) == set(NAMES)
+        for name in NAMES[:3]:
+            np.testing.assert_array_equal(everything[name]["keypoints"], three[name]["keypoints"])
+        for group, arrays in matched.items():
+            for key, values in arrays.items():
+                np.testing.assert_array_equal(more[group][key], values)
+        a, b = NAMES[0], NAMES[4]
+        both = rows(more[f"{a}/{b}"])
+        assert len(both) > 20
+        xy0, xy1 = (everything[n]["keypoints"][both[:, k]] for k, n in enumerate((a, b)))
+        assert np.median(errors(setup, a, b, xy0, xy1)) < 3
+        # Half done: a pair without matches is matched again, which hloc does not do.
+        with h5py.File(match_file, "a") as file:
+            del file[f"{a}/{b}/matches0"]
+        _, repaired = setup.run(ALL, output, tracks=kind)
+        assert len(rows(repaired[f"{a}/{b}"])) > 20
+
+
+def test_overwriting_starts_over(
+    setup: Setup, anchored: tuple[Path, dict[str, Arrays], dict[str, Arrays]], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    setup.run([(NAMES[1], NAMES[0])], output, max_kps=50)
+    with h5py.File(output / "feats_matches-known.h5", "a") as file:
+        file.create_group("other.png").create_dataset("keypoints", data=np.zeros((1, 2)))
+    features, matches = setup.run(ALL, output, overwrite=True)
+    assert set(features) - set(NAMES) == {"other.png"}  # not ours to delete
+    assert set(matches) == {f"{a}/{b}" for a, b in ALL}  # the reverse one would be stale
+    for name in NAMES:
+        np.testing.assert_array_equal(features[name]["keypoints"], anchored[1][name]["keypoints"])
+    for group, arrays in matches.items():
+        np.testing.assert_array_equal(arrays["matches0"], anchored[2][group]["matches0"])
+
+
+@pytest.mark.parametrize("kind", ["anchored", "quantized"])
+def test_localisation_gives_each_match_a_keypoint(setup: Setup, tmp_path: Path, kind: str) -> None:
+    built = tmp_path / "map"
+    reference, _ = setup.run(list(itertools.combinations(NAMES[:4], 2)), built, tracks=kind)
+    query = NAMES[4]
+    features, matches = setup.run(
+        [(query, name) for name in NAMES[:4]],
+        tmp_path / "loc",
+        tracks=kind,
+        max_kps=None,
+        features_ref=built / "feats_matches-known.h5",
+    )
+    assert set(features) == {query}
+    xy = features[query]["keypoints"]
+    assert len(np.unique(xy, axis=0)) == len(xy)
+    total = 0
+    for name in NAMES[:4]:
+        found = matches[f"{query}/{name}"]
+        both = rows(found)
+        assert len(np.unique(both[:, 1])) == len(both)
+        # Query keypoints are exactly what was matched: nothing is rounded.
+        raw = {tuple(point) for point in found["keypoints0"].tolist()}
+        assert {tuple(point) for point in xy[both[:, 0]].tolist()} <= raw
+        there = reference[name]["keypoints"][both[:, 1]]
+        assert np.median(errors(setup, query, name, xy[both[:, 0]], there)) < (
+            0.4 if kind == "anchored" else 2.0
+        )
+        total += len(both)
+    assert total > (400 if kind == "anchored" else 100)
+
+
+def test_a_stopped_run_goes_on(
+    setup: Setup,
+    anchored: tuple[Path, dict[str, Arrays], dict[str, Arrays]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matcher = synthetic_dense.SyntheticDense
+    plain, calls = matcher.warp_batch, []
+
+    def counted(self: Any, pairs: Any, stop: int) -> Any:
+        calls.extend(pairs)
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        return plain(self, pairs)
+
+    monkeypatch.setattr(matcher, "warp_batch", lambda self, pairs: counted(self, pairs, 4))
+    with pytest.raises(KeyboardInterrupt):
+        setup.run(ALL, tmp_path)
+    assert not list(tmp_path.glob("*.h5"))
+    calls.clear()
+    monkeypatch.setattr(matcher, "warp_batch", lambda self, pairs: counted(self, pairs, 99))
+    features, matches = setup.run(ALL, tmp_path)
+    assert len(calls) == len(ALL) - 4
+    for name in NAMES:
+        np.testing.assert_array_equal(features[name]["keypoints"], anchored[1][name]["keypoints"])
+    assert set(matches) == set(anchored[2])
+    assert not list(tmp_path.glob("*.journal"))
+
+
+def test_a_detector_gives_anchors(setup: Setup, tmp_path: Path) -> None:
+    options = AnchoredOptions(grid_px=0)
+    features, _ = setup.run(ALL[:1], tmp_path, describer="sift", anchored=options)
+    assert all(len(features[name]["keypoints"]) > 50 for name in ALL[0])
+
+
+def test_what_cannot_be_used_is_said_at_once(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ALL[:1]
+    with pytest.raises(InputError, match="tracks is 'none'; choose anchored or quantized"):
+        setup.run(pair, tmp_path, tracks="none")
+    with pytest.raises(InputError, match=r"missing\.png"):
+        setup.run([(NAMES[0], "missing.png")], tmp_path)
+    with pytest.raises(InputError, match=r"The reference features .*none\.h5 do not exist"):
+        setup.run(pair, tmp_path, features_ref=Path("none.h5"))
+    with pytest.raises(InputError, match="Give both features and matches as paths"):
+        setup.run(pair, tmp_path, features=tmp_path / "f.h5")
+    with pytest.raises(InputError, match="Give export_dir"):
+        setup.run(pair, tmp_path, export_dir=None)
+    with pytest.raises(InputError, match=r"the pairs a-b\.png c\.png and a/b\.png c\.png apart"):
+        setup.run([("a/b.png", "c.png"), ("a-b.png", "c.png")], tmp_path)
+    model = {"name": "gim_hloc_dense", "matcher": "sift"}
+    with pytest.raises(InputError, match="sift is a sparse matcher"):
+        setup.run(pair, tmp_path, conf=setup.conf | {"model": model})
+    with pytest.raises(InputError, match=r"no option 'sizes'\. Did you mean 'size'"):
+        setup.run(pair, tmp_path, conf=setup.conf | {"model": setup.conf["model"] | {"sizes": 1}})
+    monkeypatch.setitem(__import__("sys").modules, "hloc", None)
+    with pytest.raises(InputError, match="hloc is not installed"):
+        setup.run(pair, tmp_path, conf=setup.conf | {"model": {"name": "loftr"}})
+
+
+def test_the_command_takes_hlocs_arguments(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(confs.MATCH_DENSE, "known", setup.conf)
+    pairs = setup.pairs(tmp_path / "few.txt", ALL[:1])
+    common = ["--pairs", str(pairs), "--image_dir", str(setup.folder / "images"), "--conf", "known"]
+    assert match_dense.command([*common, "--export_dir", str(tmp_path), "--describer", "none"]) == 0
+    assert set(read(tmp_path / "feats_matches-known.h5")) == set(ALL[0])
+    assert set(read(tmp_path / "matches-known_few.h5")) == {"/".join(ALL[0])}
+    paths = ["--features", str(tmp_path / "f.h5"), "--matches", str(tmp_path / "m.h5")]
+    assert match_dense.command([*common, *paths, "--tracks", "quantized", "--max_kps", "0"]) == 0
+    assert set(read(tmp_path / "m.h5")) == {"/".join(ALL[0])}
+    capsys.readouterr()
+    assert match_dense.command([*common, *paths[:2]]) == 2
+    assert "error: Give both features and matches" in capsys.readouterr().err
