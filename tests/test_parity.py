@@ -146,10 +146,10 @@ class Toy:
             "labels": np.arange(10),
             "pairs": np.array([[2, 3], [0, 1]]),
             "a_keypoints": np.concatenate(
-                [golden["a_keypoints"][0][order], np.full((1, 2), 7, np.float32)]
+                [self.arrays["a_keypoints"][0][order], np.full((1, 2), 7, np.float32)]
             ),
             "a_n_detected": 3,
-            "a_descriptors16": golden["a_descriptors16"][[*order, 3]],
+            "a_descriptors16": self.arrays["a_descriptors16"][[*order, 3]],
             "unknown": y,
         }
 
