@@ -48,7 +48,7 @@ class AnchoredOptions:
     merge_px: float = 2.0  # a reading this near an anchor means that anchor
     guided: bool = True  # link keypoints with keypoints before stars
     max_spread_px: float = 3.0  # readings of one point farther from their median are dropped
-    max_keypoints: int | None = 8192  # an image; the longest tracks are kept. None: all
+    max_keypoints: int | None = 12288  # an image; the longest tracks are kept. None: all
 
     def __post_init__(self) -> None:
         if self.grid_px != 0 and self.grid_px < 4:
