@@ -21,6 +21,9 @@ _LAZY = {
     "reconstruct": "gim_hloc.pipelines.reconstruct",
     "ReconstructOptions": "gim_hloc.pipelines.reconstruct",
     "ReconstructResult": "gim_hloc.pipelines.reconstruct",
+    "localize": "gim_hloc.pipelines.localize",
+    "LocalizeOptions": "gim_hloc.pipelines.localize",
+    "LocalizeResult": "gim_hloc.pipelines.localize",
     "GimError": "gim_hloc.errors",
     "register": "gim_hloc.hloc_plugin",
 }
@@ -36,6 +39,7 @@ _MODULES = (
     "networks",
     "pairs",
     "pipelines",
+    "poses",
     "store",
     "tracks",
     "training",
@@ -44,10 +48,13 @@ _MODULES = (
 
 __all__ = [
     "GimError",
+    "LocalizeOptions",
+    "LocalizeResult",
     "MatchResult",
     "ReconstructOptions",
     "ReconstructResult",
     "__version__",
+    "localize",
     "match",
     "reconstruct",
     "register",
@@ -56,6 +63,7 @@ __all__ = [
 if TYPE_CHECKING:
     from gim_hloc.errors import GimError
     from gim_hloc.hloc_plugin import register
+    from gim_hloc.pipelines.localize import LocalizeOptions, LocalizeResult, localize
     from gim_hloc.pipelines.match_pair import MatchResult, match
     from gim_hloc.pipelines.reconstruct import ReconstructOptions, ReconstructResult, reconstruct
 

@@ -1093,6 +1093,209 @@ def _poses_of(model: Any) -> dict[str, Pose]:
     return poses
 
 
+# ---------------------------------------------------------------------------------- localisation
+
+
+@dataclass(kw_only=True)
+class MapView:
+    """A registered image of a model.
+
+    Attributes:
+        xy_px: (N, 2) float64 keypoints in stored pixels, hloc's frame.
+        points: (N,) int64 id of the 3D point of each keypoint, -1 for none.
+        camera: its intrinsics.
+        pose: (R, t), world to camera.
+    """
+
+    xy_px: np.ndarray
+    points: np.ndarray
+    camera: CameraSpec
+    pose: Pose
+
+
+def map_views(model: Any) -> dict[str, MapView]:
+    """Registered images of a model, by name."""
+    poses = _poses_of(model)
+    views = {}
+    for image_id in sorted(model.reg_image_ids()):
+        image = model.image(image_id)
+        rows = image.points2D
+        views[image.name] = MapView(
+            xy_px=np.array([p.xy for p in rows], dtype=np.float64).reshape(-1, 2) - 0.5,
+            points=np.array(
+                [p.point3D_id if p.has_point3D() else -1 for p in rows], dtype=np.int64
+            ),
+            camera=camera_spec(model.camera(image.camera_id)),
+            pose=poses[image.name],
+        )
+    return views
+
+
+def point_positions(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (M,) int64, sorted, and positions (M, 3) of a model's points."""
+    ids = np.array(sorted(model.point3D_ids()), dtype=np.int64)
+    xyz = np.array([model.points3D[int(i)].xyz for i in ids], dtype=np.float64).reshape(-1, 3)
+    return ids, xyz
+
+
+@dataclass(kw_only=True)
+class Located:
+    """Pose of a single image.
+
+    Attributes:
+        pose: (R, t), world to camera.
+        inliers: (N,) bool.
+        error_px: mean reprojection error of the inliers.
+        params: intrinsics, after refinement if there was any.
+    """
+
+    pose: Pose
+    inliers: np.ndarray
+    error_px: float
+    params: tuple[float, ...]
+
+
+def locate(
+    xy_px: np.ndarray,
+    xyz: np.ndarray,
+    camera: CameraSpec,
+    *,
+    max_error: float,
+    focal: Literal["known", "refine", "estimate"] = "known",
+    confidence: float = 0.99999,
+    max_trials: int = 10_000,
+    seed: int = 0,
+) -> Located | None:
+    """Pose from points seen in an image: COLMAP's LO-RANSAC and refinement of all inliers.
+
+    Args:
+        xy_px: (N, 2) stored pixels, hloc's frame.
+        xyz: (N, 3) where they are in the world.
+        camera: intrinsics.
+        max_error: largest reprojection error of an inlier, px.
+        focal: known: kept; refine: a guess that is refined; estimate: found with the pose.
+        confidence: of having drawn one sample without outliers.
+        max_trials: samples at most.
+        seed: of the samples.
+
+    Returns:
+        None when no pose was found.
+    """
+    if len(xy_px) < (5 if focal != "known" else 3):
+        return None
+    colmap_camera = pycolmap.Camera(
+        model=camera.model, width=camera.width, height=camera.height, params=list(camera.params)
+    )
+    estimation = pycolmap.AbsolutePoseEstimationOptions()
+    estimation.ransac.max_error = max_error
+    estimation.ransac.confidence = confidence
+    estimation.ransac.max_num_trials = max_trials
+    estimation.ransac.random_seed = seed
+    estimation.estimate_focal_length = focal == "estimate"
+    refinement = pycolmap.AbsolutePoseRefinementOptions()
+    refinement.refine_focal_length = focal != "known"
+    refinement.print_summary = False
+    xy_colmap = np.ascontiguousarray(xy_px, dtype=np.float64) + 0.5
+    xyz = np.ascontiguousarray(xyz, dtype=np.float64)
+    found = pycolmap.estimate_and_refine_absolute_pose(
+        xy_colmap, xyz, colmap_camera, estimation, refinement
+    )
+    if found is None:
+        return None
+    matrix = np.asarray(found["cam_from_world"].matrix())
+    pose = (matrix[:, :3].copy(), matrix[:, 3].copy())
+    # What refinement moved decides again who is an inlier.
+    local = xyz @ pose[0].T + pose[1]
+    errors = np.full(len(xyz), np.inf)
+    ahead = local[:, 2] > 0
+    if ahead.any():
+        distance = np.linalg.norm(_project(colmap_camera, local[ahead]) - xy_colmap[ahead], axis=1)
+        errors[ahead] = np.where(np.isfinite(distance), distance, np.inf)
+    inliers = errors <= max_error
+    if not inliers.any():
+        return None
+    return Located(
+        pose=pose,
+        inliers=inliers,
+        error_px=float(errors[inliers].mean()),
+        params=tuple(float(p) for p in colmap_camera.params),
+    )
+
+
+@dataclass(kw_only=True)
+class NewImage:
+    """An image to be added to a model.
+
+    Attributes:
+        name: not yet in the model.
+        camera: intrinsics.
+        pose: (R, t), world to camera.
+        xy_px: (N, 2) keypoints in stored pixels, hloc's frame.
+        points: (N,) int64 id of the 3D point that a keypoint sees, -1 for none.
+    """
+
+    name: str
+    camera: CameraSpec
+    pose: Pose
+    xy_px: np.ndarray
+    points: np.ndarray
+
+
+def add_images(model: Any, images: Sequence[NewImage], *, share: bool = True) -> None:
+    """Add images with their observations to a model, in place.
+
+    Args:
+        model: ``pycolmap.Reconstruction``.
+        images: in the order of their new ids.
+        share: use a camera of the model that has exactly the same intrinsics.
+    """
+    cameras: dict[tuple[Any, ...], int] = {}
+    if share:
+        for camera_id in sorted(model.cameras.keys(), reverse=True):
+            # A rig of several cameras would want all of its images.
+            if model.exists_rig(camera_id) and model.rig(camera_id).num_sensors() == 1:
+                cameras[_camera_key(camera_spec(model.camera(camera_id)))] = camera_id
+    next_camera = max((*model.cameras.keys(), *model.rigs.keys()), default=0) + 1
+    next_image = max((*model.images.keys(), *model.frames.keys()), default=0) + 1
+    for new in images:
+        key = _camera_key(new.camera)
+        if key not in cameras:
+            camera = pycolmap.Camera(
+                model=new.camera.model,
+                width=new.camera.width,
+                height=new.camera.height,
+                params=list(new.camera.params),
+                camera_id=next_camera,
+            )
+            camera.has_prior_focal_length = new.camera.prior
+            model.add_camera_with_trivial_rig(camera)
+            cameras[key] = next_camera
+            next_camera += 1
+        image = pycolmap.Image(name=new.name, camera_id=cameras[key], image_id=next_image)
+        image.points2D = pycolmap.Point2DList(
+            [pycolmap.Point2D(xy) for xy in np.asarray(new.xy_px) + 0.5]
+        )
+        model.add_image_with_trivial_frame(image, _rigid(new.pose))
+        for row in np.flatnonzero(new.points >= 0):
+            element = pycolmap.TrackElement(next_image, int(row))
+            model.add_observation(int(new.points[row]), element)
+        next_image += 1
+
+
+def _camera_key(camera: CameraSpec) -> tuple[Any, ...]:
+    return (camera.model, camera.width, camera.height, camera.params)
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """Write a model in binary form, replacing what is there once it is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
 # ------------------------------------------------------------------------------------- refinement
 
 
@@ -1737,10 +1940,14 @@ __all__ = [
     "CameraOptions",
     "CameraSpec",
     "ImageStatistics",
+    "Located",
     "MapOptions",
+    "MapView",
     "MappingResult",
+    "NewImage",
     "PairVerification",
     "VerifyOptions",
+    "add_images",
     "assign_cameras",
     "build_database",
     "camera_param_count",
@@ -1750,10 +1957,13 @@ __all__ = [
     "has_cuda",
     "image_statistics",
     "inlier_matches",
+    "locate",
+    "map_views",
     "model_cameras",
     "model_observations",
     "model_statistics",
     "parse_intrinsics",
+    "point_positions",
     "points",
     "poses_and_cameras",
     "read_model",
@@ -1769,4 +1979,5 @@ __all__ = [
     "triangulate_known",
     "undistort",
     "version",
+    "write_model",
 ]

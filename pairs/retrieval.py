@@ -238,6 +238,21 @@ def vlad(
         ValueError: if descriptors of different length meet.
         InputError: if ``clusters`` is below 1.
     """
+    centres = codebook(
+        local_descriptors, clusters=clusters, seed=seed, max_train=max_train, iterations=iterations
+    )
+    return aggregate(local_descriptors, centres)
+
+
+def codebook(
+    local_descriptors: Sequence[np.ndarray],
+    *,
+    clusters: int = 64,
+    seed: int = 0,
+    max_train: int = 32_000,
+    iterations: int = 20,
+) -> np.ndarray:
+    """Cluster centres (K, D) float32 for ``aggregate``, learnt on images; see ``vlad``."""
     if clusters < 1:
         raise InputError(f"VLAD needs at least 1 cluster, not {clusters}")
     n = len(local_descriptors)
@@ -254,9 +269,14 @@ def vlad(
     if len(lengths) > 1:
         raise ValueError(f"Local descriptors of different length: {sorted(lengths)}")
     if not any(len(rows) for rows in sample):
-        return np.zeros((n, clusters * max(lengths, default=1)), dtype=np.float32)
-    centres = _kmeans(np.concatenate(sample), clusters, seed=seed, iterations=iterations)
-    out = np.zeros((n, clusters * centres.shape[1]), dtype=np.float32)
+        return np.zeros((clusters, max(lengths, default=1)), dtype=np.float32)
+    return _kmeans(np.concatenate(sample), clusters, seed=seed, iterations=iterations)
+
+
+def aggregate(local_descriptors: Sequence[np.ndarray], centres: np.ndarray) -> np.ndarray:
+    """VLAD vectors (N, K * D) of images for given centres (K, D); see ``vlad``."""
+    n, clusters = len(local_descriptors), len(centres)
+    out = np.zeros((n, centres.size), dtype=np.float32)
     for i in range(n):
         rows = np.asarray(local_descriptors[i], dtype=np.float32)
         if len(rows) == 0:

@@ -1,0 +1,1325 @@
+"""Poses of images in an existing model.
+
+queries -> encode (once each) -> pairs with the map's images -> match -> points of the map that a
+query sees -> pose (LO-RANSAC, refined). What the map's run left is reused: keypoints, descriptors
+and settings; nothing of the map is computed again, and it is not changed. Matchers without
+keypoints are read at the map's own: a warp says where each keypoint that has a 3D point lies in the
+query.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from gim_hloc import engine
+from gim_hloc.colmap import CameraOptions
+from gim_hloc.errors import GimError, InputError, MappingError
+from gim_hloc.files import write_atomic
+from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
+from gim_hloc.pipelines import linking
+from gim_hloc.pipelines.maps import MapFeatures, SceneMap, open_map, same_features
+from gim_hloc.pipelines.outcome import versions
+from gim_hloc.pipelines.reconstruct import parse_matcher_options
+from gim_hloc.store import (
+    H5Store,
+    OutputLock,
+    digest,
+    encoding_from_arrays,
+    encoding_to_arrays,
+    matches_to_arrays,
+    pair_keys,
+    rows_from_matches0,
+)
+from gim_hloc.tracks.anchored import AnchoredOptions, Anchors, read_matches, read_pair
+
+if TYPE_CHECKING:
+    from gim_hloc.colmap import CameraSpec
+    from gim_hloc.images import ImageRecord
+    from gim_hloc.masks import MaskFolder
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[str, str]  # (query, image of the map)
+Focal = Literal["known", "refine", "estimate"]
+
+FORMAT = 1  # raised when the meaning of stored arrays changes
+
+_COVISIBLE_SEEDS = 5
+_HOW = {
+    "given": "given",
+    "map": "of the map",
+    "exif": "EXIF, focal length refined",
+    "estimated": "estimated",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalizeOptions:
+    """Everything localisation can be told. Each field is a flag of ``gim-localize``."""
+
+    pairs: str = "auto"
+    """Images of the map that a query is matched with. auto: all of them up to 20, else retrieval;
+    exhaustive; retrieval (the most similar ones, VLAD of the map's own descriptors); covisibility
+    (few most similar ones and what sees the same points); or the path of a list "query image"."""
+    neighbours: int = 20
+    """Images of the map a query, for retrieval and covisibility."""
+    min_score: float | None = None
+    """Least cosine similarity in retrieval; None accepts every value."""
+    cluster: bool = False
+    """One attempt for each group of retrieved images that share points, the best is taken: for
+    places that look alike. Otherwise one attempt with all."""
+    matcher: str | None = None
+    """Matcher; that of the map by default. A dense one reads its warps at the map's keypoints."""
+    quality: Quality | None = None
+    """Operating point; that of the map by default."""
+    matcher_options: tuple[str, ...] = ()
+    """Any other option of the matcher as NAME=VALUE."""
+    features: Path | None = None
+    """Keypoints and descriptors of the map's images (hloc's layout), for maps of other programs."""
+    images: Path | None = None
+    """Folder of the map's images, if a dense matcher needs it and it is not where it was."""
+    intrinsics: str | None = None
+    """As in gim-reconstruct: "PINHOLE,fx,fy,cx,cy", a COLMAP cameras.txt, or lines "GLOB MODEL
+    width height params..."."""
+    camera: Literal["auto", "map", "exif", "estimate"] = "auto"
+    """Intrinsics of queries that --intrinsics does not name. auto: those of the map if it has one
+    camera of the same size and EXIF does not contradict; else from EXIF, focal length refined; else
+    estimated with the pose."""
+    camera_model: str = "SIMPLE_RADIAL"
+    """Model of cameras that are guessed."""
+    masks: Path | None = None
+    """Folder of masks of the queries in COLMAP's convention; black is ignored."""
+    mask_erode: int = 4
+    """Keypoints keep this many pixels away from masked ones."""
+    max_error: float = 12.0
+    """Largest reprojection error of an inlier, px."""
+    min_inliers: int = 15
+    """With fewer a query is not localised."""
+    confidence: float = 0.99999
+    """Of RANSAC having drawn one sample without outliers."""
+    max_trials: int = 10_000
+    """Samples of RANSAC at most."""
+    max_spread: float = 3.0
+    """Dense matchers: readings of one point from several images farther than this from their median
+    are not used, px in an image of 1600 px."""
+    cache_gb: float | None = None
+    """Memory for encodings of dense matchers, 10^9 bytes."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    workers: int = 0
+    """Network threads side by side on a processor; 0 chooses."""
+    batch_size: int = 0
+    """Pairs a network call on a GPU; 0 chooses."""
+    seed: int = 0
+    """Of every random number."""
+    overwrite: bool = False
+    """Start over instead of reusing what an earlier run left in OUTPUT."""
+    min_image_size: int = 64
+    """Pixels; queries with a smaller side are left out."""
+
+
+@dataclass(kw_only=True)
+class QueryResult:
+    """What became of a query.
+
+    Attributes:
+        name: path relative to the folder of queries.
+        pose: (R (3, 3), t (3,)), world to camera in the map's world, or None.
+        status: localized, or why not in a word.
+        reason: why not, in a sentence.
+        correspondences: keypoints of the query that were matched to a point of the map.
+        inliers: those that agree with the pose.
+        error_px: mean reprojection error of the inliers.
+        camera: intrinsics, after refinement.
+        intrinsics: given, map, exif or estimated.
+        references: images of the map and the inliers from each, most first.
+        matches: matches with images of the map, 3D point or not.
+    """
+
+    name: str
+    pose: tuple[np.ndarray, np.ndarray] | None = None
+    status: str = "not_localized"
+    reason: str = ""
+    correspondences: int = 0
+    inliers: int = 0
+    error_px: float | None = None
+    camera: CameraSpec | None = None
+    intrinsics: str = ""
+    references: list[tuple[str, int]] = field(default_factory=list)
+    matches: int = 0
+
+    @property
+    def localized(self) -> bool:
+        """Whether there is a pose."""
+        return self.pose is not None
+
+    @property
+    def center(self) -> np.ndarray | None:
+        """(3,) position in the map's world."""
+        return None if self.pose is None else -self.pose[0].T @ self.pose[1]
+
+
+@dataclass(kw_only=True)
+class LocalizeResult:
+    """What a localisation left.
+
+    Attributes:
+        output: folder of the run.
+        queries: by name.
+        model: folder of the COLMAP model of map and queries, or None when none was localised.
+        report: the content of report.json.
+    """
+
+    output: Path
+    queries: dict[str, QueryResult]
+    model: Path | None
+    report: dict[str, Any]
+
+    @property
+    def localized(self) -> int:
+        """Queries with a pose."""
+        return sum(q.localized for q in self.queries.values())
+
+
+def localize(
+    map: Path | str,
+    queries: Path | str,
+    output: Path | str,
+    options: LocalizeOptions | None = None,
+    *,
+    progress: bool = True,
+    **overrides: Any,
+) -> LocalizeResult:
+    """Localise images in an existing model.
+
+    Args:
+        map: output folder of ``gim-reconstruct``, or a COLMAP model (then ``features``).
+        queries: folder of images, searched recursively.
+        output: folder of the results; what an earlier run with the same settings left is reused.
+        options: all settings; ``None`` takes the defaults.
+        progress: whether to draw progress bars.
+        **overrides: single fields of ``LocalizeOptions``.
+
+    Returns:
+        Poses, and what became of each query.
+
+    Raises:
+        InputError: unusable map, queries or options.
+        MappingError: no query could be localised; the report says why for each.
+    """
+    options = options or LocalizeOptions()
+    known = {f.name for f in dataclasses.fields(LocalizeOptions)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise InputError(f"Unknown option {unknown[0]!r}. Known: {', '.join(sorted(known))}.")
+    options = dataclasses.replace(options, **overrides)
+    return _Localization(Path(map), Path(queries), Path(output), options, progress).run()
+
+
+def quaternion(rotation: np.ndarray) -> tuple[float, float, float, float]:
+    """Unit quaternion w, x, y, z of a rotation matrix, w >= 0."""
+    from scipy.spatial.transform import Rotation
+
+    x, y, z, w = Rotation.from_matrix(rotation).as_quat()
+    sign = -1.0 if w < 0 else 1.0
+    return sign * w, sign * x, sign * y, sign * z
+
+
+def format_poses(results: Sequence[QueryResult]) -> str:
+    """Lines ``name qw qx qy qz tx ty tz`` as hloc writes them, of the queries with a pose."""
+    lines = []
+    for result in results:
+        if result.pose is not None:
+            values = (*quaternion(result.pose[0]), *result.pose[1])
+            lines.append(" ".join([result.name, *(repr(float(v)) for v in values)]))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def format_table(results: Sequence[QueryResult]) -> str:
+    """One line a query for people: inliers, error, intrinsics, references, or why it failed."""
+    rows = [
+        ["query", "inliers", "points", "error px", "focal px", "intrinsics", "images of the map"]
+    ]
+    for r in results:
+        if r.localized and r.camera is not None:
+            listed = ", ".join(f"{name} ({count})" for name, count in r.references[:3])
+            more = len([1 for _, count in r.references[3:] if count])
+            rows.append(
+                [
+                    r.name,
+                    str(r.inliers),
+                    str(r.correspondences),
+                    f"{r.error_px:.2f}",
+                    f"{r.camera.params[0]:.1f}",
+                    _HOW[r.intrinsics],
+                    listed + (f" and {more} more" if more else ""),
+                ]
+            )
+        else:
+            rows.append([r.name, "-", str(r.correspondences), "", "", "", f"failed: {r.reason}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if 1 <= column <= 4 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """Points of the map seen in a query.
+
+    Attributes:
+        xy_px: (N, 2) keypoints of the query, all of them or those that were read.
+        row: (K,) keypoint of each correspondence.
+        point: (K,) its 3D point.
+        votes: (V, 2) correspondence and index of an image of the map it comes from.
+        matches: matches in all, 3D point or not.
+    """
+
+    xy_px: np.ndarray
+    row: np.ndarray
+    point: np.ndarray
+    votes: np.ndarray
+    matches: int
+
+
+class _Localization:
+    """One run: see the module."""
+
+    def __init__(
+        self, map: Path, queries: Path, output: Path, options: LocalizeOptions, progress: bool
+    ) -> None:
+        self.map_folder, self.root, self.output = map, queries, output
+        self.options = options
+        self.progress = progress
+        self.timings: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._encoded: set[str] = set()
+        self._matched: set[Pair] = set()
+        self._located: set[str] = set()
+
+    # ------------------------------------------------------------------------------------ order
+
+    def run(self) -> LocalizeResult:
+        from gim_hloc import images as image_module
+
+        options = self.options
+        watch = engine.Stopwatch()
+        self._check_folders()
+        with self._timed("map"):
+            self.map: SceneMap = open_map(
+                self.map_folder, features=options.features, images=options.images
+            )
+        with self._timed("scan"):
+            self.image_set = image_module.scan(
+                self.root,
+                min_size=options.min_image_size,
+                exclude=[self.output, *([options.masks] if options.masks else [])],
+                progress=self.progress,
+            )
+            image_module.require_usable(self.image_set, 1)
+        self.records = {record.name: record for record in self.image_set.images}
+        self.names = list(self.records)
+        self.references = sorted(self.map.views)
+        for rejected in self.image_set.rejected:
+            logger.warning("Left out: %s (%s: %s)", rejected.name, rejected.reason, rejected.detail)
+        self.masks = self._masks()
+        self.cameras = self._cameras()
+        self._load_matchers()
+        self.mode = self._mode()
+        logger.info(
+            "%d queries, map of %d images and %d points, matcher %s on %s, pairs %s",
+            len(self.names),
+            len(self.references),
+            self.map.model.num_points3D(),
+            self.matcher.info.name,
+            self.matcher.device,
+            self.mode,
+        )
+        with OutputLock(self.output), self._log_file():
+            return self._locked_run(watch)
+
+    def _locked_run(self, watch: engine.Stopwatch) -> LocalizeResult:
+        self._open_stores()
+        try:
+            self._encode()
+            with self._timed("pairs"):
+                pairs = self._pairs()
+            self._match(pairs)
+            results = self._locate(pairs)
+        finally:
+            for store in (self.features, self.matches, self.results):
+                store.close()
+            if self.map_features is not None:
+                self.map_features.close()
+        model = self._write_model(results)
+        ordered = [results[name] for name in self.names]
+        ordered += [
+            QueryResult(name=r.name, status=r.reason, reason=f"{r.reason}: {r.detail}")
+            for r in self.image_set.rejected
+        ]
+        ordered.sort(key=lambda r: r.name)
+        report = self._report(ordered, model, watch)
+        if model is None:
+            raise MappingError(
+                f"None of the {len(self.names)} queries could be localised; "
+                f"{self.output / 'report.txt'} says why for each (first: {ordered[0].reason})."
+            )
+        return LocalizeResult(
+            output=self.output, queries={r.name: r for r in ordered}, model=model, report=report
+        )
+
+    # ---------------------------------------------------------------------------------- helpers
+
+    def _check_folders(self) -> None:
+        if not self.root.is_dir():
+            raise InputError(f"There is no folder of queries {self.root}.")
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"{self.output} is a file; give a folder for the output.")
+        for folder, what in ((self.map_folder, "map"), (self.root, "folder of queries")):
+            if self.output.resolve() == folder.resolve():
+                raise InputError(f"The output folder must not be the {what} ({folder}).")
+        options = self.options
+        if options.neighbours < 1:
+            raise InputError(f"--neighbours is {options.neighbours}, it must be at least 1.")
+        if options.min_inliers < 4:
+            raise InputError(f"--min-inliers is {options.min_inliers}, it must be at least 4.")
+        if not options.max_error > 0:
+            raise InputError(f"--max-error is {options.max_error}, it must be positive.")
+
+    def _masks(self) -> MaskFolder | None:
+        if self.options.masks is None:
+            return None
+        from gim_hloc.masks import MaskFolder
+
+        masks = MaskFolder(self.options.masks, erode_px=self.options.mask_erode)
+        for warning in masks.check(self.names):
+            self._note(warning)
+        return masks
+
+    def _note(self, sentence: str) -> None:
+        logger.warning("%s", sentence)
+        self.notes.append(sentence)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        watch = engine.Stopwatch()
+        try:
+            yield
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + watch.seconds
+
+    @contextlib.contextmanager
+    def _log_file(self) -> Iterator[None]:
+        handler = logging.FileHandler(self.output / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package = logging.getLogger("gim_hloc")
+        level = package.level
+        package.addHandler(handler)
+        package.setLevel(logging.DEBUG)
+        logger.debug("run started: %s", " ".join(sys.argv))
+        try:
+            yield
+        except GimError as error:
+            logger.debug("run stopped: %s", error)
+            raise
+        finally:
+            package.removeHandler(handler)
+            package.setLevel(level)
+            handler.close()
+
+    def _bar(self, total: int, title: str, unit: str, done: int = 0) -> Any:
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=f"{title:<8}",
+            unit=f" {unit}",
+            disable=not self.progress,
+            dynamic_ncols=True,
+        )
+
+    # ---------------------------------------------------------------------------------- cameras
+
+    def _cameras(self) -> dict[str, tuple[CameraSpec, str]]:
+        """Intrinsics of every query, and where they are from."""
+        from gim_hloc import colmap
+
+        options = self.options
+        colmap.camera_param_count(options.camera_model)  # an unknown name is an error
+        records = list(self.records.values())
+        guessed, notes = colmap.assign_cameras(
+            records,
+            CameraOptions(
+                camera_mode="image",
+                camera_model=options.camera_model,
+                intrinsics=options.intrinsics,
+            ),
+        )
+        self.notes += notes
+        found: dict[str, tuple[CameraSpec, str]] = {}
+        for spec in guessed:
+            (name,) = spec.names
+            if spec.given:
+                found[name] = (spec, "given")
+                continue
+            shared = shared_camera(self.map, self.records[name])
+            if shared is not None and options.camera in ("auto", "map"):
+                found[name] = (shared, "map")
+            elif options.camera == "map":
+                raise InputError(
+                    f"--camera map: {name} is {spec.width}x{spec.height}, and the map has no "
+                    "camera, or several, of that size. Give --intrinsics, or leave --camera auto."
+                )
+            elif spec.prior and options.camera in ("auto", "exif"):
+                found[name] = (spec, "exif")
+            else:
+                found[name] = (spec, "estimated")
+        return found
+
+    # --------------------------------------------------------------------------------- matchers
+
+    def _load_matchers(self) -> None:
+        from gim_hloc import matchers
+
+        options, made = self.options, self.map.options
+        theirs = made.get("matcher")
+        if made.get("features"):  # its keypoints came from a file
+            theirs = None
+        name = options.matcher or theirs
+        if name is None:
+            raise InputError(
+                f"{self.map_folder} does not say which matcher made its keypoints: give --matcher "
+                "(and --features, if they are in another file)."
+            )
+        quality: Quality = options.quality or made.get("quality") or "base"
+        same = name == theirs
+        overrides: dict[str, Any] = {}
+        if same:
+            overrides.update(parse_matcher_options(made.get("matcher_options") or ()))
+            if made.get("max_size") is not None:
+                overrides["max_size"] = made["max_size"]
+        overrides.update(parse_matcher_options(options.matcher_options))
+        self.linked = matchers.describe(name).kind != "sparse"
+        keypoints = made.get("max_keypoints")
+        if same and not self.linked and keypoints is not None:
+            overrides.setdefault("max_keypoints", keypoints)
+        self.matcher: Any = matchers.load(name, quality=quality, device=options.device, **overrides)
+        self.describer: Any = self.matcher
+        if self.linked:
+            self.describer = None
+            if self.map.images is None:
+                raise InputError(
+                    f"{name} has no keypoints and needs the map's images, whose folder is not "
+                    "known: give --images."
+                )
+        self.map_features: MapFeatures | None = None
+        needs_features = (
+            not self.linked
+            or options.pairs in ("retrieval", "covisibility")
+            or (options.pairs == "auto" and len(self.references) > options.neighbours)
+        )
+        if needs_features:
+            self._open_features(name, quality, made)
+        self.anchored = AnchoredOptions()
+        self.workers = options.workers or engine.default_workers(self.matcher.device, False)
+        self.batch = options.batch_size or (16 if self.matcher.device.type != "cpu" else 1)
+
+    def _open_features(self, name: str, quality: Quality, made: Mapping[str, Any]) -> None:
+        """The map's keypoints and descriptors, and the matcher that makes such of queries."""
+        from gim_hloc import matchers
+
+        if self.map.features is None:
+            raise InputError(
+                f"{self.map_folder} has no features.h5: give the map's keypoints and descriptors "
+                "as --features."
+            )
+        self.map_features = MapFeatures(self.map.features, self.map.views)
+        if self.linked:  # only to find similar images
+            describer = linking.choose_describer(made.get("anchors") or "auto")
+            theirs = made.get("matcher")
+            if theirs is not None and matchers.describe(theirs).kind == "sparse":
+                describer = theirs
+            overrides: dict[str, Any] = {}
+            if made.get("max_keypoints") is not None:
+                overrides["max_keypoints"] = made["max_keypoints"]
+            self.describer = matchers.load(
+                describer, quality=quality, device=self.options.device, **overrides
+            )
+        differing = same_features(self.map.features, self.describer.encode_settings())
+        if "matcher" in differing:
+            raise InputError(
+                f"The keypoints in {self.map.features} are not those of "
+                f"{self.describer.info.name}: choose the map's matcher, or give --features."
+            )
+        if differing:
+            self._note(
+                f"The map's keypoints were made with other settings than those of the queries: "
+                f"{', '.join(differing)} differ."
+            )
+
+    # ----------------------------------------------------------------------------------- stores
+
+    def _open_stores(self) -> None:
+        options = self.options
+        base: dict[str, Any] = {"format": FORMAT}
+        if self.masks is not None:
+            base["mask_erode"] = options.mask_erode
+        encode = {} if self.describer is None else self.describer.encode_settings()
+        feature_settings = base | {f"encode.{k}": v for k, v in encode.items()}
+        match_settings = feature_settings | {
+            f"match.{k}": v for k, v in self.matcher.match_settings().items()
+        }
+        if self.linked:
+            match_settings |= {f"warp.{k}": v for k, v in self.matcher.encode_settings().items()}
+            match_settings |= {
+                f"tracks.{k}": v for k, v in dataclasses.asdict(self.anchored).items()
+            }
+        keys = pair_keys(sorted({*self.names, *self.references}))
+        overwrite = options.overwrite
+        self.features = H5Store(self.output / "features.h5", feature_settings, overwrite=overwrite)
+        self.matches = H5Store(
+            self.output / "matches.h5",
+            match_settings,
+            key_of=lambda name: "/".join(keys[n] for n in name.split("\t")),
+            overwrite=overwrite,
+        )
+        self.pose_settings = {
+            "match": digest(match_settings),
+            "map": self.map.stamp(),
+            **{
+                name: getattr(options, name)
+                for name in (
+                    "cluster", "max_error", "min_inliers", "confidence", "max_trials",
+                    "max_spread", "seed",
+                )
+            },
+        }  # fmt: skip
+        self.results = H5Store(self.output / "poses.h5", self.pose_settings, overwrite=overwrite)
+
+    def _source(self, name: str) -> str:
+        mask = self.masks.sha(name) if self.masks else None
+        return digest([self.records[name].sha256, mask])
+
+    def _map_source(self, name: str) -> str:
+        """Hash of what matches with an image of the map rest on."""
+        view = self.map.views[name]
+        parts: list[Any] = [self.map.sources.get(name)]
+        if self.linked or parts[0] is None:
+            parts += [view.xy_px.tobytes().hex(), view.points.tobytes().hex()]
+        if parts[0] is None and self.map.features is not None:
+            status = self.map.features.stat()
+            parts += [status.st_size, status.st_mtime_ns]
+        return digest(parts)
+
+    def _pair_source(self, pair: Pair) -> str:
+        if pair[1] not in self._map_sources:
+            self._map_sources[pair[1]] = self._map_source(pair[1])
+        return digest([self._source(pair[0]), self._map_sources[pair[1]]])
+
+    # ----------------------------------------------------------------------------------- encode
+
+    def _read_query(self, name: str, wanted: Any) -> Any:
+        from gim_hloc import images as image_module
+
+        record = self.records[name]
+        mask = self.masks.load(record) if self.masks is not None else None
+        return image_module.load(record, wanted.image_options, mask=mask)
+
+    def _encode(self) -> None:
+        self._map_sources: dict[str, str] = {}
+        if self.describer is None:
+            return
+        todo = [n for n in self.names if not self.features.has(n, self._source(n))]
+        with (
+            self._timed("encode"),
+            self._bar(len(self.names), "Encode", "queries", len(self.names) - len(todo)) as bar,
+        ):
+
+            def done(name: str, encoding: Encoding) -> None:
+                if not isinstance(encoding, SparseEncoding):
+                    raise InputError(f"{self.describer.info.name} has no keypoints.")
+                arrays, attributes = encoding_to_arrays(encoding)
+                self.features.put(name, arrays, self._source(name), **attributes)
+                self._encoded.add(name)
+                bar.update()
+
+            engine.encode_images(
+                self.describer,
+                todo,
+                lambda name: self._read_query(name, self.describer),
+                done,
+                workers=self.workers,
+            )
+            self.features.finalize(self.names, {"matcher": self.describer.info.name})
+
+    # ------------------------------------------------------------------------------------ pairs
+
+    def _mode(self) -> str:
+        pairs = self.options.pairs
+        if pairs == "auto":
+            few = len(self.references) <= max(20, self.options.neighbours)
+            return "exhaustive" if few else "retrieval"
+        if pairs in ("exhaustive", "retrieval", "covisibility") or Path(pairs).is_file():
+            return pairs
+        raise InputError(
+            f"--pairs {pairs}: known are auto, exhaustive, retrieval, covisibility, and the path "
+            "of a list that exists."
+        )
+
+    def _pairs(self) -> list[Pair]:
+        from gim_hloc.pairs.files import read_pairs, write_pairs
+
+        if self.mode == "exhaustive":
+            pairs = [(q, m) for q in self.names for m in self.references]
+        elif self.mode in ("retrieval", "covisibility"):
+            pairs = self._similar()
+        else:
+            known = [*self.names, *self.references]
+            left_out = [r.name for r in self.image_set.rejected]
+            listed = read_pairs(Path(self.mode), known, skip=left_out, directed=True)
+            pairs = [(a, b) for a, b in listed if a in self.records and b in self.map.views]
+            if not pairs:
+                raise InputError(f"{self.mode} pairs no query with an image of the map.")
+        write_pairs(self.output / "pairs.txt", pairs)
+        return pairs
+
+    def _similar(self) -> list[Pair]:
+        from gim_hloc.pairs.retrieval import aggregate, codebook, retrieval
+
+        options = self.options
+        features = self.map_features
+        if features is None:
+            raise InputError("Similar images are found by descriptors; the map has none.")
+        names = self.references
+        stamp = digest([FORMAT, options.seed, [[n, self._map_source(n)] for n in names]])
+        stored = self.output / "retrieval.npz"
+        centres, rows = _stored_vlad(stored, stamp)
+        if centres is None or rows is None:
+            lazy = _Lazy(names, features.descriptors)
+            centres = codebook(lazy, seed=options.seed)
+            rows = aggregate(lazy, centres)
+            np.savez(stored, stamp=np.array(stamp), centres=centres, rows=rows)
+        queries = aggregate(_Lazy(self.names, self._query_descriptors), centres)
+        k = options.neighbours
+        if self.mode == "covisibility":
+            k = min(_COVISIBLE_SEEDS, k)
+        # A query and an image of the map may have the same name and be different images.
+        tagged = [f"q/{name}" for name in self.names]
+        pairs = retrieval(tagged, queries, k=k, min_score=options.min_score, database=(names, rows))
+        found = [(a.removeprefix("q/"), b) for a, b in pairs]
+        return self._covisible(found) if self.mode == "covisibility" else found
+
+    def _query_descriptors(self, name: str) -> np.ndarray:
+        return np.asarray(self.features.get(name)[0]["descriptors"].T, dtype=np.float32)
+
+    def _covisible(self, seeds: Sequence[Pair]) -> list[Pair]:
+        """Fill up with the images that share most points with the seeds."""
+        from scipy import sparse
+
+        names = self.references
+        index = {name: i for i, name in enumerate(names)}
+        seen = [np.unique(self.map.views[n].points[self.map.views[n].points >= 0]) for n in names]
+        image = np.repeat(np.arange(len(names)), [len(ids) for ids in seen])
+        _, column = np.unique(np.concatenate(seen), return_inverse=True)
+        sees = sparse.csr_matrix((np.ones(len(image), np.int64), (image, column)))
+        result: list[Pair] = []
+        for query in self.names:
+            own = [index[b] for a, b in seeds if a == query]
+            if not own:
+                continue
+            shared = np.asarray((sees[own] @ sees.T).sum(0)).ravel()
+            shared[own] = np.iinfo(np.int64).max
+            order = np.argsort(-shared, kind="stable")[: self.options.neighbours]
+            result += [(query, names[i]) for i in sorted(order) if shared[i] > 0]
+        return result
+
+    # ------------------------------------------------------------------------------------ match
+
+    def _match(self, pairs: Sequence[Pair]) -> None:
+        todo = [p for p in pairs if not self.matches.has("\t".join(p), self._pair_source(p))]
+        with (
+            self._timed("match"),
+            self._bar(len(pairs), "Match", "pairs", len(pairs) - len(todo)) as bar,
+        ):
+
+            def put(pair: Pair, arrays: Mapping[str, np.ndarray]) -> None:
+                self.matches.put("\t".join(pair), arrays, self._pair_source(pair))
+                self._matched.add(pair)
+                bar.update()
+
+            # Queries and images of the map are told apart by a mark: names may be the same.
+            marked = [(f"q{a}", f"m{b}") for a, b in todo]
+            if self.linked and marked:
+                self._match_readings(marked, put)
+            elif marked:
+                cache = engine.EncodingCache(self._encoding)
+
+                def done(pair: Pair, matches: Matches) -> None:
+                    arrays = matches_to_arrays(matches, len(cache.get(pair[0])))  # type: ignore[arg-type]
+                    put((pair[0][1:], pair[1][1:]), arrays)
+
+                engine.match_pairs(
+                    self.matcher,
+                    marked,
+                    cache.get,
+                    done,
+                    workers=self.workers,
+                    batch_size=self.batch,
+                )
+            self.matches.finalize(
+                ["\t".join(p) for p in pairs], {"matcher": self.matcher.info.name}
+            )
+        logger.info("Matched %d pairs (%d reused)", len(self._matched), len(pairs) - len(todo))
+
+    def _encoding(self, marked: str) -> SparseEncoding:
+        name = marked[1:]
+        if marked[0] == "q":
+            return encoding_from_arrays(name, *self.features.get(name))
+        if self.map_features is None:
+            raise InputError(f"The map has no features of {name}.")
+        return self.map_features.encoding(name)
+
+    def _match_readings(self, marked: Sequence[Pair], put: Any) -> None:
+        """Read warps, or semi-dense matches, at the map's keypoints that have a 3D point."""
+        from gim_hloc import images as image_module
+
+        root = self.map.images
+        if root is None:
+            raise InputError("The folder of the map's images is not known: give --images.")
+        needed = sorted({b[1:] for _, b in marked})
+        found = image_module.scan(root, min_size=1, names=needed)
+        originals = {record.name: record for record in found.images}
+        for name in needed:
+            view = self.map.views[name]
+            if name not in originals:
+                # A twin of another image is none of scan's images, and still one of the map's.
+                single = image_module.scan(root, min_size=1, names=[name]).images
+                if not single:
+                    raise InputError(f"{root / name} is not readable.")
+                originals[name] = single[0]
+            if originals[name].size != (view.camera.width, view.camera.height):
+                raise InputError(
+                    f"{root / name} is {originals[name].width}x{originals[name].height} but "
+                    f"{view.camera.width}x{view.camera.height} in the map."
+                )
+        anchors = {name: self._map_anchors(name) for name in needed}
+
+        def read(key: str) -> Any:
+            if key[0] == "q":
+                return self._read_query(key[1:], self.matcher)
+            record = image_module.turned(originals[key[1:]], self.map.turns.get(key[1:], 0))
+            return image_module.load(record, self.matcher.image_options)
+
+        def work(encodings: list[tuple[Any, Any]]) -> list[dict[str, np.ndarray]]:
+            dense = self.matcher.info.kind == "dense"
+            call = self.matcher.warp_batch if dense else self.matcher.match_batch
+            results = []
+            for answer, (a, b) in zip(call(encodings), encodings, strict=True):
+                own, none = anchors[b.name][0], _no_anchors(self.records[a.name])
+                if dense:
+                    reading = read_pair(answer, none, own, self.anchored)
+                else:
+                    reading = read_matches(
+                        answer.keypoints0.numpy(),
+                        answer.keypoints1.numpy(),
+                        answer.scores.numpy(),
+                        none,
+                        own,
+                        self.anchored,
+                    )
+                index, xy, certainty = reading.direction(1)
+                rows = anchors[b.name][1][index].astype(np.int64)
+                results.append({"rows1": rows, "keypoints0": xy, "scores": certainty})
+            return results
+
+        report = engine.match_scheduled(
+            self.matcher,
+            marked,
+            read,
+            work,
+            lambda pair, arrays: put((pair[0][1:], pair[1][1:]), arrays),
+            cache_gb=self.options.cache_gb,
+            batch_size=self.batch,
+            workers=self.workers if self.matcher.info.kind == "semidense" else 1,
+        )
+        self.notes += report.notes
+
+    def _map_anchors(self, name: str) -> tuple[Anchors, np.ndarray]:
+        """Keypoints of an image of the map that have a 3D point, and their rows."""
+        view = self.map.views[name]
+        rows = np.flatnonzero(view.points >= 0)
+        anchors = Anchors(
+            xy_px=view.xy_px[rows].astype(np.float32),
+            tier=np.ones(len(rows), np.uint8),
+            size=(view.camera.width, view.camera.height),
+        )
+        return anchors, rows
+
+    # ----------------------------------------------------------------------------------- locate
+
+    def _locate(self, pairs: Sequence[Pair]) -> dict[str, QueryResult]:
+        of_query: dict[str, list[str]] = {name: [] for name in self.names}
+        for query, reference in pairs:
+            of_query[query].append(reference)
+        self.points, self.positions = self._points()
+        results: dict[str, QueryResult] = {}
+        self.observed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        with self._timed("locate"), self._bar(len(self.names), "Locate", "queries") as bar:
+            for name in self.names:
+                camera, how = self.cameras[name]
+                source = digest(
+                    [
+                        self._source(name),
+                        [[r, self._pair_source((name, r))] for r in of_query[name]],
+                        [camera.model, camera.width, camera.height, camera.params, how],
+                    ]
+                )
+                if not self.results.has(name, source):
+                    arrays, attributes = self._locate_one(name, of_query[name])
+                    self.results.put(name, arrays, source, **attributes)
+                    self._located.add(name)
+                results[name] = self._result(name, of_query[name])
+                logger.debug("%s: %s", name, results[name].reason or "localized")
+                bar.update()
+            self.results.finalize(self.names, {"map": str(self.map_folder)})
+        return results
+
+    def _points(self) -> tuple[np.ndarray, np.ndarray]:
+        from gim_hloc import colmap
+
+        return colmap.point_positions(self.map.model)
+
+    def _locate_one(
+        self, name: str, references: Sequence[str]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Localise a query; arrays and attributes for the store."""
+        from gim_hloc import colmap
+
+        camera, how = self.cameras[name]
+        seen = self._seen(name, references)
+        arrays: dict[str, np.ndarray] = {"keypoints": seen.xy_px.astype(np.float32)}
+        attributes: dict[str, Any] = {
+            "intrinsics": how,
+            "matches": seen.matches,
+            "correspondences": len(seen.row),
+            "reason": "",
+            "status": "localized",
+        }
+        focal: Focal = (
+            "known" if how in ("given", "map") else ("refine" if how == "exif" else "estimate")
+        )
+        xyz = self.positions[np.searchsorted(self.points, seen.point)]
+        best, best_rows = None, np.zeros(0, np.int64)
+        for group in self._groups(references) if self.options.cluster else [None]:
+            chosen = np.arange(len(seen.row))
+            if group is not None:
+                chosen = np.unique(seen.votes[np.isin(seen.votes[:, 1], group), 0])
+            found = colmap.locate(
+                seen.xy_px[seen.row[chosen]],
+                xyz[chosen],
+                camera,
+                max_error=self.options.max_error,
+                focal=focal,
+                confidence=self.options.confidence,
+                max_trials=self.options.max_trials,
+                seed=self.options.seed,
+            )
+            if found is not None and (best is None or found.inliers.sum() > best.inliers.sum()):
+                best, best_rows = found, chosen
+        inliers = int(best.inliers.sum()) if best is not None else 0
+        attributes["inliers"] = inliers
+        status, reason = self._why_not(seen, references, best is not None, inliers)
+        if best is None or reason:
+            attributes.update(status=status, reason=reason)
+            return arrays, attributes
+        good = best_rows[best.inliers]
+        arrays["row"], arrays["point"] = _one_to_one(seen, good)
+        arrays["rotation"], arrays["translation"] = best.pose
+        arrays["params"] = np.array(best.params)
+        votes = seen.votes[np.isin(seen.votes[:, 0], good), 1]
+        arrays["votes"] = np.bincount(votes, minlength=len(references))
+        attributes["error_px"] = best.error_px
+        return arrays, attributes
+
+    def _why_not(
+        self, seen: _Seen, references: Sequence[str], posed: bool, inliers: int
+    ) -> tuple[str, str]:
+        """Status and sentence of a query that has no trustworthy pose; empty when it has."""
+        if posed and inliers >= self.options.min_inliers:
+            return "", ""
+        if not self.linked and not len(seen.xy_px):
+            return "no_features", "no keypoints: blank, dark, blurred or masked as a whole"
+        if not references:
+            return "no_pairs", "paired with no image of the map"
+        if not seen.matches:
+            return "no_matches", f"no match with any of {len(references)} images of the map"
+        if not len(seen.row):
+            return "no_points", f"{seen.matches} matches, none with a 3D point of the map"
+        if not posed:
+            return "no_pose", f"no pose agrees with the {len(seen.row)} points it was matched to"
+        return (
+            "few_inliers",
+            f"{inliers} of {len(seen.row)} points agree with the best pose; "
+            f"{self.options.min_inliers} are asked for",
+        )
+
+    def _groups(self, references: Sequence[str]) -> list[np.ndarray]:
+        """Indices of references that are connected by shared points, largest group first."""
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
+        seen = [self.map.views[n].points for n in references]
+        seen = [np.unique(p[p >= 0]) for p in seen]
+        image = np.repeat(np.arange(len(seen)), [len(p) for p in seen])
+        point = np.concatenate(seen) if seen else np.zeros(0, np.int64)
+        _, column = np.unique(point, return_inverse=True)
+        size = len(seen) + int(column.max(initial=-1)) + 1
+        graph = coo_matrix((np.ones(len(image)), (image, column + len(seen))), (size, size))
+        _, label = connected_components(graph, directed=False)
+        label = label[: len(seen)]
+        groups = [np.flatnonzero(label == value) for value in np.unique(label)]
+        return sorted(groups, key=lambda g: -len(g))
+
+    def _seen(self, name: str, references: Sequence[str]) -> _Seen:
+        return (
+            self._seen_readings(name, references)
+            if self.linked
+            else self._seen_rows(name, references)
+        )
+
+    def _seen_rows(self, name: str, references: Sequence[str]) -> _Seen:
+        """Keypoints of a query and the points that their matches have."""
+        xy_px = self.features.get(name)[0]["keypoints"]
+        pieces = [np.zeros((0, 3), np.int64)]
+        matches = 0
+        for index, reference in enumerate(references):
+            rows = rows_from_matches0(self.matches.get(f"{name}\t{reference}")[0]["matches0"])
+            matches += len(rows)
+            points = self.map.views[reference].points
+            rows = rows.astype(np.int64)
+            rows = rows[rows[:, 1] < len(points)]
+            point = points[rows[:, 1]]
+            good = point >= 0
+            pieces.append(
+                np.stack([rows[good, 0], point[good], np.full(good.sum(), index)], axis=1)
+            )
+        table = np.concatenate(pieces)
+        unique, which = np.unique(table[:, :2], axis=0, return_inverse=True)
+        return _Seen(
+            xy_px=xy_px,
+            row=unique[:, 0],
+            point=unique[:, 1],
+            votes=np.unique(np.stack([which.ravel(), table[:, 2]], axis=1), axis=0),
+            matches=matches,
+        )
+
+    def _seen_readings(self, name: str, references: Sequence[str]) -> _Seen:
+        """Points of the map, each at the mean of what the readings from all images say."""
+        unit = max(1.0, max(self.records[name].size) / 1600)
+        parts: list[tuple[np.ndarray, ...]] = []
+        for index, reference in enumerate(references):
+            arrays = self.matches.get(f"{name}\t{reference}")[0]
+            point = self.map.views[reference].points[arrays["rows1"]]
+            parts.append(
+                (point, arrays["keypoints0"], arrays["scores"], np.full(len(point), index))
+            )
+        if not parts:
+            nothing = np.zeros(0, np.int64)
+            return _Seen(
+                xy_px=np.zeros((0, 2)), row=nothing, point=nothing,
+                votes=np.zeros((0, 2), np.int64), matches=0,
+            )  # fmt: skip
+        point, xy, score, image = (np.concatenate(column) for column in zip(*parts, strict=True))
+        ids, which = np.unique(point, return_inverse=True)
+        merged, used = merge_readings(which, xy, score, self.options.max_spread * unit, len(ids))
+        return _Seen(
+            xy_px=merged,
+            row=np.arange(len(ids)),
+            point=ids,
+            votes=np.unique(np.stack([which[used], image[used]], axis=1), axis=0),
+            matches=len(point),
+        )
+
+    def _result(self, name: str, references: Sequence[str]) -> QueryResult:
+        arrays, attributes = self.results.get(name)
+        camera, how = self.cameras[name]
+        result = QueryResult(
+            name=name,
+            status=str(attributes["status"]),
+            reason=str(attributes["reason"]),
+            correspondences=int(attributes["correspondences"]),
+            inliers=int(attributes["inliers"]),
+            intrinsics=how,
+            matches=int(attributes["matches"]),
+        )
+        if "rotation" in arrays:
+            result.pose = (np.array(arrays["rotation"]), np.array(arrays["translation"]))
+            result.error_px = float(attributes["error_px"])
+            params = tuple(float(p) for p in arrays["params"])
+            result.camera = dataclasses.replace(camera, params=params, names=[name])
+            votes = arrays["votes"]
+            order = np.argsort(-votes, kind="stable")
+            result.references = [(references[i], int(votes[i])) for i in order if votes[i]]
+        return result
+
+    # ----------------------------------------------------------------------------------- output
+
+    def _write_model(self, results: Mapping[str, QueryResult]) -> Path | None:
+        """Map and localised queries as one COLMAP model."""
+        from gim_hloc import colmap
+
+        good = [r for r in results.values() if r.localized]
+        folder = self.output / "sparse"
+        if not good:
+            return None
+        model = colmap.read_model(self.map.model_folder)
+        taken = {image.name for image in model.images.values()}
+        new = []
+        self.model_names: dict[str, str] = {}
+        for result in good:
+            if result.pose is None or result.camera is None:
+                continue
+            name = result.name
+            while name in taken:
+                name = f"query/{name}"
+            taken.add(name)
+            self.model_names[result.name] = name
+            arrays = self._arrays(result.name)
+            points = np.full(len(arrays["keypoints"]), -1, np.int64)
+            points[arrays["row"]] = arrays["point"]
+            new.append(
+                colmap.NewImage(
+                    name=name,
+                    camera=result.camera,
+                    pose=result.pose,
+                    xy_px=arrays["keypoints"].astype(np.float64),
+                    points=points,
+                )
+            )
+        renamed = [n for n, other in self.model_names.items() if n != other]
+        if renamed:
+            self._note(
+                f"{len(renamed)} queries have names of the map's images; in sparse/ they are "
+                f"called query/... (first: {renamed[0]})."
+            )
+        colmap.add_images(model, new)
+        colmap.write_model(model, folder)
+        return folder
+
+    def _arrays(self, name: str) -> dict[str, np.ndarray]:
+        import h5py
+
+        with h5py.File(self.results.path, "r") as file:
+            return {k: v[()] for k, v in file[name].items()}
+
+    def _report(
+        self, results: Sequence[QueryResult], model: Path | None, watch: engine.Stopwatch
+    ) -> dict[str, Any]:
+        good = [r for r in results if r.localized]
+        rows = []
+        for r in results:
+            row: dict[str, Any] = {
+                "name": r.name,
+                "status": r.status,
+                "reason": r.reason,
+                "matches": r.matches,
+                "correspondences": r.correspondences,
+                "inliers": r.inliers,
+                "reprojection_error_px": r.error_px,
+                "intrinsics": r.intrinsics,
+                "references": [{"name": n, "inliers": count} for n, count in r.references],
+            }
+            if r.pose is not None and r.camera is not None:
+                row["qvec_wxyz"] = list(quaternion(r.pose[0]))
+                row["tvec"] = [float(v) for v in r.pose[1]]
+                row["center"] = [float(v) for v in r.pose[0].T @ -r.pose[1]]
+                row["camera"] = {
+                    "model": r.camera.model,
+                    "width": r.camera.width,
+                    "height": r.camera.height,
+                    "params": list(r.camera.params),
+                }
+                row["model_name"] = self.model_names[r.name]
+            rows.append(row)
+        median = float(np.median([r.inliers for r in good])) if good else 0.0
+        report = {
+            "summary": {
+                "queries": len(results),
+                "localized": len(good),
+                "median_inliers": median,
+                "seconds": watch.seconds,
+            },
+            "map": str(self.map_folder),
+            "model": None if model is None else str(model.relative_to(self.output)),
+            "pairs": self.mode,
+            "queries": rows,
+            "notes": list(dict.fromkeys(self.notes)),
+            "counts": {
+                "queries_encoded_now": len(self._encoded),
+                "pairs_matched_now": len(self._matched),
+                "queries_located_now": len(self._located),
+            },
+            "settings": {
+                "queries": str(self.root),
+                **{k: _plain(v) for k, v in dataclasses.asdict(self.options).items()},
+                "matcher_used": self.matcher.info.name,
+                "matcher_settings": _plain(dataclasses.asdict(self.matcher.options)),
+                "weights_sha256": dict(self.matcher.weights_hashes),
+                "device": str(self.matcher.device),
+            },
+            "versions": versions(),
+            "timings": dict(self.timings),
+        }
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        write_atomic(self.output / "report.json", text + "\n")
+        write_atomic(self.output / "report.txt", format_table(results))
+        write_atomic(self.output / "poses.txt", format_poses(results))
+        return report
+
+
+def shared_camera(scene: SceneMap, record: ImageRecord) -> CameraSpec | None:
+    """The map's camera for an image: the only one of its size, if EXIF does not contradict."""
+    from gim_hloc.images import focal_prior
+
+    cameras = scene.cameras_of_size(record.size)
+    if not cameras:
+        return None
+    # One physical camera may stand in a model several times, refined image by image.
+    focal = [camera.params[0] for camera in cameras]
+    if max(focal) > 1.02 * min(focal) or len({camera.model for camera in cameras}) > 1:
+        return None
+    stated = focal_prior(record)
+    if stated is not None and not 0.9 < stated / focal[0] < 1.1:
+        return None
+    return cameras[0]
+
+
+def merge_readings(
+    which: np.ndarray, xy: np.ndarray, score: np.ndarray, spread: float, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One place for each point from several readings.
+
+    Readings farther than ``spread`` from the median of their point are passed over; a point whose
+    readings all are (two that disagree) takes the most certain one.
+
+    Args:
+        which: (R,) point of each reading.
+        xy: (R, 2) px.
+        score: (R,) certainty, the weight of a reading.
+        spread: px.
+        count: points.
+
+    Returns:
+        (count, 2) places, and (R,) bool readings that were used.
+    """
+    xy = np.asarray(xy, dtype=np.float64)
+    score = np.asarray(score, dtype=np.float64)
+    sizes = np.bincount(which, minlength=count)
+    start = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    median = np.zeros((count, 2))
+    for axis in (0, 1):
+        ordered = xy[np.lexsort((xy[:, axis], which)), axis]
+        median[:, axis] = (ordered[start + (sizes - 1) // 2] + ordered[start + sizes // 2]) / 2
+    used = np.linalg.norm(xy - median[which], axis=1) <= spread
+    lost = np.bincount(which[used], minlength=count) == 0
+    if lost.any():
+        best = np.lexsort((-score, which))[start]
+        used[best[lost]] = True
+    weight = np.where(used, np.maximum(score, 1e-3), 0.0)
+    total = np.bincount(which, weight, minlength=count)
+    places = np.stack(
+        [np.bincount(which, weight * xy[:, axis], minlength=count) / total for axis in (0, 1)], 1
+    )
+    return places, used
+
+
+def _one_to_one(seen: _Seen, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inlier correspondences with each keypoint and each point once, by most votes."""
+    votes = np.bincount(seen.votes[:, 0], minlength=len(seen.row))[good]
+    order = good[np.argsort(-votes, kind="stable")]
+    _, first = np.unique(seen.row[order], return_index=True)
+    order = order[np.sort(first)]
+    _, first = np.unique(seen.point[order], return_index=True)
+    order = np.sort(order[first])
+    return seen.row[order], seen.point[order]
+
+
+def _no_anchors(record: ImageRecord) -> Anchors:
+    return Anchors(xy_px=np.zeros((0, 2), np.float32), tier=np.zeros(0, np.uint8), size=record.size)
+
+
+class _Lazy(Sequence[np.ndarray]):
+    """Arrays by the order of names, read when they are used."""
+
+    def __init__(self, names: Sequence[str], read: Any) -> None:
+        self._names, self._read = names, read
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._read(self._names[i])
+
+
+def _stored_vlad(path: Path, stamp: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    try:
+        with np.load(path) as stored:
+            if str(stored["stamp"]) == stamp:
+                return stored["centres"], stored["rows"]
+    except (OSError, ValueError, KeyError):
+        pass
+    return None, None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def summary_text(result: LocalizeResult) -> str:
+    """The last lines of a run, for the terminal."""
+    summary = result.report["summary"]
+    good = [q for q in result.queries.values() if q.localized]
+    errors = [q.error_px for q in good if q.error_px is not None]
+    return "\n".join(
+        [
+            format_table(list(result.queries.values())).rstrip(),
+            f"{summary['localized']} of {summary['queries']} queries localised, "
+            f"{summary['median_inliers']:.0f} inliers (median), "
+            f"reprojection error {np.median(errors):.2f} px, {summary['seconds']:.0f} s",
+            f"Poses:  {result.output / 'poses.txt'}",
+            f"Model:  {result.model}",
+        ]
+    )
+
+
+__all__ = [
+    "LocalizeOptions",
+    "LocalizeResult",
+    "QueryResult",
+    "format_poses",
+    "format_table",
+    "localize",
+    "merge_readings",
+    "quaternion",
+    "shared_camera",
+    "summary_text",
+]

@@ -1,0 +1,258 @@
+"""Existing models to localise in or to extend: what an earlier run, or COLMAP, left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from gim_hloc.errors import InputError
+from gim_hloc.matchers.base import SparseEncoding
+from gim_hloc.store import encoding_from_arrays
+
+if TYPE_CHECKING:
+    from gim_hloc.colmap import CameraSpec, MapView
+
+# Keypoints may have moved from where they were detected (refinement to sub-pixel accuracy).
+MOVED_PX = 8.0
+
+
+@dataclass(kw_only=True)
+class SceneMap:
+    """A model with what is needed to match images to it.
+
+    Attributes:
+        folder: as given.
+        model_folder: folder of the COLMAP model.
+        model: ``pycolmap.Reconstruction``.
+        views: registered images by name.
+        features: h5 file in hloc's layout with keypoints and descriptors of the images, or None.
+        images: folder of the images, or None.
+        options: options of the run that made the map (``run.yaml``); empty for other maps.
+        sources: image -> hash of what its features were made from; empty for other maps.
+        turns: image -> quarter turns clockwise that show it upright.
+    """
+
+    folder: Path
+    model_folder: Path
+    model: Any
+    views: dict[str, MapView]
+    features: Path | None
+    images: Path | None
+    options: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    turns: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> bool:
+        """Whether ``gim-reconstruct`` made it."""
+        return bool(self.options)
+
+    def stamp(self) -> str:
+        """Hash of poses, points and observations."""
+        from gim_hloc import colmap
+
+        found = hashlib.sha256()
+        arrays = [*colmap.point_positions(self.model)]
+        for name, view in sorted(self.views.items()):
+            found.update(name.encode("utf-8", "surrogateescape") + b"\0")
+            arrays += [view.xy_px, view.points, *view.pose]
+        for array in arrays:
+            found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:24]
+
+    def cameras_of_size(self, size: tuple[int, int]) -> list[CameraSpec]:
+        """The different cameras of images of a (width, height), most used first."""
+        counts: dict[tuple[Any, ...], int] = {}
+        found: dict[tuple[Any, ...], CameraSpec] = {}
+        for view in self.views.values():
+            camera = view.camera
+            if (camera.width, camera.height) == size:
+                key = (camera.model, camera.params)
+                counts[key] = counts.get(key, 0) + 1
+                found[key] = camera
+        return [found[key] for key in sorted(counts, key=lambda k: -counts[k])]
+
+
+def open_map(
+    folder: Path | str, *, features: Path | None = None, images: Path | None = None
+) -> SceneMap:
+    """Read a map.
+
+    Args:
+        folder: output folder of ``gim-reconstruct``, or a folder of a COLMAP model.
+        features: feature file in hloc's layout instead of the run's own.
+        images: image folder instead of the run's own.
+
+    Raises:
+        InputError: there is no model, it has no points, or a given file is missing.
+    """
+    from gim_hloc import colmap
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"There is no map {folder}.")
+    model_folder = colmap.find_model(folder)
+    model = colmap.read_model(model_folder)
+    if not model.num_points3D():
+        raise InputError(
+            f"The model {model_folder} has no 3D points to localise by. Triangulate it first: "
+            "gim-reconstruct IMAGES OUTPUT --model MAP."
+        )
+    state = _read_state(folder / "run.yaml")
+    options = state.get("options") or {}
+    if features is None:
+        # Dense matchers: what describes images are the anchors.
+        candidates = (folder / "anchors.h5", folder / "features.h5")
+        features = next((path for path in candidates if path.is_file()), None)
+    elif not features.is_file():
+        raise InputError(f"There is no feature file {features}.")
+    if images is None and state.get("images"):
+        images = Path(state["images"])
+    if images is not None and not images.is_dir():
+        if options and features is not None:
+            images = None  # only some ways of matching need them
+        else:
+            raise InputError(f"There is no image folder {images}.")
+    return SceneMap(
+        folder=folder,
+        model_folder=model_folder,
+        model=model,
+        views=colmap.map_views(model),
+        features=features,
+        images=images,
+        options=options,
+        sources=_sources(features),
+        turns=_turns(folder / "turns.json"),
+    )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        state = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from None
+    return state if isinstance(state, dict) else {}
+
+
+def _sources(features: Path | None) -> dict[str, str]:
+    import h5py
+
+    if features is None:
+        return {}
+    try:
+        with h5py.File(features, "r") as file:
+            return dict(json.loads(file.attrs.get("sources", "{}")))
+    except OSError as error:
+        raise InputError(f"The feature file {features} is not readable: {error}.") from None
+
+
+def _turns(path: Path) -> dict[str, int]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["images"]
+        return {name: int(entry["quarter_turns"]) for name, entry in stored.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+class MapFeatures:
+    """Keypoints and descriptors of a map's images, read when they are asked for.
+
+    Args:
+        path: h5 file in hloc's layout.
+        views: the images.
+
+    Raises:
+        InputError: an image or its descriptors are missing.
+    """
+
+    def __init__(self, path: Path, views: Mapping[str, MapView]) -> None:
+        import h5py
+
+        self.path = path
+        self._views = views
+        self._file = h5py.File(path, "r")
+        missing = [n for n in views if n not in self._file or "keypoints" not in self._file[n]]
+        if missing:
+            raise InputError(
+                f"{path} holds no keypoints of {len(missing)} of the map's {len(views)} images "
+                f"(first: {missing[0]})."
+            )
+        bare = [name for name in views if "descriptors" not in self._file[name]]
+        if bare:
+            raise InputError(
+                f"{path} holds no descriptors of the map's images (first: {bare[0]}), so nothing "
+                "can be matched to them. Extract features with the matcher you want, and give the "
+                "file as --features."
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def descriptors(self, name: str) -> np.ndarray:
+        """(n, D) float32."""
+        return np.asarray(self._file[name]["descriptors"][()].T, dtype=np.float32)
+
+    def encoding(self, name: str) -> SparseEncoding:
+        """An image's encoding as the matcher made it.
+
+        Raises:
+            InputError: its keypoints are not those of the model.
+        """
+        group = self._file[name]
+        view = self._views[name]
+        arrays = {key: group[key][()] for key in ("keypoints", "descriptors")}
+        arrays["scores"] = (
+            group["scores"][()] if "scores" in group else np.ones(len(arrays["keypoints"]))
+        )
+        size = (view.camera.width, view.camera.height)
+        arrays["image_size"] = np.array(size)
+        attributes = {
+            "network_size": group.attrs.get("network_size", size),
+            "to_original": group.attrs.get("to_original", [1, 0, 0, 0, 1, 0]),
+        }
+        encoding = encoding_from_arrays(name, arrays, attributes)
+        self._check(name, encoding.keypoints.numpy(), view)
+        return encoding
+
+    def _check(self, name: str, keypoints: np.ndarray, view: MapView) -> None:
+        """Matches are rows of keypoints; they must be the model's rows too."""
+        count = len(keypoints)
+        seen = view.points[:count] >= 0
+        moved = np.abs(keypoints[seen] - view.xy_px[:count][seen]).max(initial=0) if count else 0.0
+        if count > len(view.xy_px) or moved > MOVED_PX:
+            raise InputError(
+                f"The keypoints of {name} in {self.path} ({count}) are not those of the model "
+                f"({len(view.xy_px)}, up to {moved:.0f} px away): the model was made from other "
+                "features."
+            )
+
+
+def same_features(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Names of the settings in which a map's features differ from a matcher's.
+
+    Args:
+        path: the map's feature file.
+        settings: ``encode_settings`` of the matcher.
+    """
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        stored = json.loads(file.attrs.get("settings", "{}"))
+    theirs = {k.removeprefix("encode."): v for k, v in stored.items() if k.startswith("encode.")}
+    if not theirs:
+        return []
+    mine = json.loads(json.dumps(dict(settings), default=str))
+    return sorted(k for k in {*theirs, *mine} if theirs.get(k) != mine.get(k))
+
+
+__all__ = ["MapFeatures", "SceneMap", "open_map", "same_features"]

@@ -1,0 +1,400 @@
+"""Localising images in a model, and adding images to it, on scenes whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_matcher
+import h5py
+import numpy as np
+import pytest
+from fake_matcher import SCENE, FakeMatcher, write_images
+from PIL import Image
+from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH
+
+import gim_hloc
+from gim_hloc import colmap
+from gim_hloc.cli.localize import main
+from gim_hloc.errors import InputError, MappingError
+from gim_hloc.evaluation import synthetic_dense
+from gim_hloc.evaluation.synthetic_dense import SceneOptions, make_scene, write_scene
+from gim_hloc.pipelines.localize import LocalizeResult, merge_readings, quaternion
+from gim_hloc.poses import Pose
+from gim_hloc.tracks.anchored import AnchoredOptions
+
+fake_matcher.register()
+synthetic_dense.register()
+QUERIES = [SCENE.names[2], SCENE.names[5]]
+MAPPED = [name for name in SCENE.names if name not in QUERIES]
+
+
+def write_truth(folder: Path, poses: dict[str, Pose], intrinsics: str, size: Any) -> Path:
+    """Poses as a COLMAP text model without points."""
+    folder.mkdir(parents=True)
+    model, *params = intrinsics.split(",")
+    (folder / "cameras.txt").write_text(f"1 {model} {size[0]} {size[1]} {' '.join(params)}\n")
+    lines = []
+    for number, (name, (rotation, translation)) in enumerate(poses.items(), 1):
+        values = " ".join(repr(float(v)) for v in (*quaternion(rotation), *translation))
+        lines += [f"{number} {values} 1 {name}", ""]
+    (folder / "images.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "points3D.txt").write_text("")
+    return folder
+
+
+def error(found: Pose, true: Pose) -> tuple[float, float]:
+    """Rotation in degrees, and distance of the centres."""
+    cosine = (np.trace(found[0].T @ true[0]) - 1) / 2
+    shift = found[0].T @ found[1] - true[0].T @ true[1]
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), float(np.linalg.norm(shift))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``all``: pictures of the scene, ``old`` and ``new``: parts, ``map``: a run on ``old``."""
+    root = tmp_path_factory.mktemp("place")
+    write_images(root / "all")
+    for folder, names in (("old", MAPPED), ("new", QUERIES)):
+        (root / folder).mkdir()
+        for name in names:
+            shutil.copy(root / "all" / name, root / folder / name)
+    truth = write_truth(
+        root / "truth", {n: SCENE.poses[n] for n in MAPPED}, INTRINSICS, (WIDTH, HEIGHT)
+    )
+    gim_hloc.reconstruct(
+        root / "old", root / "map", matcher="fake", model=truth, deterministic=True, progress=False,
+        refine_keypoints=False, max_size=None,
+    )  # fmt: skip
+    return root
+
+
+def run(place: Path, output: Path, queries: Path | None = None, **options: Any) -> LocalizeResult:
+    FakeMatcher.calls.clear()
+    return gim_hloc.localize(
+        place / "map", queries or place / "new", output, progress=False, workers=1, **options
+    )
+
+
+# ----------------------------------------------------------------------------------- whole runs
+
+
+def test_poses_are_true_and_nothing_of_the_map_is_computed_again(
+    place: Path, tmp_path: Path
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (place / "map").rglob("*")}
+    result = run(place, tmp_path / "out")
+    assert result.localized == 2
+    for name in QUERIES:
+        rotation, centre = error(result.queries[name].pose, SCENE.poses[name])  # type: ignore[arg-type]
+        assert rotation < 1e-3
+        assert centre < 1e-4
+        assert result.queries[name].intrinsics == "map"
+        assert result.queries[name].inliers > 250
+        assert {r for r, _ in result.queries[name].references} == set(MAPPED)
+    encoded = [call for call in FakeMatcher.calls if "|" not in call]
+    matched = [call for call in FakeMatcher.calls if "|" in call]
+    assert sorted(encoded) == QUERIES  # not one image of the map
+    assert len(matched) == len(QUERIES) * len(MAPPED)
+    assert {p: p.stat().st_mtime_ns for p in (place / "map").rglob("*")} == before
+    for name in ("poses.txt", "report.txt", "report.json", "pairs.txt", "features.h5", "log.txt"):
+        assert (tmp_path / "out" / name).is_file(), name
+
+
+def test_outputs_agree_with_each_other(place: Path, tmp_path: Path) -> None:
+    result = run(place, tmp_path / "out")
+    lines = (tmp_path / "out/poses.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.rsplit(" ", 7)[0] for line in lines] == QUERIES
+    model = colmap.read_model(tmp_path / "out")
+    old = colmap.read_model(place / "map")
+    assert model.num_reg_images() == len(SCENE.names)
+    assert model.num_points3D() == old.num_points3D()
+    found = colmap.model_cameras(tmp_path / "out")
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in report["queries"]}
+    views = colmap.map_views(model)
+    for line, name in zip(lines, QUERIES, strict=True):
+        qw, qx, qy, qz, *translation = map(float, line.rsplit(" ", 7)[1:])
+        pose = result.queries[name].pose
+        assert pose is not None
+        np.testing.assert_allclose([qw, qx, qy, qz], quaternion(pose[0]), atol=1e-12)
+        np.testing.assert_allclose(translation, pose[1])
+        np.testing.assert_allclose(found[name][0], pose[0], atol=1e-9)
+        np.testing.assert_allclose(rows[name]["center"], result.queries[name].center)
+        # Observations of the model are keypoints of the file, and see the right points.
+        np.testing.assert_allclose(views[name].xy_px, SCENE.keypoints[name], atol=1e-3)
+        assert (views[name].points >= 0).sum() == result.queries[name].inliers
+    assert model.compute_mean_reprojection_error() < 0.01
+    table = (tmp_path / "out/report.txt").read_text(encoding="utf-8")
+    assert all(name in table for name in QUERIES)
+
+
+def test_same_command_again_computes_nothing(place: Path, tmp_path: Path) -> None:
+    first = run(place, tmp_path / "out")
+    again = run(place, tmp_path / "out")
+    assert FakeMatcher.calls == []
+    assert set(again.report["counts"].values()) == {0}
+    for name in QUERIES:
+        np.testing.assert_array_equal(again.queries[name].pose[0], first.queries[name].pose[0])  # type: ignore[index]
+    # Another bound redoes the poses only; another query is one more.
+    third = run(place, tmp_path / "out", max_error=5.0)
+    assert FakeMatcher.calls == []
+    assert third.report["counts"]["queries_located_now"] == 2
+    queries = tmp_path / "more"
+    shutil.copytree(place / "new", queries)
+    shutil.copy(place / "all" / MAPPED[1], queries)
+    fourth = run(place, tmp_path / "out", queries, max_error=5.0)
+    assert [call for call in FakeMatcher.calls if "|" not in call] == [MAPPED[1]]
+    assert fourth.report["counts"]["queries_located_now"] == 1
+    # A query may have the name of an image of the map.
+    assert fourth.localized == 3
+    assert f"query/{MAPPED[1]}" in colmap.model_cameras(tmp_path / "out")
+
+
+@pytest.fixture
+def corridor(place: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A map in which image i sees points 25 i to 25 i + 150, and its images by number."""
+    root = tmp_path / "corridor"
+    root.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for i, name in enumerate(SCENE.names):
+            seen = (SCENE.points[name] >= 25 * i) & (SCENE.points[name] < 25 * i + 150)
+            patch.setitem(SCENE.keypoints, name, SCENE.keypoints[name][seen])
+            patch.setitem(SCENE.points, name, SCENE.points[name][seen])
+        gim_hloc.reconstruct(
+            place / "old", root / "map", matcher="fake", model=place / "truth",
+            deterministic=True, progress=False, refine_keypoints=False,
+        )  # fmt: skip
+        (root / "new").symlink_to(place / "new")
+        yield root, SCENE.names
+
+
+def pairs_of(output: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in (output / "pairs.txt").read_text(encoding="utf-8").splitlines():
+        query, reference = line.split("\t")
+        found.setdefault(query, []).append(reference)
+    return found
+
+
+def test_retrieval_finds_what_looks_alike(corridor: tuple[Path, list[str]], tmp_path: Path) -> None:
+    root, names = corridor
+    result = run(root, tmp_path / "out", pairs="retrieval", neighbours=2)
+    assert result.localized == 2
+    for i in (2, 5):
+        chosen = {names.index(name) for name in pairs_of(tmp_path / "out")[names[i]]}
+        assert len(chosen) == 2
+        assert chosen & {i - 1, i + 1}
+        assert chosen <= set(range(i - 2, i + 3))
+    stored = (tmp_path / "out/retrieval.npz").stat().st_mtime_ns
+    run(root, tmp_path / "out", pairs="retrieval", neighbours=1)
+    assert (tmp_path / "out/retrieval.npz").stat().st_mtime_ns == stored
+    # From 21 images on it is what auto means; the map is small enough for all pairs.
+    assert run(root, tmp_path / "auto").report["pairs"] == "exhaustive"
+
+
+def test_covisibility_adds_what_sees_the_same_points(
+    corridor: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, names = corridor
+    monkeypatch.setattr("gim_hloc.pipelines.localize._COVISIBLE_SEEDS", 1)
+    result = run(root, tmp_path / "out", pairs="covisibility", neighbours=3)
+    assert result.localized == 2
+    for i in (2, 5):
+        chosen = {names.index(name) for name in pairs_of(tmp_path / "out")[names[i]]}
+        assert len(chosen) == 3
+        assert chosen & {i - 1, i + 1}
+        assert chosen <= set(range(i - 3, i + 4))
+
+
+def test_pairs_from_a_list(place: Path, tmp_path: Path) -> None:
+    lines = [f"{q}\t{m}" for q in QUERIES for m in MAPPED[:2]]
+    (tmp_path / "list.txt").write_text("\n".join(lines), encoding="utf-8")
+    result = run(place, tmp_path / "out", pairs=str(tmp_path / "list.txt"))
+    assert result.localized == 2
+    assert {r for r, _ in result.queries[QUERIES[0]].references} == set(MAPPED[:2])
+
+
+def test_clusters_are_tried_one_by_one(place: Path, tmp_path: Path) -> None:
+    result = run(place, tmp_path / "out", cluster=True)
+    assert result.localized == 2
+    assert result.queries[QUERIES[0]].inliers > 250
+
+
+def test_intrinsics_given_and_estimated(place: Path, tmp_path: Path) -> None:
+    given = run(place, tmp_path / "given", intrinsics=INTRINSICS)
+    assert given.queries[QUERIES[0]].intrinsics == "given"
+    guessed = run(place, tmp_path / "guessed", camera="estimate")
+    for name in QUERIES:
+        query = guessed.queries[name]
+        assert query.intrinsics == "estimated"
+        assert query.camera is not None
+        assert query.camera.model == "SIMPLE_RADIAL"
+        assert abs(query.camera.params[0] - FOCAL) < 1  # the guess is 960
+        rotation, centre = error(query.pose, SCENE.poses[name])  # type: ignore[arg-type]
+        assert rotation < 0.02
+        assert centre < 0.01
+    # Wrong ones given are kept, and show.
+    wrong = run(place, tmp_path / "wrong", intrinsics="PINHOLE,800,800,400,300")
+    query = wrong.queries[QUERIES[0]]
+    assert query.camera is not None
+    assert query.camera.params[0] == 800
+    assert query.error_px is None or query.error_px > 0.5
+
+
+def test_exif_is_refined(place: Path, tmp_path: Path) -> None:
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[41989] = 29  # mm on 36 x 24 film: 670 px, the truth is 700
+    Image.open(place / "new" / QUERIES[0]).save(queries / QUERIES[0], exif=exif)
+    result = run(place, tmp_path / "out", queries, camera="exif")
+    query = result.queries[QUERIES[0]]
+    assert query.intrinsics == "exif"
+    assert query.camera is not None
+    assert abs(query.camera.params[0] - FOCAL) < 1
+    # EXIF that contradicts the map's camera is another camera; 29 mm does not.
+    assert run(place, tmp_path / "auto", queries).queries[QUERIES[0]].intrinsics == "map"
+    exif.get_ifd(0x8769)[41989] = 60
+    Image.open(place / "new" / QUERIES[0]).save(queries / QUERIES[0], exif=exif)
+    assert run(place, tmp_path / "zoom", queries).queries[QUERIES[0]].intrinsics == "exif"
+
+
+def test_failures_are_explained(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = tmp_path / "queries"
+    shutil.copytree(place / "new", queries)
+    Image.new("RGB", (WIDTH, HEIGHT), (9, 9, 9)).save(queries / "blank.png")
+    (queries / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    result = run(place, tmp_path / "out", queries)
+    assert result.localized == 2
+    status = {name: query.status for name, query in result.queries.items()}
+    assert status["blank.png"] == "no_features"
+    assert status["broken.jpg"] == "unreadable"
+    assert "failed: no keypoints" in (tmp_path / "out/report.txt").read_text(encoding="utf-8")
+    # None: exit code 4, and the table is there.
+    for name in QUERIES:
+        (queries / name).unlink()
+    code = main([str(place / "map"), str(queries), str(tmp_path / "none"), "--quiet"])
+    assert code == 4
+    assert "None of the 1 queries could be localised" in capsys.readouterr().err
+    assert (tmp_path / "none/report.txt").is_file()
+    with pytest.raises(MappingError):
+        run(place, tmp_path / "few", min_inliers=1000)
+    assert "1000 are asked for" in (tmp_path / "few/report.txt").read_text(encoding="utf-8")
+
+
+def test_bad_inputs_are_one_line(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    for arguments, message in (
+        ((tmp_path / "no", place / "new"), "There is no map"),
+        ((tmp_path / "empty", place / "new"), "holds no COLMAP model"),
+        ((place / "truth", place / "new"), "no 3D points"),
+        ((place / "map", tmp_path / "no"), "no folder of queries"),
+        ((place / "map", tmp_path / "empty"), "0 usable images"),
+        ((place / "map/sparse/0", place / "new"), "give --matcher"),
+    ):
+        with pytest.raises(InputError, match=message):
+            gim_hloc.localize(*arguments, out, progress=False)
+    for options, message in (
+        ({"pairs": "nope"}, "--pairs nope"),
+        ({"nope": 1}, "Unknown option"),
+        ({"matcher": "sift"}, "not those of sift"),
+        ({"camera_model": "NOPE"}, "Unknown camera model"),
+        ({"min_inliers": 2}, "at least 4"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(place, out, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="must not be the map"):
+        run(place, place / "map")
+    assert not out.exists()
+
+
+def test_any_colmap_model_with_features_is_a_map(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "map/sparse/0", tmp_path / "model")
+    with h5py.File(place / "map/features.h5") as ours, h5py.File(tmp_path / "f.h5", "w") as plain:
+        for name in MAPPED:  # what hloc has: no scores, no attributes
+            for key in ("keypoints", "descriptors"):
+                plain[f"{name}/{key}"] = ours[name][key][()]
+    options: dict[str, Any] = {"matcher": "fake", "progress": False}
+    result = gim_hloc.localize(
+        tmp_path / "model", place / "new", tmp_path / "out", features=tmp_path / "f.h5", **options
+    )
+    assert result.localized == 2
+    assert error(result.queries[QUERIES[0]].pose, SCENE.poses[QUERIES[0]])[0] < 1e-3  # type: ignore[arg-type]
+    with h5py.File(tmp_path / "f.h5", "a") as plain:
+        plain[f"{MAPPED[0]}/keypoints"][...] += 100
+    with pytest.raises(InputError, match="made from other features"):
+        gim_hloc.localize(
+            tmp_path / "model", place / "new", tmp_path / "out2", features=tmp_path / "f.h5",
+            **options,
+        )  # fmt: skip
+
+
+def test_the_command_prints_a_table(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([
+        str(place / "map"), str(place / "new"), str(tmp_path / "out"), "--quiet", "--pairs",
+        "exhaustive", "--intrinsics", INTRINSICS,
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "2 of 2 queries localised" in out
+    assert all(name in out for name in QUERIES)
+
+
+def test_readings_are_merged_by_their_median() -> None:
+    which = np.array([0, 0, 0, 1, 1, 2])
+    xy = np.array([[1.0, 1], [3, 1], [90, 1], [0, 0], [50, 0], [7, 8]])
+    score = np.array([1.0, 3, 1, 0.2, 0.9, 0.5])
+    places, used = merge_readings(which, xy, score, 3.0, 3)
+    np.testing.assert_allclose(places, [[2.5, 1], [50, 0], [7, 8]])
+    assert used.tolist() == [True, True, False, False, True, True]
+
+
+# -------------------------------------------------------------------------------------- dense
+
+
+def test_dense_matcher_is_read_at_the_maps_keypoints(tmp_path: Path) -> None:
+    scene = make_scene(SceneOptions(views=6, size=(320, 240)))
+    write_scene(scene, tmp_path)
+    queries = [scene.names[2], scene.names[3]]
+    (tmp_path / "new").mkdir()
+    for name in queries:
+        shutil.move(tmp_path / "images" / name, tmp_path / "new" / name)
+    intrinsics = "SIMPLE_PINHOLE,280,160,120"
+    truth = write_truth(
+        tmp_path / "poses",
+        {n: p for n, p in scene.poses.items() if n not in queries},
+        intrinsics,
+        (320, 240),
+    )
+    matcher_options = (f"scene={tmp_path / 'scene.json'}", "size=[120, 160]")
+    gim_hloc.reconstruct(
+        tmp_path / "images", tmp_path / "map", matcher="synthetic_dense", quality="fast",
+        anchors="sift", model=truth, deterministic=True, refine_keypoints=False, max_keypoints=400,
+        anchored=AnchoredOptions(grid_px=40), matcher_options=matcher_options, progress=False,
+    )  # fmt: skip
+    result = gim_hloc.localize(
+        tmp_path / "map", tmp_path / "new", tmp_path / "out", progress=False, neighbours=3,
+        pairs="retrieval",
+    )  # fmt: skip
+    assert result.localized == 2
+    assert result.report["counts"]["pairs_matched_now"] == 6
+    for name in queries:
+        rotation, centre = error(result.queries[name].pose, scene.poses[name])  # type: ignore[arg-type]
+        assert rotation < 0.15
+        assert centre < 0.02
+    again = gim_hloc.localize(
+        tmp_path / "map", tmp_path / "new", tmp_path / "out", progress=False, neighbours=3,
+        pairs="retrieval",
+    )  # fmt: skip
+    assert set(again.report["counts"].values()) == {0}
+    model = colmap.read_model(tmp_path / "out")
+    assert model.num_reg_images() == 6
