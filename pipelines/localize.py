@@ -28,7 +28,13 @@ from gim_hloc.errors import GimError, InputError, MappingError
 from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
 from gim_hloc.pipelines import linking
-from gim_hloc.pipelines.maps import MapFeatures, SceneMap, open_map, same_features
+from gim_hloc.pipelines.maps import (
+    MapFeatures,
+    SceneMap,
+    open_map,
+    same_features,
+    shared_camera,
+)
 from gim_hloc.pipelines.outcome import versions
 from gim_hloc.pipelines.reconstruct import parse_matcher_options
 from gim_hloc.store import (
@@ -1192,23 +1198,6 @@ class _Localization:
         return report
 
 
-def shared_camera(scene: SceneMap, record: ImageRecord) -> CameraSpec | None:
-    """The map's camera for an image: the only one of its size, if EXIF does not contradict."""
-    from gim_hloc.images import focal_prior
-
-    cameras = scene.cameras_of_size(record.size)
-    if not cameras:
-        return None
-    # One physical camera may stand in a model several times, refined image by image.
-    focal = [camera.params[0] for camera in cameras]
-    if max(focal) > 1.02 * min(focal) or len({camera.model for camera in cameras}) > 1:
-        return None
-    stated = focal_prior(record)
-    if stated is not None and not 0.9 < stated / focal[0] < 1.1:
-        return None
-    return cameras[0]
-
-
 def merge_readings(
     which: np.ndarray, xy: np.ndarray, score: np.ndarray, spread: float, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -1320,6 +1309,5 @@ __all__ = [
     "localize",
     "merge_readings",
     "quaternion",
-    "shared_camera",
     "summary_text",
 ]

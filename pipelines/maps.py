@@ -18,6 +18,7 @@ from gim_hloc.store import encoding_from_arrays
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, MapView
+    from gim_hloc.images import ImageRecord
 
 # Keypoints may have moved from where they were detected (refinement to sub-pixel accuracy).
 MOVED_PX = 8.0
@@ -163,6 +164,23 @@ def _turns(path: Path) -> dict[str, int]:
         return {}
 
 
+def shared_camera(scene: SceneMap, record: ImageRecord) -> CameraSpec | None:
+    """The map's camera for an image: the only one of its size, if EXIF does not contradict."""
+    from gim_hloc.images import focal_prior
+
+    cameras = scene.cameras_of_size(record.size)
+    if not cameras:
+        return None
+    # One physical camera may stand in a model several times, refined image by image.
+    focal = [camera.params[0] for camera in cameras]
+    if max(focal) > 1.02 * min(focal) or len({camera.model for camera in cameras}) > 1:
+        return None
+    stated = focal_prior(record)
+    if stated is not None and not 0.9 < stated / focal[0] < 1.1:
+        return None
+    return cameras[0]
+
+
 class MapFeatures:
     """Keypoints and descriptors of a map's images, read when they are asked for.
 
@@ -255,4 +273,4 @@ def same_features(path: Path, settings: Mapping[str, Any]) -> list[str]:
     return sorted(k for k in {*theirs, *mine} if theirs.get(k) != mine.get(k))
 
 
-__all__ = ["MapFeatures", "SceneMap", "open_map", "same_features"]
+__all__ = ["MapFeatures", "SceneMap", "open_map", "same_features", "shared_camera"]

@@ -32,6 +32,7 @@ from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matcher, Matches, Quality, SparseEncoding
 from gim_hloc.pairs.select import PairOptions
 from gim_hloc.pipelines import linking, turns
+from gim_hloc.pipelines.extension import Extension, gather
 from gim_hloc.pipelines.imported import ImportedMatcher
 from gim_hloc.pipelines.outcome import build_report, scene_view, versions
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
@@ -280,6 +281,8 @@ class _Run:
         self.features: H5Store
         self.matches: H5Store
         self.known: KnownPoses | None = None
+        self.base: Extension | None = None  # the run whose model is extended
+        self.added: list[str] = []  # images that are new to it
         self.pair_options_model = options.pair.model
         self._estimated: dict[str, Any] = {}  # by the first pair of a matcher without keypoints
         self._dense_encodings = 0  # images encoded by a matcher without keypoints, in this run
@@ -295,6 +298,9 @@ class _Run:
         watch = engine.Stopwatch()
         self._check_folders()
         self._check_options()
+        if self.options.extend is not None:
+            self.base = Extension(self.options.extend)
+            self.options = self.base.options(self.options)
         options = self.options
         unknown = sorted(set(options.export) - set(EXPORTS))
         if unknown:
@@ -303,9 +309,15 @@ class _Run:
             self.image_set: ImageSet = image_module.scan(
                 self.root,
                 min_size=options.min_image_size,
-                exclude=[self.output, *([options.masks] if options.masks else [])],
+                exclude=[
+                    self.output,
+                    *(folder for folder in (options.masks, options.extend) if folder is not None),
+                ],
                 progress=self.progress,
             )
+            if self.base is not None:
+                image_module.require_usable(self.image_set, 1)
+                self.image_set, self.added = self.base.images(self.image_set)
             image_module.require_usable(self.image_set)
         self._take_images()
         for rejected in self.image_set.rejected:
@@ -352,6 +364,14 @@ class _Run:
             )
         logger.info("Pairs: %s (%s)", self.plan.mode, self.plan.why)
         self._prepare_keys()
+        if self.base is not None:
+            stored = self.base.map.sources
+            changed = [n for n in stored if n in self.records and not self._is_source(n, stored[n])]
+            if changed:
+                raise InputError(
+                    f"{len(changed)} images of the map (or their masks) have changed since it was "
+                    f"made: {_some(changed)}. Reconstruct anew."
+                )
         if options.dry_run and self.imported:
             raise InputError("--dry-run estimates matching, and --features leaves none to be done.")
         if options.dry_run:
@@ -363,6 +383,11 @@ class _Run:
     def _locked_run(self, watch: engine.Stopwatch) -> ReconstructResult:
         if self.options.overwrite:
             self._clear()
+        if self.base is not None:
+            self.base.seed(self.output, linked=self.linked)
+            if self.base.map.images != self.root:
+                self.root = self.output / "images"
+                gather(list(self.records.values()), self.root)
         self.state = self._read_state()
         self.turns = self._read_turns()
         self._open_stores()
@@ -373,7 +398,7 @@ class _Run:
             selection = self._import() if self.imported else self._encode_and_match()
             verified = self._database(selection.pairs)
             self._pairs = selection.pairs
-            failure, models = self._map()
+            failure, models = self._map(verified)
             report = self._report(selection, verified, models, watch, failure)
         finally:
             for store in self._stores():
@@ -432,6 +457,13 @@ class _Run:
         """Read known poses and say which images have none."""
         from gim_hloc import poses as pose_module
 
+        if self.base is not None:
+            self.known = self.base.poses(
+                list(self.records.values()), intrinsics=self.options.cameras.intrinsics
+            )
+            logger.info("%d new images for a model of %d", len(self.added), len(self.known.poses))
+            self.pair_options_model = self.pair_options_model or self.base.map.model_folder
+            return
         path = self.options.model
         if path is None:
             return
@@ -534,6 +566,10 @@ class _Run:
         output, root = self.output.resolve(), self.root.resolve()
         if output == root:
             raise InputError(f"The output folder must not be the image folder ({self.root}).")
+        if self.options.extend is not None and output == self.options.extend.resolve():
+            raise InputError(
+                f"--extend {self.options.extend} is not changed: give another folder for OUTPUT."
+            )
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"{self.output} is a file; give a folder for the output.")
 
@@ -596,7 +632,9 @@ class _Run:
 
         colmap.camera_param_count(self.options.cameras.camera_model)  # an unknown name is an error
         known = None
-        if self.known is not None and self.options.cameras.intrinsics is None:
+        if self.known is not None and (
+            self.options.cameras.intrinsics is None or self.base is not None
+        ):
             known = self.known.cameras
         cameras, notes = colmap.assign_cameras(
             list(self.records.values()), self.options.cameras, known
@@ -671,6 +709,10 @@ class _Run:
             self._file_hashes[name] = digest([self.records[name].sha256, mask])
         turn = self.turns.get(name, 0)
         return f"{self._file_hashes[name]}/{90 * turn}" if turn else self._file_hashes[name]
+
+    def _is_source(self, name: str, stored: str) -> bool:
+        """Whether features that an earlier run stored are of this image, turned or not."""
+        return stored.split("/")[0] == self._source(name).split("/")[0]
 
     def _clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""
@@ -839,9 +881,24 @@ class _Run:
                 load_image=self._read_image,
                 left_out=[rejected.name for rejected in self.image_set.rejected],
             )
+            if self.base is not None:
+                selection = dataclasses.replace(
+                    selection, pairs=self._extended_pairs(selection.pairs)
+                )
             write_pairs(self.output / "pairs.txt", selection.pairs)
         self.notes += selection.notes
         return selection
+
+    def _extended_pairs(self, chosen: Sequence[Pair]) -> list[Pair]:
+        """The map's pairs, and of the chosen ones those with a new image."""
+        from gim_hloc.pairs.files import read_pairs
+
+        old: list[Pair] = []
+        if self.base is not None and (self.base.folder / "pairs.txt").is_file():
+            left_out = [rejected.name for rejected in self.image_set.rejected]
+            old = read_pairs(self.base.folder / "pairs.txt", self.names, skip=left_out)
+        added = set(self.added)
+        return sorted({*old, *(p for p in chosen if p[0] in added or p[1] in added)})
 
     # ------------------------------------------------------------------------------------ match
 
@@ -1109,6 +1166,8 @@ class _Run:
         elif store and not exact:
             untried = set(trial)
             trial = [p for p in itertools.pairwise(near) if p in untried]
+        if self.base is not None:  # the map's own pairs are settled
+            trial = [p for p in trial if p[0] in self.added or p[1] in self.added]
         trial = trial[: 2 * self.workers * max(1, self.batch)]
         found: list[int] = []
 
@@ -1315,7 +1374,7 @@ class _Run:
 
     # -------------------------------------------------------------------------------------- map
 
-    def _map(self) -> tuple[MappingError | None, list[Path]]:
+    def _map(self, verified: Sequence[PairVerification]) -> tuple[MappingError | None, list[Path]]:
         from gim_hloc import colmap
         from gim_hloc import images as image_module
 
@@ -1343,6 +1402,10 @@ class _Run:
             return None, sorted(
                 (p for p in sparse.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
             )
+        if not any(pair.inliers for pair in verified):
+            shutil.rmtree(sparse, ignore_errors=True)
+            self.stages.pop("sparse")
+            return self._nothing_matched(verified), []
         with self._timed("map"), self._bar(len(self.names), "Map", "images") as bar:
 
             def registered(model: int, count: int) -> None:
@@ -1400,6 +1463,15 @@ class _Run:
     def _held(self) -> set[str]:
         """Images whose poses must not move."""
         return set(self._poses_if("fixed") or ())
+
+    def _nothing_matched(self, verified: Sequence[PairVerification]) -> MappingError:
+        found = sum(pair.matches for pair in verified)
+        return MappingError(
+            f"Nothing matched: no pair of images passed the verification ({len(verified)} tried, "
+            f"{found} matches in all). Are these images of one scene, and are the weights of "
+            f"{self.matcher.info.name} the published ones? Features, matches and the report are "
+            "kept."
+        )
 
     def _reads_again(self) -> bool:
         return self.options.refine_warps and self.matcher.info.kind == "dense"
