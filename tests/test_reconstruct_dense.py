@@ -310,7 +310,9 @@ def test_made_up_weights_run_to_an_honest_end(
     )  # fmt: skip
     (tmp_path / "weights" / file).unlink()  # 281 MB
     assert code == 4
-    assert "no pair" in capsys.readouterr().err
+    assert "Nothing matched: no pair of images passed the verification (3 tried" in (
+        capsys.readouterr().err
+    )
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["summary"]["registered"] == 0
     assert report["summary"]["pairs_verified"] == 0
