@@ -18,8 +18,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from test_hloc_match_dense import read
 
+import gim_hloc
 from gim_hloc import colmap
 from gim_hloc.evaluation import made_up, sfm, synthetic_dense
 from gim_hloc.hloc_plugin import confs
@@ -127,6 +129,70 @@ def test_hlocs_command_lines_with_our_confs(hloc: RealHloc, tmp_path: Path) -> N
         "--camera_mode", "SINGLE",
     )  # fmt: skip
     assert len(colmap.read_model(out / "sfm").reg_image_ids()) == 3
+
+
+# -------------------------------------------------------------------------- our files in hloc
+
+
+LOCALISE = """
+import sys
+from pathlib import Path
+from hloc import localize_sfm, triangulation
+run, images, truth, output = map(Path, sys.argv[1:])
+names = sorted(path.name for path in images.iterdir())
+query, others = names[2], names[:2] + names[3:]
+files = (run / "pairs.txt", run / "features.h5", run / "matches.h5")
+reference = output / "reference"
+reference.mkdir(parents=True)
+for file in ("cameras.txt", "points3D.txt"):
+    (reference / file).write_text((truth / file).read_text())
+lines = (truth / "images.txt").read_text().splitlines()
+kept = [line for line in lines if line.split()[-1:] and line.split()[-1] in names]
+(reference / "images.txt").write_text("".join(line + "\\n\\n" for line in kept))
+# With the known poses alone, hloc's triangulation finds nothing under pycolmap 4.2.
+triangulation.main(output / "sfm", reference, images, *files, estimate_two_view_geometries=True)
+camera = (truth / "cameras.txt").read_text().splitlines()[-1].split()[1:]
+(output / "queries.txt").write_text(" ".join([query, *camera]))
+(output / "retrieval.txt").write_text("\\n".join(f"{query} {name}" for name in others))
+localize_sfm.main(
+    output / "sfm", output / "queries.txt", output / "retrieval.txt", *files[1:],
+    output / "poses.txt",
+)
+"""
+
+
+@pytest.mark.slow
+def test_hloc_triangulates_and_localises_with_our_files(hloc: RealHloc, tmp_path: Path) -> None:
+    images = fountain(tmp_path / "images", range(3, 8))
+    run, out = tmp_path / "run", tmp_path / "out"
+    gim_hloc.reconstruct(
+        images,
+        run,
+        matcher="sift",
+        quality="fast",
+        pairs="exhaustive",
+        intrinsics="PINHOLE,919.826667,921.836562,506.896667,335.767202",
+        refine_keypoints=False,
+        progress=False,
+    )
+    script = tmp_path / "localise.py"
+    script.write_text(LOCALISE)
+    hloc.run(script, run, images, FOUNTAIN / "gt", out)
+    model = colmap.read_model(out / "sfm")
+    assert model.num_points3D() > 300
+    assert model.compute_mean_reprojection_error() < 1.0
+    name, *pose = (out / "poses.txt").read_text().split()
+    true = sfm.read_cameras(FOUNTAIN / "gt")
+    rotation, translation = true[name]
+    w, x, y, z, *moved = map(float, pose)
+    found = Rotation.from_quat([x, y, z, w]).as_matrix()
+    angle = np.degrees(Rotation.from_matrix(found @ rotation.T).magnitude())
+    centres = np.array([-r.T @ t for r, t in true.values()])
+    radius = np.linalg.norm(centres - centres.mean(0), axis=1).max()
+    distance = np.linalg.norm(-found.T @ np.array(moved) + rotation.T @ translation)
+    assert name == "0005.jpg"
+    assert angle < 0.2
+    assert distance < 0.003 * radius
 
 
 # --------------------------------------------------------------------------- made-up checkpoints
