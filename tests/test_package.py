@@ -17,7 +17,14 @@ import pytest
 import gim_hloc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ("gim-reconstruct", "gim-pairs", "gim-eval-sfm", "gim-weights", "gim-match")
+COMMANDS = (
+    "gim-reconstruct",
+    "gim-localize",
+    "gim-pairs",
+    "gim-eval-sfm",
+    "gim-weights",
+    "gim-match",
+)
 
 
 def configuration() -> ConfigParser:
