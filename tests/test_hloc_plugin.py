@@ -271,6 +271,68 @@ def test_the_command_line_says_what_there_is(capsys: pytest.CaptureFixture[str])
     assert "hloc.utils.plain has no command line" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------ hloc's own models
+
+
+FOREIGN = """
+import torch
+from ..utils.base_model import BaseModel
+
+class Foreign(BaseModel):
+    required_inputs = ["image0", "image1"]
+
+    def _init(self, conf):
+        self.shift = conf["shift"]
+
+    def _forward(self, data):
+        assert not self.training
+        height, width = data["image1"].shape[-2:]
+        y, x = torch.meshgrid(
+            torch.arange(8.0, height - 8, 8), torch.arange(8.0, width - 8, 8), indexing="ij"
+        )
+        grid = torch.stack([x.flatten(), y.flatten()], 1)
+        # As hloc's LoFTR does: whole cells in image 1, free in image 0.
+        scores = torch.ones(len(grid))
+        return {"keypoints0": grid + self.shift, "keypoints1": grid, "scores": scores}
+"""
+
+
+def test_the_drop_in_runs_hlocs_own_models(hloc_folder: Path, tmp_path: Path) -> None:
+    import h5py
+    from PIL import Image
+
+    from gim_hloc.hloc_plugin import match_dense
+
+    (hloc_folder / "matchers" / "foreign.py").write_text(FOREIGN)
+    for name, value in (("a.png", 60), ("b.png", 200)):
+        Image.new("L", (160, 120), value).save(tmp_path / name)
+    (tmp_path / "pairs.txt").write_text("a.png b.png")
+    conf = {
+        "output": "foreign",
+        "model": {"name": "foreign", "shift": 0.25},
+        "preprocessing": {"grayscale": True, "resize_max": 80, "dfactor": 8},
+        "max_error": 1,
+        "cell_size": 1,
+    }
+    for kind in ("quantized", "anchored"):
+        _, matches = match_dense.main(
+            conf, tmp_path / "pairs.txt", tmp_path, tmp_path / kind,
+            tracks=kind, describer="none", progress=False,  # type: ignore[arg-type]
+        )  # fmt: skip
+        with h5py.File(matches) as file:
+            group = file["a.png/b.png"]
+            xy0, xy1 = group["keypoints0"][()], group["keypoints1"][()]
+            assert (group["matches0"][()] >= 0).sum() > 20
+        # The network's image is half as large: 80 x 56 of 160 x 120 pixels.
+        scale = np.array([2, 120 / 56])
+        # Anchored tracks ask for the other direction, in which this model shifts just so.
+        shift = 0.25 * scale * (1 if kind == "quantized" else -1)
+        np.testing.assert_allclose(xy0 - xy1, np.broadcast_to(shift, xy0.shape), atol=0.02, rtol=0)
+        if kind == "quantized":
+            cells = (xy1 + 0.5) / scale - 0.5
+            np.testing.assert_allclose(cells, (cells / 8).round() * 8, atol=1e-4)
+
+
 # --------------------------------------------------------------------------------------- models
 
 
