@@ -12,8 +12,10 @@ import fake_matcher
 import h5py
 import numpy as np
 import pytest
+import test_hloc_interop
 from fake_matcher import SCENE, FakeMatcher, write_images
 from PIL import Image
+from scipy.spatial.transform import Rotation
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH
 
 import gim_hloc
@@ -28,6 +30,7 @@ from gim_hloc.tracks.anchored import AnchoredOptions
 
 fake_matcher.register()
 synthetic_dense.register()
+hloc = test_hloc_interop.hloc  # the fixture
 QUERIES = [SCENE.names[2], SCENE.names[5]]
 MAPPED = [name for name in SCENE.names if name not in QUERIES]
 
@@ -471,3 +474,109 @@ def test_what_cannot_be_extended(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is another image than"):
         gim_hloc.reconstruct(clash, tmp_path / "out", extend=place / "map", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------- real photographs
+
+FOUNTAIN_K = "PINHOLE,919.826667,921.836562,506.896667,335.767202"
+LEFT_OUT = ("0003.jpg", "0007.jpg")
+
+LOCALIZE_SFM = """
+import sys
+from pathlib import Path
+from hloc import localize_sfm
+model, queries, pairs, features, matches, results = map(Path, sys.argv[1:])
+localize_sfm.main(model, queries, pairs, features, matches, results)
+"""
+
+
+@pytest.fixture(scope="module")
+def fountain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A map of nine photographs in the world of the truth, and the other two localised in it."""
+    truth = data / "fountain-P11"
+    root = tmp_path_factory.mktemp("fountain")
+    for folder in ("old", "new"):
+        (root / folder).mkdir()
+    for path in sorted((truth / "images").glob("*.jpg")):
+        shutil.copy(path, root / ("new" if path.name in LEFT_OUT else "old"))
+    gim_hloc.reconstruct(
+        root / "old", root / "map", model=truth / "gt", quality="fast", progress=False
+    )
+    gim_hloc.localize(
+        root / "map", root / "new", root / "out", intrinsics=FOUNTAIN_K, progress=False
+    )
+    return root
+
+
+def check_fountain(found: dict[str, Pose], truth: dict[str, Pose]) -> None:
+    centres = np.array([-r.T @ t for r, t in truth.values()])
+    radius = np.linalg.norm(centres - centres.mean(0), axis=1).mean()
+    assert sorted(found) == list(LEFT_OUT)
+    for name, pose in found.items():
+        rotation, centre = error(pose, truth[name])
+        assert rotation <= 0.2, name
+        assert centre <= 0.003 * radius, name
+
+
+def read_poses_txt(path: Path) -> dict[str, Pose]:
+    found = {}
+    for line in path.read_text().splitlines():
+        name, *values = line.split()
+        w, x, y, z, *translation = map(float, values)
+        rotation = Rotation.from_quat([x, y, z, w]).as_matrix()
+        found[name] = (rotation, np.array(translation))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_photographs_are_localised_exactly(fountain: Path, data: Path) -> None:
+    truth = colmap.model_cameras(data / "fountain-P11" / "gt")
+    check_fountain(read_poses_txt(fountain / "out/poses.txt"), truth)
+    # Unknown intrinsics: looser, and still the place.
+    result = gim_hloc.localize(
+        fountain / "map", fountain / "new", fountain / "estimated", camera="estimate",
+        progress=False,
+    )  # fmt: skip
+    for name in LEFT_OUT:
+        rotation, _ = error(result.queries[name].pose, truth[name])  # type: ignore[arg-type]
+        assert rotation < 1
+        camera = result.queries[name].camera
+        assert camera is not None
+        assert abs(camera.params[0] / 920 - 1) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_photographs_are_added_exactly(fountain: Path, data: Path) -> None:
+    truth = colmap.model_cameras(data / "fountain-P11" / "gt")
+    result = gim_hloc.reconstruct(
+        fountain / "new", fountain / "extended", extend=fountain / "map", progress=False
+    )
+    assert result.registered == 11
+    found = colmap.model_cameras(fountain / "extended")
+    check_fountain({name: found[name] for name in LEFT_OUT}, truth)
+    assert max(np.abs(found[n][1] - truth[n][1]).max() for n in truth if n not in LEFT_OUT) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.hloc
+def test_hlocs_localize_sfm_takes_our_files(
+    hloc: test_hloc_interop.RealHloc, fountain: Path, data: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "localize_sfm.py"
+    script.write_text(LOCALIZE_SFM)
+    model, *params = FOUNTAIN_K.split(",")
+    lines = [f"{name} {model} 1024 683 {' '.join(params)}" for name in LEFT_OUT]
+    (tmp_path / "queries.txt").write_text("\n".join(lines) + "\n")
+    out = fountain / "out"
+    hloc.run(
+        script, fountain / "map/sparse/0", tmp_path / "queries.txt", out / "pairs.txt",
+        out / "features.h5", out / "matches.h5", tmp_path / "results.txt",
+    )  # fmt: skip
+    theirs = read_poses_txt(tmp_path / "results.txt")
+    check_fountain(theirs, colmap.model_cameras(data / "fountain-P11" / "gt"))
+    for name, pose in read_poses_txt(out / "poses.txt").items():
+        rotation, _ = error(theirs[name], pose)
+        assert rotation < 0.02
