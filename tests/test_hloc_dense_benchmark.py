@@ -1,0 +1,72 @@
+"""The benchmark of dense matching in hloc: what it says about files, without running hloc."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from gim_hloc.evaluation.benchmarks import _hloc_dense_driver as driver
+from gim_hloc.evaluation.benchmarks import hloc_dense
+
+
+def write(folder: Path, shift: float = 0.0, matched: int = 1, name: str = "f.h5") -> dict[str, str]:
+    folder.mkdir()
+    with h5py.File(folder / name, "w") as file:
+        file["a.png/keypoints"] = np.ones((3, 2), np.float32)
+    with h5py.File(folder / "m.h5", "w") as file:
+        file["a.png/b.png/keypoints0"] = np.full((4, 2), 5 + shift, np.float32)
+        file["a.png/b.png/matches0"] = np.full(2, matched, np.int32)
+    return {"features": str(folder / name), "matches": str(folder / "m.h5")}
+
+
+def test_files_are_compared(tmp_path: Path) -> None:
+    results = {
+        "hloc": write(tmp_path / "hloc"),
+        "quantized": write(tmp_path / "quantized", shift=1e-5),
+        "anchored": write(tmp_path / "anchored", shift=3, matched=0),
+    }
+    assert hloc_dense._differences(results, "quantized") == []
+    assert hloc_dense._differences(results, "anchored") == []
+    results["quantized"] = write(tmp_path / "other", matched=0)
+    assert hloc_dense._differences(results, "quantized") == [
+        "quantized: 1 of 2 datasets of m.h5 differ"
+    ]
+    results["anchored"] = write(tmp_path / "named", name="g.h5")
+    assert hloc_dense._differences(results, "anchored") == ["anchored: g.h5 instead of f.h5"]
+    with h5py.File(results["anchored"]["matches"], "a") as file:
+        file["a.png/c.png/matches0"] = np.zeros(1, np.int32)
+    assert "anchored: m.h5 has other groups or datasets than hloc's" in hloc_dense._differences(
+        results, "anchored"
+    )
+
+
+def test_time_in_the_network_is_counted_once() -> None:
+    class Network:
+        def work(self) -> None:
+            time.sleep(0.2)
+
+    busy = driver.Busy()
+    busy.watch(Network, "work")
+    start = time.perf_counter()
+    threads = [threading.Thread(target=Network().work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert busy.calls == {"work": 4}
+    assert 0.2 <= busy.seconds <= time.perf_counter() - start  # not four times
+
+
+def test_hloc_must_be_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("CHECKOUT", "PYTHON"):
+        monkeypatch.delenv(f"GIM_HLOC_HLOC_{name}", raising=False)
+    monkeypatch.delenv("GIM_HLOC_WITH_HLOC", raising=False)
+    assert hloc_dense.main([]) == 2
+    assert "missing: python, tool, checkout" in capsys.readouterr().err
