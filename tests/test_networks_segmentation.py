@@ -167,3 +167,26 @@ def test_unknown_classes_are_named(photos: Path, tmp_path: Path) -> None:
         exclusion_masks(scan(photos), tmp_path, ("sky", "dog"), network=Painted())
     with pytest.raises(InputError, match="none given"):
         exclusion_masks(scan(photos), tmp_path, (), network=Painted())
+
+
+def test_command_writes_the_masks_that_are_missing(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gim_hloc import masks
+    from gim_hloc.cli.masks import main
+
+    model = Painted()
+    monkeypatch.setattr(masks, "load_segmentation", lambda device: model)
+    out = tmp_path / "masks"
+    assert main([str(photos), str(out), "--classes", "person", "sky"]) == 0
+    assert "2 masks written" in capsys.readouterr().out
+    (out / "turned.png.png").unlink()
+    assert main([str(photos), str(out), "--classes", "person", "sky"]) == 0
+    assert len(model.shapes) == 3
+    assert "1 masks written" in capsys.readouterr().out
+    assert not MaskFolder(out).check(scan(photos).names)
+    assert main([str(photos), str(tmp_path / "other"), "--classes", "dog"]) == 2
+    assert "No class named dog" in capsys.readouterr().err

@@ -24,6 +24,7 @@ COMMANDS = (
     "gim-eval-sfm",
     "gim-weights",
     "gim-match",
+    "gim-masks",
 )
 
 
