@@ -62,6 +62,8 @@ Focal = Literal["known", "refine", "estimate"]
 FORMAT = 1  # raised when the meaning of stored arrays changes
 
 _COVISIBLE_SEEDS = 5
+_TURN_REFERENCES = 4  # images of the map that a query is turned against
+_TURN_MATCHES = 30  # a turn with fewer is none
 _HOW = {
     "given": "given",
     "map": "of the map",
@@ -108,10 +110,15 @@ class LocalizeOptions:
     """Folder of masks of the queries in COLMAP's convention; black is ignored."""
     mask_erode: int = 4
     """Keypoints keep this many pixels away from masked ones."""
+    rotations: Literal["auto", "none"] = "auto"
+    """auto: queries that fail upright are tried in the other quarter turns (cameras often write no
+    EXIF orientation). For matchers with keypoints that are not rotation invariant."""
     max_error: float = 12.0
     """Largest reprojection error of an inlier, px."""
-    min_inliers: int = 15
-    """With fewer a query is not localised."""
+    min_inliers: int = 30
+    """With fewer a query is not localised (COLMAP's own bound to register an image)."""
+    min_inlier_ratio: float = 0.25
+    """Of the points a query was matched to; with less it is not localised (COLMAP's bound too)."""
     confidence: float = 0.99999
     """Of RANSAC having drawn one sample without outliers."""
     max_trials: int = 10_000
@@ -318,6 +325,7 @@ class _Localization:
         self._encoded: set[str] = set()
         self._matched: set[Pair] = set()
         self._located: set[str] = set()
+        self.turns: dict[str, int] = {}  # query -> quarter turns clockwise to show it upright
 
     # ------------------------------------------------------------------------------------ order
 
@@ -362,12 +370,19 @@ class _Localization:
 
     def _locked_run(self, watch: engine.Stopwatch) -> LocalizeResult:
         self._open_stores()
+        self._read_turns()
         try:
             self._encode()
             with self._timed("pairs"):
                 pairs = self._pairs()
             self._match(pairs)
             results = self._locate(pairs)
+            if self._turn_failed(results, pairs):
+                self._encode()
+                with self._timed("pairs"):
+                    pairs = self._pairs()
+                self._match(pairs)
+                results = self._locate(pairs)
         finally:
             for store in (self.features, self.matches, self.results):
                 store.close()
@@ -610,8 +625,8 @@ class _Localization:
             **{
                 name: getattr(options, name)
                 for name in (
-                    "cluster", "max_error", "min_inliers", "confidence", "max_trials",
-                    "max_spread", "seed",
+                    "cluster", "max_error", "min_inliers", "min_inlier_ratio", "confidence",
+                    "max_trials", "max_spread", "seed",
                 )
             },
         }  # fmt: skip
@@ -619,7 +634,8 @@ class _Localization:
 
     def _source(self, name: str) -> str:
         mask = self.masks.sha(name) if self.masks else None
-        return digest([self.records[name].sha256, mask])
+        turn = self.turns.get(name, 0)
+        return digest([self.records[name].sha256, mask, *([turn] if turn else [])])
 
     def _map_source(self, name: str) -> str:
         """Hash of what matches with an image of the map rest on."""
@@ -639,12 +655,13 @@ class _Localization:
 
     # ----------------------------------------------------------------------------------- encode
 
-    def _read_query(self, name: str, wanted: Any) -> Any:
+    def _read_query(self, name: str, wanted: Any, turn: int | None = None) -> Any:
         from gim_hloc import images as image_module
 
         record = self.records[name]
         mask = self.masks.load(record) if self.masks is not None else None
-        return image_module.load(record, wanted.image_options, mask=mask)
+        shown = image_module.turned(record, self.turns.get(name, 0) if turn is None else turn)
+        return image_module.load(shown, wanted.image_options, mask=mask)
 
     def _encode(self) -> None:
         self._map_sources: dict[str, str] = {}
@@ -876,6 +893,77 @@ class _Localization:
         )
         return anchors, rows
 
+    # ------------------------------------------------------------------------------------ turns
+
+    def _turns_file(self) -> Path:
+        return self.output / "turns.json"
+
+    def _read_turns(self) -> None:
+        """Turns that an earlier run found; queries it tried in vain are not tried again."""
+        self._tried: dict[str, dict[str, Any]] = {}
+        if self.options.rotations == "none" or self.options.overwrite:
+            return
+        try:
+            stored = json.loads(self._turns_file().read_text(encoding="utf-8"))
+            if stored["settings"] == self.matches.stamp:
+                self._tried = {
+                    name: {"sha256": str(e["sha256"]), "quarter_turns": int(e["quarter_turns"])}
+                    for name, e in stored["images"].items()
+                    if name in self.records and e["sha256"] == self.records[name].sha256
+                }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self._tried = {}
+        self.turns = {n: e["quarter_turns"] for n, e in self._tried.items() if e["quarter_turns"]}
+
+    def _turn_failed(self, results: Mapping[str, QueryResult], pairs: Sequence[Pair]) -> bool:
+        """Look for failed queries that are stored turned; True when there are any."""
+        failed = ("no_matches", "no_points", "no_pose", "few_inliers")
+        todo = [
+            name
+            for name, result in results.items()
+            if result.status in failed
+            and name not in self._tried
+            and self.records[name].exif.orientation in (1, 3, 6, 8)  # mirrored ones never
+        ]
+        if self.options.rotations == "none" or self.linked or not todo:
+            return False
+        if self.matcher.info.rotation_invariant:
+            return False
+        with self._timed("match"), self._bar(len(todo), "Turn", "queries") as bar:
+            for name in todo:
+                turn = self._best_turn(name, [b for a, b in pairs if a == name])
+                if turn:
+                    self.turns[name] = turn
+                self._tried[name] = {
+                    "sha256": self.records[name].sha256, "quarter_turns": turn,
+                }  # fmt: skip
+                bar.update()
+        content = {"settings": self.matches.stamp, "images": self._tried}
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_atomic(self._turns_file(), text + "\n")
+        found = [name for name in todo if name in self.turns]
+        if found:
+            self._note(
+                f"{len(found)} queries are stored turned without EXIF saying so and were matched "
+                f"upright (first: {found[0]} by {90 * self.turns[found[0]]} degrees clockwise). "
+                "Poses are those of the stored files."
+            )
+        return bool(found)
+
+    def _best_turn(self, name: str, references: Sequence[str]) -> int:
+        """Quarter turns that bring far more matches than the query has as it is; 0 for none."""
+        counts = {
+            r: int((self.matches.get(f"{name}\t{r}")[0]["matches0"] >= 0).sum()) for r in references
+        }
+        chosen = sorted(references, key=lambda r: -counts[r])[:_TURN_REFERENCES]
+        best, most = 0, max(_TURN_MATCHES, 2 * sum(counts[r] for r in chosen))
+        for turn in (1, 2, 3):
+            encoding = self.matcher.encode(self._read_query(name, self.matcher, turn))
+            total = sum(len(self.matcher.match(encoding, self._encoding(f"m{r}"))) for r in chosen)
+            if total > most:
+                best, most = turn, total
+        return best
+
     # ----------------------------------------------------------------------------------- locate
 
     def _locate(self, pairs: Sequence[Pair]) -> dict[str, QueryResult]:
@@ -966,7 +1054,8 @@ class _Localization:
         self, seen: _Seen, references: Sequence[str], posed: bool, inliers: int
     ) -> tuple[str, str]:
         """Status and sentence of a query that has no trustworthy pose; empty when it has."""
-        if posed and inliers >= self.options.min_inliers:
+        enough = inliers >= self.options.min_inliers
+        if posed and enough and inliers >= self.options.min_inlier_ratio * len(seen.row):
             return "", ""
         if not self.linked and not len(seen.xy_px):
             return "no_features", "no keypoints: blank, dark, blurred or masked as a whole"
@@ -978,10 +1067,10 @@ class _Localization:
             return "no_points", f"{seen.matches} matches, none with a 3D point of the map"
         if not posed:
             return "no_pose", f"no pose agrees with the {len(seen.row)} points it was matched to"
+        asked = f"{self.options.min_inlier_ratio:.0%}" if enough else str(self.options.min_inliers)
         return (
             "few_inliers",
-            f"{inliers} of {len(seen.row)} points agree with the best pose; "
-            f"{self.options.min_inliers} are asked for",
+            f"{inliers} of {len(seen.row)} points agree with the best pose; {asked} are asked for",
         )
 
     def _groups(self, references: Sequence[str]) -> list[np.ndarray]:
@@ -1148,6 +1237,7 @@ class _Localization:
                 "inliers": r.inliers,
                 "reprojection_error_px": r.error_px,
                 "intrinsics": r.intrinsics,
+                **({"turned_degrees": 90 * self.turns[r.name]} if r.name in self.turns else {}),
                 "references": [{"name": n, "inliers": count} for n, count in r.references],
             }
             if r.pose is not None and r.camera is not None:

@@ -602,7 +602,8 @@ class _Run:
         return describer
 
     def _open_stores(self) -> None:
-        overwrite = self.options.overwrite
+        # What an extension starts from was put there after the old content was removed.
+        overwrite = self.options.overwrite and self.base is None
         self.features = H5Store(
             self.output / "features.h5", self.feature_settings, overwrite=overwrite
         )

@@ -289,6 +289,9 @@ def test_failures_are_explained(
     with pytest.raises(MappingError):
         run(place, tmp_path / "few", min_inliers=1000)
     assert "1000 are asked for" in (tmp_path / "few/report.txt").read_text(encoding="utf-8")
+    with pytest.raises(MappingError):
+        run(place, tmp_path / "few", min_inlier_ratio=1.1)
+    assert "110% are asked for" in (tmp_path / "few/report.txt").read_text(encoding="utf-8")
 
 
 def test_bad_inputs_are_one_line(place: Path, tmp_path: Path) -> None:
@@ -446,6 +449,12 @@ def test_images_are_added_to_a_model(poses: str, place: Path, tmp_path: Path) ->
     assert located.localized == 2
 
 
+def test_extending_over_an_older_result(place: Path, tmp_path: Path) -> None:
+    extend(place, tmp_path / "out")
+    extend(place, tmp_path / "out", overwrite=True)
+    assert sorted(c for c in FakeMatcher.calls if "|" not in c) == QUERIES  # not the map's
+
+
 def test_extending_goes_on_from_the_whole_folder(place: Path, tmp_path: Path) -> None:
     """IMAGES may hold the map's images too."""
     FakeMatcher.calls.clear()
@@ -544,6 +553,32 @@ def test_photographs_are_localised_exactly(fountain: Path, data: Path) -> None:
         camera = result.queries[name].camera
         assert camera is not None
         assert abs(camera.params[0] / 920 - 1) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_photographs_that_are_stored_turned_are_found(
+    fountain: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "new").mkdir()
+    name = LEFT_OUT[1]
+    picture = Image.open(fountain / "new" / name).transpose(Image.Transpose.ROTATE_90)
+    picture.save(tmp_path / "new" / name, quality=95)  # counter-clockwise; no EXIF
+    # Stored x, y are upright y and width - x.
+    _, fx, fy, cx, cy = FOUNTAIN_K.split(",")
+    turned = f"PINHOLE,{fy},{fx},{cy},{1024 - float(cx)}"
+    options: dict[str, Any] = {"intrinsics": turned, "progress": False}
+    result = gim_hloc.localize(fountain / "map", tmp_path / "new", tmp_path / "out", **options)
+    quarter = np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
+    rotation, translation = colmap.model_cameras(data / "fountain-P11" / "gt")[name]
+    found = result.queries[name].pose
+    assert found is not None
+    angle, centre = error(found, (quarter @ rotation, quarter @ translation))
+    assert angle < 0.2
+    assert centre < 0.05
+    assert result.report["queries"][0]["turned_degrees"] == 90
+    again = gim_hloc.localize(fountain / "map", tmp_path / "new", tmp_path / "out", **options)
+    assert set(again.report["counts"].values()) == {0}
 
 
 @pytest.mark.slow
