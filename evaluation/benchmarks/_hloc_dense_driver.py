@@ -4,8 +4,8 @@
 
     _hloc_dense_driver.py SCENE_FOLDER hloc|quantized|anchored OUTPUT CONF_JSON DESCRIBER
 
-``OUTPUT/timings.json`` gets the wall seconds of ``main`` and of the time in which the network (the
-synthetic matcher, and the detector of anchors) was at work.
+``OUTPUT/timings.json`` gets the wall seconds of ``main`` and the seconds that the network (the
+synthetic matcher, and the detector of anchors) takes of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import functools
 import importlib
 import json
 import sys
-import threading
 import time
 import types
 from collections.abc import Mapping
@@ -29,14 +28,14 @@ KNOWN = "gim_hloc_known"
 
 
 class Busy:
-    """Wall seconds in which at least one thread was in a function that is watched."""
+    """Processor seconds of the threads that are in a function that is watched.
+
+    Not wall seconds: what else runs on the machine, hloc's loaders for one, would count as network.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.calls: dict[str, int] = {}
-        self._inside = 0
-        self._start = 0.0
-        self._mutex = threading.Lock()
 
     def watch(self, owner: Any, name: str) -> None:
         """Replace a function of a class or module by one that is timed."""
@@ -44,18 +43,12 @@ class Busy:
 
         @functools.wraps(plain)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            with self._mutex:
-                self.calls[name] = self.calls.get(name, 0) + 1
-                self._inside += 1
-                if self._inside == 1:
-                    self._start = time.perf_counter()
+            self.calls[name] = self.calls.get(name, 0) + 1
+            start = time.thread_time()
             try:
                 return plain(*args, **kwargs)
             finally:
-                with self._mutex:
-                    self._inside -= 1
-                    if self._inside == 0:
-                        self.seconds += time.perf_counter() - self._start
+                self.seconds += time.thread_time() - start
 
         setattr(owner, name, timed)
 
@@ -139,7 +132,8 @@ def main(argv: list[str]) -> None:
         start = time.perf_counter()
         features, matches = theirs.main(conf, *arguments)
     else:
-        importlib.import_module("gim_hloc.engine")
+        engine: Any = importlib.import_module("gim_hloc.engine")
+        engine.default_workers = lambda *_: 1  # networks one after the other: their times add up
         for name in ("encode", "warp_batch" if side == "anchored" else "match_batch"):
             busy.watch(matcher, name)
         for detector in (sift.SiftMatcher, lightglue.LightGlueMatcher):

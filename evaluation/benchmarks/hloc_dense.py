@@ -4,8 +4,9 @@
         [--hloc CHECKOUT --with-hloc TOOL.py --hloc-python PYTHON]
 
 Both get the same images, the same pairs and the same matcher, which knows the scene and plays the
-network; the time in it (for anchored tracks also that of the detector that gives anchors) is taken
-off the wall time of ``main``. What is left is reading images, finding keypoints, writing files.
+network; its processor time on one thread (for anchored tracks also that of the detector that gives
+anchors) is taken off the wall time of ``main``. What is left is reading images, finding keypoints,
+writing files.
 
 * ``hloc``: the real ``hloc.match_dense.main`` with our model in it, which encodes each image once;
 * ``quantized``: our ``match_dense.main`` with hloc's tracks. Its files must be hloc's: the same
@@ -124,7 +125,8 @@ def _run(options: BenchmarkOptions) -> int:
         for side in SIDES:
             command = [*paths.values(), DRIVER, folder, side, folder / side]
             command += [json.dumps(conf), options.describer]
-            usage = measure.measured_run(command, log=folder / f"{side}.log")
+            threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            usage = measure.measured_run(command, log=folder / f"{side}.log", environment=threads)
             found = json.loads((folder / side / "timings.json").read_text())
             found["outside_s"] = found["wall_s"] - found["network_s"]
             results[side] = found | {"peak_tree_mib": usage.peak_tree_mib}

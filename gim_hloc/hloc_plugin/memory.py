@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -17,18 +18,28 @@ _C = -7723592293110705685
 
 
 def content_key(image: torch.Tensor) -> str:
-    """Something that equal images share and others do not (but for a chance of about 2^-64).
+    """Something that equal images share and others do not.
 
-    Computed on the image's device, so that one number is all that leaves it.
+    On a GPU it is computed there, so that one number is all that is transferred.
     """
-    values = image.detach().float().contiguous().view(torch.int32).flatten().long()
-    place = torch.arange(1, len(values) + 1, device=values.device)
-    mixed = place.mul_(_A).bitwise_xor_(values).mul_(_B)
+    sides = "x".join(str(side) for side in image.shape)
+    values = image.detach().float().contiguous()
+    if values.device.type == "cpu":
+        digest = hashlib.sha1(values.numpy().data, usedforsecurity=False).hexdigest()[:16]
+    else:
+        digest = f"{mixed_sum(values) % 2**64:016x}"
+    return f"{sides}-{digest}"
+
+
+def mixed_sum(values: torch.Tensor) -> int:
+    """Sum of all numbers, each mixed with its place: equal by chance once in 2^64 images."""
+    bits = values.view(torch.int32).flatten().long()
+    mixed = torch.arange(1, len(bits) + 1, device=bits.device)
+    mixed.mul_(_A).bitwise_xor_(bits).mul_(_B)
     mixed ^= mixed >> 31
     mixed.mul_(_C)
     mixed ^= mixed >> 29
-    sides = "x".join(str(side) for side in image.shape)
-    return f"{sides}-{int(mixed.sum()) % 2**64:016x}"
+    return int(mixed.sum())
 
 
 class EncodingMemory:
