@@ -1,0 +1,131 @@
+"""Check that the dumps of one set hold the same pairs in the same order.
+
+Results on different pairs cannot be compared. The reference asks for four sets by names that
+its own dumps do not have, so it never checks them and calls them good; here a set without a dump is
+bad.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from gim_hloc.errors import InputError
+from gim_hloc.evaluation.zeb.dumps import read_dump
+from gim_hloc.evaluation.zeb.published import NAMES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetCheck:
+    """What the dumps of one set are found to be."""
+
+    name: str  # of the set, as in file names
+    files: tuple[Path, ...]  # its dumps, sorted by name; the first is the one compared with
+    pairs: int  # of the first readable dump
+    problems: tuple[str, ...]  # one line for each deviating or unreadable file
+
+    @property
+    def good(self) -> bool:
+        """Whether there is a dump and all of them agree."""
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        """Return the line that starts with Good or Bad, and one for each deviating file."""
+        verdict = "Good" if self.good else "Bad "
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        return [
+            f"{verdict} {self.name}: {files}, {self.pairs} pairs",
+            *(f"     {problem}" for problem in self.problems),
+        ]
+
+
+def check_dumps(
+    paths: Iterable[str | os.PathLike[str]], *, sets: Sequence[str] | None = None
+) -> list[SetCheck]:
+    """Compare the pairs of all dumps of each set.
+
+    Args:
+        paths: dumps, or folders of them (`find_dumps`).
+        sets: names as in file names; by default ZEB's twelve, and any other set found.
+
+    Raises:
+        InputError: a path does not exist.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in find_dumps(paths):
+        # Not parse_dump_name: a file with a wrong name is to be reported, under its set if it
+        # tells one.
+        parts = path.name.removesuffix(".txt").split()
+        found.setdefault(parts[2] if len(parts) > 2 else path.name, []).append(path)
+    if sets is None:
+        sets = [*NAMES, *sorted(set(found) - set(NAMES))]
+    return [_check_set(name, found.get(name, [])) for name in sets]
+
+
+def find_dumps(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Return the dumps among files and folders, each once, sorted by name within a folder.
+
+    A file given by name is taken as it is. Of a folder, files ``*.txt`` whose name holds ``]`` are
+    taken, not those of its subfolders.
+
+    Raises:
+        InputError: a path does not exist, or a folder holds no dump.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            dumps = sorted(file for file in path.glob("*.txt") if "]" in file.name)
+            if not dumps:
+                raise InputError(f"{path} holds no dump: no file named like '[T] … .txt'.")
+            found.update(dict.fromkeys(dumps))
+        elif path.exists():
+            found[path] = None
+        else:
+            raise InputError(f"{path} does not exist: give dump files or folders of them.")
+    return list(found)
+
+
+def exit_code(checks: Iterable[SetCheck]) -> int:
+    """Return 0 where all sets are good, else 1."""
+    return 0 if all(check.good for check in checks) else 1
+
+
+def _check_set(name: str, files: list[Path]) -> SetCheck:
+    if not files:
+        return SetCheck(name=name, files=(), pairs=0, problems=("no dump of this set",))
+    expected: tuple[str, ...] | None = None
+    first = ""
+    problems = []
+    for path in files:
+        try:
+            identifiers = read_dump(path).identifiers
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if expected is None:
+            expected, first = identifiers, path.name
+        elif identifiers != expected:
+            problems.append(f"{path.name}: {_deviation(identifiers, expected)} ({first})")
+    return SetCheck(
+        name=name, files=tuple(files), pairs=len(expected or ()), problems=tuple(problems)
+    )
+
+
+def _deviation(identifiers: tuple[str, ...], expected: tuple[str, ...]) -> str:
+    """Say in words where two different lists of identifiers part."""
+    both = zip_longest(identifiers, expected)
+    place = next(index for index, (here, there) in enumerate(both) if here != there)
+    parts = [f"{len(identifiers)} pairs against {len(expected)}"]
+    if missing := len(set(expected) - set(identifiers)):
+        parts.append(f"{missing} missing")
+    if foreign := len(set(identifiers) - set(expected)):
+        parts.append(f"{foreign} not in the other")
+    here, there = (
+        repr(names[place]) if place < len(names) else "the end" for names in (identifiers, expected)
+    )
+    # The header is line 1.
+    parts.append(f"line {place + 2} is {here} instead of {there}")
+    return ", ".join(parts)

@@ -1,0 +1,860 @@
+"""Run matchers over ZEB: predictions, evaluation, dumps; each kept, so that nothing is done twice.
+
+Below the output folder::
+
+    predictions/<matcher>-<key>/<set>/<part>.npz       matches, independent of any protocol
+    evaluations/<matcher>-<key>/<protocol>/<set>/<part>.txt   lines of dumps
+    dump/<protocol>/[T] <matcher> <set> <version>.txt  complete sets
+
+``<key>`` stands for everything that decides the matches: options, weights, versions. Parts are
+complete or absent and hold some pairs each; which pairs depends on where a run was interrupted, the
+results do not. Shards of one run may share the folder: they work on different pairs, and whichever
+finds all pairs of a set evaluated writes its dump.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gim_hloc.errors import InputError, OutputError
+from gim_hloc.evaluation.zeb.datasets import (
+    BadLabel,
+    ZebPair,
+    ZebSet,
+    find_root,
+    find_set,
+    prepare_image,
+    present_sets,
+    read_labels,
+)
+from gim_hloc.evaluation.zeb.dumps import (
+    HEADER,
+    Dump,
+    DumpRecord,
+    format_dump,
+    parse_line,
+    write_dump,
+)
+from gim_hloc.evaluation.zeb.protocol import (
+    Protocol,
+    estimator_version,
+    evaluate_pair,
+    reference_options,
+    require_poselib,
+    slip,
+)
+from gim_hloc.files import write_atomic
+
+if TYPE_CHECKING:
+    from gim_hloc.matchers.base import Matches
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["processes", "ray"]
+
+# Part of every key: raised when images are prepared differently.
+_PREPARATION = 1
+_PREDICTIONS, _EVALUATIONS, _DUMPS = "predictions", "evaluations", "dump"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What to run, and how."""
+
+    matchers: tuple[str, ...] = ()  # names in the registry
+    sets: tuple[str, ...] = ()  # names of sets; none: all that are there
+    protocols: tuple[Protocol, ...] = (Protocol(),)  # each gives dumps of its own
+    quality: str = "base"  # operating point of matchers that the reference does not set
+    reference_settings: bool = True  # gim_* matchers with the options of the reference's test
+    version: str | None = None  # last token of dump names; None: the quality
+    limit: int | None = None  # pairs per set, drawn at random; None: all
+    seed: int = 0  # of that draw
+    device: str = "auto"  # of the networks: auto, cpu, cuda:1
+    shard: tuple[int, int] = (0, 1)  # (i, N): the i-th of N parts of every set, from 0
+    resume: bool = False  # go on with what the output folder holds; else it must hold nothing
+    batch_size: int | None = None  # pairs per network call; None: 1 on a processor, 4 on a GPU
+    cache_gb: float | None = None  # memory for encodings, 10^9 bytes; None: chosen
+    part_pairs: int = 100  # pairs after which results are written: what a kill can cost
+    evaluators: int | None = None  # threads for RANSAC; None: 0 (in line) on a processor, else 4
+    progress: bool = False  # show progress bars
+
+    def __post_init__(self) -> None:
+        i, count = self.shard
+        if count < 1 or not 0 <= i < count:
+            raise InputError(f"Shard {i} of {count} does not exist: they count from 0.")
+        if not self.matchers:
+            raise InputError("No matcher was named.")
+        if not self.protocols:
+            raise InputError("No protocol was named.")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit is {self.limit}, it must be positive.")
+        if self.part_pairs < 1:
+            raise InputError(f"part_pairs is {self.part_pairs}, it must be positive.")
+
+    @property
+    def dump_version(self) -> str:
+        """Last token of dump names. A run on some of the pairs must not pass for one on all."""
+        version = self.version or self.quality
+        return version if self.limit is None else f"{version}-limit{self.limit}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A pair that could not be matched or judged; it counts as failed."""
+
+    dataset: str  # name of the set
+    identifier: str
+    message: str  # names the file
+    matcher: str | None = None  # None where the data is at fault whatever matcher runs
+
+    def __str__(self) -> str:
+        by = f" ({self.matcher})" if self.matcher else ""
+        return f"{self.dataset} {self.identifier}{by}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetResult:
+    """One matcher on one set by one protocol."""
+
+    matcher: str
+    dataset: str
+    protocol: str  # name of its folder
+    pairs: int  # of the set, limit applied, all shards together
+    evaluated: int  # of them, now and before
+    failures: int  # of the evaluated ones
+    dump: Path | None  # None until all pairs are evaluated
+    records: tuple[DumpRecord, ...] = field(default=(), repr=False)
+
+
+@dataclass(kw_only=True)
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        results: by matcher, set and protocol, in the order asked for.
+        problems: pairs that count as failed for a named reason.
+        matched: pairs matched now; others were there already.
+        encoded: images encoded now, repetitions included.
+        seconds: wall time ``total`` and its parts ``load`` (of matchers), ``encode``, ``match``,
+            ``evaluate``; ``read`` and ``write`` beside them. Reading runs ahead in threads, and so
+            does evaluation where there are evaluators: their seconds overlap the others.
+    """
+
+    results: list[SetResult] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    matched: int = 0
+    encoded: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 where a pair had a problem that has nothing to do with how well it matches."""
+        return 1 if self.problems else 0
+
+    @property
+    def outside(self) -> float:
+        """Share of the wall time that was spent neither in the matcher nor in RANSAC.
+
+        Only where evaluation runs in line: with evaluators, times overlap and the share is a lower
+        bound.
+        """
+        total = self.seconds.get("total", 0.0)
+        inside = sum(self.seconds.get(key, 0.0) for key in ("load", "encode", "match", "evaluate"))
+        return max(0.0, 1 - inside / total) if total > 0 else 0.0
+
+
+def run(
+    folder: str | os.PathLike[str], output: str | os.PathLike[str], options: RunOptions
+) -> RunReport:
+    """Run matchers over the sets of an unpacked ZEB.
+
+    Args:
+        folder: with ``zeb/`` in it, or ``zeb/`` itself.
+        output: see the module; made if it does not exist.
+        options: what to run.
+
+    Returns:
+        What was done. A pair with a bad label, a missing or damaged image or on which the matcher
+        stopped is named among the problems and stands in the dump as a failure; the others go on.
+        Such pairs are tried again when the run is resumed.
+
+    Raises:
+        InputError: no set is there, an unknown name, a set without labels.
+        OutputError: the folder holds results of these matchers and ``resume`` is off.
+        WeightsError: the weights of a matcher cannot be had.
+    """
+    from gim_hloc.matchers import registry
+
+    root, output = find_root(folder), Path(output)
+    sets = [find_set(name) for name in options.sets] if options.sets else present_sets(root)
+    for name in options.matchers:
+        registry.describe(name)  # before the first of them runs for hours
+    if any(protocol.estimator == "poselib" for protocol in options.protocols):
+        require_poselib()
+    if not options.resume and options.shard[1] == 1:
+        _require_unused(output, options.matchers)
+    selections = [_select(root, zeb_set, options) for zeb_set in sets]
+    report = RunReport()
+    report.problems += [problem for selection in selections for problem in selection.problems()]
+    clock = _Clock()
+    with clock("total"):
+        for name in options.matchers:
+            overrides = reference_options(name) if options.reference_settings else {}
+            with clock("load"):
+                matcher = registry.load(
+                    name,
+                    quality=options.quality,  # type: ignore[arg-type]
+                    device=options.device,
+                    **overrides,
+                )
+            key = _write_settings(output, name, matcher)
+            for protocol in options.protocols:
+                _check_estimator(output / _EVALUATIONS / key / protocol.name, protocol)
+            for selection in selections:
+                _SetRun(output, key, name, matcher, selection, options, report, clock).run()
+    report.seconds = dict(clock.seconds)
+    return report
+
+
+def run_workers(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: RunOptions,
+    devices: Sequence[str],
+    *,
+    backend: Backend = "processes",
+) -> RunReport:
+    """Run with one worker per device, each on its own shard of every set.
+
+    Args:
+        folder: as for `run`.
+        output: as for `run`; all workers must see it under the same path.
+        options: as for `run`; ``shard`` and ``device`` are set here.
+        devices: one worker each; the same name twice makes two workers on it.
+        backend: "processes" on this machine, or "ray" on the cluster that Ray is connected to.
+
+    Returns:
+        The complete results; ``seconds`` has the wall time as ``total`` and the workers' other
+        times added up.
+
+    Raises:
+        InputError: as `run`; no device; Ray is asked for and not installed.
+    """
+    if not devices:
+        raise InputError("No device was named.")
+    start = time.perf_counter()
+    if not options.resume:
+        _require_unused(Path(output), options.matchers)
+    jobs = [
+        replace(options, device=device, shard=(i, len(devices)), resume=True, progress=False)
+        for i, device in enumerate(devices)
+    ]
+    reports = _MAPS[backend](str(folder), str(output), jobs)
+    # The last word: shards that ended together may each have missed the other's parts.
+    final = run(folder, output, replace(options, device=devices[0], shard=(0, 1), resume=True))
+    final.matched += sum(report.matched for report in reports)
+    final.encoded += sum(report.encoded for report in reports)
+    for report in reports:
+        for key, value in report.seconds.items():
+            final.seconds[key] = final.seconds.get(key, 0.0) + value
+    final.seconds["total"] = time.perf_counter() - start
+    return final
+
+
+def _map_processes(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[RunReport]:
+    # Not forked: CUDA and the threads of PyTorch do not survive it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(jobs), mp_context=context) as pool:
+        return list(pool.map(run, [folder] * len(jobs), [output] * len(jobs), jobs))
+
+
+def _map_ray(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[RunReport]:
+    try:
+        import ray
+    except ImportError:
+        raise InputError('The backend ray needs Ray: pip install "ray"') from None
+    ray.init(ignore_reinit_error=True)
+    # Ray shows a worker only the GPUs that it was given, so that all of them call theirs "cuda".
+    tasks = [
+        ray.remote(run)
+        .options(num_gpus=int(job.device.startswith("cuda")))
+        .remote(
+            folder, output, replace(job, device="cuda") if job.device.startswith("cuda") else job
+        )
+        for job in jobs
+    ]
+    reports: list[RunReport] = ray.get(tasks)
+    return reports
+
+
+_MAPS = {"processes": _map_processes, "ray": _map_ray}
+
+
+# ---------------------------------------------------------------------------------------- selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Selection:
+    """The pairs of one set that a run is about."""
+
+    root: Path
+    zeb_set: ZebSet
+    pairs: tuple[ZebPair, ...]  # all shards
+    bad: tuple[BadLabel, ...]
+    mine: frozenset[str]  # identifiers of this shard
+
+    def problems(self) -> Iterator[Problem]:
+        for label in self.bad:
+            yield Problem(
+                dataset=self.zeb_set.name,
+                identifier=label.identifier,
+                message=f"{label.label}: {label.reason}",
+            )
+
+
+def _select(root: Path, zeb_set: ZebSet, options: RunOptions) -> _Selection:
+    labels = read_labels(root, zeb_set)
+    pairs, bad = labels.pairs, labels.bad
+    if options.limit is not None and options.limit < len(labels):
+        generator = np.random.default_rng(options.seed)
+        chosen = set(generator.choice(len(labels), options.limit, replace=False).tolist())
+        pairs = tuple(pair for i, pair in enumerate(pairs) if i in chosen)
+        bad = tuple(label for i, label in enumerate(bad, start=len(labels.pairs)) if i in chosen)
+    i, count = options.shard
+    # Neighbours in the order share images: runs of them keep most scenes in one shard.
+    first, last = len(pairs) * i // count, len(pairs) * (i + 1) // count
+    mine = frozenset(pair.identifier for pair in pairs[first:last])
+    return _Selection(root=root, zeb_set=zeb_set, pairs=pairs, bad=bad, mine=mine)
+
+
+# --------------------------------------------------------------------------------------------- keys
+
+
+def matcher_settings(matcher: Any) -> dict[str, Any]:
+    """Everything that decides the matches of ZEB's pairs, JSON-able."""
+    return {
+        "encode": matcher.encode_settings(),
+        "match": matcher.match_settings(),
+        "preparation": _PREPARATION,
+    }
+
+
+def _require_unused(output: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if any((output / _PREDICTIONS).glob(f"{name}-*/*/*.npz")):
+            raise OutputError(
+                f"{output} holds predictions of {name} by an earlier run: resume it, or choose "
+                "another folder."
+            )
+
+
+def _write_settings(output: Path, name: str, matcher: Any) -> str:
+    """Make the folder of a matcher's predictions; returns its name."""
+    settings = json.dumps(matcher_settings(matcher), indent=1, sort_keys=True, default=str)
+    key = f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    folder = output / _PREDICTIONS / key
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "settings.json", settings + "\n")
+    return key
+
+
+def _check_estimator(folder: Path, protocol: Protocol) -> None:
+    """Note the library's version beside evaluations, which depend on it; never mix two.
+
+    Raises:
+        OutputError: the folder's evaluations were made with another version.
+    """
+    version = estimator_version(protocol.estimator)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "estimator.txt"
+    before = path.read_text(encoding="utf-8").strip() if path.exists() else version
+    if before != version:
+        raise OutputError(
+            f"The evaluations in {folder} were made with {before}, now it is {version}: delete "
+            "that folder to evaluate anew (predictions are kept), or install the other version."
+        )
+    write_atomic(path, version + "\n")
+
+
+# -------------------------------------------------------------------------------------- predictions
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prediction:
+    """The matches of one pair.
+
+    Attributes:
+        identifier: of the pair.
+        points0: (M, 2) float32 original pixels of image 0, hloc's frame.
+        points1: (M, 2) the same in image 1.
+        scores: (M,) float32.
+        size0: (width, height) of image 0 in pixels.
+        size1: of image 1.
+    """
+
+    identifier: str
+    points0: np.ndarray
+    points1: np.ndarray
+    scores: np.ndarray
+    size0: tuple[int, int]
+    size1: tuple[int, int]
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Write predictions to one file, complete or not at all."""
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        identifiers=np.array([p.identifier for p in predictions], dtype=np.str_),
+        counts=np.array([len(p.scores) for p in predictions], dtype=np.int64),
+        sizes=np.array([(*p.size0, *p.size1) for p in predictions], dtype=np.int64),
+        points0=np.concatenate([p.points0 for p in predictions]).astype(np.float32, copy=False),
+        points1=np.concatenate([p.points1 for p in predictions]).astype(np.float32, copy=False),
+        scores=np.concatenate([p.scores for p in predictions]).astype(np.float32, copy=False),
+    )
+    write_atomic(path, buffer.getvalue())
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Read what `write_predictions` wrote.
+
+    Raises:
+        OutputError: the file is damaged or not of this kind.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            identifiers = arrays["identifiers"].tolist()
+            ends = np.cumsum(arrays["counts"])[:-1]
+            points0, points1, scores = (
+                np.split(arrays[key], ends) for key in ("points0", "points1", "scores")
+            )
+            sizes = arrays["sizes"].tolist()
+    except Exception as error:  # zipfile, NumPy and zlib raise several classes
+        raise _damaged(path, error) from error
+    return [
+        Prediction(
+            identifier=identifier,
+            points0=points0[i],
+            points1=points1[i],
+            scores=scores[i],
+            size0=(sizes[i][0], sizes[i][1]),
+            size1=(sizes[i][2], sizes[i][3]),
+        )
+        for i, identifier in enumerate(identifiers)
+    ]
+
+
+def find_predictions(
+    output: str | os.PathLike[str],
+    matcher: str,
+    dataset: str,
+    identifiers: Iterable[str] | None = None,
+) -> dict[str, Prediction]:
+    """Read a matcher's matches of pairs, for pictures of them.
+
+    Args:
+        output: of `run`.
+        matcher: its name, or the name of its folder if there are several settings of it.
+        dataset: name of the set.
+        identifiers: which pairs; None reads all.
+
+    Returns:
+        Predictions by identifier; pairs without are left out.
+
+    Raises:
+        InputError: no predictions of that matcher, or of several settings.
+        OutputError: a file is damaged.
+    """
+    base = Path(output) / _PREDICTIONS
+    folders = [
+        path
+        for path in sorted(base.glob("*"))
+        if path.is_dir() and matcher in (path.name, path.name.rpartition("-")[0])
+    ]
+    if len(folders) != 1:
+        found = ", ".join(path.name for path in folders) or "none"
+        raise InputError(f"Predictions of one setting of {matcher} are needed in {base}: {found}.")
+    wanted = None if identifiers is None else set(identifiers)
+    result: dict[str, Prediction] = {}
+    for path in sorted((folders[0] / find_set(dataset).folder).glob("*.npz")):
+        if wanted is not None and wanted.isdisjoint(_identifiers(path)):
+            continue
+        for prediction in read_predictions(path):
+            if wanted is None or prediction.identifier in wanted:
+                result[prediction.identifier] = prediction
+    return result
+
+
+def _identifiers(path: Path) -> list[str]:
+    """Which pairs a file of predictions holds; their matches are not read."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names: list[str] = arrays["identifiers"].tolist()
+    except Exception as error:  # zipfile, NumPy and zlib raise several classes
+        raise _damaged(path, error) from error
+    return names
+
+
+def _damaged(path: Path, error: Exception) -> OutputError:
+    return OutputError(f"{path} is damaged ({error}): delete it and resume.")
+
+
+# ------------------------------------------------------------------------------------------ one set
+
+
+class _Unreadable:
+    """Stands for the image or the encoding of a file that cannot be used."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class _Encoder:
+    """What the scheduler needs of a matcher.
+
+    It has no ``halve``: a benchmark must not go on at another resolution when memory runs out.
+    """
+
+    def __init__(self, matcher: Any, clock: _Clock) -> None:
+        self._matcher, self._clock = matcher, clock
+        self.device = matcher.device
+
+    def encode(self, image: Any) -> Any:
+        from gim_hloc.engine import is_out_of_memory
+
+        if isinstance(image, _Unreadable):
+            return image
+        with self._clock("encode"):
+            try:
+                return self._matcher.encode(image)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                logger.exception("%s cannot be encoded", image.name)
+                return _Unreadable(f"{image.name} cannot be encoded ({_words(error)})")
+
+
+class _SetRun:
+    """One matcher on one set."""
+
+    def __init__(
+        self,
+        output: Path,
+        key: str,
+        name: str,
+        matcher: Any,
+        selection: _Selection,
+        options: RunOptions,
+        report: RunReport,
+        clock: _Clock,
+    ) -> None:
+        self.output, self.name, self.matcher = output, name, matcher
+        self.selection, self.options, self.report, self.clock = selection, options, report, clock
+        self.zeb_set = selection.zeb_set
+        self.pairs = {pair.identifier: pair for pair in selection.pairs}
+        self.predictions = output / _PREDICTIONS / key / self.zeb_set.folder
+        self.evaluations = {
+            protocol: output / _EVALUATIONS / key / protocol.name / self.zeb_set.folder
+            for protocol in options.protocols
+        }
+        self.failed: dict[str, str] = {}  # identifier -> why, pairs without a prediction
+        for folder in (self.predictions, *self.evaluations.values()):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> None:
+        with self._evaluator() as submit:
+            done = self._finish_parts(submit)
+            todo = [
+                pair
+                for pair in self.selection.pairs
+                if pair.identifier in self.selection.mine and pair.identifier not in done
+            ]
+            if todo:
+                self._predict(todo, submit)
+        for identifier, message in self.failed.items():
+            problem = Problem(
+                dataset=self.zeb_set.name,
+                identifier=identifier,
+                message=message,
+                matcher=self.name,
+            )
+            logger.warning("%s", problem)
+            self.report.problems.append(problem)
+        for protocol in self.options.protocols:
+            self.report.results.append(self._assemble(protocol))
+
+    # -- evaluation
+
+    @contextmanager
+    def _evaluator(self) -> Iterator[Callable[[str, list[Prediction] | None], None]]:
+        """Yield what evaluates a part: in threads beside the network, or in line."""
+        count = self.options.evaluators
+        if count is None:
+            count = 0 if self.matcher.device.type == "cpu" else 4
+        if count == 0:
+            yield self._evaluate_part
+            return
+        futures: list[Future[None]] = []
+        with ThreadPoolExecutor(count) as pool:
+            yield lambda part, known: futures.append(pool.submit(self._evaluate_part, part, known))
+            for future in futures:
+                future.result()
+
+    def _finish_parts(self, submit: Callable[[str, list[Prediction] | None], None]) -> set[str]:
+        """Evaluate parts that an earlier run left; returns the pairs that have predictions."""
+        done: set[str] = set()
+        for path in sorted(self.predictions.glob("*.npz")):
+            names = _identifiers(path)
+            done.update(names)
+            # Other shards evaluate their own parts.
+            if not self.selection.mine.isdisjoint(names):
+                submit(path.stem, None)
+        return done
+
+    def _evaluate_part(self, part: str, known: list[Prediction] | None) -> None:
+        for protocol, folder in self.evaluations.items():
+            path = folder / f"{part}.txt"
+            if path.exists() and known is None:
+                continue
+            if known is None:
+                known = read_predictions(self.predictions / f"{part}.npz")
+            with self.clock("evaluate"):
+                records = [
+                    self._evaluate(prediction, self.pairs[prediction.identifier], protocol)
+                    for prediction in known
+                    # A limited run may meet parts of a complete one, and those of lost labels.
+                    if prediction.identifier in self.pairs
+                ]
+            if len(records) == len(known):
+                write_atomic(path, format_dump(records))
+            else:
+                write_atomic(path.with_suffix(".some"), format_dump(records))
+
+    def _evaluate(self, prediction: Prediction, pair: ZebPair, protocol: Protocol) -> DumpRecord:
+        points0 = prediction.points0.astype(np.float64)
+        points1 = prediction.points1.astype(np.float64)
+        if protocol.padded_slip and self.matcher.info.kind == "dense":
+            points0 = slip(points0, prediction.size0, self.zeb_set)
+            points1 = slip(points1, prediction.size1, self.zeb_set)
+        return evaluate_pair(
+            points0,
+            points1,
+            pair.K0,
+            pair.K1,
+            pair.T_0to1,
+            protocol,
+            identifier=pair.identifier,
+            covisible=(pair.covisible0, pair.covisible1),
+        )
+
+    # -- prediction
+
+    def _predict(
+        self,
+        todo: Sequence[ZebPair],
+        submit: Callable[[str, list[Prediction] | None], None],
+    ) -> None:
+        from gim_hloc.engine import match_scheduled
+
+        by_names: dict[tuple[str, str], list[ZebPair]] = {}
+        for pair in todo:
+            by_names.setdefault((pair.image0, pair.image1), []).append(pair)
+        waiting: list[Prediction] = []
+        bar = _progress(len(todo), f"{self.name} {self.zeb_set.name}", self.options.progress)
+
+        def flush(*, evaluate: bool = True) -> None:
+            if not waiting:
+                return
+            part = _part_name(waiting)
+            with self.clock("write"):
+                write_predictions(self.predictions / f"{part}.npz", waiting)
+            if evaluate:
+                submit(part, list(waiting))
+            waiting.clear()
+
+        def done(names: tuple[str, str], result: Prediction | str) -> None:
+            for pair in by_names[names]:
+                bar.update()
+                if isinstance(result, str):
+                    self.failed[pair.identifier] = result
+                    continue
+                self.report.matched += 1
+                values = {**vars(result), "identifier": pair.identifier}
+                waiting.append(Prediction(**values))
+            if len(waiting) >= self.options.part_pairs:
+                flush()
+
+        batch = self.options.batch_size or (1 if self.matcher.device.type == "cpu" else 4)
+        try:
+            schedule = match_scheduled(
+                _Encoder(self.matcher, self.clock),
+                list(by_names),
+                self._read,
+                self._match,
+                done,
+                cache_gb=self.options.cache_gb,
+                batch_size=batch,
+            )
+            self.report.encoded += len(schedule.encoded)
+            flush()
+        finally:
+            bar.close()
+            flush(evaluate=False)  # interrupted: what is matched stays matched
+
+    def _read(self, name: str) -> Any:
+        """The image as the set shows it, or why there is none."""
+        path = self.selection.root / self.zeb_set.folder / name
+        with self.clock("read"):
+            try:
+                return prepare_image(path, self.zeb_set, self.matcher.image_options)
+            except InputError as error:
+                return _Unreadable(str(error))
+
+    def _match(self, encodings: list[tuple[Any, Any]]) -> list[Prediction | str]:
+        """Match a batch; what cannot be matched gives the reason."""
+        results: list[Prediction | str] = [_broken(a, b) for a, b in encodings]
+        rows = [row for row, result in enumerate(results) if not result]
+        if not rows:
+            return results
+        with self.clock("match"):
+            found = self._match_batch([encodings[row] for row in rows])
+        for row, matches in zip(rows, found, strict=True):
+            if isinstance(matches, str):
+                results[row] = matches
+                continue
+            a, b = encodings[row]
+            results[row] = Prediction(
+                identifier="",
+                points0=matches.keypoints0.numpy(),
+                points1=matches.keypoints1.numpy(),
+                scores=matches.scores.numpy(),
+                size0=a.size,
+                size1=b.size,
+            )
+        return results
+
+    def _match_batch(self, pairs: list[tuple[Any, Any]]) -> list[Matches | str]:
+        from gim_hloc.engine import is_out_of_memory
+
+        try:
+            return [*self.matcher.match_batch(pairs)]
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            if len(pairs) == 1:
+                logger.exception("%s and %s cannot be matched", pairs[0][0].name, pairs[0][1].name)
+                return [f"cannot be matched ({_words(error)})"]
+        return [self._match_batch([pair])[0] for pair in pairs]
+
+    # -- dumps
+
+    def _assemble(self, protocol: Protocol) -> SetResult:
+        """Collect the lines of a set; write its dump once all pairs are there."""
+        with self.clock("write"):
+            records = self._collect(protocol)
+        dump = None
+        if len(records) == len(self.pairs) + len(self.selection.bad):
+            dump = write_dump(
+                self.output / _DUMPS / protocol.name,
+                Dump(
+                    matcher=self.name,
+                    dataset=self.zeb_set.dump_name,
+                    version=self.options.dump_version,
+                    records=tuple(records.values()),
+                ),
+            )
+        return SetResult(
+            matcher=self.name,
+            dataset=self.zeb_set.name,
+            protocol=protocol.name,
+            pairs=len(self.pairs) + len(self.selection.bad),
+            evaluated=len(records),
+            failures=sum(record.failed for record in records.values()),
+            dump=dump,
+            records=tuple(records[identifier] for identifier in sorted(records)),
+        )
+
+    def _collect(self, protocol: Protocol) -> dict[str, DumpRecord]:
+        records: dict[str, DumpRecord] = {}
+        for label in self.selection.bad:
+            records[label.identifier] = DumpRecord(
+                identifier=label.identifier,
+                covisible0=label.covisible0,
+                covisible1=label.covisible1,
+            )
+        for identifier in self.failed:
+            pair = self.pairs[identifier]
+            records[identifier] = DumpRecord(
+                identifier=identifier, covisible0=pair.covisible0, covisible1=pair.covisible1
+            )
+        folder = self.evaluations[protocol]
+        for path in sorted([*folder.glob("*.txt"), *folder.glob("*.some")]):
+            for record in _read_lines(path):
+                if record.identifier in self.pairs:
+                    records[record.identifier] = record
+        return records
+
+
+def _read_lines(path: Path) -> list[DumpRecord]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if not lines or lines[0] != HEADER:
+            raise ValueError("no header")
+        return [parse_line(line) for line in lines[1:]]
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is damaged ({error}): delete it and resume.") from error
+
+
+def _broken(*encodings: Any) -> str:
+    """Why a pair of encodings cannot be matched; empty if it can."""
+    messages = [e.message for e in encodings if isinstance(e, _Unreadable)]
+    return "; ".join(dict.fromkeys(messages))
+
+
+def _words(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _part_name(predictions: Sequence[Prediction]) -> str:
+    text = "\n".join(prediction.identifier for prediction in predictions)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _progress(total: int, title: str, show: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, unit="pair", disable=not show)
+
+
+class _Clock:
+    """Adds up seconds by name; usable from several threads."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._mutex = threading.Lock()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            with self._mutex:
+                self.seconds[name] = self.seconds.get(name, 0.0) + elapsed

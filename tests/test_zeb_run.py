@@ -1,0 +1,533 @@
+"""ZEB runs with a matcher that knows the answer: protocols, caches, resuming, bad inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gim_hloc import matchers
+from gim_hloc.errors import InputError, OutputError
+from gim_hloc.evaluation.zeb import datasets, protocol, run
+from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
+from gim_hloc.evaluation.zeb.protocol import Protocol, make_protocol
+from gim_hloc.evaluation.zeb.run import RunOptions
+from gim_hloc.matchers.base import ImageOptions, MatcherInfo, Matches
+from gim_hloc.matchers.sparse import make_encoding
+
+MINI = Path(__file__).parents[2] / "shared" / "data" / "zeb-mini"
+NAME = "zeb_oracle"
+SIZE = (64, 48)
+IMAGES = 6
+K = np.array([[60.0, 0, 31.5], [0, 61.0, 23.5], [0, 0, 1]])
+POINTS = np.random.default_rng(0).uniform([-2, -1.5, 4], [2, 1.5, 8], (200, 3))
+
+
+def pose(i: int) -> np.ndarray:
+    """World to camera i: a slow walk to the right with turns."""
+    angle = 0.06 * i
+    matrix = np.eye(4)
+    matrix[:3, :3] = [
+        [math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)],
+    ]  # fmt: skip
+    matrix[:3, 3] = [-0.3 * i, 0.02 * i * i, 0.05 * i]
+    return matrix
+
+
+def relative(i: int, j: int) -> np.ndarray:
+    return pose(j) @ np.linalg.inv(pose(i))
+
+
+def project(i: int) -> np.ndarray:
+    camera = POINTS @ pose(i)[:3, :3].T + pose(i)[:3, 3]
+    pixels = camera @ K.T
+    return pixels[:, :2] / pixels[:, 2:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    variant: int = 0  # stands for any setting
+
+
+class Oracle:
+    """Gives exact projections as keypoints; counts what it is asked."""
+
+    encoded: list[str] = []  # noqa: RUF012 - shared on purpose, tests clear it
+    matched: list[tuple[str, str]] = []  # noqa: RUF012
+    stop_after: int | None = None  # pairs after which it is interrupted
+    poison: str = ""  # images on which it fails
+
+    def __init__(self) -> None:
+        self.info = matchers.describe(NAME)
+        self.options = Options()
+        self.image_options = ImageOptions(max_size=None)
+        self.device = torch.device("cpu")
+
+    def encode_settings(self) -> dict[str, Any]:
+        return {"matcher": NAME}
+
+    def match_settings(self) -> dict[str, Any]:
+        return {"variant": 0}
+
+    def encode(self, image: Any) -> Any:
+        self.encoded.append(image.name)
+        i = int(image.name.removesuffix(".png")[-1])
+        keypoints = torch.from_numpy(project(i)).float()
+        return make_encoding(
+            name=image.name,
+            size=image.size,
+            network_size=image.network_size,
+            to_original=image.to_original,
+            keypoints=keypoints,
+            descriptors=torch.zeros(len(keypoints), 1),
+            scores=torch.ones(len(keypoints)),
+        )
+
+    def match_batch(self, pairs: Any) -> list[Matches]:
+        results = []
+        for a, b in pairs:
+            if self.stop_after is not None and len(self.matched) >= self.stop_after:
+                raise KeyboardInterrupt
+            if self.poison and self.poison in (a.name, b.name):
+                raise ValueError("poisoned")
+            self.matched.append((a.name, b.name))
+            rows = torch.arange(len(a)).repeat(2, 1).T
+            results.append(Matches.from_indices(a, b, rows, torch.ones(len(a))))
+        return results
+
+
+@pytest.fixture(autouse=True)
+def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
+    if NAME not in matchers.names():
+        info = MatcherInfo(
+            name=NAME, kind="sparse", checkpoint=(), licence="MIT", commercial=True,
+            colour="rgb", default_size=800, summary="knows the answer",
+        )  # fmt: skip
+        matchers.register(NAME, lambda *, quality, device: Oracle(), info)
+    monkeypatch.setattr(Oracle, "encoded", [])
+    monkeypatch.setattr(Oracle, "matched", [])
+    monkeypatch.setattr(Oracle, "stop_after", None)
+    monkeypatch.setattr(Oracle, "poison", "")
+    return Oracle
+
+
+@pytest.fixture
+def zeb(tmp_path: Path) -> Path:
+    """Two scenes of one set, all pairs of six images each: 30 pairs."""
+    folder = tmp_path / "data" / "zeb" / "gl3d"
+    folder.mkdir(parents=True)
+    numbers = " ".join(repr(float(v)) for v in K.ravel())
+    for scene in ("a", "b"):
+        for i in range(IMAGES):
+            Image.new("RGB", SIZE, (40 * i, 9, 9)).save(folder / f"{scene}_000{i}.png")
+            for j in range(i + 1, IMAGES):
+                truth = " ".join(repr(float(v)) for v in relative(i, j).ravel())
+                (folder / f"{scene}_000{i}_000{j}.txt").write_text(
+                    f"000{i}.jpg 000{j}.jpg 0.5 0.5 {numbers} {numbers} {truth}"
+                )
+    return tmp_path / "data"
+
+
+OPTIONS = RunOptions(matchers=(NAME,), version="v", part_pairs=4)
+
+
+def only_dump(report: run.RunReport) -> Dump:
+    (result,) = report.results
+    assert result.dump is not None
+    return read_dump(result.dump)
+
+
+# ----------------------------------------------------------------------------------------- protocol
+
+
+def test_exact_matches_give_the_exact_pose() -> None:
+    truth = relative(0, 2)
+    record = protocol.evaluate_pair(
+        project(0), project(2), K, K, truth, Protocol(), identifier="s#0#2", covisible=(0.5, 0.25)
+    )
+    assert record.rotation_error < 1e-4
+    assert record.translation_error < 1e-3
+    assert record.translation_distance < 1e-4
+    assert (record.precision_before, record.correct_before) == (1.0, 200)
+    assert record.precision_after == 1.0
+    assert record.correct_after > 190
+    assert (record.covisible0, record.covisible1) == (0.5, 0.25)
+
+
+def test_errors_are_angles_against_the_truth() -> None:
+    # The truth is turned by 3 degrees about z: rotation is off by exactly that.
+    truth = relative(0, 2)
+    angle = math.radians(3)
+    turn = np.eye(4)
+    turn[:2, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    record = protocol.evaluate_pair(
+        project(0), project(2), K, K, turn @ truth, Protocol(), identifier="s#0#2"
+    )
+    assert record.rotation_error == pytest.approx(3, abs=1e-3)
+    directions = truth[:3, 3], turn[:3, :3] @ truth[:3, 3]
+    length = float(np.linalg.norm(directions[0]))
+    between = math.degrees(math.acos(directions[0] @ directions[1] / length**2))
+    assert record.translation_error == pytest.approx(between, abs=1e-2)
+    assert record.translation_distance == pytest.approx(
+        np.linalg.norm(directions[0] - directions[1]), abs=1e-3
+    )
+
+
+def test_outliers_are_counted() -> None:
+    points1 = project(2).copy()
+    points1[:50] = np.random.default_rng(1).uniform([0, 0], SIZE, (50, 2))
+    record = protocol.evaluate_pair(
+        project(0), points1, K, K, relative(0, 2), Protocol(), identifier="s#0#2"
+    )
+    assert 150 <= record.correct_before < 165
+    assert record.precision_before == record.correct_before / 200
+    assert record.precision_after > 0.97
+    assert record.pose_error < 1
+
+
+def test_epipolar_distance_by_hand() -> None:
+    # Pure motion along x, identity K: lines are rows, the distance is 2 (y1 - y0)^2.
+    motion = np.eye(4)
+    motion[0, 3] = 1
+    points0, points1 = np.array([[0.1, 0.2], [0.3, 0.4]]), np.array([[0.0, 0.2], [0.3, 0.5]])
+    distance = protocol.epipolar_distance(points0, points1, np.eye(3), np.eye(3), motion)
+    np.testing.assert_allclose(distance, [0, 2 * 0.1**2], atol=1e-15)
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_too_few_matches_fail(count: int) -> None:
+    record = protocol.evaluate_pair(
+        project(0)[:count], project(2)[:count], K, K, relative(0, 2), Protocol(), identifier="a#b#c"
+    )
+    assert record.failed
+    assert record.translation_distance == math.inf
+    assert record.correct_before == count
+    assert (record.precision_after, record.correct_after) == (0.0, 0)
+
+
+@pytest.mark.parametrize("count", [5, 30])
+def test_degenerate_matches_do_not_stop_the_run(count: int) -> None:
+    points = np.full((count, 2), 7.0)
+    record = protocol.evaluate_pair(
+        points, points, K, K, relative(0, 2), Protocol(), identifier="a#b#c"
+    )
+    assert record.pose_error > 5
+
+
+def test_far_points_do_not_count_as_the_reference_has_it() -> None:
+    # All points are 100 and more baselines away: no pose by OpenCV's limit of 50, one without it.
+    points = POINTS * [20, 20, 1] + [0, 0, 150]
+    truth = np.eye(4)
+    truth[0, 3] = 1.0
+    views = []
+    for matrix in (np.eye(4), truth):
+        pixels = (points @ matrix[:3, :3].T + matrix[:3, 3]) @ (K * [[100], [100], [1]]).T
+        views.append(pixels[:, :2] / pixels[:, 2:])
+    calibration = K * [[100], [100], [1]]
+    judge = [
+        protocol.evaluate_pair(*views, calibration, calibration, truth, p, identifier="a#b#c")
+        for p in (Protocol(), Protocol(max_depth=1e9))
+    ]
+    assert judge[0].failed
+    assert judge[0].correct_before == 200
+    assert judge[0].correct_after == 0
+    assert not judge[1].failed
+    assert judge[1].correct_after > 190
+
+
+def test_slip_is_the_references_scaling() -> None:
+    kitti = datasets.find_set("KITTI")
+    # The right end of a 1226 px image lies at 1226 / 1240 of the padded frame.
+    end = np.array([[1225.5, 369.5]])
+    slipped = protocol.slip(end, (1226, 370), kitti) + 0.5
+    np.testing.assert_allclose(slipped, [[1226 * 1226 / 1240, 370 * 370 / 384]])
+    gl3d = datasets.find_set("GL3D")
+    np.testing.assert_array_equal(protocol.slip(end, (1226, 370), gl3d), end)
+
+
+def test_protocol_names_tell_what_differs() -> None:
+    assert Protocol().name == "gim"
+    assert Protocol(padded_slip=True, threshold=1.0).name == "gim-1px-slip"
+    with pytest.raises(InputError, match="usac"):
+        make_protocol("usac")
+    with pytest.raises(InputError, match="positive threshold"):
+        Protocol(threshold=0)
+
+
+def test_poselib_is_asked_for(monkeypatch: pytest.MonkeyPatch, zeb: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install poselib"):
+        make_protocol("poselib")
+    options = replace(OPTIONS, protocols=(Protocol(estimator="poselib"),))
+    with pytest.raises(InputError, match="pip install poselib"):
+        run.run(zeb, tmp_path / "out", options)
+
+
+def test_poselib_finds_the_pose() -> None:
+    pytest.importorskip("poselib", reason="PoseLib is not installed")
+    assert make_protocol("poselib").name == "poselib-1px"
+    # Matches are exact and the image is small: by a pixel, many of the wrong ones would pass.
+    chosen = make_protocol("poselib", threshold=0.05)
+    assert chosen.name == "poselib-0.05px"
+    points1 = project(2).copy()
+    points1[:60] = np.random.default_rng(1).uniform([0, 0], SIZE, (60, 2))
+    record = protocol.evaluate_pair(
+        project(0), points1, K, K, relative(0, 2), chosen, identifier="s#0#2"
+    )
+    assert record.pose_error < 0.5
+    assert record.precision_after > 0.9
+    none = protocol.evaluate_pair(
+        project(0)[:4], points1[:4], K, K, relative(0, 2), chosen, identifier="s#0#2"
+    )
+    assert none.failed
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+def test_complete_run(zeb: Path, tmp_path: Path, oracle: type[Oracle]) -> None:
+    report = run.run(zeb, tmp_path / "out", OPTIONS)
+    dump = only_dump(report)
+    assert dump.path == tmp_path / "out/dump/gim" / f"[T] {NAME}            GL3D v.txt"
+    assert len(dump) == 30
+    assert list(dump.identifiers) == sorted(dump.identifiers)
+    assert float(dump.pose_errors.max()) < 0.1
+    assert report.exit_code == 0
+    assert report.matched == 30
+    assert sorted(oracle.encoded) == sorted(f"{s}_000{i}.png" for s in "ab" for i in range(IMAGES))
+    assert {"total", "encode", "match", "evaluate", "read"} <= report.seconds.keys()
+
+
+def test_the_same_twice(zeb: Path, tmp_path: Path) -> None:
+    texts = []
+    for name, part in (("x", 4), ("y", 100)):
+        dump = only_dump(run.run(zeb, tmp_path / name, replace(OPTIONS, part_pairs=part)))
+        assert dump.path is not None
+        texts.append(dump.path.read_bytes())
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("stop", [1, 11])
+def test_interrupted_and_resumed(
+    zeb: Path, tmp_path: Path, oracle: type[Oracle], monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = only_dump(run.run(zeb, tmp_path / "whole", OPTIONS))
+    oracle.matched.clear()
+    monkeypatch.setattr(Oracle, "stop_after", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(zeb, tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out/dump").exists()
+    monkeypatch.setattr(Oracle, "stop_after", None)
+    with pytest.raises(OutputError, match="resume"):
+        run.run(zeb, tmp_path / "out", OPTIONS)
+    report = run.run(zeb, tmp_path / "out", replace(OPTIONS, resume=True))
+    assert report.matched == 30 - stop
+    assert len(oracle.matched) == 30  # none twice
+    dump = only_dump(report)
+    assert dump.path is not None
+    assert whole.path is not None
+    assert dump.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_killed_between_prediction_and_evaluation(zeb: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    before = only_dump(run.run(zeb, out, OPTIONS))
+    for path in list(out.glob("evaluations/*/gim/gl3d/*.txt"))[::2]:
+        path.unlink()
+    (out / "dump/gim" / f"[T] {NAME}            GL3D v.txt").unlink()
+    report = run.run(zeb, out, replace(OPTIONS, resume=True))
+    assert report.matched == 0
+    assert only_dump(report).records == before.records
+
+
+def test_another_protocol_uses_the_same_predictions(
+    zeb: Path, tmp_path: Path, oracle: type[Oracle]
+) -> None:
+    out = tmp_path / "out"
+    run.run(zeb, out, OPTIONS)
+    wide = Protocol(threshold=2.0)
+    report = run.run(zeb, out, replace(OPTIONS, resume=True, protocols=(Protocol(), wide)))
+    assert report.matched == 0
+    assert [result.protocol for result in report.results] == ["gim", "gim-2px"]
+    assert len(list((out / "dump").glob("*/*.txt"))) == 2
+    assert len(oracle.matched) == 30
+
+
+def test_shards_make_one_dump(zeb: Path, tmp_path: Path, oracle: type[Oracle]) -> None:
+    whole = only_dump(run.run(zeb, tmp_path / "whole", OPTIONS))
+    oracle.matched.clear()
+    reports = [run.run(zeb, tmp_path / "out", replace(OPTIONS, shard=(i, 4))) for i in (2, 0, 3, 1)]
+    assert len(oracle.matched) == len(set(oracle.matched)) == 30
+    assert [report.results[0].dump is None for report in reports] == [True, True, True, False]
+    assert only_dump(reports[-1]).records == whole.records
+
+
+def test_limit_is_a_sample_with_a_name_of_its_own(zeb: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    few = only_dump(run.run(zeb, out, replace(OPTIONS, limit=7)))
+    assert few.version == "v-limit7-seed0"
+    assert len(few) == 7
+    other = only_dump(run.run(zeb, out, replace(OPTIONS, limit=7, seed=1, resume=True)))
+    assert other.identifiers != few.identifiers
+    report = run.run(zeb, out, replace(OPTIONS, resume=True))
+    assert len(only_dump(report)) == 30
+    assert report.matched == 30 - len({*few.identifiers, *other.identifiers})
+    # And the other way round: parts of the whole run hold pairs that a sample leaves out.
+    again = only_dump(run.run(zeb, out, replace(OPTIONS, limit=5, resume=True)))
+    assert len(again) == 5
+
+
+def test_threads_for_ransac_change_nothing(zeb: Path, tmp_path: Path) -> None:
+    a = only_dump(run.run(zeb, tmp_path / "a", OPTIONS))
+    b = only_dump(run.run(zeb, tmp_path / "b", replace(OPTIONS, evaluators=2, batch_size=3)))
+    assert a.records == b.records
+
+
+def test_predictions_are_found_for_pictures(zeb: Path, tmp_path: Path) -> None:
+    run.run(zeb, tmp_path / "out", OPTIONS)
+    found = run.find_predictions(tmp_path / "out", NAME, "GL3D", ["a#0000#0003"])
+    assert list(found) == ["a#0000#0003"]
+    prediction = found["a#0000#0003"]
+    np.testing.assert_allclose(prediction.points1, project(3), atol=1e-4)
+    assert prediction.size0 == SIZE
+    with pytest.raises(InputError, match="nobody"):
+        run.find_predictions(tmp_path / "out", "nobody", "GL3D")
+
+
+# --------------------------------------------------------------------------------------- bad inputs
+
+
+def test_bad_inputs_fail_by_name_and_the_rest_goes_on(
+    zeb: Path, tmp_path: Path, oracle: type[Oracle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = zeb / "zeb" / "gl3d"
+    (folder / "a_0001.png").unlink()  # five pairs
+    (folder / "a_0002.png").write_bytes(b"no image")  # four more
+    few = folder / "b_0000_0001.txt"
+    few.write_text("0000.jpg 0001.jpg 0.5 0.5 1 2")
+    nan = folder / "b_0000_0002.txt"
+    nan.write_text(nan.read_text().rsplit(" ", 5)[0] + " nan 0 0 0 1")
+    singular = folder / "b_0000_0003.txt"
+    tokens = singular.read_text().split()
+    singular.write_text(" ".join([*tokens[:4], *["0"] * 9, *tokens[13:]]))
+    monkeypatch.setattr(Oracle, "poison", "b_0005.png")  # five
+    report = run.run(zeb, tmp_path / "out", OPTIONS)
+    assert report.exit_code == 1
+    dump = only_dump(report)
+    assert len(dump) == 30
+    assert dump.failures == report.results[0].failures == 17
+    assert float(np.sort(dump.pose_errors)[: 30 - 17].max()) < 0.1
+    messages = {problem.identifier: str(problem) for problem in report.problems}
+    assert len(messages) == 17
+    assert "b_0000_0001.txt: the line has 6 tokens" in messages["b#0000#0001"]
+    assert "pose is not finite" in messages["b#0000#0002"]
+    assert "K0 is singular" in messages["b#0000#0003"]
+    assert "a_0001.png cannot be read" in messages["a#0000#0001"]
+    assert "a_0002.png cannot be read" in messages["a#0002#0004"]
+    assert "ValueError: poisoned" in messages["b#0004#0005"]
+    assert next(r for r in dump.records if r.identifier == "b#0000#0001").covisible0 == 0.5
+
+    # What can be mended is tried again.
+    for i in (1, 2):
+        Image.new("RGB", SIZE, (i, 9, 9)).save(folder / f"a_000{i}.png")
+    monkeypatch.setattr(Oracle, "poison", "")
+    oracle.matched.clear()
+    again = run.run(zeb, tmp_path / "out", replace(OPTIONS, resume=True))
+    assert len(again.problems) == 3
+    assert len(oracle.matched) == 14
+    assert only_dump(again).failures == 3
+
+
+def test_damaged_caches_are_named(zeb: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run.run(zeb, out, OPTIONS)
+    path = next(out.glob("predictions/*/gl3d/*.npz"))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(OutputError, match=path.name):
+        run.run(zeb, out, replace(OPTIONS, resume=True))
+    path.write_bytes(content)
+    line = next(out.glob("evaluations/*/gim/gl3d/*.txt"))
+    line.write_text("foreign")
+    with pytest.raises(OutputError, match=line.name):
+        run.run(zeb, out, replace(OPTIONS, resume=True))
+
+
+def test_versions_of_the_estimator_do_not_mix(zeb: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run.run(zeb, out, OPTIONS)
+    next(out.glob("evaluations/*/gim/estimator.txt")).write_text("opencv 1.0\n")
+    with pytest.raises(OutputError, match=r"opencv 1\.0"):
+        run.run(zeb, out, replace(OPTIONS, resume=True))
+
+
+def test_wrong_names_stop_before_work(zeb: Path, tmp_path: Path, oracle: type[Oracle]) -> None:
+    with pytest.raises(InputError, match="zeb_orakel"):
+        run.run(zeb, tmp_path / "out", replace(OPTIONS, matchers=(NAME, "zeb_orakel")))
+    with pytest.raises(InputError, match="KITTI is not unpacked"):
+        run.run(zeb, tmp_path / "out", replace(OPTIONS, sets=("GL3D", "KITTI")))
+    with pytest.raises(InputError, match="Shard 4 of 4"):
+        replace(OPTIONS, shard=(4, 4))
+    with pytest.raises(InputError, match="no folder of a ZEB set"):
+        run.run(tmp_path, tmp_path / "out", OPTIONS)
+    assert not oracle.encoded
+
+
+def test_the_references_options_are_options_of_the_matchers() -> None:
+    from gim_hloc.matchers.dkm import DKMOptions
+    from gim_hloc.matchers.lightglue import SparseOptions
+    from gim_hloc.matchers.loftr import LoFTROptions
+    from gim_hloc.matchers.roma import RoMaOptions
+
+    kinds = {
+        "gim_dkm": DKMOptions, "gim_roma": RoMaOptions, "gim_loftr": LoFTROptions,
+        "gim_lightglue": SparseOptions,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        assert protocol.reference_options(name)
+        kind(**protocol.reference_options(name))  # raises on a field or value that is none
+    assert protocol.reference_options("gim_dkm")["size"] == (660, 880)
+    assert not protocol.reference_options("sift")
+
+
+# -------------------------------------------------------------------------------------- real images
+
+
+@pytest.mark.skipif(not MINI.is_dir(), reason="needs ../shared/data/zeb-mini")
+def test_root_sift_agrees_with_the_reference(tmp_path: Path) -> None:
+    report = run.run(
+        MINI, tmp_path, RunOptions(matchers=("root_sift",), sets=("RobotcarSeason",), version="v")
+    )
+    mine = only_dump(report)
+    path = next((MINI / "reference-root_sift").glob("*RobotcarSeason*"))
+    reference = read_dump(path)
+    assert mine.identifiers == reference.identifiers
+    for a, b in zip(mine.records, reference.records, strict=True):
+        assert (a.covisible0, a.covisible1) == (b.covisible0, b.covisible1)
+        # No RANSAC in these: the same matches, judged alike.
+        assert abs(a.correct_before - b.correct_before) <= 1
+        assert a.precision_before == pytest.approx(b.precision_before, abs=0.01)
+        # RANSAC draws differently, on few matches very differently.
+        if b.correct_before > 100:
+            assert a.correct_after == pytest.approx(b.correct_after, rel=0.05)
+            assert abs(a.pose_error - b.pose_error) < 2
+
+
+def test_workers_on_several_devices(zeb: Path, tmp_path: Path) -> None:
+    # Started anew, the workers know only matchers that are installed. Blank images have no
+    # keypoints: every pair fails, and none for a named reason.
+    options = RunOptions(matchers=("root_sift",), version="v")
+    report = run.run_workers(zeb, tmp_path / "out", options, ["cpu", "cpu"])
+    assert report.matched == 30
+    dump = only_dump(report)
+    assert dump.failures == len(dump) == 30
+    assert report.exit_code == 0
+    with pytest.raises(OutputError, match="resume"):
+        run.run_workers(zeb, tmp_path / "out", options, ["cpu"])
