@@ -25,6 +25,7 @@ COMMANDS = (
     "gim-weights",
     "gim-match",
     "gim-masks",
+    "gim-zeb",
 )
 
 
