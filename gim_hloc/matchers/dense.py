@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,11 @@ class DenseMatcher(MatcherBase[DenseEncoding]):
         "hold",
     )
 
+    exact: tuple[str, ...] = ()  # features that stay as computed: what a Gaussian process reads
+    dtype: torch.dtype = torch.float32  # that the network computes in
+    patch: int = 1  # px: sides of the first pass are multiples of it
+    smallest_side: int = 128  # px, of the first pass: below, halving gives up
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """(height, width) of the warp's grid."""
@@ -110,6 +116,35 @@ class DenseMatcher(MatcherBase[DenseEncoding]):
         settings = super().match_settings()
         settings.pop("compile", None)
         return settings
+
+    def halve(self) -> bool:
+        """Make do with less memory: halve the second pass, leave it out, then halve the first.
+
+        Encodings made before are of no use afterwards.
+
+        Returns:
+            Whether that was possible.
+        """
+        size, fine = self.options.size, self.options.upsample_size
+        if fine is not None:
+            fine = tuple(side // 2 for side in fine)
+            if fine[0] * fine[1] <= size[0] * size[1]:
+                fine = None
+        else:
+            size = tuple(side // 2 // self.patch * self.patch for side in size)
+        if min(size) < self.smallest_side:
+            return False
+        self.options = dataclasses.replace(self.options, size=size, upsample_size=fine)
+        return True
+
+    def stack(self, features: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Features of many images on the batch axis, in the format that the network computes in."""
+        stacked = {}
+        for name, value in features[0].items():
+            if len(features) > 1:
+                value = torch.cat([f[name] for f in features])
+            stacked[name] = value if name in self.exact else value.to(self.dtype)
+        return stacked
 
     @abstractmethod
     def warp_batch(self, pairs: Sequence[tuple[DenseEncoding, DenseEncoding]]) -> list[Warp]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,7 @@ from gim_hloc.matchers.common import (
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.matchers.registry import describe
 from gim_hloc.networks.dense import Record
-from gim_hloc.networks.dkm import DKM, Features
-
-_SMALLEST = 128  # px: fewer than 4 x 4 cells at stride 32 say nothing about where things are
-_EXACT = ("0/16", "0/32", "gp/16", "gp/32")  # what the Gaussian process reads stays float32
+from gim_hloc.networks.dkm import DKM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +112,9 @@ class DKMMatcher(DenseMatcher):
         WeightsError: the weights cannot be had or are not this network's.
     """
 
+    exact = ("0/16", "0/32", "gp/16", "gp/32")
+    smallest_side = 128  # fewer than 4 x 4 cells at stride 32 say nothing about where things are
+
     def __init__(
         self,
         name: str,
@@ -148,26 +147,6 @@ class DKMMatcher(DenseMatcher):
         if options.compile:
             self.network.compile_parts()
 
-    def halve(self) -> bool:
-        """Make do with less memory: halve the second pass, leave it out, then halve the first.
-
-        Encodings made before are of no use afterwards.
-
-        Returns:
-            Whether that was possible.
-        """
-        size, fine = self.options.size, self.options.upsample_size
-        if fine is not None:
-            fine = tuple(side // 2 for side in fine)
-            if fine[0] * fine[1] <= size[0] * size[1]:
-                fine = None
-        else:
-            size = tuple(side // 2 for side in size)
-        if min(size) < _SMALLEST:
-            return False
-        self.options = dataclasses.replace(self.options, size=size, upsample_size=fine)
-        return True
-
     @torch.inference_mode()
     def encode(self, image: ImageData, *, record: Record | None = None) -> DenseEncoding:
         """Compute the features of both passes.
@@ -192,7 +171,7 @@ class DKMMatcher(DenseMatcher):
             frame=frame,
             valid=valid,
             black=self.black_cells(padded),
-            features={k: v if k in _EXACT else v.to(self.hold) for k, v in features.items()},
+            features={k: v if k in self.exact else v.to(self.hold) for k, v in features.items()},
         )
 
     @torch.inference_mode()
@@ -205,7 +184,7 @@ class DKMMatcher(DenseMatcher):
         """Warps of many pairs in one network call; see ``DKM.match`` for ``record``."""
         if not pairs:
             return []
-        a, b = (self._stack([pair[side].features for pair in pairs]) for side in (0, 1))
+        a, b = (self.stack([pair[side].features for pair in pairs]) for side in (0, 1))
         flow, certainty = self.network.match(
             a, b, shared_factor=self.options.shared_factor, record=record
         )
@@ -213,12 +192,3 @@ class DKMMatcher(DenseMatcher):
             self.finish(*pair, flow[:, index], certainty[:, index])
             for index, pair in enumerate(pairs)
         ]
-
-    def _stack(self, features: Sequence[Features]) -> Features:
-        """Features of many images on the batch axis, in the format that the network computes in."""
-        stacked = {}
-        for key, value in features[0].items():
-            if len(features) > 1:
-                value = torch.cat([f[key] for f in features])
-            stacked[key] = value if key in _EXACT else value.to(self.dtype)
-        return stacked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,6 @@ _SMALLEST = 8 * PATCH  # px: fewer than 8 x 8 tokens say nothing about where thi
 # ImageNet's, which the authors' weights were trained with and GIM's were not.
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
-_EXACT = ("coarse16", "position")  # what the Gaussian process reads is held as it was computed
 _TRAINED_SIDE = 560  # px: where displacements of the authors' weights have a scale factor of 1
 
 
@@ -141,6 +139,10 @@ class RoMaMatcher(DenseMatcher):
         WeightsError: the weights cannot be had or are not this network's.
     """
 
+    exact = ("coarse16", "position")
+    patch = PATCH
+    smallest_side = _SMALLEST
+
     def __init__(
         self,
         name: str,
@@ -180,26 +182,6 @@ class RoMaMatcher(DenseMatcher):
         file, dinov2 = self.info.checkpoint
         return load_roma(states[file], path=file), load_dinov2(states[dinov2], path=dinov2)
 
-    def halve(self) -> bool:
-        """Make do with less memory: halve the second pass, leave it out, then halve the first.
-
-        Encodings made before are of no use afterwards.
-
-        Returns:
-            Whether that was possible.
-        """
-        size, fine = self.options.size, self.options.upsample_size
-        if fine is not None:
-            fine = tuple(side // 2 for side in fine)
-            if fine[0] * fine[1] <= size[0] * size[1]:
-                fine = None
-        else:
-            size = tuple(side // 2 // PATCH * PATCH for side in size)
-        if min(size) < _SMALLEST:
-            return False
-        self.options = dataclasses.replace(self.options, size=size, upsample_size=fine)
-        return True
-
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
@@ -237,7 +219,7 @@ class RoMaMatcher(DenseMatcher):
         tokens = self.dinov2(coarse)
         with self._autocast():
             features = self.network.encode(tokens, coarse, fine)
-        return {k: v if k in _EXACT else v.to(self.hold) for k, v in features.items()}
+        return {k: v if k in self.exact else v.to(self.hold) for k, v in features.items()}
 
     def scale_factors(self) -> tuple[float, float]:
         """Factors on displacements in the two passes; see ``RoMa.match``."""
@@ -255,19 +237,10 @@ class RoMaMatcher(DenseMatcher):
         """Warps of many pairs in one network call."""
         if not pairs:
             return []
-        a, b = (self._stack([pair[side].features for pair in pairs]) for side in (0, 1))
+        a, b = (self.stack([pair[side].features for pair in pairs]) for side in (0, 1))
         with self._autocast():
             flow, certainty = self.network.match(a, b, scale_factors=self.scale_factors())
         return [
             self.finish(*pair, flow[:, index], certainty[:, index])
             for index, pair in enumerate(pairs)
         ]
-
-    def _stack(self, features: Sequence[Features]) -> Features:
-        """Features of many images on the batch axis, in the format that the network computes in."""
-        stacked = {}
-        for name, value in features[0].items():
-            if len(features) > 1:
-                value = torch.cat([f[name] for f in features])
-            stacked[name] = value if name in _EXACT else value.to(self.dtype)
-        return stacked
