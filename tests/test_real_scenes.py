@@ -37,7 +37,8 @@ def test_fountain(data: Path, tmp_path: Path) -> None:
     assert scores.centre_radius_percent.mean <= 0.06
     # the same features without intrinsics: one shared camera, close to the true focal length
     free = gim_hloc.reconstruct(scene / "images", tmp_path / "out", progress=False)
-    assert free.report["counts"] == {"images_encoded_now": 0, "pairs_matched_now": 0}
+    assert set(free.report["counts"].values()) == {0}  # nothing was computed again
+    assert {"images_encoded_now", "pairs_matched_now"} <= set(free.report["counts"])
     assert free.registered == 11
     (camera,) = free.report["models"][0]["cameras"]
     assert camera["params"][0] == pytest.approx(920, rel=0.01)
