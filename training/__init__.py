@@ -1,1 +1,1 @@
-"""Training of matchers from videos (a later release fills this room)."""
+"""From videos to labels, and from labels and depth to weights."""

@@ -1,0 +1,1 @@
+"""Training pairs: readers, augmentations, ground truth, samplers."""

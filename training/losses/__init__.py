@@ -1,0 +1,1 @@
+"""Losses of the matchers, as pure functions of tensors."""

@@ -1,0 +1,1 @@
+"""Matchers as they are trained: a batch in, losses out."""

@@ -1,0 +1,1 @@
+"""From videos to labels: frames, labelling rounds, propagation, pictures."""
