@@ -1,1 +1,65 @@
-"""Matchers as they are trained: a batch in, losses out."""
+"""Models that can be trained, by the name of the matcher that reads their weights."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from gim_hloc.errors import InputError
+from gim_hloc.training.models.base import TrainingModel
+
+_BUILDERS = {
+    "gim_dkm": "gim_hloc.training.models.dkm:build",
+    "gim_roma": "gim_hloc.training.models.roma:build",
+    "gim_loftr": "gim_hloc.training.models.loftr:build",
+    "gim_lightglue": "gim_hloc.training.models.lightglue:build",
+    "aliked_lightglue": "gim_hloc.training.models.lightglue:build",
+    "disk_lightglue": "gim_hloc.training.models.lightglue:build",
+}
+
+
+def names() -> list[str]:
+    """Names of all models that can be trained, sorted."""
+    return sorted(_BUILDERS)
+
+
+def build_model(name: str, **options: Any) -> TrainingModel:
+    """Make a model with random weights (see ``TrainingModel.initialise`` for others).
+
+    Args:
+        name: one of ``names()``.
+        **options: keyword arguments of the model's ``build``.
+
+    Raises:
+        InputError: there is no such model, or it has no such option.
+    """
+    if name not in _BUILDERS:
+        raise InputError(
+            f"No model named {name!r} can be trained.{_hint(name, names())} "
+            f"Models: {', '.join(names())}."
+        )
+    module, _, attribute = _BUILDERS[name].partition(":")
+    build: Callable[..., TrainingModel] = getattr(importlib.import_module(module), attribute)
+    known = [
+        p.name
+        for p in inspect.signature(build).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for key in options:
+        if key not in known:
+            raise InputError(
+                f"The model {name} has no option {key!r}.{_hint(key, known)} "
+                f"Its options: {', '.join(known)}."
+            )
+    return build(name, **options)
+
+
+def _hint(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+__all__ = ["TrainingModel", "build_model", "names"]
