@@ -47,7 +47,12 @@ class Bottleneck(nn.Module):
 
 
 def make_layer(
-    index: int, inputs: int, *, stride: int, dilations: Sequence[int] | None = None
+    index: int,
+    inputs: int,
+    *,
+    stride: int,
+    dilations: Sequence[int] | None = None,
+    width: int = 64,
 ) -> nn.Sequential:
     """Layer ``index`` (1 to 4): bottlenecks of 64, 128, 256 or 512 planes.
 
@@ -55,9 +60,11 @@ def make_layer(
         index: which layer.
         inputs: channels that come in.
         stride: of its first block.
-        dilations: of each block's 3x3; 1 everywhere by default.
+        dilations: of each block's 3x3, one number per block; by default 1 in as many blocks as
+            ResNet-50 has.
+        width: planes of the first layer.
     """
-    planes = 32 << index
+    planes = width << (index - 1)
     dilations = dilations or (1,) * BLOCKS[index - 1]
     blocks = [Bottleneck(inputs, planes, stride=stride, dilation=dilations[0], project=True)]
     blocks += [Bottleneck(4 * planes, planes, dilation=d) for d in dilations[1:]]
@@ -70,18 +77,31 @@ class ResNet50(nn.Module):
     Args:
         layers: how many of the four layers there are.
         max_pool: whether the stem is followed by the 3x3 max-pooling of stride 2.
+        width: channels of the stem; layer k gives ``width << (k + 1)``. 64 is ResNet-50's.
+        blocks: number of blocks of each layer.
     """
 
-    def __init__(self, *, layers: int = 4, max_pool: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        layers: int = 4,
+        max_pool: bool = True,
+        width: int = 64,
+        blocks: Sequence[int] = BLOCKS,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.max_pool = max_pool
         self.layers = layers
-        inputs = 64
+        inputs = width
         for index in range(1, layers + 1):
-            setattr(self, f"layer{index}", make_layer(index, inputs, stride=1 + (index > 1)))
-            inputs = 128 << index
+            dilations = (1,) * blocks[index - 1]
+            layer = make_layer(
+                index, inputs, stride=1 + (index > 1), dilations=dilations, width=width
+            )
+            setattr(self, f"layer{index}", layer)
+            inputs = width << (index + 1)
 
     def forward(self, x: torch.Tensor, *, layers: int | None = None) -> list[torch.Tensor]:
         """Features of the stem (after its ReLU, before pooling) and of each layer.
