@@ -14,6 +14,7 @@ finds all pairs of a set evaluated writes its dump.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import io
 import json
@@ -27,7 +28,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -61,11 +62,12 @@ from gim_hloc.evaluation.zeb.protocol import (
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
-    from gim_hloc.matchers.base import Matches
+    from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Matches
 
 logger = logging.getLogger(__name__)
 
 Backend = Literal["processes", "ray"]
+_Item = TypeVar("_Item")
 
 # Part of every key: raised when images are prepared differently.
 _PREPARATION = 1
@@ -137,7 +139,8 @@ class SetResult:
     pairs: int  # of the set, limit applied, all shards together
     evaluated: int  # of them, now and before
     failures: int  # of the evaluated ones
-    dump: Path | None  # None until all pairs are evaluated
+    dump: Path | None  # None until all pairs are evaluated, and of sets that have none
+    predictions: Path  # folder of the matches, for `read_folder`
     records: tuple[DumpRecord, ...] = field(default=(), repr=False)
 
 
@@ -198,17 +201,34 @@ def run(
         OutputError: the folder holds results of these matchers and ``resume`` is off.
         WeightsError: the weights of a matcher cannot be had.
     """
-    from gim_hloc.matchers import registry
-
     root, output = find_root(folder), Path(output)
     sets = [find_set(name) for name in options.sets] if options.sets else present_sets(root)
-    for name in options.matchers:
-        registry.describe(name)  # before the first of them runs for hours
-    if any(protocol.estimator == "poselib" for protocol in options.protocols):
-        require_poselib()
+    _check_names(options)
     if not options.resume and options.shard[1] == 1:
-        _require_unused(output, options.matchers)
-    selections = [_select(root, zeb_set, options) for zeb_set in sets]
+        require_unused(output, options.matchers)
+    return run_selections([_select(root, zeb_set, options) for zeb_set in sets], output, options)
+
+
+def run_selections(
+    selections: Sequence[Selection], output: str | os.PathLike[str], options: RunOptions
+) -> RunReport:
+    """Run matchers over any sets of pairs; what `run` does once it has read the labels.
+
+    Args:
+        selections: the sets, with what is particular to them.
+        output: see the module; what it holds of these sets is gone on from.
+        options: as for `run`; ``sets``, ``limit``, ``seed``, ``shard`` and ``resume`` have had
+            their effect on the selections.
+
+    Raises:
+        InputError: an unknown matcher, or PoseLib is asked for and not installed.
+        OutputError: the folder's evaluations were made with another version of the estimator.
+        WeightsError: the weights of a matcher cannot be had.
+    """
+    from gim_hloc.matchers import registry
+
+    output = Path(output)
+    _check_names(options)
     report = RunReport()
     report.problems += [problem for selection in selections for problem in selection.problems()]
     clock = _Clock()
@@ -229,6 +249,16 @@ def run(
                 _SetRun(output, key, name, matcher, selection, options, report, clock).run()
     report.seconds = dict(clock.seconds)
     return report
+
+
+def _check_names(options: RunOptions) -> None:
+    """Raise InputError for what would only be noticed after the first matcher ran for hours."""
+    from gim_hloc.matchers import registry
+
+    for name in options.matchers:
+        registry.describe(name)
+    if any(protocol.estimator == "poselib" for protocol in options.protocols):
+        require_poselib()
 
 
 def run_workers(
@@ -259,7 +289,7 @@ def run_workers(
         raise InputError("No device was named.")
     start = time.perf_counter()
     if not options.resume:
-        _require_unused(Path(output), options.matchers)
+        require_unused(Path(output), options.matchers)
     jobs = [
         replace(options, device=device, shard=(i, len(devices)), resume=True, progress=False)
         for i, device in enumerate(devices)
@@ -309,37 +339,123 @@ _MAPS = {"processes": _map_processes, "ray": _map_ray}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Selection:
-    """The pairs of one set that a run is about."""
+class Selection(abc.ABC):
+    """The pairs of one set that a run is about, and what is particular to the set.
 
-    root: Path
-    zeb_set: ZebSet
-    pairs: tuple[ZebPair, ...]  # all shards
+    Attributes:
+        name: of the set, in messages and results.
+        folder: name of the folder of its predictions.
+        evaluation_folder: name of the folder of its evaluations.
+        dump_name: name of the set in its dump; None: no dump is written.
+        pairs: of all shards; what `run` needs of a pair is ``identifier``, the names ``image0`` and
+            ``image1``, and ``covisible0`` and ``covisible1``.
+        bad: labels that are no pairs.
+        mine: identifiers of this shard.
+    """
+
+    name: str
+    folder: str
+    evaluation_folder: str
+    dump_name: str | None
+    pairs: tuple[Any, ...]
     bad: tuple[BadLabel, ...]
-    mine: frozenset[str]  # identifiers of this shard
+    mine: frozenset[str]
+
+    @abc.abstractmethod
+    def read(self, name: str, options: ImageOptions) -> ImageData:
+        """Read an image as matchers are to see it.
+
+        Args:
+            name: ``image0`` or ``image1`` of a pair.
+            options: of the matcher.
+
+        Raises:
+            InputError: the file does not exist or cannot be read, named.
+        """
+
+    @abc.abstractmethod
+    def evaluate(
+        self, prediction: Prediction, pair: Any, protocol: Protocol, info: MatcherInfo
+    ) -> DumpRecord:
+        """Judge the matches of one pair."""
 
     def problems(self) -> Iterator[Problem]:
+        """Yield what is wrong with the labels."""
         for label in self.bad:
             yield Problem(
-                dataset=self.zeb_set.name,
+                dataset=self.name,
                 identifier=label.identifier,
                 message=f"{label.label}: {label.reason}",
             )
 
 
-def _select(root: Path, zeb_set: ZebSet, options: RunOptions) -> _Selection:
+@dataclass(frozen=True, kw_only=True)
+class _ZebSelection(Selection):
+    """A set of ZEB."""
+
+    root: Path
+    zeb_set: ZebSet
+
+    def read(self, name: str, options: ImageOptions) -> ImageData:
+        return prepare_image(self.root / self.zeb_set.folder / name, self.zeb_set, options)
+
+    def evaluate(
+        self, prediction: Prediction, pair: ZebPair, protocol: Protocol, info: MatcherInfo
+    ) -> DumpRecord:
+        points0 = prediction.points0.astype(np.float64)
+        points1 = prediction.points1.astype(np.float64)
+        if protocol.padded_slip and info.kind == "dense":
+            points0 = slip(points0, prediction.size0, self.zeb_set)
+            points1 = slip(points1, prediction.size1, self.zeb_set)
+        return evaluate_pair(
+            points0,
+            points1,
+            pair.K0,
+            pair.K1,
+            pair.T_0to1,
+            protocol,
+            identifier=pair.identifier,
+            covisible=(pair.covisible0, pair.covisible1),
+        )
+
+
+def _select(root: Path, zeb_set: ZebSet, options: RunOptions) -> _ZebSelection:
     labels = read_labels(root, zeb_set)
-    pairs, bad = labels.pairs, labels.bad
-    if options.limit is not None and options.limit < len(labels):
-        generator = np.random.default_rng(options.seed)
-        chosen = set(generator.choice(len(labels), options.limit, replace=False).tolist())
-        pairs = tuple(pair for i, pair in enumerate(pairs) if i in chosen)
-        bad = tuple(label for i, label in enumerate(bad, start=len(labels.pairs)) if i in chosen)
+    pairs, bad = draw(labels.pairs, labels.bad, options)
+    return _ZebSelection(
+        name=zeb_set.name,
+        folder=zeb_set.folder,
+        evaluation_folder=zeb_set.folder,
+        dump_name=zeb_set.dump_name,
+        pairs=pairs,
+        bad=bad,
+        mine=share(pairs, options),
+        root=root,
+        zeb_set=zeb_set,
+    )
+
+
+def draw(
+    pairs: tuple[_Item, ...], bad: tuple[BadLabel, ...], options: RunOptions
+) -> tuple[tuple[_Item, ...], tuple[BadLabel, ...]]:
+    """Return the pairs and the bad labels that the limit leaves, drawn from both together."""
+    total = len(pairs) + len(bad)
+    if options.limit is None or options.limit >= total:
+        return pairs, bad
+    generator = np.random.default_rng(options.seed)
+    chosen = set(generator.choice(total, options.limit, replace=False).tolist())
+    return (
+        tuple(pair for i, pair in enumerate(pairs) if i in chosen),
+        tuple(label for i, label in enumerate(bad, start=len(pairs)) if i in chosen),
+    )
+
+
+def share(pairs: Sequence[Any], options: RunOptions) -> frozenset[str]:
+    """Return the identifiers of a shard's pairs."""
     i, count = options.shard
     # Neighbours in the order share images: runs of them keep most scenes in one shard.
     first, last = len(pairs) * i // count, len(pairs) * (i + 1) // count
-    mine = frozenset(pair.identifier for pair in pairs[first:last])
-    return _Selection(root=root, zeb_set=zeb_set, pairs=pairs, bad=bad, mine=mine)
+    return frozenset(pair.identifier for pair in pairs[first:last])
 
 
 # --------------------------------------------------------------------------------------------- keys
@@ -354,9 +470,19 @@ def matcher_settings(matcher: Any) -> dict[str, Any]:
     }
 
 
-def _require_unused(output: Path, names: Iterable[str]) -> None:
+def require_unused(output: Path, names: Iterable[str], folder: str = "*") -> None:
+    """Refuse to go on with what an earlier run left, where that was not asked for.
+
+    Args:
+        output: of the run.
+        names: of matchers.
+        folder: of the set, see `Selection`; by default all of them.
+
+    Raises:
+        OutputError: there are predictions of one of the matchers.
+    """
     for name in names:
-        if any((output / _PREDICTIONS).glob(f"{name}-*/*/*.npz")):
+        if any((output / _PREDICTIONS).glob(f"{name}-*/{folder}/*.npz")):
             raise OutputError(
                 f"{output} holds predictions of {name} by an earlier run: resume it, or choose "
                 "another folder."
@@ -489,9 +615,18 @@ def find_predictions(
     if len(folders) != 1:
         found = ", ".join(path.name for path in folders) or "none"
         raise InputError(f"Predictions of one setting of {matcher} are needed in {base}: {found}.")
+    return read_folder(folders[0] / find_set(dataset).folder, identifiers)
+
+
+def read_folder(folder: Path, identifiers: Iterable[str] | None = None) -> dict[str, Prediction]:
+    """Read the predictions of one matcher on one set, or those of some pairs.
+
+    Raises:
+        OutputError: a file is damaged.
+    """
     wanted = None if identifiers is None else set(identifiers)
     result: dict[str, Prediction] = {}
-    for path in sorted((folders[0] / find_set(dataset).folder).glob("*.npz")):
+    for path in sorted(folder.glob("*.npz")):
         if wanted is not None and wanted.isdisjoint(_identifiers(path)):
             continue
         for prediction in read_predictions(path):
@@ -558,18 +693,17 @@ class _SetRun:
         key: str,
         name: str,
         matcher: Any,
-        selection: _Selection,
+        selection: Selection,
         options: RunOptions,
         report: RunReport,
         clock: _Clock,
     ) -> None:
         self.output, self.name, self.matcher = output, name, matcher
         self.selection, self.options, self.report, self.clock = selection, options, report, clock
-        self.zeb_set = selection.zeb_set
         self.pairs = {pair.identifier: pair for pair in selection.pairs}
-        self.predictions = output / _PREDICTIONS / key / self.zeb_set.folder
+        self.predictions = output / _PREDICTIONS / key / selection.folder
         self.evaluations = {
-            protocol: output / _EVALUATIONS / key / protocol.name / self.zeb_set.folder
+            protocol: output / _EVALUATIONS / key / protocol.name / selection.evaluation_folder
             for protocol in options.protocols
         }
         self.failed: dict[str, str] = {}  # identifier -> why, pairs without a prediction
@@ -588,7 +722,7 @@ class _SetRun:
                 self._predict(todo, submit)
         for identifier, message in self.failed.items():
             problem = Problem(
-                dataset=self.zeb_set.name,
+                dataset=self.selection.name,
                 identifier=identifier,
                 message=message,
                 matcher=self.name,
@@ -635,7 +769,9 @@ class _SetRun:
                 known = read_predictions(self.predictions / f"{part}.npz")
             with self.clock("evaluate"):
                 records = [
-                    self._evaluate(prediction, self.pairs[prediction.identifier], protocol)
+                    self.selection.evaluate(
+                        prediction, self.pairs[prediction.identifier], protocol, self.matcher.info
+                    )
                     for prediction in known
                     # A limited run may meet parts of a complete one, and those of lost labels.
                     if prediction.identifier in self.pairs
@@ -645,37 +781,20 @@ class _SetRun:
             else:
                 write_atomic(path.with_suffix(".some"), format_dump(records))
 
-    def _evaluate(self, prediction: Prediction, pair: ZebPair, protocol: Protocol) -> DumpRecord:
-        points0 = prediction.points0.astype(np.float64)
-        points1 = prediction.points1.astype(np.float64)
-        if protocol.padded_slip and self.matcher.info.kind == "dense":
-            points0 = slip(points0, prediction.size0, self.zeb_set)
-            points1 = slip(points1, prediction.size1, self.zeb_set)
-        return evaluate_pair(
-            points0,
-            points1,
-            pair.K0,
-            pair.K1,
-            pair.T_0to1,
-            protocol,
-            identifier=pair.identifier,
-            covisible=(pair.covisible0, pair.covisible1),
-        )
-
     # -- prediction
 
     def _predict(
         self,
-        todo: Sequence[ZebPair],
+        todo: Sequence[Any],
         submit: Callable[[str, list[Prediction] | None], None],
     ) -> None:
         from gim_hloc.engine import match_scheduled
 
-        by_names: dict[tuple[str, str], list[ZebPair]] = {}
+        by_names: dict[tuple[str, str], list[Any]] = {}
         for pair in todo:
             by_names.setdefault((pair.image0, pair.image1), []).append(pair)
         waiting: list[Prediction] = []
-        bar = _progress(len(todo), f"{self.name} {self.zeb_set.name}", self.options.progress)
+        bar = _progress(len(todo), f"{self.name} {self.selection.name}", self.options.progress)
 
         def flush(*, evaluate: bool = True) -> None:
             if not waiting:
@@ -718,10 +837,9 @@ class _SetRun:
 
     def _read(self, name: str) -> Any:
         """The image as the set shows it, or why there is none."""
-        path = self.selection.root / self.zeb_set.folder / name
         with self.clock("read"):
             try:
-                return prepare_image(path, self.zeb_set, self.matcher.image_options)
+                return self.selection.read(name, self.matcher.image_options)
             except InputError as error:
                 return _Unreadable(str(error))
 
@@ -768,24 +886,26 @@ class _SetRun:
         with self.clock("write"):
             records = self._collect(protocol)
         dump = None
-        if len(records) == len(self.pairs) + len(self.selection.bad):
+        complete = len(records) == len(self.pairs) + len(self.selection.bad)
+        if complete and self.selection.dump_name is not None:
             dump = write_dump(
                 self.output / _DUMPS / protocol.name,
                 Dump(
                     matcher=self.name,
-                    dataset=self.zeb_set.dump_name,
+                    dataset=self.selection.dump_name,
                     version=self.options.dump_version,
                     records=tuple(records.values()),
                 ),
             )
         return SetResult(
             matcher=self.name,
-            dataset=self.zeb_set.name,
+            dataset=self.selection.name,
             protocol=protocol.name,
             pairs=len(self.pairs) + len(self.selection.bad),
             evaluated=len(records),
             failures=sum(record.failed for record in records.values()),
             dump=dump,
+            predictions=self.predictions,
             records=tuple(records[identifier] for identifier in sorted(records)),
         )
 
