@@ -120,7 +120,9 @@ def _dehomogenise(points: torch.Tensor) -> torch.Tensor:
     return points[..., :2] / points[..., 2:]
 
 
-def _nearest_index(xy: torch.Tensor, width: torch.Tensor, height: torch.Tensor) -> torch.Tensor:
+def _nearest_index(
+    xy: torch.Tensor, width: torch.Tensor | int, height: torch.Tensor | int
+) -> torch.Tensor:
     """(B, N, 2) integer pixels, halves upwards, and whether they exist as a third column."""
     # NaN and infinity have no integer; -1 does not exist.
     pixel = torch.nan_to_num(torch.floor(xy + 0.5), nan=-1.0, posinf=-1.0, neginf=-1.0)
@@ -139,7 +141,7 @@ def _gather(maps: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 
 def _on_valid_area(valid: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
     """Whether the pixel nearest to each point (B, N, 2) exists and is set in (B, H, W)."""
-    height, width = (torch.tensor(n, device=xy.device) for n in valid.shape[1:])
+    height, width = valid.shape[1:]
     x, y, exists = _nearest_index(xy, width, height).unbind(-1)
     return _gather(valid, x, y) & exists.bool()
 
