@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from gim_hloc.errors import InputError
+from gim_hloc.evaluation.zeb.datasets import SETS, set_folder
 from gim_hloc.evaluation.zeb.dumps import read_dump
 from gim_hloc.evaluation.zeb.published import NAMES
 
@@ -49,7 +50,8 @@ def check_dumps(
 
     Args:
         paths: dumps, or folders of them (`find_dumps`).
-        sets: names as in file names; by default ZEB's twelve, and any other set found.
+        sets: names of sets; by default ZEB's twelve and any other set found, or only the others
+            where no dump is of one of the twelve.
 
     Raises:
         InputError: a path does not exist.
@@ -61,7 +63,10 @@ def check_dumps(
         parts = path.name.removesuffix(".txt").split()
         found.setdefault(parts[2] if len(parts) > 2 else path.name, []).append(path)
     if sets is None:
-        sets = [*NAMES, *sorted(set(found) - set(NAMES))]
+        sets = [*(NAMES if set(found) & set(NAMES) else ()), *sorted(set(found) - set(NAMES))]
+    else:
+        by_folder = {entry.folder: entry.dump_name for entry in SETS}
+        sets = [by_folder.get(set_folder(name), name) for name in sets]
     return [_check_set(name, found.get(name, [])) for name in sets]
 
 

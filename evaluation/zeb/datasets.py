@@ -1,16 +1,19 @@
-"""The twelve sets of ZEB in their layout on disk: labels, images, archives, verification.
+"""ZEB's twelve sets, and sets like them, on disk: labels, images, archives, verification.
 
 A set is a folder ``zeb/<name>`` with PNG images and one ``.txt`` per pair, whose first line has 38
 tokens: two names, two overlaps, K of both images (row by row) and the 4x4 pose that takes points of
 camera 0 to camera 1. K is of the original pixels, integer = pixel centre. The sets differ in how
 files are named, in the size that matchers see and in whether images are padded; `ZebSet` says how.
+A folder with a file ``set.json`` (`read_description`) is a set of a user's own.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOKENS = 38
+DESCRIPTION = "set.json"  # in the folder of a set that is none of the twelve
 _CELL = 8  # sides of images that are not padded are multiples of it, px
 # Determinant of a rotation may be off by this much: labels are rounded to five digits at worst.
 _ROTATION_SLACK = 0.1
@@ -42,13 +46,13 @@ class ZebSet:
     """How one of the sets is stored and shown to matchers."""
 
     name: str  # as on the reference's command line
-    column: str  # three letters of the published table
+    column: str  # three letters of the published table; the name of other sets
     dump_name: str  # as dump files name it
     separator: Literal["_", "-"]  # between scene and image names in file names
     strip_suffix: bool  # names in labels carry a suffix that the image file's name lacks
     identifier: str  # how a name stands in identifiers; {} is the name of the image file
-    pairs: int  # published
-    scenes: int  # published
+    pairs: int  # published, or what the description tells
+    scenes: int  # the same
     img_size: int | None = None  # long side shown to matchers, px; larger images are reduced
     pad_ratio: float | None = None  # long over short side of the padded image; None: not padded
 
@@ -127,17 +131,35 @@ SETS: tuple[ZebSet, ...] = (
 )  # fmt: skip
 
 
-def find_set(name: str) -> ZebSet:
+def find_set(name: str, root: str | os.PathLike[str] | None = None) -> ZebSet:
     """Return a set by its name, column, folder or name in dumps; case does not matter.
 
+    Args:
+        name: of one of the twelve, or of another set in ``root``.
+        root: folder with the sets' folders (`find_root`); None: only the twelve are known.
+
     Raises:
-        InputError: there is no such set.
+        InputError: there is no such set, or its description is damaged.
     """
+    wanted = set_folder(name)
+    for entry in SETS:
+        if wanted == entry.folder:
+            return entry
+    others = _described_folders(Path(root)) if root is not None else []
+    for folder in others:
+        if folder.name == wanted:
+            return read_description(folder)
+    known = [*(entry.name for entry in SETS), *(folder.name for folder in others)]
+    raise InputError(f"There is no set {name!r}; known are {', '.join(known)}.")
+
+
+def set_folder(name: str) -> str:
+    """Return the name of a set's folder, from its name, column, folder or name in dumps."""
     wanted = name.lower()
     for entry in SETS:
         if wanted in (entry.folder, entry.column.lower(), entry.dump_name.lower()):
-            return entry
-    raise InputError(f"ZEB has no set {name!r}; it has {', '.join(s.name for s in SETS)}.")
+            return entry.folder
+    return wanted
 
 
 def find_root(folder: str | os.PathLike[str]) -> Path:
@@ -150,14 +172,109 @@ def find_root(folder: str | os.PathLike[str]) -> Path:
     for candidate in (folder / "zeb", folder):
         if any((candidate / entry.folder).is_dir() for entry in SETS):
             return candidate
+        if _described_folders(candidate):
+            return candidate
     problem = "does not exist" if not folder.exists() else "has no folder of a ZEB set"
-    raise InputError(f"{folder} {problem} ({', '.join(entry.folder for entry in SETS)}).")
+    raise InputError(
+        f"{folder} {problem} ({', '.join(entry.folder for entry in SETS)}, or one with "
+        f"{DESCRIPTION})."
+    )
 
 
 def present_sets(folder: str | os.PathLike[str]) -> list[ZebSet]:
-    """Return the sets whose folder exists, in the table's order."""
+    """Return the sets whose folder exists: the twelve in the table's order, then others by name.
+
+    Raises:
+        InputError: there is none, or a description is damaged.
+    """
     root = find_root(folder)
-    return [entry for entry in SETS if (root / entry.folder).is_dir()]
+    own = [read_description(path) for path in _described_folders(root)]
+    return [entry for entry in SETS if (root / entry.folder).is_dir()] + own
+
+
+# ------------------------------------------------------------------------------------- other sets
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+def check_set_name(name: str) -> None:
+    """Raise InputError if a set that is none of the twelve cannot have this name."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} cannot be the name of a set: letters, digits and _ . + - can, the first of "
+            "them a letter or digit."
+        )
+    if set_folder(name) in (entry.folder for entry in SETS):
+        raise InputError(
+            f"{name!r} is a set of ZEB: choose another name, or results would pass for ZEB's."
+        )
+
+
+def read_description(folder: str | os.PathLike[str]) -> ZebSet:
+    """Read ``set.json``, which makes a folder a set although it is none of the twelve.
+
+    It is an object with ``name`` (lower-cased, it is the folder's name) and optionally
+    ``separator`` (``-``), ``strip_suffix`` (false), ``img_size`` and ``pad_ratio`` (null), whose
+    meaning `ZebSet` tells, and ``scenes``, an object that maps each scene to an object with its
+    number of ``pairs``; other keys have no effect. Without ``scenes``, what is there is complete.
+
+    Args:
+        folder: of the set.
+
+    Raises:
+        InputError: the file cannot be read or has a value that is none; the message names it.
+    """
+    path = Path(folder) / DESCRIPTION
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        name = data["name"]
+        separator = data.get("separator", "-")
+        strip_suffix = data.get("strip_suffix", False)
+        img_size, pad_ratio = data.get("img_size"), data.get("pad_ratio")
+        if not isinstance(name, str) or separator not in ("-", "_"):
+            raise ValueError("name is no text or separator is neither - nor _")
+        if not isinstance(strip_suffix, bool):
+            raise ValueError("strip_suffix is neither true nor false")
+        if img_size is not None and (not isinstance(img_size, int) or img_size < _CELL):
+            raise ValueError(f"img_size is no whole number from {_CELL} on")
+        if pad_ratio is not None and not float(pad_ratio) >= 1:
+            raise ValueError("pad_ratio is below 1")
+        if pad_ratio is not None and img_size is None:
+            raise ValueError("pad_ratio needs img_size")
+        if "scenes" in data:
+            counts = {str(scene): int(entry["pairs"]) for scene, entry in data["scenes"].items()}
+        else:
+            stems = [file.stem for file in path.parent.glob("*.txt")]
+            counts = dict(Counter(stem.split(separator, 1)[0] for stem in stems))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path} does not describe a set: {reason}.") from error
+    check_set_name(name)
+    if name.lower() != path.parent.name:
+        raise InputError(
+            f"{path} describes the set {name}, so its folder must be named {name.lower()}."
+        )
+    return ZebSet(
+        name=name,
+        column=name,
+        dump_name=name,
+        separator=separator,
+        strip_suffix=strip_suffix,
+        identifier="{}",
+        pairs=sum(counts.values()),
+        scenes=len(counts),
+        img_size=img_size,
+        pad_ratio=None if pad_ratio is None else float(pad_ratio),
+    )
+
+
+def _described_folders(root: Path) -> list[Path]:
+    """The folders in ``root`` that have a description, by name; the twelve's need none."""
+    taken = {entry.folder for entry in SETS}
+    found = [path.parent for path in root.glob(f"*/{DESCRIPTION}")]
+    return sorted(folder for folder in found if folder.name not in taken)
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -440,7 +557,7 @@ class Verification:
 
     @property
     def complete(self) -> bool:
-        """Whether all twelve sets are there as published, without a fault."""
+        """Whether all sets that were to be checked are there as published, without a fault."""
         return all(entry.complete for entry in self.sets)
 
     @property
@@ -460,7 +577,8 @@ def verify(
 
     Args:
         folder: with ``zeb/`` in it, or ``zeb/`` itself.
-        sets: names of the sets to check; None checks all twelve.
+        sets: names of the sets to check; None checks all twelve and the others that are there, or
+            only these where there is none of the twelve.
         decode: decode every image once; False only looks whether the files exist.
         progress: show progress bars.
 
@@ -468,7 +586,12 @@ def verify(
         InputError: no set is there at all, or a name is none.
     """
     root = find_root(folder)
-    chosen = SETS if sets is None else tuple(find_set(name) for name in sets)
+    if sets is not None:
+        chosen = [find_set(name, root) for name in sets]
+    else:
+        others = [entry for entry in present_sets(root) if entry not in SETS]
+        whole = any((root / entry.folder).is_dir() for entry in SETS)
+        chosen = [*(SETS if whole else ()), *others]
     return Verification(
         root=root,
         sets=tuple(_verify_set(root, entry, decode=decode, progress=progress) for entry in chosen),

@@ -42,6 +42,7 @@ from gim_hloc.evaluation.zeb.datasets import (
     prepare_image,
     present_sets,
     read_labels,
+    set_folder,
 )
 from gim_hloc.evaluation.zeb.dumps import (
     HEADER,
@@ -202,7 +203,7 @@ def run(
         WeightsError: the weights of a matcher cannot be had.
     """
     root, output = find_root(folder), Path(output)
-    sets = [find_set(name) for name in options.sets] if options.sets else present_sets(root)
+    sets = [find_set(name, root) for name in options.sets] or present_sets(root)
     _check_names(options)
     if not options.resume and options.shard[1] == 1:
         require_unused(output, options.matchers)
@@ -615,7 +616,8 @@ def find_predictions(
     if len(folders) != 1:
         found = ", ".join(path.name for path in folders) or "none"
         raise InputError(f"Predictions of one setting of {matcher} are needed in {base}: {found}.")
-    return read_folder(folders[0] / find_set(dataset).folder, identifiers)
+    # Not find_set alone: it knows other sets than the twelve only by their folder of images.
+    return read_folder(folders[0] / set_folder(dataset), identifiers)
 
 
 def read_folder(folder: Path, identifiers: Iterable[str] | None = None) -> dict[str, Prediction]:
