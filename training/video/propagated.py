@@ -1,0 +1,261 @@
+"""Propagated labels on disk: one h5 file per video, which training reads.
+
+Pairs are named by the frames that were *asked for*; the frames that the labels truly belong to
+stand beside them. Labels are original frame pixels in hloc's frame (integer = pixel centre).
+
+While a run works, finished pairs go to a journal beside the file (see `gim_hloc.store`); the h5
+file itself is replaced in one step when all starts are done. Layout: one group ``<a>_<b>`` a
+requested pair with the dataset ``labels`` (n, 4) float32 and attributes; the file's attribute
+``records`` lists all starts, failed ones included, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+
+from gim_hloc.errors import InputError
+
+if TYPE_CHECKING:
+    from gim_hloc.store import H5Store
+
+#: Part of the settings: raised when the same labels would be propagated to other values.
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoFacts:
+    """What the labels of a video say about it."""
+
+    video: str  # id, or name of the file or folder without suffix
+    size: tuple[int, int]  # (width, height) of its frames in pixels
+    fps: float | None = None  # frame indices a second; None where it is not known
+    gap: int | None = None  # between sampled frames, in frame indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartRecord:
+    """What became of one start frame, without its labels.
+
+    Attributes:
+        start, target: the pair of frames asked for; the target is in practice the video's end.
+        reached: first and last frame of the chain; None where there is none. What was recorded is
+            always where the chain truly begins, also when that is later than ``start``.
+        joined: labels at the end of the chain, before the last robust fit.
+        count: labels kept; 0 for a failed start.
+        hops: segments of the chain.
+        ended: why the chain went no further.
+        failure: why there are no labels; empty for a success.
+    """
+
+    start: int
+    target: int
+    reached: tuple[int, int] | None
+    joined: int
+    count: int
+    hops: int
+    ended: str
+    failure: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name in the store."""
+        return pair_name(self.start, self.target)
+
+    @property
+    def distance(self) -> int:
+        """Frames between the two ends of the chain; 0 where there is none."""
+        return 0 if self.reached is None else self.reached[1] - self.reached[0]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> StartRecord:
+        """The inverse of ``dataclasses.asdict`` after a round trip through JSON."""
+        reached = value["reached"]
+        return cls(**{**value, "reached": None if reached is None else tuple(reached)})
+
+
+def pair_name(start: int, target: int) -> str:
+    """Name of a requested pair in the store."""
+    return f"{start}_{target}"
+
+
+class PropagatedStore:
+    """Reads the propagated labels of one video.
+
+    It may be sent to other processes (loaders of training data): the file is opened again there.
+
+    Args:
+        path: the h5 file.
+
+    Raises:
+        InputError: no such file, an unfinished one, or not one of ours.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file: h5py.File | None = None
+        self._owner = -1
+        if not self.path.is_file():
+            unfinished = self.path.with_name(self.path.name + ".journal").exists()
+            raise InputError(
+                f"{self.path} is not finished: repeat the same `gim-video propagate`."
+                if unfinished
+                else f"There are no propagated labels {self.path}: run `gim-video propagate`."
+            )
+        try:
+            attributes = self._open().attrs
+            self.settings: dict[str, Any] = json.loads(attributes["settings"])
+            self.facts = VideoFacts(
+                **{
+                    **(facts := json.loads(attributes["facts"])),
+                    "size": tuple(facts["size"]),
+                }
+            )
+            self.records = [StartRecord.from_json(r) for r in json.loads(attributes["records"])]
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{self.path} is not a file of propagated labels, or damaged ({error}): delete it "
+                "and run `gim-video propagate` again."
+            ) from None
+        self._made = {(r.start, r.target): r for r in self.records if not r.failure}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> PropagatedStore:
+        """The same as calling the class."""
+        return cls(path)
+
+    def pairs(self) -> np.ndarray:
+        """(P, 2) int64: pairs of frames asked for, by start; names for `read`."""
+        return np.array(list(self._made), dtype=np.int64).reshape(-1, 2)
+
+    def reached(self) -> np.ndarray:
+        """(P, 2) int64: frames that the labels of each of `pairs` belong to."""
+        rows = [r.reached for r in self._made.values()]
+        return np.array(rows, dtype=np.int64).reshape(-1, 2)
+
+    def counts(self) -> np.ndarray:
+        """(P,) int64: labels of each of `pairs`."""
+        return np.array([r.count for r in self._made.values()], dtype=np.int64)
+
+    def read(self, start: int, target: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Labels of a pair.
+
+        Args:
+            start: first frame asked for.
+            target: last frame asked for.
+
+        Returns:
+            (n, 4) float32 x0, y0, x1, y1 in original frame pixels, hloc's frame; and the two frames
+            (i, j) that they belong to.
+
+        Raises:
+            InputError: the file has no labels of this pair, or is damaged.
+        """
+        record = self._made.get((int(start), int(target)))
+        if record is None or record.reached is None:
+            raise InputError(f"{self.path} has no labels of the pair {start}, {target}.")
+        try:
+            labels: np.ndarray = self._open()[record.name]["labels"][()]
+        except (OSError, KeyError) as error:
+            raise InputError(
+                f"{self.path} is damaged at the pair {start}, {target} ({error}): delete it and "
+                "run `gim-video propagate` again."
+            ) from None
+        return labels, record.reached
+
+    def failures(self) -> list[tuple[int, int, str]]:
+        """Failed starts: frames asked for, and the reason."""
+        return [(r.start, r.target, r.failure) for r in self.records if r.failure]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._made)
+
+    def _open(self) -> h5py.File:
+        # A handle that was inherited by a fork shares its file position with the parent's.
+        if self._file is None or self._owner != os.getpid():
+            self._file = h5py.File(self.path, "r")
+            self._owner = os.getpid()
+        return self._file
+
+    def close(self) -> None:
+        """Close the file; reading opens it again."""
+        if self._file is not None and self._owner == os.getpid():
+            self._file.close()
+        self._file = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_owner": -1}
+
+    def __enter__(self) -> PropagatedStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class PropagatedWriter:
+    """Writes the propagated labels of one video; killed at any moment, it goes on from there.
+
+    Args:
+        path: the h5 file to make.
+        settings: whatever decides the labels: options, and the state of the labels they are made
+            from. A file made with others is started anew.
+        facts: of the video.
+        overwrite: start anew in any case.
+    """
+
+    def __init__(
+        self, path: Path, settings: dict[str, Any], facts: VideoFacts, *, overwrite: bool = False
+    ) -> None:
+        from gim_hloc.store import H5Store
+
+        self.path = path
+        self._facts = facts
+        self._store: H5Store = H5Store(path, {**settings, "format": FORMAT}, overwrite=overwrite)
+        self._source = self._store.stamp
+
+    @property
+    def changed_settings(self) -> list[str]:
+        """Names of settings that differ from those of the file that is there."""
+        return self._store.changed_settings
+
+    def done(self, start: int, target: int) -> StartRecord | None:
+        """What became of a start in an earlier run; None where it is still to do."""
+        name = pair_name(start, target)
+        if not self._store.has(name, self._source):
+            return None
+        _, attributes = self._store.get(name)
+        return StartRecord.from_json(json.loads(attributes["record"]))
+
+    def put(self, record: StartRecord, labels: np.ndarray | None) -> None:
+        """Keep what became of a start; it survives the process as soon as this returns."""
+        arrays = {} if labels is None else {"labels": np.asarray(labels, dtype=np.float32)}
+        self._store.put(record.name, arrays, self._source, record=json.dumps(asdict(record)))
+
+    def finish(self, records: Sequence[StartRecord]) -> None:
+        """Write the h5 file with exactly these starts."""
+        attributes = {
+            "facts": json.dumps(asdict(self._facts)),
+            "records": json.dumps([asdict(record) for record in records]),
+        }
+        self._store.finalize([record.name for record in records], attributes)
+
+    def close(self) -> None:
+        """Close the files; what is not finished stays in the journal."""
+        self._store.close()

@@ -1,0 +1,901 @@
+"""Labels of far frames from labels of near ones: chains through pixels that two labels share.
+
+A label of frames (A, B) and one of (B, C) join where their points in B fall on the same pixel;
+frame A is chained so with ever later frames until too few points are left. The rules are those of
+GIM (arXiv 2402.11095; thresholds of its code by default, of its paper as a preset), on labels of
+any number of matchers. Where the reference goes wrong we do not follow it:
+
+* What is recorded is where a chain truly begins. There, a chain whose first segments have no labels
+  carries the frame that was asked for, and a sub-chain like that even counts as reaching it.
+* A segment without labels ends the chain. There, the next segment is joined all the same, through
+  points of two different frames.
+* A start without any label is a failure with a reason, not an error that ends the run.
+
+`Propagator` is the algorithm on arrays; `propagate_video` works on files, resumes, and uses several
+processes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from gim_hloc.errors import InputError, OutputError
+from gim_hloc.files import write_atomic
+from gim_hloc.training.video.propagated import PropagatedWriter, StartRecord, VideoFacts
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[int, int]
+#: For a pair of frames one array (n, 4) per labelling round; absent rounds are empty or left out.
+LabelMap = Mapping[Pair, Sequence[np.ndarray]]
+
+_COLUMNS = (
+    *("start", "target", "from", "to", "distance", "hops", "joined", "labels"),
+    *("ended", "failure"),
+)
+_BLOCK = 16  # starts that a worker gets at a time: neighbours, which share their sub-chains
+
+
+@dataclass(frozen=True, kw_only=True)
+class PropagationOptions:
+    """The constants of propagation. Defaults are those of the reference's code."""
+
+    join: Literal["pixel", "distance"] = "pixel"  # points in the middle frame round to one pixel,
+    # or are nearest to each other and closer than join_distance
+    join_distance: float = 1.0  # pixels, for "distance"
+    start_labels_above: int = 32  # a start pair must have more labels than this in each round
+    min_joined: int = 512  # labels that must be left after a join, else the chain is shortened
+    min_final: int = 64  # labels that must be left after the last robust fit
+    reach: int = 1000  # longest chain, in largest steps
+    require: str = "all"  # rounds that must have labelled the pairs around a start: "all", "any",
+    # or a number
+    threshold: float = 1.0  # of the last fit (fundamental matrix, MAGSAC), pixels
+    confidence: float = 0.999999  # of the fit
+    max_iterations: int = 1000  # of the fit
+    memory_mb: int = 1024  # for sub-chains that are kept, per process; does not change results
+
+    def __post_init__(self) -> None:
+        if self.join not in ("pixel", "distance"):
+            raise InputError(f'join is {self.join!r}; it is "pixel" or "distance".')
+        for name in ("join_distance", "threshold", "reach", "max_iterations", "min_joined"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be positive.")
+        for name in ("start_labels_above", "min_final", "memory_mb"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}, it must not be negative.")
+        if not 0 < self.confidence < 1:
+            raise InputError(f"confidence is {self.confidence}, it must lie between 0 and 1.")
+        self.required(1)
+
+    def required(self, rounds: int) -> int:
+        """How many of ``rounds`` labelling rounds must have a pair."""
+        if self.require == "all":
+            return rounds
+        if self.require == "any":
+            return 1
+        try:
+            number = int(self.require)
+        except ValueError:
+            number = 0
+        if number < 1:
+            raise InputError(
+                f'require is {self.require!r}; it is "all", "any" or a positive number.'
+            )
+        return number
+
+    def settings(self) -> dict[str, Any]:
+        """Those options that decide the labels, JSON-able."""
+        return {key: value for key, value in asdict(self).items() if key != "memory_mb"}
+
+
+#: Values of GIM's released code, and of its paper where the two differ.
+PRESETS: dict[str, dict[str, Any]] = {
+    "code": {},
+    "paper": {"join": "distance", "join_distance": 1.0, "min_joined": 1024},
+}
+
+
+def make_options(preset: str = "code", **overrides: Any) -> PropagationOptions:
+    """Options of a preset.
+
+    Args:
+        preset: "code" or "paper". The steps of frames (20, 40, 80 in the paper) are chosen when
+            videos are labelled.
+        **overrides: options that differ from it.
+
+    Raises:
+        InputError: an unknown preset or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"There is no preset {preset!r}; there are: {', '.join(PRESETS)}.")
+    return PropagationOptions(**{**PRESETS[preset], **overrides})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Propagated:
+    """What became of one start frame.
+
+    Attributes:
+        record: all but the labels.
+        labels: (n, 4) float32 x0, y0, x1, y1 in the two frames that were reached; None if failed.
+    """
+
+    record: StartRecord
+    labels: np.ndarray | None
+
+
+# ------------------------------------------------------------------------------------------- starts
+
+
+def find_starts(
+    counts: Mapping[int, Sequence[Mapping[Pair, int]]], options: PropagationOptions
+) -> list[Pair]:
+    """Frames to start from, each with the frame that its chain is to reach.
+
+    A frame is a start if all pairs that a full largest step from it can be made of are labelled,
+    and one more largest step (video.md section 6 for three steps; the same rule for any number).
+
+    Args:
+        counts: step -> for each labelling round, pair -> number of labels.
+        options: ``start_labels_above``, ``require`` and ``reach`` are used.
+
+    Returns:
+        (start, target) by start; the target lies ``reach`` largest steps ahead, at most at the end
+        of the last pair of the largest step.
+    """
+    steps = check_steps(counts)
+    largest = steps[-1]
+    labelled: dict[int, set[Pair]] = {}
+    for step in steps:
+        above = options.start_labels_above if step == largest else 0
+        present: dict[Pair, int] = {}
+        for table in counts[step]:
+            for pair, count in table.items():
+                if pair[1] - pair[0] == step and count > above:
+                    present[pair] = present.get(pair, 0) + 1
+        needed = options.required(len(counts[step]))
+        if needed > len(counts[step]):
+            raise InputError(
+                f"require is {needed}, but there are {len(counts[step])} labelling rounds at step "
+                f"{step}."
+            )
+        labelled[step] = {pair for pair, number in present.items() if number >= needed}
+    begins = {step: {i for i, _ in pairs} for step, pairs in labelled.items()}
+    if not labelled[largest]:
+        return []
+    first, last = min(begins[largest]), max(j for _, j in labelled[largest])
+    starts = []
+    for a in sorted(begins[largest]):
+        whole = a + largest in begins[largest] and all(
+            a + offset in begins[step] for step in steps[:-1] for offset in range(0, largest, step)
+        )
+        target = min(max(a + options.reach * largest, first), last)
+        if whole and target - a >= largest:
+            starts.append((a, target))
+    return starts
+
+
+def check_steps(steps: Iterable[int]) -> tuple[int, ...]:
+    """Steps in ascending order.
+
+    Raises:
+        InputError: none, or one that is no multiple of the smallest, which no chain could bridge.
+    """
+    ordered = tuple(sorted({int(step) for step in steps}))
+    if not ordered:
+        raise InputError("There are no labels at any step.")
+    if ordered[0] < 1 or any(step % ordered[0] for step in ordered):
+        raise InputError(
+            f"Steps between frames are {ordered}; they must be multiples of the smallest."
+        )
+    return ordered
+
+
+# ------------------------------------------------------------------------------------------ joining
+
+
+class _Segment:
+    """Labels between two frames, with what joins derive from them."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows  # (n, 4) float32
+        self.cells: np.ndarray | None = None  # (n,) int32 table cells of the points in frame 0
+        self.tree: Any = None  # k-d tree of those points
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.rows.nbytes) * 2  # about; the derived parts included
+
+
+class _Joiner:
+    """Joins labels A -> B and B -> C."""
+
+    def __init__(self, size: tuple[int, int], options: PropagationOptions) -> None:
+        self._size = size
+        self._options = options
+        # A cell for every pixel and a ring of one around the frame, where halves round to; cell 0
+        # stands for everything farther out, which never joins. Filled and cleared by every join:
+        # scattering into it is an order of magnitude faster than sorting keys.
+        self._table = np.full((size[0] + 2) * (size[1] + 2) + 1, -1, dtype=np.int32)
+
+    def __call__(self, left: np.ndarray, right: _Segment) -> np.ndarray:
+        """(m, 4) float32 rows (point of ``left`` in A, point of ``right`` in C), by ``left`` row.
+
+        Each row of either side is used at most once.
+        """
+        if not len(left) or not len(right.rows):
+            return np.empty((0, 4), dtype=np.float32)
+        by_distance = self._options.join == "distance"
+        rows0, rows1 = (self._near if by_distance else self._shared)(left, right)
+        joined = np.empty((len(rows0), 4), dtype=np.float32)
+        joined[:, :2] = left[rows0, :2]
+        joined[:, 2:] = right.rows[rows1, 2:]
+        return joined
+
+    def _shared(self, left: np.ndarray, right: _Segment) -> tuple[np.ndarray, np.ndarray]:
+        if right.cells is None:
+            right.cells = self._cells(right.rows[:, :2])
+        table = self._table
+        # NumPy assigns in order, so that the last row of a pixel stays.
+        table[right.cells] = np.arange(len(right.cells), dtype=np.int32)
+        table[0] = -1
+        partner = table[self._cells(left[:, 2:])]
+        table[right.cells] = -1
+        hits = np.flatnonzero(partner >= 0)
+        partner = partner[hits]
+        owner = np.empty(len(right.rows), dtype=np.int64)
+        owner[partner] = hits
+        last = owner[partner] == hits
+        return hits[last], partner[last]
+
+    def _cells(self, points: np.ndarray) -> np.ndarray:
+        width, height = self._size
+        pixels = np.rint(points)  # half to even
+        x, y = pixels[:, 0], pixels[:, 1]
+        inside = (x >= -1) & (x <= width) & (y >= -1) & (y <= height)
+        pixels = np.where(inside[:, None], pixels, 0).astype(np.int32)
+        cells = (pixels[:, 1] + 1) * np.int32(width + 2) + (pixels[:, 0] + 2)
+        return np.where(inside, cells, np.int32(0))
+
+    def _near(self, left: np.ndarray, right: _Segment) -> tuple[np.ndarray, np.ndarray]:
+        from scipy.spatial import cKDTree
+
+        if right.tree is None:
+            right.tree = cKDTree(right.rows[:, :2])
+        limit = self._options.join_distance
+        distance, partner = right.tree.query(left[:, 2:], distance_upper_bound=limit)
+        rows = np.flatnonzero(distance < limit)
+        # Of several rows nearest to one point the closest stays; of equally close ones the first.
+        order = rows[np.lexsort((rows, distance[rows], partner[rows]))]
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = partner[order[1:]] != partner[order[:-1]]
+        rows = np.sort(order[first])
+        return rows, partner[rows]
+
+
+# ----------------------------------------------------------------------------------------- chaining
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chain:
+    rows: np.ndarray  # (n, 4)
+    start: int
+    end: int
+    hops: int
+    ended: str
+
+
+class Propagator:
+    """Chains the labels of one video. Sub-chains are kept, so that starts share them.
+
+    Args:
+        labels: pair -> arrays (n, 4) of x0, y0, x1, y1 in frame pixels, one a labelling round. They
+            are pooled in this order, which decides which of two labels of a pixel is used.
+        steps: frame distances of labelled pairs; longer chains are made of the largest.
+        size: (width, height) of the frames in pixels.
+        options: the constants.
+    """
+
+    def __init__(
+        self,
+        labels: LabelMap,
+        *,
+        steps: Iterable[int],
+        size: tuple[int, int],
+        options: PropagationOptions = PropagationOptions(),
+    ) -> None:
+        self.labels = labels
+        self.steps = check_steps(steps)
+        self.options = options
+        self._join = _Joiner(size, options)
+        self._kept: OrderedDict[tuple[int, int, int], _Segment | None] = OrderedDict()
+        self._kept_bytes = 0
+
+    def run(self, start: int, target: int) -> Propagated:
+        """Propagate from one start frame.
+
+        Args:
+            start: first frame.
+            target: frame to reach at best.
+        """
+        chain = self._chain(start, target, len(self.steps))
+        # A chain of one segment is redone with the smaller steps, whose labels it was not made of
+        # alone: what it then reaches has passed at least one join.
+        for level in range(len(self.steps) - 1, 0, -1):
+            if chain is None or chain.end - chain.start != self.steps[level]:
+                break
+            chain = self._chain(chain.start, chain.end, level)
+        record = StartRecord(
+            start=start, target=target, reached=None, joined=0, count=0, hops=0, ended=""
+        )
+        if chain is None:
+            return Propagated(record=replace(record, failure="no labels to chain"), labels=None)
+        record = replace(
+            record,
+            reached=(chain.start, chain.end),
+            joined=len(chain.rows),
+            hops=chain.hops,
+            ended=chain.ended,
+        )
+        labels = self._fit(chain.rows)
+        failure = ""
+        if chain.end - chain.start == self.steps[0]:
+            failure = f"reached no farther than the smallest step, {self.steps[0]} frames"
+        elif len(labels) < self.options.min_final:
+            failure = (
+                f"{len(labels)} of {len(chain.rows)} labels fit one motion; "
+                f"{self.options.min_final} are needed"
+            )
+        if failure:
+            return Propagated(record=replace(record, failure=failure), labels=None)
+        return Propagated(record=replace(record, count=len(labels)), labels=labels)
+
+    def _chain(self, start: int, target: int, level: int) -> _Chain | None:
+        """Chain segments of the ``level`` smallest steps as far as they go."""
+        step, smallest = self.steps[level - 1], self.steps[0]
+        segments = deque(_segments(start, target, step))
+        rows: np.ndarray | None = None
+        begin = end = hops = 0
+        ended = ""  # the first obstacle: shortening only tells how close to it the chain comes
+        while segments:
+            p, q = segments.popleft()
+            candidate = self._candidate(p, q, level)
+            if candidate is None:
+                if rows is None:
+                    continue
+                ended = ended or f"no labels between {p} and {q}"
+                break
+            if rows is None:
+                rows, begin, end, hops = candidate.rows, p, q, 1
+                continue
+            joined = self._join(rows, candidate)
+            if len(joined) >= self.options.min_joined:
+                rows, end, hops = joined, q, hops + 1
+                continue
+            ended = ended or f"{len(joined)} labels left at {q}; {self.options.min_joined} needed"
+            shorter = (p, q - smallest)
+            segments = deque([shorter] if shorter[1] > p else [])
+        if rows is None:
+            return None
+        ended = ended or "the target was reached"
+        return _Chain(rows=rows, start=begin, end=end, hops=hops, ended=ended)
+
+    def _candidate(self, p: int, q: int, level: int) -> _Segment | None:
+        """Labels of one segment: its own where its length is a step, and those of sub-chains."""
+        key = (p, q, level)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        stored = self._stored((p, q)) if q - p == self.steps[level - 1] else []
+        candidate = self._whole(p, q, level - 1) if level > 1 else None
+        if stored:
+            parts = stored if candidate is None else [*stored, candidate.rows]
+            candidate = _Segment(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        self._keep(key, candidate)
+        return candidate
+
+    def _whole(self, p: int, q: int, level: int) -> _Segment | None:
+        """A sub-chain from p to q exactly.
+
+        One that skips a segment or must be shortened cannot be that, so it ends at once.
+        """
+        segment: _Segment | None = None
+        for left, right in _segments(p, q, self.steps[level - 1]):
+            candidate = self._candidate(left, right, level)
+            if candidate is None:
+                return None
+            if segment is None:
+                segment = candidate
+                continue
+            joined = self._join(segment.rows, candidate)
+            if len(joined) < self.options.min_joined:
+                return None
+            segment = _Segment(joined)
+        return segment
+
+    def _stored(self, pair: Pair) -> list[np.ndarray]:
+        try:
+            arrays = self.labels[pair]
+        except KeyError:
+            return []
+        rows = [np.asarray(array, dtype=np.float32) for array in arrays if len(array)]
+        for array in rows:
+            if array.ndim != 2 or array.shape[1] != 4 or not np.isfinite(array).all():
+                raise InputError(
+                    f"Labels of the frames {pair[0]}, {pair[1]} are not finite rows of x0, y0, x1, "
+                    f"y1 (shape {array.shape}): label this pair again."
+                )
+        return rows
+
+    def _keep(self, key: tuple[int, int, int], segment: _Segment | None) -> None:
+        self._kept[key] = segment
+        self._kept_bytes += segment.nbytes if segment else 0
+        while self._kept_bytes > self.options.memory_mb * 2**20 and len(self._kept) > 1:
+            _, old = self._kept.popitem(last=False)
+            self._kept_bytes -= old.nbytes if old else 0
+
+    def _fit(self, rows: np.ndarray) -> np.ndarray:
+        import cv2
+
+        if len(rows) < 8:  # OpenCV raises an error below
+            return rows[:0]
+        fundamental, mask = cv2.findFundamentalMat(
+            rows[:, :2],
+            rows[:, 2:],
+            cv2.USAC_MAGSAC,
+            ransacReprojThreshold=self.options.threshold,
+            confidence=self.options.confidence,
+            maxIters=self.options.max_iterations,
+        )
+        if fundamental is None or mask is None:
+            return rows[:0]
+        kept: np.ndarray = rows[mask.ravel() > 0]
+        return kept
+
+
+def _segments(start: int, target: int, step: int) -> list[Pair]:
+    """Hops of ``step`` from start to target; the last may be shorter."""
+    stops = [*range(start, target, step), target]
+    return list(itertools.pairwise(stops))
+
+
+def propagate(
+    labels: LabelMap,
+    *,
+    steps: Iterable[int],
+    size: tuple[int, int],
+    options: PropagationOptions = PropagationOptions(),
+) -> Iterator[Propagated]:
+    """Propagate labels in memory, start by start.
+
+    Args:
+        labels: pair -> arrays (n, 4), one a labelling round. The number of rounds of a step is the
+            longest list among its pairs; rounds without labels of a pair are empty or left out.
+        steps: frame distances of labelled pairs.
+        size: (width, height) of the frames in pixels.
+        options: the constants.
+
+    Yields:
+        What became of each start, by start.
+    """
+    steps = check_steps(steps)
+    counts: dict[int, list[dict[Pair, int]]] = {step: [] for step in steps}
+    for (i, j), arrays in labels.items():
+        tables = counts.get(j - i)
+        if tables is None:
+            continue
+        tables += [{} for _ in range(len(arrays) - len(tables))]
+        for table, array in zip(tables, arrays, strict=False):
+            table[i, j] = len(array)
+    propagator = Propagator(labels, steps=steps, size=size, options=options)
+    for start, target in find_starts(counts, options):
+        yield propagator.run(start, target)
+
+
+# ------------------------------------------------------------------------------------------- videos
+
+
+class Labels(Protocol):
+    """What propagation needs of the labels of one labelling round; `LabelStore` has it."""
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """Those of `StoreInfo` by name: ``video``, ``labeller``, ``zoom``, ``steps``, ``size``..."""
+        ...
+
+    def pairs(self) -> np.ndarray:
+        """(P, 2) frame indices."""
+        ...
+
+    def counts(self) -> np.ndarray:
+        """(P,) labels of the pairs."""
+        ...
+
+    def read(self, i: int, j: int) -> np.ndarray:
+        """(n, 4) float32 x0, y0, x1, y1."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PropagationSummary:
+    """What came of propagating one video.
+
+    Attributes:
+        path: h5 file of the labels.
+        facts: of the video.
+        records: one per start frame, by start.
+        rounds: labelling rounds used, e.g. ``sift``, ``sift (zoom)``.
+        steps: between frames of the labels.
+        resumed: starts taken over from an earlier run.
+        seconds: wall time.
+        notes: what kept starts from being found, where there are none.
+    """
+
+    path: Path
+    facts: VideoFacts
+    records: tuple[StartRecord, ...]
+    rounds: tuple[str, ...]
+    steps: tuple[int, ...]
+    resumed: int
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def made(self) -> list[StartRecord]:
+        """Starts with labels."""
+        return [record for record in self.records if not record.failure]
+
+    def line(self) -> str:
+        """One line for the log."""
+        made = self.made
+        text = f"{self.facts.video}: {len(made)} of {len(self.records)} starts propagated"
+        if made:
+            counts = sorted(record.count for record in made)
+            distances = sorted(record.distance for record in made)
+            middle = distances[len(distances) // 2]
+            fps = self.facts.fps
+            seconds = f" ({middle / fps:.1f} s)" if fps else ""
+            text += (
+                f"; labels {counts[0]} to {counts[-1]}, median {counts[len(counts) // 2]}; distance"
+                f" median {middle} frames{seconds}, longest {distances[-1]}"
+            )
+        if self.resumed:
+            text += f"; {self.resumed} from an earlier run"
+        return f"{text}; {self.seconds:.1f} s"
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        value = {
+            **asdict(self.facts),
+            "rounds": self.rounds,
+            "steps": self.steps,
+            "starts": len(self.records),
+            "propagated": len(self.made),
+            "seconds": round(self.seconds, 3),
+            "notes": self.notes,
+            "records": [asdict(record) for record in self.records],
+        }
+        return json.dumps(value, indent=1) + "\n"
+
+    def to_csv(self) -> str:
+        """One row per start."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for r in self.records:
+            i, j = r.reached or ("", "")
+            row = [r.start, r.target, i, j, r.distance, r.hops, r.joined, r.count, r.ended]
+            writer.writerow([*row, r.failure])
+        return text.getvalue()
+
+
+class _StoredLabels(Mapping[Pair, Sequence[np.ndarray]]):
+    """The labels of a video, read when they are asked for."""
+
+    def __init__(self, base: Mapping[int, Sequence[Labels]]) -> None:
+        self._base = base
+        self.counts: dict[int, list[dict[Pair, int]]] = {}
+        for step, stores in base.items():
+            self.counts[step] = []
+            for store in stores:
+                rows = zip(store.pairs().tolist(), store.counts().tolist(), strict=True)
+                self.counts[step].append({(i, j): n for (i, j), n in rows if j - i == step})
+
+    def __getitem__(self, pair: Pair) -> list[np.ndarray]:
+        step = pair[1] - pair[0]
+        stores = self._base.get(step, ())
+        found = [
+            store.read(*pair)
+            for store, table in zip(stores, self.counts.get(step, ()), strict=True)
+            if table.get(pair)
+        ]
+        if not found:
+            raise KeyError(pair)
+        return found
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter({pair: None for tables in self.counts.values() for t in tables for pair in t})
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def propagate_video(
+    base: Mapping[int, Sequence[Labels]],
+    output: str | os.PathLike[str],
+    options: PropagationOptions = PropagationOptions(),
+    *,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> PropagationSummary:
+    """Propagate the labels of one video into one h5 file.
+
+    Beside ``NAME.h5``, ``NAME.json`` and ``NAME.csv`` say what became of every start. A run that
+    was interrupted goes on where it stopped; labels or options that have changed since start it
+    anew.
+
+    Args:
+        base: step -> labels of the labelling rounds, in the order in which they are pooled. A round
+            that holds several steps stands under each.
+        output: the h5 file; see `PropagatedStore`.
+        options: the constants.
+        workers: processes. More than one need labels that are `LabelStore` files.
+        overwrite: start anew in any case.
+        progress: show a bar.
+
+    Returns:
+        What became of every start.
+
+    Raises:
+        InputError: labels of different videos or frame sizes, steps that do not fit, a round that
+            is missing at a step while all are required, damaged labels.
+        OutputError: the file cannot be written, or a worker died.
+        LockedError: another run writes the file.
+    """
+    from gim_hloc.store import OutputLock
+
+    began = time.perf_counter()
+    output = Path(output)
+    steps = check_steps(base)
+    facts, rounds = _check_rounds(base, options)
+    labels = _StoredLabels(base)
+    starts = find_starts(labels.counts, options)
+    notes = () if starts else (_why_no_starts(labels.counts, options),)
+    settings = {"options": options.settings(), "steps": steps, "labels": _states(base)}
+    with OutputLock(output.parent / f".{output.name}.writing"):
+        writer = PropagatedWriter(output, settings, facts, overwrite=overwrite)
+        if writer.changed_settings:
+            logger.info(
+                "%s was made with other %s: started anew.",
+                output,
+                " and ".join(writer.changed_settings),
+            )
+        try:
+            records = _fill(writer, starts, base, labels, facts, options, workers, progress)
+            writer.finish([record for record, _ in records])
+        finally:
+            writer.close()
+        summary = PropagationSummary(
+            path=output,
+            facts=facts,
+            records=tuple(record for record, _ in records),
+            rounds=rounds,
+            steps=steps,
+            resumed=sum(old for _, old in records),
+            seconds=time.perf_counter() - began,
+            notes=notes,
+        )
+        write_atomic(output.with_suffix(".json"), summary.to_json())
+        write_atomic(output.with_suffix(".csv"), summary.to_csv())
+    logger.info("%s", summary.line())
+    for note in notes:
+        logger.warning("%s: %s", facts.video, note)
+    return summary
+
+
+def _fill(
+    writer: PropagatedWriter,
+    starts: Sequence[Pair],
+    base: Mapping[int, Sequence[Labels]],
+    labels: _StoredLabels,
+    facts: VideoFacts,
+    options: PropagationOptions,
+    workers: int,
+    progress: bool,
+) -> list[tuple[StartRecord, bool]]:
+    """Do what is not done yet; returns records by start, and whether each was there before."""
+    from tqdm import tqdm
+
+    records: dict[Pair, tuple[StartRecord, bool]] = {}
+    for pair in starts:
+        before = writer.done(*pair)
+        if before is not None:
+            records[pair] = (before, True)
+    todo = [pair for pair in starts if pair not in records]
+    if workers > 1 and len(todo) > 1:
+        results = _in_processes(base, facts, options, todo, workers)
+    else:
+        propagator = Propagator(labels, steps=base, size=facts.size, options=options)
+        results = (propagator.run(*pair) for pair in todo)
+    with tqdm(
+        total=len(starts),
+        initial=len(records),
+        desc=facts.video,
+        unit="start",
+        disable=not progress,
+    ) as bar:
+        for result in results:
+            writer.put(result.record, result.labels)
+            records[result.record.start, result.record.target] = (result.record, False)
+            bar.update()
+    return [records[pair] for pair in starts]
+
+
+def _in_processes(
+    base: Mapping[int, Sequence[Labels]],
+    facts: VideoFacts,
+    options: PropagationOptions,
+    todo: Sequence[Pair],
+    workers: int,
+) -> Iterator[Propagated]:
+    paths: dict[int, list[Path]] = {}
+    for step, stores in base.items():
+        paths[step] = [getattr(store, "path", Path()) for store in stores]
+        if not all(hasattr(store, "path") for store in stores):
+            raise InputError("Several workers need labels that are files; use one worker.")
+    # Each worker walks through one stretch of the video, so that few sub-chains are made twice.
+    size = max(1, min(_BLOCK, -(-len(todo) // workers)))
+    blocks = [todo[k : k + size] for k in range(0, len(todo), size)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(workers, len(blocks)), context, _begin_worker, (paths, facts.size, options)
+    ) as pool:
+        try:
+            for results in pool.map(_work, blocks):
+                yield from results
+        except BrokenProcessPool:
+            raise OutputError(
+                f"A worker died while propagating {facts.video} (out of memory?). What was "
+                "finished is kept; repeat the command, with fewer workers."
+            ) from None
+
+
+_worker: Propagator | None = None  # of a worker process
+
+
+def _begin_worker(
+    paths: Mapping[int, Sequence[Path]], size: tuple[int, int], options: PropagationOptions
+) -> None:
+    import cv2
+
+    from gim_hloc.training.video.store import LabelStore
+
+    global _worker
+    cv2.setNumThreads(1)
+    opened: dict[Path, LabelStore] = {}
+    for path in (path for some in paths.values() for path in some):
+        if path not in opened:
+            opened[path] = LabelStore.open(path, "r")
+    base = {step: [opened[path] for path in some] for step, some in paths.items()}
+    _worker = Propagator(_StoredLabels(base), steps=base, size=size, options=options)
+
+
+def _work(pairs: Sequence[Pair]) -> list[Propagated]:
+    if _worker is None:
+        raise RuntimeError("the worker was not begun")
+    return [_worker.run(*pair) for pair in pairs]
+
+
+def _round_name(attrs: Mapping[str, Any]) -> str:
+    return f"{attrs['labeller']}{' (zoom)' if attrs['zoom'] else ''}"
+
+
+def _check_rounds(
+    base: Mapping[int, Sequence[Labels]], options: PropagationOptions
+) -> tuple[VideoFacts, tuple[str, ...]]:
+    """Facts on the video that all labels agree on, and the names of the rounds."""
+    present = {
+        step: [_round_name(store.attrs) for store in stores] for step, stores in base.items()
+    }
+    names = list(dict.fromkeys(name for some in present.values() for name in some))
+    if not names:
+        raise InputError("There are no labels to propagate: label the video first.")
+    for step, some in sorted(present.items()):
+        missing = [name for name in names if name not in some]
+        if missing and options.require == "all":
+            raise InputError(
+                f"{', '.join(missing)}: no labels at step {step}, while all rounds are required. "
+                "Finish labelling, leave that labeller out, or require fewer (--require any)."
+            )
+    first = next(store.attrs for stores in base.values() for store in stores)
+    for store in (store for stores in base.values() for store in stores):
+        for key, what in (("video", "the video"), ("size", "frames of size"), ("fps", "fps")):
+            mine, other = store.attrs[key], first[key]
+            mine, other = (tuple(v) if key == "size" else v for v in (mine, other))
+            if mine != other:
+                raise InputError(
+                    f"Labels of {_round_name(store.attrs)} are of {what} {mine}, those of "
+                    f"{_round_name(first)} of {other}: they cannot be joined. Label again."
+                )
+    width, height = (int(v) for v in first["size"])
+    facts = VideoFacts(
+        video=str(first["video"]),
+        size=(width, height),
+        fps=float(first["fps"]) if first.get("fps") else None,
+        gap=int(first["gap"]) if first.get("gap") else None,
+    )
+    return facts, tuple(names)
+
+
+def _states(base: Mapping[int, Sequence[Labels]]) -> list[Any]:
+    """What tells whether the labels are the same as in an earlier run."""
+    from gim_hloc.store import digest
+
+    return [
+        [
+            step,
+            _round_name(store.attrs),
+            digest([store.attrs.get("settings"), store.pairs().tolist(), store.counts().tolist()]),
+        ]
+        for step, stores in sorted(base.items())
+        for store in stores
+    ]
+
+
+def _why_no_starts(
+    counts: Mapping[int, Sequence[Mapping[Pair, int]]], options: PropagationOptions
+) -> str:
+    largest = max(counts)
+    parts = []
+    for step in sorted(counts):
+        above = options.start_labels_above if step == largest else 0
+        present: dict[Pair, int] = {}
+        for table in counts[step]:
+            for pair, count in table.items():
+                present[pair] = present.get(pair, 0) + (count > above)
+        needed = options.required(len(counts[step]))
+        good = sum(1 for number in present.values() if number >= needed)
+        parts.append(
+            f"{good} of {len(present)} at step {step}"
+            + (f" (with more than {above} labels)" if above else "")
+        )
+    return (
+        f"no frame to start from. Pairs that {options.require} of "
+        f"{max(len(tables) for tables in counts.values())} rounds have labelled: "
+        f"{'; '.join(parts)}. A start needs two largest steps in a row and all smaller ones between"
+        " them; require fewer rounds (--require any) or label more of the video."
+    )
+
+
+def rounds_by_step(stores: Iterable[Labels]) -> dict[int, list[Labels]]:
+    """Order the labels of a video for `propagate_video`.
+
+    Args:
+        stores: one per labelling round, each with any number of steps.
+
+    Returns:
+        step -> rounds that were asked for it, plain before zoomed, by labeller.
+    """
+    ordered = sorted(stores, key=lambda s: (str(s.attrs["labeller"]), bool(s.attrs["zoom"])))
+    steps = sorted({int(step) for store in ordered for step in store.attrs["steps"]})
+    return {
+        step: [store for store in ordered if step in {int(s) for s in store.attrs["steps"]}]
+        for step in steps
+    }
