@@ -1131,6 +1131,42 @@ def map_views(model: Any) -> dict[str, MapView]:
     return views
 
 
+def pinhole(camera: CameraSpec) -> tuple[CameraSpec, np.ndarray | None]:
+    """A camera without distortion for the images of another one, by COLMAP's undistortion.
+
+    Focal lengths stay; the frame is cut or grown so that it shows little that was not seen.
+
+    Args:
+        camera: of any model.
+
+    Returns:
+        The PINHOLE camera, and where its pixels lie in the other's images: (H, W, 2) float32,
+        stored pixels, hloc's frame. None instead of the latter where nothing is distorted.
+
+    Raises:
+        InputError: the parameters are those of no camera.
+    """
+    source = pycolmap.Camera(
+        model=camera.model, width=camera.width, height=camera.height, params=list(camera.params)
+    )
+    target = pycolmap.undistort_camera(pycolmap.UndistortCameraOptions(), source)
+    found = camera_spec(target)
+    fx, fy, cx, cy = found.params
+    if not (np.isfinite(found.params).all() and fx > 0 and fy > 0):
+        raise InputError(
+            f"The camera {camera.model} {' '.join(f'{p:g}' for p in camera.params)} has a focal "
+            "length that is not positive."
+        )
+    if source.is_undistorted():
+        return found, None
+    places = np.empty((found.height, found.width, 2), np.float32)
+    x = (np.arange(found.width) + 0.5 - cx) / fx
+    for row in range(found.height):  # all at once would take a hundred bytes a pixel
+        y = np.full(found.width, (row + 0.5 - cy) / fy)
+        places[row] = _project(source, np.column_stack([x, y, np.ones(found.width)])) - 0.5
+    return found, places
+
+
 def point_positions(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ids (M,) int64, sorted, and positions (M, 3) of a model's points."""
     ids = np.array(sorted(model.point3D_ids()), dtype=np.int64)
@@ -1470,6 +1506,8 @@ def _patch_shapes(
 def _project(camera: Any, points_in_camera: np.ndarray) -> np.ndarray:
     """Pixels (N, 2), corner origin; NaN where a point cannot be projected."""
     projected = camera.img_from_cam(points_in_camera)
+    if isinstance(projected, np.ndarray) and projected.dtype == np.float64:
+        return projected.reshape(-1, 2)
     return np.array(
         [(np.nan, np.nan) if p is None else p for p in projected], dtype=np.float64
     ).reshape(-1, 2)
@@ -1963,6 +2001,7 @@ __all__ = [
     "model_observations",
     "model_statistics",
     "parse_intrinsics",
+    "pinhole",
     "point_positions",
     "points",
     "poses_and_cameras",
