@@ -13,6 +13,7 @@ Formats: the zip archives of torch >= 1.6, the stream of older versions, and saf
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -22,7 +23,7 @@ import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -143,6 +144,30 @@ def read(path: Path, inside: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         if start[:1] == b"\x80":
             return _read_stream(file, size, inside)
     raise UnreadableError("it is neither a file of torch.save nor of safetensors")
+
+
+def read_notes(path: Path, key: str) -> dict[str, str]:
+    """Texts by name that lie under a key beside the state dict; {} where there are none.
+
+    Args:
+        path: a file that ``read`` can read. Only zip archives of ``torch.save`` have notes.
+        key: top-level key of what was saved.
+
+    Raises:
+        OSError: the file cannot be opened.
+        UnreadableError: anything else that is wrong with it.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return {}
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        with _opened_zip(file, size) as archive:
+            content = archive.content()
+    notes = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(notes, dict):
+        return {}
+    return {k: v for k, v in notes.items() if isinstance(k, str) and isinstance(v, str)}
 
 
 def text_instead(start: bytes) -> str | None:
@@ -366,7 +391,41 @@ def _pick(content: Any, inside: Sequence[str]) -> dict[str, TensorEntry]:
 # ----------------------------------------------------------------------------------------- formats
 
 
-def _read_zip(file: BinaryIO, size: int, inside: Sequence[str]) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class _Archive:
+    """An open zip archive of ``torch.save``."""
+
+    archive: zipfile.ZipFile
+    members: Mapping[str, zipfile.ZipInfo]  # by names without the archive's root folder
+    size: int  # bytes of the file
+
+    def read(self, name: str) -> bytearray:
+        info = self.members.get(name)
+        if info is None:
+            raise UnreadableError(f"the archive lacks {name}")
+        # torch never compresses: anything else could unfold to any size.
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > self.size:
+            raise UnreadableError(f"the archive's {name} has an impossible size")
+        data = bytearray(info.file_size)
+        view, done = memoryview(data), 0
+        try:
+            with self.archive.open(info) as stream:
+                while chunk := stream.read(_CHUNK):
+                    view[done : done + len(chunk)] = chunk
+                    done += len(chunk)
+        except Exception as error:  # a wrong checksum, overlaps, the end of the file
+            raise UnreadableError(f"the archive is damaged ({_told(error)})") from error
+        if done != len(data):
+            raise UnreadableError(f"the archive's {name} is cut off")
+        return data
+
+    def content(self) -> Any:
+        pickled = self.read("data.pkl")
+        return _unpickle(_Bounded(io.BytesIO(pickled), len(pickled)))[0]
+
+
+@contextlib.contextmanager
+def _opened_zip(file: BinaryIO, size: int) -> Iterator[_Archive]:
     try:
         archive = zipfile.ZipFile(file)
     except Exception as error:  # zipfile raises several classes on damage
@@ -379,36 +438,20 @@ def _read_zip(file: BinaryIO, size: int, inside: Sequence[str]) -> dict[str, tor
         root = pickles[0][: -len("data.pkl")]
         if f"{root}constants.pkl" in members:
             raise UnreadableError("it is a TorchScript program, not a state dict")
+        inner = {k[len(root) :]: v for k, v in members.items() if k.startswith(root)}
+        yield _Archive(archive, inner, size)
 
-        def member(name: str) -> bytearray:
-            info = members.get(root + name)
-            if info is None:
-                raise UnreadableError(f"the archive lacks {name}")
-            # torch never compresses: anything else could unfold to any size.
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
-                raise UnreadableError(f"the archive's {name} has an impossible size")
-            data = bytearray(info.file_size)
-            view, done = memoryview(data), 0
-            try:
-                with archive.open(info) as stream:
-                    while chunk := stream.read(_CHUNK):
-                        view[done : done + len(chunk)] = chunk
-                        done += len(chunk)
-            except Exception as error:  # a wrong checksum, overlaps, the end of the file
-                raise UnreadableError(f"the archive is damaged ({_told(error)})") from error
-            if done != len(data):
-                raise UnreadableError(f"the archive's {name} is cut off")
-            return data
 
+def _read_zip(file: BinaryIO, size: int, inside: Sequence[str]) -> dict[str, torch.Tensor]:
+    with _opened_zip(file, size) as archive:
         order = "little"
-        if f"{root}byteorder" in members:  # absent before torch 2.1
-            order = bytes(member("byteorder")).decode(errors="replace").strip()
+        if "byteorder" in archive.members:  # absent before torch 2.1
+            order = bytes(archive.read("byteorder")).decode(errors="replace").strip()
         if order not in ("little", "big"):
             raise UnreadableError(f"its byte order is {order[:20]!r}")
-        pickled = member("data.pkl")
-        content, _ = _unpickle(_Bounded(io.BytesIO(pickled), len(pickled)))
-        state = _pick(content, inside)
-        return _build(state, lambda key: member(f"data/{key}"), swap=order != sys.byteorder)
+        state = _pick(archive.content(), inside)
+        swap = order != sys.byteorder
+        return _build(state, lambda key: archive.read(f"data/{key}"), swap=swap)
 
 
 def _read_stream(file: BinaryIO, size: int, inside: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -235,6 +235,28 @@ def load_state_dict(
         ) from error
 
 
+NOTES = "gim_hloc"
+"""Key beside the state dict in a checkpoint of ours, under which notes for matchers lie."""
+
+
+def load_notes(path: str | Path) -> dict[str, str]:
+    """What a checkpoint says about its weights (``NOTES``), executing nothing; {} where nothing.
+
+    Args:
+        path: a file that ``load_state_dict`` can read.
+
+    Raises:
+        WeightsError: the file is damaged or is not a checkpoint.
+    """
+    from gim_hloc import checkpoint_reader
+
+    path = Path(path)
+    try:
+        return checkpoint_reader.read_notes(path, NOTES)
+    except (OSError, checkpoint_reader.UnreadableError) as error:
+        raise WeightsError(f"{path} cannot be read as a weight file: {error}.") from error
+
+
 @dataclass(frozen=True)
 class Unwrapping:
     """How the names in a checkpoint become those of a network; see ``strip_prefixes``."""

@@ -146,7 +146,8 @@ def _make(
     return LightGlueMatcher(name, options=options, device=resolve_device(device))
 
 
-def _load_extractor(name: str, path: Path) -> torch.nn.Module:
+def load_extractor(name: str, path: Path) -> torch.nn.Module:
+    """The detector of a matcher, with the weights of a file."""
     if name == "aliked_lightglue":
         import kornia.feature
 
@@ -175,20 +176,18 @@ def _load_extractor(name: str, path: Path) -> torch.nn.Module:
 def _load_glue(
     name: str, path: Path, options: SparseOptions, device: torch.device
 ) -> torch.nn.Module:
-    from gim_hloc.networks.lightglue import LightGlue, published_shapes
+    from gim_hloc.networks.lightglue import LightGlue, published_shapes, sizes_of
 
     state = weights.load_state_dict(path, inside=["state_dict"])
     if name == "gim_lightglue":
         state = weights.unwrap("gim_lightglue.matcher", state)
-    state = {_lightglue_key(key): value for key, value in state.items()}
-    # Some published files hold a parameter that no version of the network reads.
-    unread = ["confidence_thresholds", *(f"log_assignment.{i}.r" for i in range(9))]
-    dim = _descriptor_dim(name)
-    shapes = published_shapes(input_dim=dim)
-    weights.check_names(shapes, state, path=path, network="LightGlue", optional=unread)
+    state = published_names(state)
+    sizes = {"input_dim": descriptor_dim(name), **sizes_of(state)}
+    shapes = published_shapes(**sizes)
+    weights.check_names(shapes, state, path=path, network="LightGlue", optional=UNREAD)
     return LightGlue.from_state(
         state,
-        input_dim=dim,
+        **sizes,
         depth_confidence=options.depth_confidence,
         width_confidence=options.width_confidence,
         filter_threshold=options.filter_threshold,
@@ -197,8 +196,18 @@ def _load_glue(
     ).to(device)
 
 
-def _descriptor_dim(name: str) -> int:
+# Some published files hold parameters that no version of the network reads.
+UNREAD = ("confidence_thresholds", *(f"log_assignment.{i}.r" for i in range(9)))
+
+
+def descriptor_dim(name: str) -> int:
+    """Channels of the descriptors that a matcher's detector makes."""
     return 256 if name in _SUPERPOINT else 128
+
+
+def published_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LightGlue's weights by kornia's names; files of the first release have others."""
+    return {_lightglue_key(key): value for key, value in state.items()}
 
 
 def _lightglue_key(key: str) -> str:
@@ -239,7 +248,7 @@ class LightGlueMatcher(SparseMatcher):
         )
         # GIM publishes both networks in one file.
         extractor_file, glue_file = info.checkpoint[0], info.checkpoint[-1]
-        self.extractor: Any = _load_extractor(name, paths[extractor_file]).eval().to(device)
+        self.extractor: Any = load_extractor(name, paths[extractor_file]).eval().to(device)
         self.glue: Any = _load_glue(name, paths[glue_file], options, device)
         # Encodings may be shared by matchers with other weights or on other devices.
         self._cache_key = f"{glue_file}:{self.weights_hashes[glue_file]}:{device}:{self.dtype}"
@@ -271,7 +280,7 @@ class LightGlueMatcher(SparseMatcher):
             tensor = tensor.expand(3, -1, -1)
         if tensor.amax() - tensor.amin() < 1 / 255:
             # Networks that normalise each image find keypoints in nothing, at the border.
-            nothing = tensor.new_empty(0, _descriptor_dim(self.info.name))
+            nothing = tensor.new_empty(0, descriptor_dim(self.info.name))
             return encode_network_keypoints(image, nothing[:, :2], nothing, nothing[:, 0])
         xy, descriptors, scores = self.extractor.detect_and_describe(
             tensor,

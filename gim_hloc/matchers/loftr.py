@@ -10,7 +10,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -40,11 +40,13 @@ from gim_hloc.networks.loftr import (
     LoFTR,
     Matched,
     Positional,
+    Widths,
     stack,
 )
 
 _SMALLEST = 160  # px, long side: below it hardly a cell is off the border
 _LARGE = 4096  # px, long side: what halving starts from where no size was set
+NOTE = "positional"  # name under which a checkpoint says what its weights were trained with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,9 @@ class LoFTROptions:
     threshold: float = 0.2  # lowest confidence of a match, in (0, 1)
     border: int = 2  # cells of 8 px at the image's borders that never match
     border_rule: BorderRule = "grid"  # mask: borders follow the mask's extent, as the reference has
-    positional: Positional = "published"  # corrected: for checkpoints of GIM's training code
+    # Frequencies of the positional encoding that the weights were trained with. auto: what the
+    # checkpoint says (gim-train's do), else published; corrected: for those of GIM's own training.
+    positional: Literal["auto"] | Positional = "auto"
     precision: Precision = "auto"  # of the network; auto: float16 on CUDA, float32 elsewhere
     hold: Precision = "auto"  # of fine features between pairs; auto: as computed
     compile: bool = False  # torch.compile the backbone: slow start, faster images afterwards
@@ -69,10 +73,13 @@ class LoFTROptions:
             raise InputError(f"threshold is {self.threshold}, it must lie between 0 and 1.")
         if self.border < 0:
             raise InputError(f"border is {self.border}, it must not be negative.")
-        for name, kind in (("border_rule", BorderRule), ("positional", Positional)):
-            if getattr(self, name) not in get_args(kind):
-                choices = " or ".join(get_args(kind))
-                raise InputError(f"{name} is {getattr(self, name)!r}; choose {choices}.")
+        choices = {
+            "border_rule": get_args(BorderRule),
+            "positional": ("auto", *get_args(Positional)),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(known)}.")
 
 
 @dataclass(kw_only=True)
@@ -135,10 +142,20 @@ def _make(
     return LoFTRMatcher(name, options=options, device=resolve_device(device))
 
 
-def make_network(name: str, positional: Positional = "published") -> LoFTR:
-    """The network of a matcher, without weights: GIM's, or the published one for gray images."""
+def make_network(
+    name: str,
+    positional: Positional = "published",
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> LoFTR:
+    """The network of a matcher, without weights: GIM's, or the published one for gray images.
+
+    Args:
+        name: of the matcher.
+        positional: frequencies of the positional encoding.
+        state: weights without prefixes that GIM's network shall be as wide as.
+    """
     if name == "gim_loftr":
-        return LoFTR(positional=positional)
+        return LoFTR(positional=positional, widths=Widths.of_state(state or {}))
     from kornia.feature.loftr.backbone import build_backbone
     from kornia.feature.loftr.loftr import default_cfg
 
@@ -176,8 +193,14 @@ class LoFTRMatcher(MatcherBase[LoFTREncoding]):
             hashes[file] = weights.sha256(path)
             state = weights.load_state_dict(path, inside=("state_dict",))
             state = weights.unwrap("gim_loftr" if name == "gim_loftr" else "loftr", state)
-            network = make_network(name, options.positional)
+            positional = options.positional
+            if positional == "auto":
+                noted = weights.load_notes(path).get(NOTE)
+                positional = "corrected" if noted == "corrected" else "published"
+            network = make_network(name, positional, state)
             weights.load_into(network, state, path=path)
+        # Settings name what is in use: encodings of both kinds are worlds apart.
+        options = dataclasses.replace(options, positional=network.positional)
         super().__init__(
             info=info,
             options=options,

@@ -162,14 +162,7 @@ class ALIKED(nn.Module):
             keypoints (N, 2) x, y in pixels (integer = centre), descriptors (N, D), scores (N,).
         """
         height, width = image.shape[-2:]
-        below, right = -height % 32, -width % 32
-        top, left = below // 2, right // 2
-        padded = F.pad(image[None], (left, right - left, top, below - top), mode="replicate")
-        scales = self.scales(padded)
-        tables = [
-            F.selu(table_of(x) @ weight, inplace=True)
-            for x, weight in zip(scales[1:], self.lateral[1:], strict=True)
-        ]
+        scales, tables, (left, top) = self._maps(image)
         logits = self.score_logits(scales, tables)[top : top + height, left : left + width]
         logits = logits.contiguous()
         # Strong scores differ little, and some round to 1; their logits keep the order.
@@ -180,11 +173,49 @@ class ALIKED(nn.Module):
         xy = refine(logits, index, radius=radius, method=subpixel)
         if len(xy) == 0:
             return xy, xy.new_empty(0, self.aggregate.shape[1]), xy.new_empty(0)
-        described = [
-            self.describe(scales, tables, part, (width, height), (left, top))
-            for part in xy.split(512)  # keeps the samples in the processor's cache
+        described = self._describe_all(scales, tables, xy, (width, height), (left, top))
+        return xy, described, logits.flatten()[index].sigmoid()
+
+    @torch.inference_mode()
+    def describe_points(self, image: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
+        """Descriptors (N, D) at given points, as keypoints there would have them.
+
+        Args:
+            image: (3, H, W) in [0, 1], of any size.
+            xy: (N, 2) x, y in pixels, integer = centre.
+        """
+        if len(xy) == 0:
+            return xy.new_empty(0, self.aggregate.shape[1])
+        height, width = image.shape[-2:]
+        scales, tables, origin = self._maps(image)
+        return self._describe_all(scales, tables, xy, (width, height), origin)
+
+    def _maps(
+        self, image: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], tuple[int, int]]:
+        """Features of ``scales``, tables after the lateral layers, and (left, top) padding."""
+        height, width = image.shape[-2:]
+        below, right = -height % 32, -width % 32
+        top, left = below // 2, right // 2
+        padded = F.pad(image[None], (left, right - left, top, below - top), mode="replicate")
+        scales = self.scales(padded)
+        tables = [
+            F.selu(table_of(x) @ weight, inplace=True)
+            for x, weight in zip(scales[1:], self.lateral[1:], strict=True)
         ]
-        return xy, torch.cat(described), logits.flatten()[index].sigmoid()
+        return scales, tables, (left, top)
+
+    def _describe_all(
+        self,
+        scales: list[torch.Tensor],
+        tables: list[torch.Tensor],
+        xy: torch.Tensor,
+        size: tuple[int, int],
+        origin: tuple[int, int],
+    ) -> torch.Tensor:
+        """``describe`` in parts whose samples a processor's cache holds."""
+        parts = xy.split(512)
+        return torch.cat([self.describe(scales, tables, part, size, origin) for part in parts])
 
     def describe(
         self,

@@ -391,6 +391,20 @@ class _Batch:
         )
 
 
+def sizes_of(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """``dim``, ``layers`` and ``heads`` of a published state dict, in kornia's words.
+
+    Small networks are trained, too, and shapes tell their sizes. Empty if the names do not fit.
+    """
+    frequencies = state.get("posenc.Wr.weight")
+    output = state.get("transformers.0.self_attn.out_proj.weight")
+    if frequencies is None or output is None or not len(frequencies):
+        return {}
+    dim = output.shape[0]
+    numbers = [int(key.split(".")[1]) for key in state if key.startswith("transformers.")]
+    return {"dim": dim, "layers": 1 + max(numbers), "heads": dim // (2 * len(frequencies))}
+
+
 def published_shapes(
     *, input_dim: int = 128, dim: int = 256, layers: int = 9, heads: int = 4
 ) -> dict[str, tuple[int, ...]]:

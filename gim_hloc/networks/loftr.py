@@ -17,22 +17,24 @@ M matches, W = 25 cells of a window.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gim_hloc.networks.resnet import ResNet50
+from gim_hloc.networks.resnet import BLOCKS, ResNet50
 
 Positional = Literal["published", "corrected"]
 BorderRule = Literal["grid", "mask"]
 
 CELL = 8  # pixels between coarse cells
-_FINE = 2  # pixels between fine cells
-_WINDOW = 5  # fine cells along a side of a window
-_TEMPERATURE = 0.1  # of the softmax over similarities
+FINE = 2  # pixels between fine cells
+WINDOW = 5  # fine cells along a side of a window
+TEMPERATURE = 0.1  # of the softmax over similarities
 _FINE_CHUNK = {"cpu": 512}  # matches a fine pass: what a processor's caches hold, and
 _FINE_CHUNK_ELSEWHERE = 8192  # what bounds memory on a GPU
 # Exponentials of similarities less (maximum - _HEADROOM), summed over 10^5 cells, do not overflow
@@ -69,17 +71,57 @@ class Matched(NamedTuple):
     expectation: torch.Tensor  # (M, 3) offset x, y in half windows, and standard deviation
 
 
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """How wide and deep GIM's LoFTR is. The published network by default; small ones are trained.
+
+    There are always ``HEADS`` attention heads, which ``coarse`` and ``fine`` are multiples of.
+    """
+
+    encoder: int = 64  # channels of ResNet-50's stem; its layers have 4, 8 and 16 times as many
+    blocks: tuple[int, ...] = BLOCKS[:3]  # of ResNet-50's layers
+    coarse: int = 256  # channels of coarse features, a multiple of 8
+    middle: int = 196  # channels between coarse and fine features
+    fine: int = 128  # channels of fine features, a multiple of 8
+    layers: int = 8  # of the coarse transformer, self and cross attention in turn, an even number
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, torch.Tensor]) -> Widths:
+        """Those of a state dict without prefixes; the published ones if the names do not fit."""
+
+        def count(pattern: str) -> int:
+            found = (re.match(pattern, key) for key in state)
+            return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+        try:
+            return cls(
+                encoder=state["backbone.encode.conv1.weight"].shape[0],
+                blocks=tuple(count(rf"backbone\.encode\.layer{k}\.(\d+)\.") for k in (1, 2, 3)),
+                coarse=state["backbone.layer3_outconv.weight"].shape[0],
+                middle=state["backbone.layer1_outconv.weight"].shape[0],
+                fine=state["backbone.layer1_outconv2.3.weight"].shape[0],
+                layers=count(r"loftr_coarse\.layers\.(\d+)\."),
+            )
+        except (KeyError, IndexError):
+            return cls()
+
+
+PUBLISHED = Widths()
+HEADS = 8
+
+
 class ResNetFPN(nn.Module):
     """GIM's backbone: ResNet-50 without max-pooling, and a pyramid down from 1/8 to 1/2."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Widths = PUBLISHED) -> None:
         super().__init__()
-        self.encode = ResNet50(layers=3, max_pool=False)
-        self.layer3_outconv = nn.Conv2d(1024, 256, 1, bias=False)
-        self.layer2_outconv = nn.Conv2d(512, 256, 1, bias=False)
-        self.layer2_outconv2 = _smoothing(256, 196)
-        self.layer1_outconv = nn.Conv2d(256, 196, 1, bias=False)
-        self.layer1_outconv2 = _smoothing(196, 128)
+        encoder, coarse, middle = widths.encoder, widths.coarse, widths.middle
+        self.encode = ResNet50(layers=3, max_pool=False, width=encoder, blocks=widths.blocks)
+        self.layer3_outconv = nn.Conv2d(16 * encoder, coarse, 1, bias=False)
+        self.layer2_outconv = nn.Conv2d(8 * encoder, coarse, 1, bias=False)
+        self.layer2_outconv2 = _smoothing(coarse, middle)
+        self.layer1_outconv = nn.Conv2d(4 * encoder, middle, 1, bias=False)
+        self.layer1_outconv2 = _smoothing(middle, widths.fine)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Coarse (B, 256, H/8, W/8) and fine (B, 128, H/2, W/2) features of (B, 3, H, W)."""
@@ -103,7 +145,11 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 
 
 def positions(
-    height: int, width: int, kind: Positional, device: torch.device | None = None
+    height: int,
+    width: int,
+    kind: Positional,
+    device: torch.device | None = None,
+    channels: int = 256,
 ) -> torch.Tensor:
     """Sines and cosines of the cells' columns and rows, counted from 1.
 
@@ -114,12 +160,14 @@ def positions(
             weights were trained with (an integer division that was meant to be a real one);
             ``corrected``: 10000^(-2 m / 128), which GIM's training code uses.
         device: where to make it.
+        channels: a multiple of 4; 128 above stands for their half.
 
     Returns:
-        (256, height, width) float32.
+        (channels, height, width) float32.
     """
-    step = 1.0 if kind == "published" else math.log(10000.0) / 128
-    frequency = torch.exp(torch.arange(0, 128, 2, dtype=torch.float32, device=device) * -step)
+    half = channels // 2
+    step = 1.0 if kind == "published" else math.log(10000.0) / half
+    frequency = torch.exp(torch.arange(0, half, 2, dtype=torch.float32, device=device) * -step)
     x = torch.arange(1, width + 1, dtype=torch.float32, device=device)[None] * frequency[:, None]
     y = torch.arange(1, height + 1, dtype=torch.float32, device=device)[None] * frequency[:, None]
     waves = [wave[:, None, :].expand(-1, height, -1) for wave in (x.sin(), x.cos())]
@@ -233,6 +281,7 @@ class LoFTR(nn.Module):
         backbone: image -> coarse and fine features; GIM's RGB backbone by default.
         positional: frequencies of the positional encoding that the weights were trained with.
         coarse_in_fine: whether the fine stage gets the coarse features too.
+        widths: of GIM's network.
     """
 
     def __init__(
@@ -241,18 +290,19 @@ class LoFTR(nn.Module):
         backbone: nn.Module | None = None,
         positional: Positional = "published",
         coarse_in_fine: bool = False,
+        widths: Widths = PUBLISHED,
     ) -> None:
         super().__init__()
         self.positional: Positional = positional
-        self.backbone = ResNetFPN() if backbone is None else backbone
-        self.loftr_coarse = _Transformer(256, 8, 8)
+        self.backbone = ResNetFPN(widths) if backbone is None else backbone
+        self.loftr_coarse = _Transformer(widths.coarse, HEADS, widths.layers)
         self.fine_preprocess = _FinePreprocess() if coarse_in_fine else None
-        self.loftr_fine = _Transformer(128, 8, 2)
+        self.loftr_fine = _Transformer(widths.fine, HEADS, 2)
 
     def embed(self, coarse: torch.Tensor) -> torch.Tensor:
         """Coarse features (B, C, h, w) with their positions added, float32."""
-        height, width = coarse.shape[2:]
-        table = positions(height, width, self.positional, coarse.device)
+        channels, height, width = coarse.shape[1:]
+        table = positions(height, width, self.positional, coarse.device, channels)
         return coarse.to(torch.promote_types(coarse.dtype, torch.float32)) + table
 
     def encode(self, image: torch.Tensor, mask: torch.Tensor | None = None) -> Features:
@@ -313,7 +363,7 @@ class LoFTR(nn.Module):
         cells = drop_border(cells, a, b, border, border_rule)
         expectation = self.refine(a, b, tokens0, tokens1, cells)
         xy0, xy1 = cell_xy(cells.index0, a.grid), cell_xy(cells.index1, b.grid)
-        offset = expectation[:, :2] * (_WINDOW // 2 * _FINE)
+        offset = expectation[:, :2] * (WINDOW // 2 * FINE)
         if scale0 is not None:
             xy0 = xy0 * scale0[cells.batch]
         if scale1 is not None:
@@ -399,7 +449,8 @@ def drop_border(
 
 def similarities(x0: torch.Tensor, x1: torch.Tensor) -> torch.Tensor:
     """Similarity (B, L, S) of all cells, before the two softmaxes. For tests and training."""
-    return (x0 / 16) @ (x1 / 16).transpose(1, 2) / _TEMPERATURE
+    scale = math.sqrt(x0.shape[2])
+    return (x0 / scale) @ (x1 / scale).transpose(1, 2) / TEMPERATURE
 
 
 @torch.no_grad()
@@ -429,7 +480,7 @@ def mutual_matches(
     size = x1.shape[1]
     dtype = torch.promote_types(x0.dtype, torch.float32)
     with torch.autocast(x0.device.type, enabled=False):
-        left = x0.to(dtype) / (channels * _TEMPERATURE)
+        left = x0.to(dtype) / (channels * TEMPERATURE)
         right = x1.to(dtype).transpose(1, 2)
         if mask1 is not None:
             # One more channel adds a bias to each column in the same product.
@@ -529,8 +580,8 @@ def _windows(
 ) -> torch.Tensor:
     """Windows (M, W, C) of a map (B, h, w, C) around coarse cells; zero outside the map."""
     _, height, width, _ = fine.shape
-    step = torch.arange(_WINDOW, device=index.device) - _WINDOW // 2
-    stride = CELL // _FINE
+    step = torch.arange(WINDOW, device=index.device) - WINDOW // 2
+    stride = CELL // FINE
     row = (index.div(grid[1], rounding_mode="floor") * stride)[:, None] + step
     column = (index % grid[1] * stride)[:, None] + step
     inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
@@ -553,12 +604,16 @@ def window_expectation(windows0: torch.Tensor, windows1: torch.Tensor) -> torch.
         (M, 3) float32: mean x, y of the heat map in half windows, and the sum of both standard
         deviations.
     """
-    with torch.autocast(windows0.device.type, enabled=False):
-        windows0, windows1 = windows0.float(), windows1.float()
-        centre = windows0[:, windows0.shape[1] // 2]
-        heat = (windows1 @ centre[..., None])[..., 0] / math.sqrt(centre.shape[1])
+    return query_expectation(windows0[:, windows0.shape[1] // 2], windows1)
+
+
+def query_expectation(query: torch.Tensor, windows1: torch.Tensor) -> torch.Tensor:
+    """``window_expectation`` for a feature (M, C) that need not be a window's centre."""
+    with torch.autocast(query.device.type, enabled=False):
+        query, windows1 = query.float(), windows1.float()
+        heat = (windows1 @ query[..., None])[..., 0] / math.sqrt(query.shape[1])
         heat = heat.softmax(1)
-        axis = torch.linspace(-1, 1, _WINDOW, device=heat.device)
+        axis = torch.linspace(-1, 1, WINDOW, device=heat.device)
         y, x = torch.meshgrid(axis, axis, indexing="ij")
         grid = torch.stack([x.flatten(), y.flatten()], 1)
         mean = heat @ grid

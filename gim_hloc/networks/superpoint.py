@@ -132,6 +132,16 @@ class SuperPoint(nn.Module):
         )
         return points.xy, points.descriptors, points.scores
 
+    def describe_points(self, image: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
+        """Descriptors (N, 256) at given points, as keypoints there would have them.
+
+        Args:
+            image: (1, H, W) in [0, 1].
+            xy: (N, 2) x, y in pixels, integer = centre.
+        """
+        _, raw = self(image[None])
+        return sample_descriptors(F.normalize(raw.float(), dim=1), xy[None])[0]
+
 
 def score_map(logits: torch.Tensor, sizes: Sizes | None = None) -> torch.Tensor:
     """Scores (B, 8 h, 8 w) of the pixels from logits (B, 65, h, w); 0 outside an image."""
