@@ -1,4 +1,4 @@
-"""``gim-zeb data | run | check | table``: matchers on the Zero-shot Evaluation Benchmark."""
+"""``gim-zeb data | make | run | check | table | pairs``: matchers on the Zero-shot Evaluation Benchmark."""
 
 from __future__ import annotations
 
@@ -72,6 +72,39 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Make:
+    """Make a set in ZEB's format from a COLMAP model with poses.
+
+    Pairs are drawn by overlap. Exit code 1 where images could not be used; the rest is made.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """COLMAP model, text or binary, or the output of gim-reconstruct; it may have no points."""
+    images: Annotated[Path, tyro.conf.Positional]
+    """Folder of the images."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The set becomes OUT/zeb/<set>."""
+    set: str
+    """Name of the set: a folder name, and none of ZEB's twelve."""
+    scene: str | None = None
+    """Name of the scene; that of the set by default."""
+    min_overlap: float = 0.1
+    """Smallest overlap of a pair, the share of an image that the other sees."""
+    max_overlap: float = 1.0
+    """Largest."""
+    pairs_per_bin: int = 50
+    """Pairs drawn from each tenth of overlap; 0 takes all."""
+    max_size: int | None = None
+    """Reduce images to this long side, px."""
+    depth: tuple[float, float] | None = None
+    """NEAR FAR of the scene in the model's unit, for models without points."""
+    seed: int = 0
+    """Of the draw."""
+    add: bool = False
+    """Add a scene to a set that exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """Check that dumps have the right names and the same pairs: a Good or Bad line for each set."""
 
@@ -97,11 +130,65 @@ class Table:
     """Show the published rows too."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Run and judge matchers on a list of pairs: poses, homographies, or nothing known.
+
+    Formats: SuperGlue's text files, LoFTR's scene files of MegaDepth and list of ScanNet,
+    homographies (HPatches, Oxford), pairs without ground truth. Exit code 1: a part of the list
+    could not be used; 2: nothing could.
+    """
+
+    list: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LIST")]
+    """File or folder of one of the formats."""
+    out: Path
+    """Folder of predictions, evaluations, dumps and results; several lists may share it."""
+    matchers: tuple[str, ...]
+    """Names of matchers."""
+    images: Path | None = None
+    """Folder that image names are relative to; by default looked for around the list."""
+    format: str | None = None
+    """superglue, megadepth, scannet, homography or pairs; by default found out."""
+    name: str | None = None
+    """Of the set in results; by default that of the list."""
+    protocols: tuple[str, ...] = ("gim",)
+    """gim (OpenCV) and poselib (needs gim-hloc[zeb])."""
+    threshold_px: float | None = None
+    """Of RANSAC: 0.5 (gim) or 1 (poselib) for poses, 3 for homographies, 1 without truth."""
+    resize: str | None = None
+    """stored, matcher (its own size), a long side such as 1200, or 640x480. By default 1200 for
+    megadepth, 640x480 for scannet, matcher for pairs, stored for the others."""
+    k_size: str | None = None
+    """WxH of the images that K is for, where these are not the stored ones."""
+    intrinsics: Path | None = None
+    """K of ScanNet's scenes; by default intrinsics.npz beside the list."""
+    short_side: int | None = None
+    """Count errors of homographies in pixels of images with this short side, such as 480."""
+    thresholds: tuple[float, ...] = ()
+    """Of AUC: by default 5 10 20 degrees, or 1 3 5 10 20 px for homographies."""
+    samples: int = 1000
+    """Bootstrap resamplings for the 95 % interval; 0 leaves it out."""
+    quality: str = "base"
+    """Operating point of the matchers."""
+    limit: int | None = None
+    """Pairs, drawn at random."""
+    seed: int = 0
+    """Of that draw and of the bootstrap."""
+    device: str = "auto"
+    """Of the networks."""
+    resume: bool = False
+    """Go on with what the output folder holds."""
+    pictures: bool = True
+    """Draw the pairs of a list without truth."""
+
+
 _Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Make, tyro.conf.subcommand("make")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Table, tyro.conf.subcommand("table")]
+    | Annotated[Pairs, tyro.conf.subcommand("pairs")]
 )
 
 
@@ -116,9 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.configure_logging()
     actions: dict[type, Callable[[Any], int]] = {
         Data: _data,
+        Make: _make,
         Run: _run,
         Check: _check,
         Table: _table,
+        Pairs: _pairs,
     }
     return common.run(lambda: actions[type(command)](command))
 
@@ -142,6 +231,35 @@ def _data(command: Data) -> int:
         for problem in entry.problems:
             sys.stdout.write(f"          {problem}\n")
     return 0 if found.complete else 1
+
+
+def _make(command: Make) -> int:
+    from gim_hloc.evaluation.zeb.make import MakeOptions, make_set
+
+    options = MakeOptions(
+        name=command.set,
+        scene=command.scene,
+        min_overlap=command.min_overlap,
+        max_overlap=command.max_overlap,
+        pairs_per_bin=command.pairs_per_bin or None,
+        max_size=command.max_size,
+        depth=command.depth,
+        seed=command.seed,
+        add=command.add,
+        progress=True,
+    )
+    made = make_set(command.model, command.images, command.out, options)
+    for part in made.bins:
+        sys.stdout.write(
+            f"overlap {part.low:.1f} to {part.high:.1f}: {part.taken} of {part.found} pairs\n"
+        )
+    source = "the model's points" if made.from_points else "the poses and assumed depths"
+    sys.stdout.write(
+        f"{made.folder}: {made.pairs} pairs of {made.images} images, overlaps from {source}"
+        + (f"; {len(made.problems)} images left out" if made.problems else "")
+        + "\n"
+    )
+    return 1 if made.problems else 0
 
 
 def _run(command: Run) -> int:
@@ -215,6 +333,51 @@ def _table(command: Table) -> int:
         for path in plots.write_plots(made, command.plots):
             sys.stdout.write(f"{path}\n")
     return 1 if made.problems else 0
+
+
+def _pairs(command: Pairs) -> int:
+    from gim_hloc.evaluation import _pair_pages, pair_lists
+
+    options = pair_lists.PairOptions(
+        matchers=command.matchers,
+        protocols=command.protocols,  # type: ignore[arg-type]
+        threshold=command.threshold_px,
+        resize=None if command.resize is None else pair_lists.parse_resize(command.resize),
+        short_side=command.short_side,
+        thresholds=command.thresholds,
+        samples=command.samples,
+        quality=command.quality,
+        limit=command.limit,
+        seed=command.seed,
+        device=command.device,
+        resume=command.resume,
+        pictures=command.pictures,
+        progress=True,
+    )
+    size = None if command.k_size is None else pair_lists.parse_resize(command.k_size).exact
+    if command.k_size is not None and size is None:
+        raise InputError(f"--k-size is {command.k_size!r}; give WxH, for instance 640x480.")
+    report = pair_lists.evaluate(
+        command.list,
+        command.out,
+        options,
+        images=command.images,
+        format=command.format,
+        name=command.name,
+        intrinsics=command.intrinsics,
+        calibrated_size=size,
+    )
+    for problem in pair_lists.problems(report):
+        logger.warning("%s", problem)
+    sys.stdout.write(_pair_pages.to_markdown(report))
+    for path in report.files:
+        sys.stdout.write(f"{path}\n")
+    run = report.run
+    sys.stdout.write(
+        f"{report.pair_list.format}, {len(report.pair_list)} pairs; {run.matched} matched and "
+        f"{run.encoded} images encoded in {run.seconds['total']:.1f} s\n"
+    )
+    return report.exit_code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,636 @@
+"""Evaluation on lists of pairs (`gim_hloc.evaluation.pair_formats`): ZEB's for everything else.
+
+The runs are those of `gim_hloc.evaluation.zeb.run`: predictions apart from evaluations, dumps in
+the same line format, resuming. What is judged depends on the list: relative poses by ZEB's
+protocols ``gim`` and ``poselib``, homographies by the corner error with OpenCV's RANSAC or PoseLib;
+where there is no truth, the matches that agree with a fundamental matrix are counted and drawn.
+
+Below the output folder, beside what `gim_hloc.evaluation.zeb.run` describes::
+
+    results/<list>/results.md|csv|json   one row a matcher and protocol
+    results/<list>/pairs.csv             one row a pair, matcher and protocol
+    results/<list>/index.html            contact sheet of a list without truth
+    results/<list>/pictures/             what it shows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gim_hloc.errors import InputError
+from gim_hloc.evaluation import homography
+from gim_hloc.evaluation.pair_formats import (
+    POSED,
+    Format,
+    HomographyPair,
+    ImageFile,
+    PairList,
+    PosedPair,
+    read_list,
+)
+from gim_hloc.evaluation.zeb import metrics, protocol
+from gim_hloc.evaluation.zeb.dumps import DumpRecord
+from gim_hloc.evaluation.zeb.protocol import Estimator, Protocol
+from gim_hloc.evaluation.zeb.run import (
+    Prediction,
+    Problem,
+    RunOptions,
+    RunReport,
+    Selection,
+    SetResult,
+    draw,
+    read_folder,
+    require_unused,
+    run_selections,
+    share,
+)
+
+if TYPE_CHECKING:
+    from gim_hloc.images import ImageRecord
+    from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["pose", "homography", "none"]
+
+_CELL = 8  # sides of images are multiples of it, px, as in ZEB
+# EXIF orientations that show an image turned counter-clockwise by 0 to 3 quarters.
+_ORIENTATIONS = (1, 8, 3, 6)
+# Longest side in pixels at which one pixel of the fundamental matrix' threshold is a stored one;
+# of larger images it is as much more.
+_FUNDAMENTAL_SIDE = 1600.0
+_MIN_SIDE = 1
+_PREPARATION = 1  # raised when images are prepared differently
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize:
+    """Size at which images are shown to matchers. At most one field is set; none: as stored."""
+
+    own: bool = False  # the matcher's operating point decides
+    long_side: int | None = None  # px; larger images are reduced
+    exact: tuple[int, int] | None = None  # (width, height) px, whatever the shape was
+
+    @property
+    def name(self) -> str:
+        """As the command line has it."""
+        if self.exact is not None:
+            return f"{self.exact[0]}x{self.exact[1]}"
+        return "matcher" if self.own else str(self.long_side or "stored")
+
+    def target(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (width, height) of an image shown, multiples of 8."""
+        if self.exact is not None:
+            width, height = self.exact
+        else:
+            factor = 1.0 if self.long_side is None else min(1.0, self.long_side / max(size))
+            width, height = (round(side * factor) for side in size)
+        return max(_CELL, width // _CELL * _CELL), max(_CELL, height // _CELL * _CELL)
+
+
+def parse_resize(text: str) -> Resize:
+    """Read ``stored``, ``matcher``, a long side such as ``1200``, or ``640x480``.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if text in ("stored", "matcher"):
+        return Resize(own=text == "matcher")
+    try:
+        sides = [int(side) for side in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < _CELL:
+        raise InputError(
+            f"The size {text!r} is none: give stored, matcher, a long side such as 1200 or a width "
+            "and height such as 640x480."
+        )
+    return Resize(exact=(sides[0], sides[1])) if len(sides) == 2 else Resize(long_side=sides[0])
+
+
+_DEFAULT_RESIZE: dict[Format, Resize] = {
+    "superglue": Resize(),
+    "megadepth": Resize(long_side=1200),
+    "scannet": Resize(exact=(640, 480)),
+    "homography": Resize(),
+    "pairs": Resize(own=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FundamentalProtocol(Protocol):
+    """How the matches that agree with an epipolar geometry are found where there is no truth."""
+
+    threshold: float = 1.0  # px: distance from the epipolar line
+    confidence: float = 0.999999
+    max_iterations: int = 10_000
+
+    @property
+    def name(self) -> str:
+        """What folders are named by."""
+        return f"{self.estimator}-fundamental-{self.threshold:g}px"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """How a list is run and judged."""
+
+    matchers: tuple[str, ...]  # names in the registry
+    protocols: tuple[Estimator, ...] = ("gim",)  # gim: OpenCV; poselib
+    # px; None: 0.5 (gim) and 1 (poselib) for poses, 3 for homographies, 1 for fundamental matrices
+    threshold: float | None = None
+    # None: 1200 (megadepth), 640x480 (scannet), the matcher's own (pairs), as stored (the others)
+    resize: Resize | None = None
+    short_side: int | None = None  # px, of homographies: see `HomographyProtocol`
+    thresholds: tuple[float, ...] = ()  # of AUC; none: 5 10 20 degrees, or 1 3 5 10 20 px
+    samples: int = 1000  # bootstrap resamplings for the 95 % interval; 0: none
+    quality: str = "base"  # operating point of the matchers
+    limit: int | None = None  # pairs, drawn at random; None: all
+    seed: int = 0  # of that draw and of the bootstrap
+    device: str = "auto"  # auto, cpu, cuda:1
+    resume: bool = False  # go on with what the output folder holds
+    pictures: bool = True  # draw the pairs of a list without truth
+    progress: bool = False  # show progress bars
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRow:
+    """What one matcher reached on a list by one protocol.
+
+    Attributes:
+        matcher: its name.
+        protocol: name of its folder.
+        pairs: judged, failures included.
+        failures: pairs without an estimate.
+        thresholds: of AUC; degrees, or pixels for homographies.
+        auc: fractions; empty without truth.
+        interval: (low, high) of each, 95 % bootstrap; empty if not asked for.
+        matches: mean number of matches a pair.
+        inliers: mean number of inliers a pair; without truth only, else NaN.
+        precision_before: mean share of correct matches; NaN without truth, like all below.
+        precision_after: the same among RANSAC's inliers.
+        correct_before: mean number of correct matches a pair.
+        correct_after: the same among RANSAC's inliers.
+        accuracy: of homographies: mean matching accuracy at `homography.ACCURACY_PX`.
+    """
+
+    matcher: str
+    protocol: str
+    pairs: int
+    failures: int
+    thresholds: tuple[float, ...] = ()
+    auc: tuple[float, ...] = ()
+    interval: tuple[tuple[float, float], ...] = ()
+    matches: float = math.nan
+    inliers: float = math.nan
+    precision_before: float = math.nan
+    precision_after: float = math.nan
+    correct_before: float = math.nan
+    correct_after: float = math.nan
+    accuracy: tuple[float, ...] = ()
+
+
+@dataclass(kw_only=True)
+class PairReport:
+    """What a run on a list gave.
+
+    Attributes:
+        pair_list: the list.
+        kind: what was judged.
+        rows: by matcher and protocol.
+        run: the run's own report.
+        lost: files of the list that could not be used.
+        files: written results.
+    """
+
+    pair_list: PairList
+    kind: Kind
+    rows: list[PairRow]
+    run: RunReport
+    lost: tuple[str, ...] = ()
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 where a part of the list could not be used."""
+        return 1 if self.lost else self.run.exit_code
+
+
+def evaluate(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: PairOptions,
+    **reading: Any,
+) -> PairReport:
+    """Run matchers over a list of pairs and judge them.
+
+    Args:
+        path: file or folder in one of the formats of `gim_hloc.evaluation.pair_formats`.
+        output: folder of results, see the module; several lists may share it.
+        options: what to run.
+        **reading: of `read_list`: ``images``, ``format``, ``name``, ``intrinsics``,
+            ``calibrated_size``.
+
+    Returns:
+        Figures and problems. An entry that cannot be used, a missing or damaged image or a pair on
+        which a matcher stopped is named among the problems and counts as failed; the rest goes on.
+
+    Raises:
+        InputError: the list or an option cannot be used at all.
+        OutputError: the folder holds results of these matchers on this list and ``resume`` is off.
+        WeightsError: the weights of a matcher cannot be had.
+    """
+    pair_list = read_list(path, **reading)
+    if pair_list.repeated:
+        logger.warning(
+            "%s names %d pairs more than once; the last of each counts.", path, pair_list.repeated
+        )
+    kind = kind_of(pair_list)
+    output = Path(output)
+    resize = options.resize or _DEFAULT_RESIZE[pair_list.format]
+    run_options = RunOptions(
+        matchers=options.matchers,
+        protocols=make_protocols(kind, options),
+        quality=options.quality,
+        # Its sizes are meant for images that the list's rule has reduced.
+        reference_settings=not resize.own,
+        limit=options.limit,
+        seed=options.seed,
+        device=options.device,
+        resume=options.resume,
+        progress=options.progress,
+    )
+    selection = select(pair_list, resize, run_options)
+    if not options.resume:
+        require_unused(output, options.matchers, selection.folder)
+    run = run_selections([selection], output, run_options)
+    report = PairReport(pair_list=pair_list, kind=kind, rows=[], run=run, lost=pair_list.lost)
+    by_protocol = {entry.name: entry for entry in run_options.protocols}
+    for result in run.results:
+        report.rows.append(
+            _summarise(result, selection, by_protocol[result.protocol], kind, options)
+        )
+    from gim_hloc.evaluation import _pair_pages
+
+    folder = output / "results" / pair_list.name
+    report.files = _pair_pages.write(report, selection, folder, pictures=options.pictures)
+    return report
+
+
+def kind_of(pair_list: PairList) -> Kind:
+    """Return what can be judged on a list."""
+    if pair_list.format in POSED:
+        return "pose"
+    return "homography" if pair_list.format == "homography" else "none"
+
+
+def make_protocols(kind: Kind, options: PairOptions) -> tuple[Protocol, ...]:
+    """Return the protocols that an evaluation uses.
+
+    Raises:
+        InputError: no such protocol, or PoseLib is not installed.
+    """
+    made: list[Protocol] = []
+    for name in options.protocols:
+        if kind == "homography":
+            made.append(
+                homography.make_protocol(
+                    name, threshold=options.threshold, short_side=options.short_side
+                )
+            )
+            continue
+        entry = protocol.make_protocol(name)
+        if kind == "none":
+            entry = FundamentalProtocol(estimator=entry.estimator)
+        if options.threshold is not None:
+            entry = replace(entry, threshold=options.threshold)
+        made.append(entry)
+    return tuple(made)
+
+
+# ---------------------------------------------------------------------------------------- selection
+
+
+def select(pair_list: PairList, resize: Resize, options: RunOptions) -> PairSelection:
+    """Return what a run on a list is about."""
+    pairs, bad = draw(pair_list.pairs, pair_list.bad, options)
+    shown = [_PREPARATION, resize.name, str(pair_list.root.resolve())]
+    truth = hashlib.sha256(repr(pair_list.calibrated_size).encode())
+    for pair in pair_list.pairs:
+        truth.update(pair.identifier.encode("utf-8", "surrogateescape"))
+        for matrix in pair.truth():
+            truth.update(np.ascontiguousarray(matrix, dtype="<f8").tobytes())
+    folder = f"{pair_list.name}-{_digest(json.dumps(shown).encode())}"
+    return PairSelection(
+        name=pair_list.name,
+        folder=folder,
+        # A corrected list is judged anew, its matches are kept.
+        evaluation_folder=f"{folder}-{truth.hexdigest()[:8]}",
+        dump_name=None if kind_of(pair_list) == "none" else pair_list.name,
+        pairs=pairs,
+        bad=bad,
+        mine=share(pairs, options),
+        root=pair_list.root,
+        resize=resize,
+        calibrated_size=pair_list.calibrated_size,
+        upright=pair_list.format == "pairs",
+        files={file.key: file for pair in pairs for file in pair.files},
+    )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSelection(Selection):
+    """The pairs of a list.
+
+    Attributes:
+        root: folder of the images.
+        resize: size at which they are shown.
+        calibrated_size: (width, height) that K is for; None: the stored one.
+        upright: whether images are shown as EXIF says, before they are turned as the list says.
+            Not where there is truth: lists speak of stored pixels, and their turns stand for EXIF.
+        files: images by their keys.
+        warned: what was said already.
+    """
+
+    root: Path
+    resize: Resize
+    calibrated_size: tuple[int, int] | None
+    upright: bool
+    files: dict[str, ImageFile]
+    warned: set[str] = field(default_factory=set)
+
+    def record(self, key: str) -> ImageRecord:
+        """Open an image for people and for matchers: turned as it is shown.
+
+        Raises:
+            InputError: the file does not exist or cannot be read, named.
+        """
+        from gim_hloc import images
+
+        file = self.files[key]
+        path = self.root / file.name
+        if not path.is_file():
+            raise InputError(f"The image {path} does not exist.")
+        found = images.scan(path.parent, names=[path.name], min_size=_MIN_SIDE)
+        if found.rejected:
+            raise InputError(f"{path} cannot be read: {found.rejected[0].detail}.")
+        record = replace(found[path.name], name=key)
+        if not self.upright:
+            record = replace(record, exif=replace(record.exif, orientation=1))
+        return images.turned(record, -file.turns)
+
+    def read(self, name: str, options: ImageOptions) -> ImageData:
+        """Read an image as matchers are to see it.
+
+        Resizing is linear on 8-bit values, as in ZEB and in the evaluations that the lists come
+        from; with ``resize.own`` the image is read as in any other command.
+        """
+        if self.resize.own:
+            from gim_hloc import images
+
+            return images.load(self.record(name), options)
+        import cv2
+        import torch
+
+        from gim_hloc.images import orientation_affine, read_rgb
+        from gim_hloc.matchers.base import ImageData
+
+        file = self.files[name]
+        path = self.root / file.name
+        pixels = read_rgb(path, upright=False)
+        height, width = pixels.shape[:2]
+        # The size is that of the image as it is shown: an exact one is not turned.
+        across = file.turns % 2 == 1
+        target = self.resize.target((height, width) if across else (width, height))
+        columns, rows = target[::-1] if across else target
+        if (columns, rows) != (width, height):
+            pixels = cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_LINEAR)
+        if options.grayscale:
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
+        turned = np.rot90(pixels, file.turns).transpose(2, 0, 1)
+        planes = np.ascontiguousarray(turned, dtype=np.float32) / np.float32(255)
+        scale = np.array([width / columns, height / rows])
+        to_original = orientation_affine(_ORIENTATIONS[file.turns], columns, rows) * scale[:, None]
+        to_original[:, 2] += 0.5 * scale - 0.5
+        return ImageData(
+            image=torch.from_numpy(planes),
+            name=name,
+            size=(width, height),
+            to_original=to_original,
+        )
+
+    def evaluate(
+        self, prediction: Prediction, pair: Any, protocol: Protocol, info: MatcherInfo
+    ) -> DumpRecord:
+        """Judge the matches of one pair by what the list knows of it."""
+        points0 = prediction.points0.astype(np.float64)
+        points1 = prediction.points1.astype(np.float64)
+        covisible = pair.covisible0, pair.covisible1
+        if isinstance(pair, PosedPair):
+            return evaluate_pose(self, prediction, pair, protocol)
+        if isinstance(pair, HomographyPair) and isinstance(protocol, homography.HomographyProtocol):
+            return homography.evaluate_pair(
+                points0,
+                points1,
+                pair.H,
+                prediction.size0,
+                prediction.size1,
+                protocol,
+                identifier=pair.identifier,
+                covisible=covisible,
+            )
+        inliers = fundamental_inliers(prediction, protocol)
+        # Neither errors nor precision are known; the two numbers are all matches and the inliers.
+        return DumpRecord(
+            identifier=pair.identifier,
+            covisible0=covisible[0],
+            covisible1=covisible[1],
+            rotation_error=math.nan,
+            translation_error=math.nan,
+            translation_distance=math.nan,
+            precision_before=math.nan,
+            correct_before=len(points0),
+            precision_after=math.nan,
+            correct_after=int(inliers.sum()),
+        )
+
+
+def evaluate_pose(
+    selection: PairSelection, prediction: Prediction, pair: PosedPair, protocol_: Protocol
+) -> DumpRecord:
+    """Judge a pair with a pose, with K brought to the stored size."""
+    calibrations = []
+    for K, size, file in zip(
+        (pair.K0, pair.K1), (prediction.size0, prediction.size1), pair.files, strict=True
+    ):
+        if selection.calibrated_size is not None:
+            K = scale_calibration(K, selection.calibrated_size, size)
+        if not (0 <= K[0, 2] < size[0] and 0 <= K[1, 2] < size[1]) and not selection.warned:
+            selection.warned.add("K")
+            logger.warning(
+                "K of %s has its principal point (%.0f, %.0f) outside of the image of %d x %d "
+                "pixels: is it for another size (--k-size)?",
+                *(file.name, K[0, 2], K[1, 2], *size),
+            )
+        calibrations.append(K)
+    return protocol.evaluate_pair(
+        prediction.points0.astype(np.float64),
+        prediction.points1.astype(np.float64),
+        calibrations[0],
+        calibrations[1],
+        pair.T_0to1,
+        protocol_,
+        identifier=pair.identifier,
+        covisible=(pair.covisible0, pair.covisible1),
+    )
+
+
+def scale_calibration(K: np.ndarray, size: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
+    """Return K (3, 3) of an image resized from one (width, height) to another, hloc's frame."""
+    x, y = target[0] / size[0], target[1] / size[1]
+    resize = np.array([[x, 0.0, 0.5 * x - 0.5], [0.0, y, 0.5 * y - 0.5], [0.0, 0.0, 1.0]])
+    scaled: np.ndarray = resize @ K
+    return scaled
+
+
+def fundamental_scales(prediction: Prediction) -> tuple[float, float]:
+    """Stored pixels of either image that one pixel of the threshold stands for."""
+    scale0, scale1 = (
+        max(1.0, max(size) / _FUNDAMENTAL_SIDE) for size in (prediction.size0, prediction.size1)
+    )
+    return scale0, scale1
+
+
+def fundamental_inliers(prediction: Prediction, protocol: Protocol) -> np.ndarray:
+    """Return the matches (M,) bool that agree with a fundamental matrix estimated from them.
+
+    ``gim`` is USAC with MAGSAC as in GIM's demo (`gim_hloc.pipelines.match_pair`), ``poselib`` is
+    LO-RANSAC. The threshold counts stored pixels, of images longer than 1600 px as many more.
+    """
+    from gim_hloc.pipelines.match_pair import MIN_MATCHES, FitOptions, fit_geometry
+
+    scales = fundamental_scales(prediction)
+    if protocol.estimator == "gim":
+        fit = fit_geometry(
+            prediction.points0,
+            prediction.points1,
+            FitOptions(
+                fundamental_px=protocol.threshold,
+                fundamental_confidence=protocol.confidence,
+                fundamental_iterations=protocol.max_iterations,
+            ),
+            scale0=scales[0],
+            scale1=scales[1],
+        )
+        return fit.inliers
+    count = len(prediction.points0)
+    if count < MIN_MATCHES:
+        return np.zeros(count, dtype=bool)
+    import poselib
+
+    _, found = poselib.estimate_fundamental(
+        prediction.points0.astype(np.float64) / scales[0],
+        prediction.points1.astype(np.float64) / scales[1],
+        {
+            "max_epipolar_error": protocol.threshold,
+            "success_prob": protocol.confidence,
+            "max_iterations": protocol.max_iterations,
+            "min_iterations": min(1000, protocol.max_iterations),
+            "seed": protocol.seed,
+        },
+        {},
+    )
+    return np.asarray(found["inliers"], dtype=bool)
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def _summarise(
+    result: SetResult,
+    selection: PairSelection,
+    protocol: Protocol,
+    kind: Kind,
+    options: PairOptions,
+) -> PairRow:
+    predictions = read_folder(result.predictions, (pair.identifier for pair in selection.pairs))
+    counts = [len(p.scores) for p in predictions.values()]
+    matches = sum(counts) / result.pairs
+    if kind == "none":
+        return PairRow(
+            matcher=result.matcher,
+            protocol=result.protocol,
+            pairs=result.pairs,
+            failures=result.pairs - len(predictions),
+            matches=matches,
+            inliers=sum(record.correct_after for record in result.records) / result.pairs,
+        )
+    default = homography.AUC_PX if kind == "homography" else metrics.THRESHOLDS
+    records = result.records
+    found = metrics.measure(
+        np.array([record.rotation_error for record in records]),
+        np.array([record.translation_error for record in records]),
+        precision=np.array([[r.precision_before, r.precision_after] for r in records]),
+        correct=np.array([[r.correct_before, r.correct_after] for r in records]),
+        thresholds=options.thresholds or default,
+        samples=options.samples,
+        seed=options.seed,
+        name=selection.name,
+    )
+    low_high = found.interval().T if options.samples else ()
+    accuracy: tuple[float, ...] = ()
+    if isinstance(protocol, homography.HomographyProtocol):
+        accuracy = _accuracy(selection, predictions, protocol)
+    return PairRow(
+        matcher=result.matcher,
+        protocol=result.protocol,
+        pairs=found.pairs,
+        failures=found.failures,
+        thresholds=found.thresholds,
+        auc=found.auc,
+        interval=tuple((float(low), float(high)) for low, high in low_high),
+        matches=matches,
+        precision_before=found.precision_before,
+        precision_after=found.precision_after,
+        correct_before=found.correct_before,
+        correct_after=found.correct_after,
+        accuracy=accuracy,
+    )
+
+
+def _accuracy(
+    selection: PairSelection,
+    predictions: dict[str, Prediction],
+    protocol: homography.HomographyProtocol,
+) -> tuple[float, ...]:
+    """Mean matching accuracy over all pairs; those without a prediction count 0."""
+    distances = [np.empty(0)] * len(selection.bad)
+    for pair in selection.pairs:
+        found = predictions.get(pair.identifier)
+        if found is None:
+            distances.append(np.empty(0))
+            continue
+        scale = homography.frame_scale(found.size1, protocol.short_side)
+        error = homography.transfer_distance(found.points0, found.points1, pair.H, found.size0)
+        distances.append(error * scale)
+    return tuple(homography.accuracy(distances, homography.ACCURACY_PX))
+
+
+def problems(report: PairReport) -> Sequence[str]:
+    """Everything that was wrong, for people."""
+    told: list[str | Problem] = [*report.lost, *report.run.problems]
+    return list(dict.fromkeys(str(entry) for entry in told))
