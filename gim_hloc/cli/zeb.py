@@ -1,4 +1,4 @@
-"""``gim-zeb data | make | run | check | table | pairs``: matchers on the Zero-shot Evaluation Benchmark."""
+"""``gim-zeb``: matchers on the Zero-shot Evaluation Benchmark and on other lists of pairs."""
 
 from __future__ import annotations
 
