@@ -150,6 +150,11 @@ class LabelStore:
         """The fields of ``info`` by name."""
         return {f.name: getattr(self.info, f.name) for f in dataclasses.fields(self.info)}
 
+    @property
+    def unmerged(self) -> bool:
+        """Whether there are parts beside the h5 file."""
+        return bool(self._parts)
+
     def pairs(self) -> np.ndarray:
         """(P, 2) int64 frame indices i, j of the labelled pairs, sorted."""
         return np.array(sorted(self._counts), dtype=np.int64).reshape(-1, 2)

@@ -1,0 +1,225 @@
+"""``gim-video frames | label | propagate | show | run``: from videos to labels for training."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from gim_hloc.cli import common
+from gim_hloc.errors import GimError, InputError
+
+if TYPE_CHECKING:
+    from gim_hloc.training.video.run import LabelOptions
+
+logger = logging.getLogger(__name__)
+
+_Video = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEO")]
+_Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """Write the sharpest frame of every time bucket, for gim-reconstruct.
+
+    Buckets without motion since the last frame give none. OUT/frames.csv lists the times.
+    """
+
+    video: _Video
+    """Video file, folder of images, YouTube id or address."""
+    out: _Out
+    """Folder of the images."""
+    fps: float | None = None
+    """One frame per bucket of 1/fps seconds; 2 if neither this nor --num is given."""
+    num: int | None = None
+    """As many buckets of equal length as this."""
+    min_motion: float = 0.01
+    """Least motion since the frame chosen last, as a share of the long side; 0 takes all."""
+    start: float | None = None
+    """First moment in seconds."""
+    end: float | None = None
+    """Last moment in seconds."""
+    max_size: int | None = None
+    """Reduce the long side to this many pixels."""
+    format: Literal["jpg", "png"] = "jpg"
+    """Of the images."""
+    sequence_fps: float = 30.0
+    """Frames per second of a folder of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """Label pairs of near frames with matchers, in OUT/<video id>.
+
+    Repeating the command does what is missing. Files made with other settings are refused.
+    """
+
+    video: _Video
+    """Video file, folder of images, YouTube id or address, or a .txt file with one of these a
+    line."""
+    out: _Out
+    """Folder of all videos."""
+    labellers: tuple[str, ...] = ()
+    """Names of matchers. Default: gim_dkm gim_loftr gim_lightglue sift where their weights are
+    here, else aliked_lightglue disk_lightglue sift."""
+    zoom: bool = True
+    """Also match crops of what both frames show, enlarged alike."""
+    zoom_base: str | None = None
+    """Labeller whose plain labels say what to crop; the first by default."""
+    zoom_box: tuple[int, int] | None = None
+    """Height and width in pixels that crops are enlarged to; 900 1600 (SIFT: the frame)."""
+    quality: str = "base"
+    """Operating point of the labellers."""
+    gap: int | None = None
+    """Frames between sampled ones; 10 up to 30 frames per second, else 20."""
+    steps: tuple[int, ...] | None = None
+    """Frames between those of a pair; the gap, twice and four times it."""
+    start: float | None = None
+    """First moment in seconds. Videos of 15 minutes or more lose 5 at both ends by default."""
+    end: float | None = None
+    """Last moment in seconds."""
+    limit: int | None = None
+    """Only so many sampled frames."""
+    masks: str = "auto"
+    """What labels keep off. auto: people, sky and cars where the segmentation's weights are here;
+    segment: always; none; a folder of masks named as the frames; or one image for all frames."""
+    static_px: float = 1.0
+    """Matches that move less than this are overlays (watermarks)."""
+    fit_px: float = 0.5
+    """Distance to epipolar lines up to which matches are kept, pixels."""
+    max_size: int | None = None
+    """Store frames reduced to this long side."""
+    format: Literal["jpg", "png"] = "jpg"
+    """Of the stored frames."""
+    sequence_fps: float = 30.0
+    """Frames per second of a folder of images."""
+    devices: tuple[str, ...] = ("auto",)
+    """One worker a device; the same name twice makes two workers on it."""
+    ray: bool = False
+    """Start the workers on Ray's cluster."""
+    shard: str = "0/1"
+    """i/N: the i-th of N parts of every video, from 0. Then once without, to merge."""
+    retry_failed: bool = False
+    """Try pairs again that have failed."""
+    overwrite: bool = False
+    """Begin the labels anew."""
+
+
+_Command = (
+    Annotated[Frames, tyro.conf.subcommand("frames")]
+    | Annotated[Label, tyro.conf.subcommand("label")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command."""
+    command: Any = tyro.cli(
+        _Command,  # type: ignore[arg-type]
+        prog="gim-video",
+        args=common.prog(argv),
+        description="From videos to labels for training.",
+    )
+    common.configure_logging()
+    actions: dict[type, Callable[[Any], int]] = {
+        Frames: _frames,
+        Label: _label,
+    }
+    return common.run(lambda: actions[type(command)](command))
+
+
+def _frames(command: Frames) -> int:
+    from gim_hloc.training.video.frames import PickOptions, open_source, pick_frames
+    from gim_hloc.training.video.sources import download, find_source
+
+    options = PickOptions(
+        fps=2.0 if command.fps is None and command.num is None else command.fps,
+        num=command.num,
+        min_motion=command.min_motion,
+        start=command.start,
+        end=command.end,
+        max_size=command.max_size,
+        image_format=command.format,
+    )
+    source = find_source(command.video)
+    path = source.path or download(source.id, command.out.parent)
+    video = open_source(path, fps=command.sequence_fps)
+    report = pick_frames(video, command.out, options, prefix=source.id, progress=True)
+    sys.stdout.write(
+        f"{len(report.frames)} of {len(video.times)} frames written to {command.out}; "
+        f"{report.still} of {report.buckets} time buckets left out for lack of motion"
+        + (" (--min-motion 0 keeps them)" if report.still else "")
+        + f". Next: gim-reconstruct {command.out} OUTPUT\n"
+    )
+    return 0
+
+
+def _label_options(command: Label) -> LabelOptions:
+    from gim_hloc.training.video.labels import RoundOptions
+    from gim_hloc.training.video.masks import MaskOptions
+    from gim_hloc.training.video.run import LabelOptions
+    from gim_hloc.training.video.sampling import SamplingOptions
+
+    try:
+        part, count = (int(value) for value in command.shard.split("/"))
+    except ValueError:
+        raise InputError(f"--shard is {command.shard!r}; give i/N, for instance 0/4.") from None
+    return LabelOptions(
+        labellers=command.labellers,
+        zoom=command.zoom,
+        sampling=SamplingOptions(
+            gap=command.gap,
+            steps=command.steps,
+            start=command.start,
+            end=command.end,
+            limit=command.limit,
+        ),
+        rounds=RoundOptions(
+            quality=command.quality,
+            zoom_base=command.zoom_base,
+            zoom_box=command.zoom_box,
+            static_px=command.static_px,
+            fit_px=command.fit_px,
+        ),
+        masks=MaskOptions(masks=command.masks),
+        max_size=command.max_size,
+        image_format=command.format,
+        sequence_fps=command.sequence_fps,
+        devices=command.devices,
+        backend="ray" if command.ray else "processes",
+        shard=(part, count),
+        retry_failed=command.retry_failed,
+        overwrite=command.overwrite,
+        progress=True,
+    )
+
+
+def _label(command: Label) -> int:
+    from gim_hloc.training.video.run import label_video
+    from gim_hloc.training.video.sources import find_sources
+
+    options = _label_options(command)
+    sources = find_sources([command.video])
+    failed = []
+    for source in sources:
+        try:
+            report = label_video(source, command.out, options)
+        except GimError as error:
+            # The other videos of a list must not wait for this one.
+            if len(sources) == 1:
+                raise
+            logger.error("%s: %s", source.id, error)
+            failed.append(source.id)
+            continue
+        sys.stdout.write("\n".join(report.lines()) + "\n")
+    if failed:
+        raise InputError(f"{len(failed)} of {len(sources)} videos failed: {', '.join(failed)}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,706 @@
+"""Frames of videos: read by time stamp, written as images, chosen for a reconstruction."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from gim_hloc.errors import InputError, OutputError
+from gim_hloc.files import write_atomic
+from gim_hloc.training.video.folder import ImageFormat
+from gim_hloc.training.video.sampling import SamplingOptions, time_range
+
+if TYPE_CHECKING:
+    import av
+
+logger = logging.getLogger(__name__)
+
+_PROBED = 48  # frames decoded to see whether time stamps are in display order
+_HD_ROWS = 720  # from this height on, untagged videos are taken for BT.709, below for BT.601
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Frame:
+    """One frame, converted when asked for.
+
+    Attributes:
+        index: position in display order.
+        time: seconds after the first frame.
+        rgb: gives (H, W, 3) uint8, upright, full range.
+    """
+
+    index: int
+    time: float
+    rgb: Callable[[], np.ndarray]
+
+
+class FrameSource(Protocol):
+    """A video to read.
+
+    Attributes:
+        path: file or folder.
+        times: (N,) seconds after the first frame, in display order.
+        fps: mean frame rate by time stamps.
+        size: (width, height) of upright frames in pixels.
+        digest: tells whether it is the same video.
+        damaged: errors of the decoder and frames it did not give, so far.
+    """
+
+    path: Path
+    times: np.ndarray
+    fps: float
+    size: tuple[int, int]
+    digest: str
+    damaged: int
+
+    def read(self, indices: Iterable[int] | None = None) -> Iterator[Frame]:
+        """Frames in display order, one at a time.
+
+        Args:
+            indices: positions in display order, each given once; None gives all. A frame that
+                cannot be decoded is replaced by its nearest neighbour in time.
+        """
+        ...
+
+
+def on_grid(source: FrameSource, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Positions in display order of frames on the time grid (see `sampling`): nearest in time."""
+    moments = np.asarray(indices, dtype=np.float64) / source.fps
+    middles = (source.times[1:] + source.times[:-1]) / 2
+    return np.searchsorted(middles, moments).astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+class VideoReader:
+    """A video file, decoded with PyAV.
+
+    The packets are listed first, which tells the time of every frame without decoding. Frames are
+    then found by their time stamps, after a jump to the last key frame before them. Where time
+    stamps contradict the decoder's order (files that were cut or written carelessly), the decoder
+    is right, and frames are counted instead.
+
+    Args:
+        path: video file.
+
+    Raises:
+        InputError: PyAV is not installed, or the file cannot be read or has no video.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        _require_av()
+        self.path = Path(path)
+        self.damaged = 0
+        stamps, keys, self.digest, rate = self._list_packets()
+        self._stamps = np.sort(stamps)
+        self._keys = np.searchsorted(self._stamps, np.sort(keys)) if len(keys) else np.zeros(1, int)
+        self._key_stamps = self._stamps[self._keys] if len(self._stamps) else np.zeros(1, np.int64)
+        self._counting, frames, turned = self._probe()
+        if not len(self._stamps):
+            # No time stamps at all: evenly spaced frames, from the start each time.
+            count = frames if frames < _PROBED else sum(1 for _ in self._decode(0))
+            self.times = np.arange(count) / rate
+        else:
+            self.times = (self._stamps - self._stamps[0]) * self._unit
+        self.size = turned
+        span = float(self.times[-1]) if len(self.times) else 0.0
+        self.fps = (len(self.times) - 1) / span if span > 0 else rate
+        self.damaged = 0  # what the probe met is met again
+        if self._counting and len(self._stamps):
+            logger.warning(
+                "%s: time stamps are not in display order; frames are counted as they are decoded.",
+                self.path,
+            )
+
+    def _open(self) -> Any:
+        import av
+
+        try:
+            container = av.open(str(self.path))
+        except (OSError, av.error.FFmpegError) as error:
+            raise InputError(f"{self.path} cannot be read as a video: {error}.") from error
+        if not container.streams.video:
+            container.close()
+            raise InputError(f"{self.path} has no video stream.")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        return container
+
+    def _list_packets(self) -> tuple[np.ndarray, np.ndarray, str, float]:
+        """Time stamps of packets and of key frames, a digest, and the container's frame rate."""
+        import av
+
+        stamps: list[int] = []
+        keys: list[int] = []
+        digest = hashlib.sha256()
+        with self._open() as container:
+            stream = container.streams.video[0]
+            self._unit = float(stream.time_base or 0)
+            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            digest.update(f"{stream.codec_context.name} {stream.width} {stream.height}".encode())
+            try:
+                for packet in container.demux(stream):
+                    stamp = packet.pts if packet.pts is not None else packet.dts
+                    # Edit lists mark what players do not show.
+                    if not packet.size or packet.is_discard:
+                        continue
+                    digest.update(f" {stamp} {packet.size}".encode())
+                    if stamp is None:
+                        continue
+                    stamps.append(stamp)
+                    if packet.is_keyframe:
+                        keys.append(stamp)
+            except av.error.FFmpegError as error:
+                logger.warning("%s ends early: %s", self.path, error)
+        return np.array(stamps, np.int64), np.array(keys, np.int64), digest.hexdigest()[:24], rate
+
+    def _probe(self) -> tuple[bool, int, tuple[int, int]]:
+        """Whether frames must be counted, how many were looked at, and their upright size."""
+        seen: list[int | None] = []
+        size = None
+        for decoded in self._decode(0):
+            size = size or _upright_size(decoded)
+            seen.append(decoded.pts)
+            if len(seen) >= _PROBED:
+                break
+        if size is None:
+            raise InputError(f"{self.path} has no frame that can be decoded.")
+        stamps = [stamp for stamp in seen if stamp is not None]
+        counting = not len(self._stamps) or len(stamps) < len(seen) or stamps != sorted(stamps)
+        return counting, len(seen), size
+
+    def _decode(self, key: int) -> Iterator[av.VideoFrame]:
+        """Decoded frames in the decoder's order from the ``key``-th key frame on."""
+        import av
+
+        with self._open() as container:
+            stream = container.streams.video[0]
+            if key > 0:
+                container.seek(int(self._key_stamps[key]), stream=stream)
+            packets = container.demux(stream)
+            while True:
+                try:
+                    packet = next(packets, None)
+                except av.error.FFmpegError as error:  # a file that was cut off
+                    logger.debug("%s: %s", self.path, error)
+                    self.damaged += 1
+                    return
+                if packet is None:
+                    return
+                yield from self._decode_packet(packet)
+
+    def _decode_packet(self, packet: Any) -> list[av.VideoFrame]:
+        import av
+
+        # The library tells of concealed damage in its log only, and of a repeated message once.
+        level, skip = av.logging.get_level(), av.logging.get_skip_repeated()
+        av.logging.set_level(av.logging.ERROR)
+        av.logging.set_skip_repeated(False)
+        try:
+            with av.logging.Capture(local=False) as messages:
+                frames: list[av.VideoFrame] = packet.decode()
+        except av.error.FFmpegError as error:
+            logger.debug("%s: %s", self.path, error)
+            frames, messages = [], [(0, "", "")]
+        finally:
+            av.logging.set_level(level)
+            av.logging.set_skip_repeated(skip)
+        self.damaged += bool(messages)
+        return frames
+
+    def _positions(self, key: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Frames with their positions in display order, ascending."""
+        if self._counting:
+            # A jump lands on a key frame whose stamp is known to be wrong: count from the start.
+            yield from enumerate(self._decode(0))
+            return
+        last = -1
+        for decoded in self._decode(key):
+            stamp = decoded.pts
+            position = last + 1 if stamp is None else int(np.searchsorted(self._stamps, stamp))
+            if position > last:
+                yield position, decoded
+                last = position
+
+    def read(self, indices: Iterable[int] | None = None) -> Iterator[Frame]:
+        """See `FrameSource.read`."""
+        count = len(self.times)
+        wanted = list(range(count)) if indices is None else sorted(set(map(int, indices)))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
+            raise InputError(f"{self.path} has frames 0 to {count - 1}.")
+        for run in self._runs(wanted):
+            key = int(np.searchsorted(self._keys, run[0], side="right")) - 1
+            yield from self._read_run(max(0, key), run)
+
+    def _runs(self, wanted: Sequence[int]) -> Iterator[list[int]]:
+        """Wanted frames that are decoded in one go: between two runs lies a key frame to jump to.
+
+        Jumping costs a new decoder, so that key frames are passed over where frames are close.
+        """
+        run: list[int] = []
+        for index in wanted:
+            if run and not self._counting:
+                key = self._keys[int(np.searchsorted(self._keys, index, side="right")) - 1]
+                if key - run[-1] > 64:
+                    yield run
+                    run = []
+            run.append(index)
+        if run:
+            yield run
+
+    def _read_run(self, key: int, run: Sequence[int]) -> Iterator[Frame]:
+        left = iter(run)
+        index = next(left, None)
+        previous: tuple[int, av.VideoFrame] | None = None
+        for position, decoded in self._positions(key):
+            while index is not None and position >= index:
+                place, frame = position, decoded
+                if position > index:
+                    self.damaged += 1
+                    if previous is not None and index - previous[0] <= position - index:
+                        place, frame = previous
+                yield self._frame(index, place, frame)
+                index = next(left, None)
+            if index is None:
+                return
+            previous = position, decoded
+        while index is not None and previous is not None:
+            self.damaged += 1
+            yield self._frame(index, *previous)
+            index = next(left, None)
+
+    def _frame(self, index: int, place: int, frame: av.VideoFrame) -> Frame:
+        time = float(self.times[min(place, len(self.times) - 1)])
+        return Frame(index=index, time=time, rgb=lambda: _to_rgb(frame, self.size))
+
+
+def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """(width, height) with square pixels, turned as the container says."""
+    width, height = _square(frame)
+    return (height, width) if _quarter_turns(frame) % 2 else (width, height)
+
+
+def _square(frame: av.VideoFrame) -> tuple[int, int]:
+    aspect = getattr(frame, "sample_aspect_ratio", None)  # not offered by every version
+    wide = float(aspect) if aspect else 1.0
+    return (round(frame.width * wide), frame.height) if wide > 0 else (frame.width, frame.height)
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Turns by 90 degrees against the clock that make the frame upright."""
+    return round(getattr(frame, "rotation", 0) / 90) % 4
+
+
+def _to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 in sRGB's range, by the matrix and range that the frame states."""
+    from av.video.reformatter import Colorspace, Interpolation
+
+    space = int(frame.colorspace)
+    known = {int(value) for value in Colorspace} - {0, 2}  # RGB and "unspecified"
+    if space not in known:
+        space = int(Colorspace.ITU709 if frame.height >= _HD_ROWS else Colorspace.ITU601)
+    turns = _quarter_turns(frame)
+    width, height = size[::-1] if turns % 2 else size
+    converted = frame.reformat(
+        width=width,
+        height=height,
+        format="rgb24",
+        src_colorspace=space,
+        src_color_range=int(frame.color_range) or None,
+        interpolation=Interpolation.BICUBIC,
+    )
+    array = converted.to_ndarray()
+    return np.ascontiguousarray(np.rot90(array, turns))
+
+
+class ImageSequence:
+    """A folder of images, one per frame, in the order of their names with numbers as numbers.
+
+    Args:
+        path: folder; its images must have one size.
+        fps: frames per second.
+
+    Raises:
+        InputError: no image, or one that cannot be read or has another size.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, fps: float = 30.0) -> None:
+        from gim_hloc.images import SUFFIXES, read_rgb
+
+        if not fps > 0:
+            raise InputError(f"The frame rate is {fps}, it must be positive.")
+        self.path = Path(path)
+        self.fps = float(fps)
+        self.damaged = 0
+        self._files = sorted(
+            (p for p in self.path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()),
+            key=lambda p: _natural(p.name),
+        )
+        self._files = [p for p in self._files if not p.name.startswith(".")]
+        if not self._files:
+            raise InputError(f"{self.path} holds no images, and no video is named so.")
+        rows, columns = read_rgb(self._files[0]).shape[:2]
+        self.size = (columns, rows)
+        self.times = np.arange(len(self._files)) / self.fps
+        listing = "\n".join(f"{p.name} {p.stat().st_size}" for p in self._files)
+        self.digest = hashlib.sha256(f"{self.fps}\n{listing}".encode()).hexdigest()[:24]
+
+    def read(self, indices: Iterable[int] | None = None) -> Iterator[Frame]:
+        """See `FrameSource.read`; an image that cannot be read raises InputError here."""
+        wanted = range(len(self._files)) if indices is None else sorted(set(map(int, indices)))
+        for index in wanted:
+            array = self._load(self._files[index])
+            yield Frame(index=index, time=float(self.times[index]), rgb=lambda a=array: a)  # type: ignore[misc]
+
+    def _load(self, path: Path) -> np.ndarray:
+        from gim_hloc.images import read_rgb
+
+        array = read_rgb(path)
+        rows, columns = array.shape[:2]
+        if (columns, rows) != self.size:
+            raise InputError(
+                f"{path} has {columns} x {rows} pixels, the first image of the sequence has "
+                f"{self.size[0]} x {self.size[1]}: frames of one video have one size."
+            )
+        return array
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorting key: runs of digits count as numbers."""
+    import re
+
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(p)) if p.isdecimal() else (1, p) for p in parts if p]
+
+
+def open_source(path: str | os.PathLike[str], *, fps: float = 30.0) -> FrameSource:
+    """A video file or a folder of images.
+
+    Args:
+        path: file or folder.
+        fps: frame rate of a folder.
+
+    Raises:
+        InputError: it does not exist or cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return ImageSequence(path, fps=fps)
+    if not path.is_file():
+        raise InputError(f"The video {path} does not exist.")
+    return VideoReader(path)
+
+
+def _require_av() -> None:
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise InputError('Videos are read with PyAV: pip install "gim-hloc[video]"') from None
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def reduced_size(size: tuple[int, int], max_size: int | None) -> tuple[int, int]:
+    """(width, height) with a long side of at most ``max_size`` pixels."""
+    scale = 1.0 if max_size is None else min(1.0, max_size / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def encode_image(rgb: np.ndarray, image_format: ImageFormat, quality: int) -> bytes:
+    """A JPEG (colours at full resolution) or PNG file of an image."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    if image_format == "png":
+        Image.fromarray(rgb).save(buffer, "PNG", compress_level=3)
+    else:
+        Image.fromarray(rgb).save(buffer, "JPEG", quality=quality, subsampling="4:4:4")
+    return buffer.getvalue()
+
+
+def write_frames(
+    source: FrameSource,
+    indices: Sequence[int] | np.ndarray,
+    path_of: Callable[[int], Path],
+    *,
+    max_size: int | None = None,
+    image_format: ImageFormat = "jpg",
+    quality: int = 95,
+    progress: bool = False,
+) -> int:
+    """Write frames of the time grid as images; those that exist stay.
+
+    Args:
+        source: the video.
+        indices: frames on the time grid.
+        path_of: frame -> path of its image; its folder must exist.
+        max_size: reduce the long side to this many pixels.
+        image_format: of the files.
+        quality: of JPEG.
+        progress: show a progress bar.
+
+    Returns:
+        How many were written.
+
+    Raises:
+        InputError: the video cannot be read.
+        OutputError: an image cannot be written.
+    """
+    import cv2
+    from tqdm import tqdm
+
+    missing = [int(n) for n in indices if not path_of(int(n)).exists()]
+    users: dict[int, list[int]] = {}
+    for n, position in zip(missing, on_grid(source, missing).tolist(), strict=True):
+        users.setdefault(position, []).append(n)
+    bar = tqdm(total=len(missing), desc="frames", unit="frame", disable=None if progress else True)
+    size = reduced_size(source.size, max_size)
+    with bar:
+        for frame in source.read(users) if users else ():
+            rgb = frame.rgb()
+            if size != source.size:
+                rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+            content = encode_image(rgb, image_format, quality)
+            for n in users[frame.index]:
+                try:
+                    write_atomic(path_of(n), content)
+                except OSError as error:
+                    raise OutputError(f"{path_of(n)} cannot be written: {error}.") from error
+                bar.update()
+    warn_of_damage(source)
+    return len(missing)
+
+
+def warn_of_damage(source: FrameSource) -> None:
+    """Say how often the decoder met damage, if it did."""
+    if source.damaged:
+        logger.warning(
+            "%s is damaged in %d places; frames there may show artefacts or their neighbour.",
+            source.path,
+            source.damaged,
+        )
+
+
+# --------------------------------------------------------------------------- for a reconstruction
+
+
+@dataclass(frozen=True, kw_only=True)
+class PickOptions:
+    """Which frames of a video a reconstruction gets."""
+
+    fps: float | None = None  # frames per second: one per bucket of 1 / fps seconds
+    num: int | None = None  # or so many frames: as many buckets of equal length
+    min_motion: float = 0.01  # since the frame chosen last, share of the long side; 0 takes all
+    start: float | None = None  # first moment, s; None: the first frame
+    end: float | None = None  # last moment, s; None: the last frame
+    max_size: int | None = None  # reduce the long side to this many pixels
+    image_format: ImageFormat = "jpg"  # of the files
+    quality: int = 95  # of JPEG
+    sharpness_size: int = 960  # long side at which sharpness is judged, px
+    motion_size: int = 480  # long side at which motion is measured, px
+
+    def __post_init__(self) -> None:
+        if (self.fps is None) == (self.num is None):
+            raise InputError("Give either fps or num: how many frames to choose.")
+        if self.fps is not None and not self.fps > 0:
+            raise InputError(f"fps is {self.fps}, it must be positive.")
+        if self.num is not None and self.num < 1:
+            raise InputError(f"num is {self.num}, it must be positive.")
+        if self.min_motion < 0:
+            raise InputError(f"min_motion is {self.min_motion}, it must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picked:
+    """One chosen frame."""
+
+    path: Path
+    index: int  # in display order
+    time: float  # s after the first frame
+    sharpness: float  # variance of the Laplacian of the gray image in [0, 255]
+    motion: float  # since the frame chosen before, share of the long side; nan for the first
+
+
+@dataclass(kw_only=True)
+class PickReport:
+    """What `pick_frames` did."""
+
+    frames: list[Picked] = field(default_factory=list)
+    buckets: int = 0  # time buckets with frames
+    still: int = 0  # buckets left out for lack of motion
+    damaged: int = 0  # see `FrameSource`
+
+
+def pick_frames(
+    source: FrameSource,
+    out: str | os.PathLike[str],
+    options: PickOptions,
+    *,
+    prefix: str = "frame",
+    progress: bool = False,
+) -> PickReport:
+    """Write the sharpest frame of every time bucket, leaving out those without motion.
+
+    A bucket whose sharpest frame moved less than ``min_motion`` since the last chosen one gives
+    none: reconstruction gains nothing from views of one place. Beside the images, ``frames.csv``
+    lists file, index, time, sharpness and motion.
+
+    Args:
+        source: the video.
+        out: folder, made if needed.
+        options: see there.
+        prefix: of the files: ``<prefix>_<index>.jpg``.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: the range is empty, or the video cannot be read.
+        OutputError: the folder cannot be written.
+    """
+    from tqdm import tqdm
+
+    whole = SamplingOptions(start=options.start, end=options.end, trim=0.0)
+    # The last frame is shown for a while too: otherwise it would have a bucket of its own.
+    duration = float(source.times[-1])
+    start, end = time_range(duration, whole) if duration > 0 else (0.0, 0.0)
+    inside = np.flatnonzero((source.times >= start) & (source.times <= end))
+    shown = end - start + 1 / source.fps
+    buckets = options.num or max(1, math.ceil(shown * (options.fps or 1.0) - 1e-6))
+    width = shown / buckets if options.num else 1 / (options.fps or 1.0)
+    out = Path(out)
+    report = PickReport()
+    best: tuple[float, Frame] | None = None
+    current = -1
+    chosen_gray: np.ndarray | None = None
+
+    def finish() -> None:
+        nonlocal chosen_gray
+        if best is None:
+            return
+        report.buckets += 1
+        sharpness, frame = best
+        rgb = frame.rgb()
+        gray = _gray(rgb, options.motion_size)
+        motion = math.nan if chosen_gray is None else measure_motion(chosen_gray, gray)
+        if motion < options.min_motion:
+            report.still += 1
+            return
+        chosen_gray = gray
+        path = out / f"{prefix}_{frame.index:06d}.{options.image_format}"
+        _write_reduced(path, rgb, options)
+        report.frames.append(
+            Picked(
+                path=path,
+                index=frame.index,
+                time=frame.time,
+                sharpness=sharpness,
+                motion=motion,
+            )
+        )
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be made: {error}.") from error
+    bar = tqdm(
+        source.read(inside.tolist()),
+        total=len(inside),
+        desc="frames",
+        unit="frame",
+        disable=None if progress else True,
+    )
+    for frame in bar:
+        bucket = min(buckets - 1, int((frame.time - start) / width + 1e-9))
+        if bucket != current:
+            finish()
+            best, current = None, bucket
+        sharpness = measure_sharpness(_gray(frame.rgb(), options.sharpness_size))
+        if best is None or sharpness > best[0]:
+            best = sharpness, frame
+    finish()
+    report.damaged = source.damaged
+    warn_of_damage(source)
+    _write_csv(out / "frames.csv", report.frames)
+    return report
+
+
+def _gray(rgb: np.ndarray, max_size: int) -> np.ndarray:
+    import cv2
+
+    gray = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    size = reduced_size((gray.shape[1], gray.shape[0]), max_size)
+    if size != (gray.shape[1], gray.shape[0]):
+        gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+    return gray
+
+
+def measure_sharpness(gray: np.ndarray) -> float:
+    """Variance of the Laplacian of a gray image (H, W) uint8: comparable within one scene only."""
+    import cv2
+
+    return float(cv2.Laplacian(gray, cv2.CV_32F).var())
+
+
+def measure_motion(before: np.ndarray, after: np.ndarray) -> float:
+    """Median displacement of corners between two gray images, as a share of the long side.
+
+    Corners are tracked there and back by pyramidal Lucas-Kanade. Where fewer than a fifth of them
+    survive, the view has changed beyond what that can follow: 1.
+
+    Args:
+        before: (H, W) uint8.
+        after: of the same size.
+    """
+    import cv2
+
+    corners = cv2.goodFeaturesToTrack(before, 400, 0.01, 5)
+    if corners is None or len(corners) < 8:
+        # Nothing to track: compare the images as a whole.
+        return float(np.abs(before.astype(np.float32) - after).mean() > 2.0)
+    window = {"winSize": (21, 21), "maxLevel": 4}
+    there, good, _ = cv2.calcOpticalFlowPyrLK(before, after, corners, None, **window)  # type: ignore[call-overload]
+    back, good_back, _ = cv2.calcOpticalFlowPyrLK(after, before, there, None, **window)  # type: ignore[call-overload]
+    closed = np.linalg.norm((back - corners).reshape(-1, 2), axis=1) < 1.0
+    kept = (good.ravel() == 1) & (good_back.ravel() == 1) & closed
+    if kept.sum() < len(corners) / 5:
+        return 1.0
+    shift = np.linalg.norm((there - corners).reshape(-1, 2)[kept], axis=1)
+    return float(np.median(shift) / max(before.shape))
+
+
+def _write_reduced(path: Path, rgb: np.ndarray, options: PickOptions) -> None:
+    import cv2
+
+    rows, columns = rgb.shape[:2]
+    size = reduced_size((columns, rows), options.max_size)
+    if size != (columns, rows):
+        rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    try:
+        write_atomic(path, encode_image(rgb, options.image_format, options.quality))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}.") from error
+
+
+def _write_csv(path: Path, frames: Sequence[Picked]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "index", "time_s", "sharpness", "motion"])
+    for frame in frames:
+        motion = "" if math.isnan(frame.motion) else f"{frame.motion:.5f}"
+        row = [frame.path.name, frame.index, f"{frame.time:.6f}", f"{frame.sharpness:.2f}", motion]
+        writer.writerow(row)
+    try:
+        write_atomic(path, text.getvalue())
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}.") from error
