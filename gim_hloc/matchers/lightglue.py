@@ -146,6 +146,17 @@ def _make(
     return LightGlueMatcher(name, options=options, device=resolve_device(device))
 
 
+def operating_point(name: str, quality: Quality = "base") -> SparseOptions:
+    """The numbers of a matcher at an operating point."""
+    presets = {
+        "aliked_lightglue": _ALIKED,
+        "disk_lightglue": _DISK,
+        "gim_lightglue": _GIM_SUPERPOINT,
+        "lightglue": _AUTHORS,
+    }
+    return SparseOptions(**presets[name][quality])
+
+
 def load_extractor(name: str, path: Path) -> torch.nn.Module:
     """The detector of a matcher, with the weights of a file."""
     if name == "aliked_lightglue":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -237,7 +238,8 @@ class LoFTRTraining(TrainingModel):
 
     def parameter_groups(self) -> list[tuple[float, list[nn.Parameter]]]:
         """ResNet-50 at a tenth of the learning rate, and the rest."""
-        encoder = list(self.network.backbone.encode.parameters())  # type: ignore[union-attr]
+        backbone: Any = self.network.backbone
+        encoder = list(backbone.encode.parameters())
         slow = {id(parameter) for parameter in encoder}
         rest = [p for p in self.network.parameters() if id(p) not in slow]
         return [(0.1, encoder), (1.0, rest)]
@@ -270,12 +272,12 @@ class LoFTRTraining(TrainingModel):
             plain = weights.unwrap("gim_loftr", state)
             weights.load_into(self.network, plain, path=path)
             return
-        encoder = self.network.backbone.encode
+        encoder: Any = self.network.backbone.encode
         # The fourth layer and the classifier are not part of this network.
         heads = ("layer4.", "fc.")
         part = {key: value for key, value in state.items() if not key.startswith(heads)}
         counters = [key for key in encoder.state_dict() if key.endswith("num_batches_tracked")]
-        weights.load_into(encoder, part, path=path, optional=counters)  # type: ignore[arg-type]
+        weights.load_into(encoder, part, path=path, optional=counters)
 
 
 class _Truth:

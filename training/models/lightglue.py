@@ -1,0 +1,526 @@
+"""LightGlue to be trained on top of a frozen detector.
+
+``gim_lightglue`` (SuperPoint), ``aliked_lightglue`` and ``disk_lightglue``: the same recipe, and
+with the latter two a matcher that may be used commercially. Pairs with depth train all layers on
+detected keypoints; for pairs of videos the labels are the keypoints, and the last layer is told
+that they belong together (``training.md`` §5.4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from gim_hloc import weights
+from gim_hloc.errors import InputError
+from gim_hloc.matchers import registry
+from gim_hloc.matchers.lightglue import (
+    UNREAD,
+    descriptor_dim,
+    load_extractor,
+    operating_point,
+    published_names,
+)
+from gim_hloc.networks.lightglue import LightGlue, published_shapes
+from gim_hloc.networks.superpoint import SuperPoint, pad_with_random
+from gim_hloc.training.batch import PairBatch
+from gim_hloc.training.data.truth import warp_points
+from gim_hloc.training.losses.lightglue import (
+    IGNORED,
+    assignment_loss,
+    certainty_loss,
+    label_loss,
+    log_assignment,
+    true_partners,
+)
+from gim_hloc.training.models.base import Match, TrainingModel, keep_graph
+from gim_hloc.training.models.lightglue_layers import TrainableLightGlue
+from gim_hloc.training.models.seeds import sample_seeds
+
+logger = logging.getLogger(__name__)
+
+Detector = Literal["published", "random"]
+
+_GRAY = (0.299, 0.587, 0.114)  # what red, green and blue weigh in a gray image
+_DETECTOR_FILES = {
+    "gim_lightglue": "superpoint_v1.pth",
+    "aliked_lightglue": "aliked-n16.pth",
+    "disk_lightglue": "disk-depth-save.pth",
+}
+_START_FILES = {
+    "gim_lightglue": "superpoint_lightglue.pth",
+    "aliked_lightglue": "aliked_lightglue.pth",
+    "disk_lightglue": "disk_lightglue.pth",
+}
+
+
+class Points(NamedTuple):
+    """Keypoints of one image."""
+
+    xy: torch.Tensor  # (N, 2) float32 network pixels
+    descriptors: torch.Tensor  # (N, D) float32, rounded to half precision as encodings are
+
+
+class FeatureCache:
+    """Keypoints of images that were seen before, by the content of the image.
+
+    A frozen detector gives the same image the same keypoints, and on a processor takes longer than
+    a step of a small LightGlue. Worth its memory where images come back unchanged.
+
+    Args:
+        limit: images that are kept, those used last; 0 keeps none.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[bytes, Points] = OrderedDict()
+
+    def key(self, *tensors: torch.Tensor) -> bytes:
+        """Of everything that keypoints depend on; empty if nothing is kept."""
+        if not self.limit:
+            return b""
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.digest()
+
+    def get(self, key: bytes, device: torch.device) -> Points | None:
+        """What was put under a key, if it is still there."""
+        found = self._kept.get(key)
+        if found is None:
+            return None
+        self._kept.move_to_end(key)
+        return Points(found.xy.to(device), found.descriptors.to(device).float())
+
+    def put(self, key: bytes, points: Points) -> None:
+        """Keep keypoints under a key."""
+        if not self.limit:
+            return
+        self._kept[key] = Points(points.xy.cpu(), points.descriptors.cpu().half())
+        while len(self._kept) > self.limit:
+            self._kept.popitem(last=False)
+
+
+class LightGlueTraining(TrainingModel):
+    """A frozen detector, LightGlue and its losses.
+
+    Args:
+        name: of the matcher.
+        detector: its detector, with weights.
+        glue: the network to be trained.
+        keypoints: at most so many per image; labels of a video pair are filled up to as many.
+        options: ``threshold``, ``radius`` and ``subpixel`` of the detector.
+        confidences: ``depth_confidence``, ``width_confidence`` and ``filter_threshold`` at test.
+        recompute: see ``TrainableLightGlue.forward``.
+        cache: images whose keypoints are kept, see ``FeatureCache``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        detector: nn.Module,
+        glue: TrainableLightGlue,
+        keypoints: int,
+        options: Mapping[str, Any],
+        confidences: Mapping[str, float],
+        recompute: bool = False,
+        cache: int = 0,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.detector: Any = detector.eval().requires_grad_(False)
+        self.glue = glue
+        self.keypoints = keypoints
+        self.options = dict(options)
+        self.confidences = dict(confidences)
+        self.recompute = recompute
+        self.cache = FeatureCache(cache)
+
+    def train(self, mode: bool = True) -> LightGlueTraining:
+        """Training or evaluation mode of LightGlue; the detector stays as it is."""
+        super().train(mode)
+        self.detector.eval()
+        return self
+
+    def forward(self, batch: PairBatch) -> dict[str, torch.Tensor]:
+        """See ``TrainingModel``.
+
+        Parts: ``assignment`` and ``certainty`` of pairs with depth, ``labels`` of the others (the
+        three sum up to the loss), ``positives`` (true pairs of keypoints, or labels, a sample).
+        A sample that has both depth and labels is taken for one with depth.
+        """
+        points, count = self._points(batch)
+        xy, descriptors, valid = _pad(points)
+        states = self.glue(xy, batch.box, descriptors, valid, recompute=self.recompute)
+        size = len(batch)
+        last = len(states) - 1
+
+        def assign(layer: int, rows: torch.Tensor) -> torch.Tensor:
+            both = torch.cat([rows, rows + size])
+            similarity, logits = self.glue.log_assignment[layer](states[layer][both])
+            z0, z1 = logits.chunk(2)
+            return log_assignment(similarity, z0, z1, valid[rows], valid[rows + size])
+
+        zero = states[-1].new_zeros((), dtype=torch.float32)
+        assignment, certainty, labels, positives = zero, zero, zero, zero
+        rows = batch.has_depth.nonzero()[:, 0]
+        if len(rows):
+            partner0, partner1 = _partners(batch, points, rows.tolist(), xy.shape[1])
+            positives = positives + (partner0 >= 0).sum()
+            final = assign(last, rows)
+            losses = [assignment_loss(final, partner0, partner1)]
+            unsure = []
+            for layer in range(last):
+                now = assign(layer, rows)
+                losses.append(assignment_loss(now, partner0, partner1))
+                state = states[layer][torch.cat([rows, rows + size])]
+                logits = self.glue.token_confidence[layer].logits(state).chunk(2)
+                unsure.append(certainty_loss(*logits, now, final, valid[rows], valid[rows + size]))
+            assignment = torch.stack(losses).mean(0).sum() / size
+            if unsure:
+                certainty = torch.stack(unsure).mean(0).sum() / size
+        rows = (count > 0).nonzero()[:, 0]
+        if len(rows):
+            positives = positives + count.sum()
+            labels = label_loss(assign(last, rows), count[rows]).sum() / size
+        return {
+            "loss": keep_graph(assignment + certainty + labels, self),
+            "assignment": assignment.detach(),
+            "certainty": certainty.detach(),
+            "labels": labels.detach(),
+            "positives": positives / size,
+        }
+
+    def _points(self, batch: PairBatch) -> tuple[list[Points], torch.Tensor]:
+        """Keypoints of all first images, then of all second ones, and (B,) number of labels."""
+        sides: list[list[Points]] = [[], []]
+        count = torch.zeros_like(batch.label_count)
+        seeds = sample_seeds(batch)
+        for row in range(len(batch)):
+            images = (batch.image0[row], batch.image1[row])
+            valid = (batch.valid0[row], batch.valid1[row])
+            if bool(batch.has_depth[row]):
+                for side in (0, 1):
+                    sides[side].append(self.detect(images[side], valid[side]))
+                continue
+            generator = torch.Generator().manual_seed(seeds[row])
+            labels = batch.labels[row, : int(batch.label_count[row])]
+            # The reference takes the first of the sorted rows, which all lie on one side.
+            order = torch.randperm(len(labels), generator=generator)[: self.keypoints]
+            labels = labels[order.to(labels.device)]
+            count[row] = len(labels)
+            for side in (0, 1):
+                xy = labels[:, 2 * side : 2 * side + 2]
+                if len(xy):
+                    # What no label says anything about: it may be like a label, but is none.
+                    xy = pad_with_random(xy, self.keypoints, batch.box, generator)
+                sides[side].append(self.describe(images[side], xy))
+        return sides[0] + sides[1], count
+
+    @torch.no_grad()
+    def detect(self, image: torch.Tensor, valid: torch.Tensor) -> Points:
+        """Keypoints of an image (3, H, W) on its valid pixels (H, W), strongest first."""
+        key = self.cache.key(image, valid)
+        if (found := self.cache.get(key, image.device)) is not None:
+            return found
+        seen = self._seen(image)
+        if seen.amax() - seen.amin() < 1 / 255:
+            # Networks that normalise each image find keypoints in nothing, at the border.
+            xy = image.new_empty(0, 2)
+            points = Points(xy, image.new_empty(0, self.glue.sizes["input_dim"]))
+        else:
+            xy, descriptors, _ = self.detector.detect_and_describe(
+                seen,
+                max_keypoints=self.keypoints,
+                mask=None if bool(valid.all()) else valid,
+                **self.options,
+            )
+            points = _rounded(xy, descriptors)
+        self.cache.put(key, points)
+        return points
+
+    @torch.no_grad()
+    def describe(self, image: torch.Tensor, xy: torch.Tensor) -> Points:
+        """Points (N, 2) of an image (3, H, W), with descriptors as keypoints there would have."""
+        key = self.cache.key(image, xy)
+        if (found := self.cache.get(key, image.device)) is not None:
+            return found
+        if not len(xy):
+            return Points(xy, image.new_empty(0, self.glue.sizes["input_dim"]))
+        points = _rounded(xy, self.detector.describe_points(self._seen(image), xy))
+        self.cache.put(key, points)
+        return points
+
+    def _seen(self, image: torch.Tensor) -> torch.Tensor:
+        """An image as the detector wants it."""
+        if registry.describe(self.name).colour == "gray":
+            return torch.tensordot(image.new_tensor(_GRAY), image, 1)[None]
+        return image
+
+    @torch.no_grad()
+    def match(self, batch: PairBatch, *, seed: int = 0) -> list[Match]:
+        """See ``TrainingModel``; nothing is drawn, ``seed`` has no effect."""
+        glue: Any = LightGlue.from_state(
+            self.glue.state_dict(), **self.glue.sizes, **self.confidences
+        )
+        glue.to(batch.image0.device)
+        results = []
+        for row in range(len(batch)):
+            points = [
+                self.detect(batch.image0[row], batch.valid0[row]),
+                self.detect(batch.image1[row], batch.valid1[row]),
+            ]
+            if min(len(p.xy) for p in points) == 0:
+                none = points[0].xy[:0]
+                results.append((none, none, none[:, 0]))
+                continue
+            index, score = glue.match(*(glue.start(p.xy, batch.box, p.descriptors) for p in points))
+            results.append((points[0].xy[index[:, 0]], points[1].xy[index[:, 1]], score.float()))
+        return results
+
+    def parameter_groups(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """All of LightGlue at the learning rate; the detector learns nothing."""
+        return [(1.0, list(self.glue.parameters()))]
+
+    def checkpoint(self) -> dict[str, torch.Tensor]:
+        """See ``TrainingModel``.
+
+        ``gim_lightglue`` holds both networks, under ``model.`` and ``superpoint.``; the others are
+        LightGlue alone, as its authors publish it.
+        """
+        state = {key: value.detach() for key, value in self.glue.state_dict().items()}
+        if self.name != "gim_lightglue":
+            return state
+        found = {f"model.{key}": value for key, value in state.items()}
+        for key, value in self.detector.state_dict().items():
+            found[f"superpoint.{key}"] = value.detach()
+        return found
+
+    def load_checkpoint(self, state: Mapping[str, torch.Tensor]) -> None:
+        """See ``TrainingModel``."""
+        self._load(state, path="the checkpoint")
+
+    def _load(self, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+        glue = dict(state)
+        if self.name == "gim_lightglue":
+            detector = weights.unwrap("gim_lightglue.detector", state)
+            weights.load_into(self.detector, detector, path=path)
+            glue = weights.unwrap("gim_lightglue.matcher", state)
+        self._load_glue(glue, path)
+
+    def _load_glue(self, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+        names = published_names(state)
+        names = {key: value for key, value in names.items() if key not in UNREAD}
+        expected = published_shapes(**self.glue.sizes)
+        weights.check_names(expected, names, path=path, network="LightGlue")
+        self.glue.load_state_dict(names)
+
+    def initialise(self, path: Path | None) -> None:
+        """Start from trained weights of LightGlue.
+
+        Args:
+            path: a file that the matcher of the same name reads, or for ``gim_lightglue``
+                ``superpoint_lightglue.pth``. Of a file with more layers, the first ones are taken.
+        """
+        if path is None:
+            logger.warning(
+                "LightGlue of %s starts from random numbers. Published weights (%s, gim-weights "
+                "download %s) are a better start, unless it shall be small.",
+                self.name,
+                _START_FILES[self.name],
+                _START_FILES[self.name],
+            )
+            return
+        state = weights.load_state_dict(path)
+        if self.name == "gim_lightglue" and weights.recognise(state) == "gim_lightglue":
+            self._load(state, path)
+            return
+        layers = self.glue.sizes["layers"]
+        counts = {"transformers": layers, "log_assignment": layers, "token_confidence": layers - 1}
+        names = {}
+        for key, value in published_names(state).items():
+            part, _, rest = key.partition(".")
+            if part not in counts or int(rest.partition(".")[0]) < counts[part]:
+                names[key] = value
+        self._load_glue(names, path)
+
+
+def _rounded(xy: torch.Tensor, descriptors: torch.Tensor) -> Points:
+    """As an encoding holds them; clones, since tensors of inference mode have no gradients."""
+    return Points(xy.clone().float(), descriptors.clone().half().float())
+
+
+def _pad(points: list[Points]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Positions (R, N, 2), descriptors (R, N, D) and (R, N) which are not padding; N > 0."""
+    longest = max(1, *(len(p.xy) for p in points))
+    xy = points[0].xy.new_zeros(len(points), longest, 2)
+    descriptors = xy.new_zeros(len(points), longest, points[0].descriptors.shape[1])
+    valid = torch.zeros(xy.shape[:2], dtype=torch.bool, device=xy.device)
+    for row, p in enumerate(points):
+        xy[row, : len(p.xy)] = p.xy
+        descriptors[row, : len(p.xy)] = p.descriptors
+        valid[row, : len(p.xy)] = True
+    return xy, descriptors, valid
+
+
+@torch.no_grad()
+def _partners(
+    batch: PairBatch, points: list[Points], rows: list[int], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partners (R, length) of the keypoints of samples with depth; padding is ignored."""
+    xy, _, _ = _pad(points)
+    size = len(batch)
+    sides = (xy[:size], xy[size:])
+    there, visible, known = [], [], []
+    for source in (0, 1):
+        places, seen = warp_points(batch, sides[source], source=source, lookup="bilinear")
+        there.append(places)
+        visible.append(seen)
+        known.append(_has_depth(batch, sides[source], source))
+    fundamental = fundamental_matrices(batch)
+    results = (
+        torch.full((len(rows), length), IGNORED, dtype=torch.long, device=xy.device),
+        torch.full((len(rows), length), IGNORED, dtype=torch.long, device=xy.device),
+    )
+    for at, row in enumerate(rows):
+        n = (len(points[row].xy), len(points[size + row].xy))
+        found = true_partners(
+            *(sides[side][row, : n[side]] for side in (0, 1)),
+            *(there[side][row, : n[side]] for side in (0, 1)),
+            visible0=visible[0][row, : n[0]],
+            visible1=visible[1][row, : n[1]],
+            known0=known[0][row, : n[0]],
+            known1=known[1][row, : n[1]],
+            fundamental=fundamental[row],
+        )
+        for side in (0, 1):
+            results[side][at, : n[side]] = found[side]
+    return results
+
+
+def _has_depth(batch: PairBatch, xy: torch.Tensor, source: int) -> torch.Tensor:
+    """Whether the depth map of image ``source`` knows the pixel nearest to each point (B, N, 2)."""
+    depth = batch.depth0 if source == 0 else batch.depth1
+    matrix = batch.to_original0 if source == 0 else batch.to_original1
+    homogeneous = torch.cat([xy.double(), torch.ones_like(xy[..., :1]).double()], -1)
+    original = homogeneous @ matrix.transpose(1, 2)
+    column, line = torch.floor(original[..., :2] / original[..., 2:] + 0.5).long().unbind(-1)
+    height, width = depth.shape[1:]
+    inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
+    at = line.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    value = depth.flatten(1).gather(1, at)
+    return inside & torch.isfinite(value) & (value > 0)
+
+
+def fundamental_matrices(batch: PairBatch) -> torch.Tensor:
+    """(B, 3, 3) float64 of the network images, x1^T F x0 = 0; zero where there is no motion."""
+    x, y, z = batch.T_0to1[:, :3, 3].double().unbind(1)
+    zero = torch.zeros_like(x)
+    skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], 1).view(-1, 3, 3)
+    essential = skew @ batch.T_0to1[:, :3, :3].double()
+    to_ray0 = torch.linalg.inv(batch.K0.double()) @ batch.to_original0.double()
+    to_ray1 = torch.linalg.inv(batch.K1.double()) @ batch.to_original1.double()
+    return to_ray1.transpose(1, 2) @ essential @ to_ray0
+
+
+def _random_superpoint(seed: int = 0) -> SuperPoint:
+    """SuperPoint with random weights that let an image through to its outputs.
+
+    Good for tests only: its keypoints come back in other images by chance.
+    """
+    network = SuperPoint()
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            fan = module.weight[0].numel()
+            noise = torch.randn(module.weight.shape, generator=generator)
+            # Without their mean, filters see structure and not brightness.
+            noise -= noise.mean((1, 2, 3), keepdim=True)
+            module.weight.data.copy_(noise * (2 / fan) ** 0.5)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    return network
+
+
+def _load_detector(name: str, kind: Detector) -> nn.Module:
+    if kind == "random":
+        if name != "gim_lightglue":
+            raise InputError(f"Only gim_lightglue can have a random detector, not {name}.")
+        return _random_superpoint()
+    path = weights.locate(_DETECTOR_FILES[name])
+    if name != "gim_lightglue":
+        return load_extractor(name, path)
+    # GIM's own file holds the detector together with LightGlue, its authors' file alone.
+    return load_extractor("lightglue", path)
+
+
+def build(
+    name: str,
+    *,
+    keypoints: int = 2048,
+    layers: int = 9,
+    dim: int = 256,
+    heads: int = 4,
+    detector: Detector = "published",
+    detection_threshold: float | None = None,
+    nms_radius: int | None = None,
+    subpixel: str | None = None,
+    recompute: bool = False,
+    cache: int = 0,
+) -> LightGlueTraining:
+    """LightGlue to be trained; the defaults are the published network.
+
+    Args:
+        name: ``gim_lightglue``, ``aliked_lightglue`` or ``disk_lightglue``.
+        keypoints: at most so many per image.
+        layers: of LightGlue.
+        dim: channels inside LightGlue, a multiple of twice ``heads``.
+        heads: attention heads.
+        detector: ``published`` weights; ``random`` ones for tests of gim_lightglue.
+        detection_threshold: lowest score of a keypoint; by default the matcher's.
+        nms_radius: pixels between keypoints; by default the matcher's.
+        subpixel: positions of keypoints; by default the matcher's.
+        recompute: save memory by computing layers twice, as the published training does.
+        cache: number of images whose keypoints are kept in memory (at 512 keypoints 140 kB each).
+
+    Raises:
+        InputError: sizes that the network cannot have.
+        WeightsError: the detector's weights cannot be had.
+    """
+    if dim % (2 * heads) or layers < 1 or keypoints < 1:
+        raise InputError(
+            f"LightGlue needs dim ({dim}) to be a multiple of twice its heads ({heads}), and at "
+            f"least one layer ({layers}) and one keypoint ({keypoints})."
+        )
+    if detector not in get_args(Detector):
+        raise InputError(f"detector is {detector!r}; choose {' or '.join(get_args(Detector))}.")
+    point = operating_point(name)
+    given = {
+        "threshold": (detection_threshold, point.detection_threshold),
+        "radius": (nms_radius, point.nms_radius),
+        "subpixel": (subpixel, point.subpixel),
+    }
+    network = _load_detector(name, detector)
+    return LightGlueTraining(
+        name,
+        detector=network,
+        glue=TrainableLightGlue(
+            input_dim=descriptor_dim(name), dim=dim, heads=heads, layers=layers
+        ),
+        keypoints=keypoints,
+        options={key: own if own is not None else usual for key, (own, usual) in given.items()},
+        confidences={
+            "depth_confidence": point.depth_confidence,
+            "width_confidence": point.width_confidence,
+            "filter_threshold": point.filter_threshold,
+        },
+        recompute=recompute,
+        cache=cache,
+    )
