@@ -26,6 +26,7 @@ COMMANDS = (
     "gim-match",
     "gim-masks",
     "gim-zeb",
+    "gim-video",
 )
 
 
