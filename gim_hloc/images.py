@@ -350,6 +350,8 @@ def _format(data: bytes) -> str | None:
         return "PNG"
     if data.startswith(b"BM"):
         return "BMP"
+    if data[:2] in (b"P5", b"P6") and data[2:3].isspace():
+        return "PPM"
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return "TIFF"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
@@ -393,6 +395,8 @@ def open_stored(data: bytes) -> ImageFile:
         from PIL.PngImagePlugin import PngImageFile as reader
     elif codec == "BMP":
         from PIL.BmpImagePlugin import BmpImageFile as reader
+    elif codec == "PPM":  # of benchmarks such as HPatches
+        from PIL.PpmImagePlugin import PpmImageFile as reader
     elif codec == "TIFF":
         from PIL.TiffImagePlugin import TiffImageFile as reader
 
@@ -406,7 +410,7 @@ def open_stored(data: bytes) -> ImageFile:
         except ImportError:
             raise ValueError("HEIF needs pillow-heif: pip install 'gim-hloc[heif]'") from None
     else:
-        raise ValueError("the content is not JPEG, PNG, TIFF, BMP, WebP or HEIF")
+        raise ValueError("the content is not JPEG, PNG, TIFF, BMP, PPM, WebP or HEIF")
     image = reader(io.BytesIO(data))
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
