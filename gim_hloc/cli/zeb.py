@@ -159,7 +159,8 @@ class Pairs:
     """stored, matcher (its own size), a long side such as 1200, or 640x480. By default 1200 for
     megadepth, 640x480 for scannet, matcher for pairs, stored for the others."""
     k_size: str | None = None
-    """WxH of the images that K is for, where these are not the stored ones."""
+    """WxH of the images that K is for, where these are not the stored ones; RANSAC's threshold
+    counts their pixels."""
     intrinsics: Path | None = None
     """K of ScanNet's scenes; by default intrinsics.npz beside the list."""
     short_side: int | None = None
@@ -182,12 +183,38 @@ class Pairs:
     """Draw the pairs of a list without truth."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """Draw the worst pairs of one or two matchers, and those on which two differ most.
+
+    Writes OUT/index.html and a picture a pair. Exit code 1 where a pair could not be drawn.
+    """
+
+    folder: _Folder
+    """Folder with zeb/ in it, or zeb/ itself."""
+    dumps: _Dumps
+    """Dump files of gim-zeb run or folders of them; one or two a set, see --matchers."""
+    out: Path
+    """Folder of the pictures."""
+    matchers: tuple[str, ...] = ()
+    """Only these one or two."""
+    sets: tuple[str, ...] = ()
+    """Only these sets."""
+    count: int = 10
+    """Pairs of a list."""
+    limit: float = 20.0
+    """Degrees at which errors are cut when matchers are compared."""
+    run: Path | None = None
+    """Output folder of gim-zeb run with the matches; by default the one that a dump lies in."""
+
+
 _Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Make, tyro.conf.subcommand("make")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Table, tyro.conf.subcommand("table")]
+    | Annotated[Worst, tyro.conf.subcommand("worst")]
     | Annotated[Pairs, tyro.conf.subcommand("pairs")]
 )
 
@@ -207,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Run: _run,
         Check: _check,
         Table: _table,
+        Worst: _worst,
         Pairs: _pairs,
     }
     return common.run(lambda: actions[type(command)](command))
@@ -367,8 +395,8 @@ def _pairs(command: Pairs) -> int:
         intrinsics=command.intrinsics,
         calibrated_size=size,
     )
-    for problem in pair_lists.problems(report):
-        logger.warning("%s", problem)
+    for problem in (*report.lost, *(p for p in report.run.problems if p.matcher is None)):
+        logger.warning("%s", problem)  # those of a matcher were told when they came
     sys.stdout.write(_pair_pages.to_markdown(report))
     for path in report.files:
         sys.stdout.write(f"{path}\n")
@@ -378,6 +406,24 @@ def _pairs(command: Pairs) -> int:
         f"{run.encoded} images encoded in {run.seconds['total']:.1f} s\n"
     )
     return report.exit_code
+
+
+def _worst(command: Worst) -> int:
+    from gim_hloc.evaluation.zeb.pictures import PictureOptions, draw_worst
+
+    report = draw_worst(
+        command.folder,
+        command.dumps,
+        command.out,
+        matchers=command.matchers,
+        sets=command.sets,
+        run=command.run,
+        options=PictureOptions(count=command.count, limit=command.limit),
+    )
+    for entry in report.lists:
+        sys.stdout.write(f"{entry.dataset}: {entry.title}: {len(entry.files)} pairs\n")
+    sys.stdout.write(f"{report.index}: {report.pictures} pictures\n")
+    return 1 if report.problems else 0
 
 
 if __name__ == "__main__":
