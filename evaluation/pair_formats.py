@@ -196,7 +196,7 @@ def read_list(
     if calibrated_size is None and format == "scannet":
         calibrated_size = (640, 480)
     return PairList(
-        name=_set_name(path if name is None else Path(name)),
+        name=_set_name(path) if name is None else _clean(name),
         format=format,
         root=_find_root(path, images, collected.pairs[0]),
         pairs=tuple(last.values()),
@@ -248,9 +248,15 @@ def detect_format(path: Path) -> Format:
 
 
 def _set_name(path: Path) -> str:
-    """The name of a set as it can stand in dumps: no blanks and slashes."""
-    stem = path.resolve().stem if path.suffix in (".txt", ".npz") else path.resolve().name
-    return re.sub(r"[^\w.+-]+", "_", stem) or "pairs"
+    """The name of a file or folder as it can stand in dumps and folders."""
+    path = path.resolve()
+    stem = path.stem if path.suffix in (".txt", ".npz") else path.name
+    # All lists of ScanNet are called test.npz.
+    return _clean(path.parent.name if path.name == "test.npz" else stem)
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name).lstrip(".") or "pairs"
 
 
 def _find_root(path: Path, images: str | os.PathLike[str] | None, first: ListedPair) -> Path:

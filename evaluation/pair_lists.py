@@ -359,7 +359,7 @@ class PairSelection(Selection):
     Attributes:
         root: folder of the images.
         resize: size at which they are shown.
-        calibrated_size: (width, height) that K is for; None: the stored one.
+        calibrated_size: (width, height) of the images that K is for; None: the stored ones.
         upright: whether images are shown as EXIF says, before they are turned as the list says.
             Not where there is truth: lists speak of stored pixels, and their turns stand for EXIF.
         files: images by their keys.
@@ -437,15 +437,13 @@ class PairSelection(Selection):
         self, prediction: Prediction, pair: Any, protocol: Protocol, info: MatcherInfo
     ) -> DumpRecord:
         """Judge the matches of one pair by what the list knows of it."""
-        points0 = prediction.points0.astype(np.float64)
-        points1 = prediction.points1.astype(np.float64)
         covisible = pair.covisible0, pair.covisible1
         if isinstance(pair, PosedPair):
             return evaluate_pose(self, prediction, pair, protocol)
         if isinstance(pair, HomographyPair) and isinstance(protocol, homography.HomographyProtocol):
             return homography.evaluate_pair(
-                points0,
-                points1,
+                prediction.points0,
+                prediction.points1,
                 pair.H,
                 prediction.size0,
                 prediction.size1,
@@ -463,7 +461,7 @@ class PairSelection(Selection):
             translation_error=math.nan,
             translation_distance=math.nan,
             precision_before=math.nan,
-            correct_before=len(points0),
+            correct_before=len(prediction.scores),
             precision_after=math.nan,
             correct_after=int(inliers.sum()),
         )
@@ -472,39 +470,35 @@ class PairSelection(Selection):
 def evaluate_pose(
     selection: PairSelection, prediction: Prediction, pair: PosedPair, protocol_: Protocol
 ) -> DumpRecord:
-    """Judge a pair with a pose, with K brought to the stored size."""
-    calibrations = []
-    for K, size, file in zip(
-        (pair.K0, pair.K1), (prediction.size0, prediction.size1), pair.files, strict=True
+    """Judge a pair with a pose, in the pixels that its K is for: thresholds count those."""
+    sizes, points = [], []
+    for stored, matched in (
+        (prediction.size0, prediction.points0),
+        (prediction.size1, prediction.points1),
     ):
-        if selection.calibrated_size is not None:
-            K = scale_calibration(K, selection.calibrated_size, size)
-        if not (0 <= K[0, 2] < size[0] and 0 <= K[1, 2] < size[1]) and not selection.warned:
-            selection.warned.add("K")
+        size = selection.calibrated_size or stored
+        scale = np.array(size) / np.array(stored)
+        sizes.append(size)
+        points.append((matched.astype(np.float64) + 0.5) * scale - 0.5)
+    for K, size, file in zip((pair.K0, pair.K1), sizes, pair.files, strict=True):
+        inside = 0 <= K[0, 2] < size[0] and 0 <= K[1, 2] < size[1]
+        if not inside and not selection.warned:
+            selection.warned.add(file.key)
             logger.warning(
                 "K of %s has its principal point (%.0f, %.0f) outside of the image of %d x %d "
                 "pixels: is it for another size (--k-size)?",
                 *(file.name, K[0, 2], K[1, 2], *size),
             )
-        calibrations.append(K)
     return protocol.evaluate_pair(
-        prediction.points0.astype(np.float64),
-        prediction.points1.astype(np.float64),
-        calibrations[0],
-        calibrations[1],
+        points[0],
+        points[1],
+        pair.K0,
+        pair.K1,
         pair.T_0to1,
         protocol_,
         identifier=pair.identifier,
         covisible=(pair.covisible0, pair.covisible1),
     )
-
-
-def scale_calibration(K: np.ndarray, size: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
-    """Return K (3, 3) of an image resized from one (width, height) to another, hloc's frame."""
-    x, y = target[0] / size[0], target[1] / size[1]
-    resize = np.array([[x, 0.0, 0.5 * x - 0.5], [0.0, y, 0.5 * y - 0.5], [0.0, 0.0, 1.0]])
-    scaled: np.ndarray = resize @ K
-    return scaled
 
 
 def fundamental_scales(prediction: Prediction) -> tuple[float, float]:
@@ -631,6 +625,6 @@ def _accuracy(
 
 
 def problems(report: PairReport) -> Sequence[str]:
-    """Everything that was wrong, for people."""
+    """Return everything that was wrong with the list, the images and the matchers, for people."""
     told: list[str | Problem] = [*report.lost, *report.run.problems]
     return list(dict.fromkeys(str(entry) for entry in told))

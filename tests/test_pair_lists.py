@@ -21,10 +21,15 @@ from gim_hloc.cli.zeb import main
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.evaluation import pair_lists
 from gim_hloc.evaluation.pair_formats import PosedPair, detect_format, read_list
-from gim_hloc.evaluation.pair_lists import PairOptions, Resize, parse_resize
+from gim_hloc.evaluation.pair_lists import (
+    FundamentalProtocol,
+    PairOptions,
+    Resize,
+    parse_resize,
+)
 from gim_hloc.evaluation.zeb import protocol
 from gim_hloc.evaluation.zeb.dumps import read_dump
-from gim_hloc.evaluation.zeb.run import RunOptions
+from gim_hloc.evaluation.zeb.run import Prediction, RunOptions
 from gim_hloc.matchers.base import ImageOptions, MatcherInfo, Matches
 from gim_hloc.matchers.sparse import encode_network_keypoints
 
@@ -408,8 +413,7 @@ def test_pairs_without_truth_are_counted_and_drawn(tmp_path: Path) -> None:
         make_image(tmp_path / "pairs" / name / "0.jpg")
         make_image(tmp_path / "pairs" / name / "1.jpg")
     assert detect_format(tmp_path / "pairs") == "pairs"
-    protocols = ("gim",)
-    report = judged(tmp_path / "pairs", tmp_path, protocols=protocols)
+    report = judged(tmp_path / "pairs", tmp_path)
     [row] = report.rows
     assert (row.matches, row.failures, row.auc) == (200, 0, ())
     assert row.inliers > 190
@@ -421,6 +425,23 @@ def test_pairs_without_truth_are_counted_and_drawn(tmp_path: Path) -> None:
         assert (folder / shown).is_file()
     assert page.count("<img") == 2
     assert "200 matches" in page
+
+
+def test_both_estimators_count_inliers_among_wrong_matches() -> None:
+    pytest.importorskip("poselib")
+    points1 = project(3)
+    points1[:60] = np.random.default_rng(1).uniform((0, 0), SIZE, (60, 2))
+    scale = 40  # long sides beyond 1600 px: thresholds grow with the image
+    prediction = Prediction(
+        identifier="a#b#c", points0=scale * project(0), points1=scale * points1,
+        scores=np.ones(200), size0=(64 * scale, 48 * scale), size1=(64 * scale, 48 * scale),
+    )  # fmt: skip
+    for estimator in ("gim", "poselib"):
+        settings = FundamentalProtocol(estimator=estimator)  # type: ignore[arg-type]
+        inliers = pair_lists.fundamental_inliers(prediction, settings)
+        assert inliers[60:].all()
+        assert inliers[:60].mean() < 0.1
+    assert pair_lists.fundamental_scales(prediction) == (1.6, 1.6)
 
 
 def test_list_of_names_and_a_pair_of_one_image(superglue: Path, tmp_path: Path) -> None:
