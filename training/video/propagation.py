@@ -211,16 +211,72 @@ def check_steps(steps: Iterable[int]) -> tuple[int, ...]:
 
 
 class _Segment:
-    """Labels between two frames, with what joins derive from them."""
+    """Labels between two frames, with what joins derive from them.
 
-    def __init__(self, rows: np.ndarray) -> None:
-        self.rows = rows  # (n, 4) float32
-        self.cells: np.ndarray | None = None  # (n,) int32 table cells of the points in frame 0
-        self.tree: Any = None  # k-d tree of those points
+    Attributes:
+        points0, points1: (n, 2) float32 pixels.
+        cells0, cells1: (n,) int32 cells of these points in the table of `_Joiner`.
+        last_rows: (u,) int32 rows that are the last of their cell 0; None until a join needs them.
+        last_cells: (u,) their cells.
+        tree: k-d tree of ``points0``; None until a join needs it.
+    """
+
+    __slots__ = ("cells0", "cells1", "last_cells", "last_rows", "points0", "points1", "tree")
+
+    def __init__(
+        self, points0: np.ndarray, points1: np.ndarray, cells0: np.ndarray, cells1: np.ndarray
+    ) -> None:
+        self.points0, self.points1 = points0, points1
+        self.cells0, self.cells1 = cells0, cells1
+        self.last_rows: np.ndarray | None = None
+        self.last_cells: np.ndarray | None = None
+        self.tree: Any = None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[_Segment]) -> _Segment:
+        if len(parts) == 1:
+            return parts[0]
+        names = ("points0", "points1", "cells0", "cells1")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     @property
     def nbytes(self) -> int:
-        return int(self.rows.nbytes) * 2  # about; the derived parts included
+        return 40 * len(self.cells0)  # about; derived parts included
+
+
+class _Link:
+    """Labels of a chain, as rows of its first and last segment: what a join need not touch."""
+
+    __slots__ = ("first", "head", "last", "tail")
+
+    def __init__(
+        self, head: _Segment, first: np.ndarray | None, tail: _Segment, last: np.ndarray | None
+    ) -> None:
+        self.head, self.first = head, first  # None: all rows
+        self.tail, self.last = tail, last
+
+    def __len__(self) -> int:
+        return len(self.head.cells0 if self.first is None else self.first)
+
+    def rows(self) -> np.ndarray:
+        """(n, 4) float32 labels between the two ends."""
+        return np.concatenate(
+            [_take(self.head.points0, self.first), _take(self.tail.points1, self.last)], axis=1
+        )
+
+    def segment(self) -> _Segment:
+        if self.first is None:
+            return self.head
+        return _Segment(
+            _take(self.head.points0, self.first),
+            _take(self.tail.points1, self.last),
+            _take(self.head.cells0, self.first),
+            _take(self.tail.cells1, self.last),
+        )
+
+
+def _take(values: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    return values if rows is None else values[rows]
 
 
 class _Joiner:
@@ -234,52 +290,62 @@ class _Joiner:
         # scattering into it is an order of magnitude faster than sorting keys.
         self._table = np.full((size[0] + 2) * (size[1] + 2) + 1, -1, dtype=np.int32)
 
-    def __call__(self, left: np.ndarray, right: _Segment) -> np.ndarray:
-        """(m, 4) float32 rows (point of ``left`` in A, point of ``right`` in C), by ``left`` row.
+    def segment(self, rows: np.ndarray) -> _Segment:
+        """Prepare labels (n, 4) for joins."""
+        points0, points1 = (np.ascontiguousarray(part) for part in (rows[:, :2], rows[:, 2:]))
+        return _Segment(points0, points1, self._cells(points0), self._cells(points1))
+
+    def __call__(self, left: _Link, right: _Segment) -> _Link:
+        """Rows (point of ``left`` in A, point of ``right`` in C), in the order of ``left``.
 
         Each row of either side is used at most once.
         """
-        if not len(left) or not len(right.rows):
-            return np.empty((0, 4), dtype=np.float32)
+        if not len(left) or not len(right.cells0):
+            nothing = np.empty(0, dtype=np.int64)
+            return _Link(left.head, nothing, right, nothing)
         by_distance = self._options.join == "distance"
         rows0, rows1 = (self._near if by_distance else self._shared)(left, right)
-        joined = np.empty((len(rows0), 4), dtype=np.float32)
-        joined[:, :2] = left[rows0, :2]
-        joined[:, 2:] = right.rows[rows1, 2:]
-        return joined
+        first = rows0 if left.first is None else left.first[rows0]
+        return _Link(left.head, first, right, rows1)
 
-    def _shared(self, left: np.ndarray, right: _Segment) -> tuple[np.ndarray, np.ndarray]:
-        if right.cells is None:
-            right.cells = self._cells(right.rows[:, :2])
+    def _shared(self, left: _Link, right: _Segment) -> tuple[np.ndarray, np.ndarray]:
+        if right.last_rows is None or right.last_cells is None:
+            right.last_rows, right.last_cells = self._last_of_cells(right.cells0)
+        cells = _take(left.tail.cells1, left.last)
         table = self._table
         # NumPy assigns in order, so that the last row of a pixel stays.
-        table[right.cells] = np.arange(len(right.cells), dtype=np.int32)
+        table[cells] = np.arange(len(cells), dtype=np.int32)
         table[0] = -1
-        partner = table[self._cells(left[:, 2:])]
-        table[right.cells] = -1
-        hits = np.flatnonzero(partner >= 0)
-        partner = partner[hits]
-        owner = np.empty(len(right.rows), dtype=np.int64)
-        owner[partner] = hits
-        last = owner[partner] == hits
-        return hits[last], partner[last]
+        rows0 = table[right.last_cells]
+        table[cells] = -1
+        hits = np.flatnonzero(rows0 >= 0)
+        partner = np.full(len(cells), -1, dtype=np.int32)
+        partner[rows0[hits]] = right.last_rows[hits]
+        rows0 = np.flatnonzero(partner >= 0)
+        return rows0, partner[rows0]
+
+    def _last_of_cells(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        order = np.arange(len(cells), dtype=np.int32)
+        self._table[cells] = order
+        last = np.flatnonzero((self._table[cells] == order) & (cells > 0)).astype(np.int32)
+        self._table[cells] = -1
+        return last, cells[last]
 
     def _cells(self, points: np.ndarray) -> np.ndarray:
         width, height = self._size
-        pixels = np.rint(points)  # half to even
-        x, y = pixels[:, 0], pixels[:, 1]
+        x, y = np.rint(points).T  # half to even
         inside = (x >= -1) & (x <= width) & (y >= -1) & (y <= height)
-        pixels = np.where(inside[:, None], pixels, 0).astype(np.int32)
-        cells = (pixels[:, 1] + 1) * np.int32(width + 2) + (pixels[:, 0] + 2)
-        return np.where(inside, cells, np.int32(0))
+        x, y = (np.where(inside, part, 0).astype(np.int32) for part in (x, y))
+        return np.where(inside, (y + 1) * np.int32(width + 2) + (x + 2), np.int32(0))
 
-    def _near(self, left: np.ndarray, right: _Segment) -> tuple[np.ndarray, np.ndarray]:
+    def _near(self, left: _Link, right: _Segment) -> tuple[np.ndarray, np.ndarray]:
         from scipy.spatial import cKDTree
 
         if right.tree is None:
-            right.tree = cKDTree(right.rows[:, :2])
+            right.tree = cKDTree(right.points0)
         limit = self._options.join_distance
-        distance, partner = right.tree.query(left[:, 2:], distance_upper_bound=limit)
+        points = _take(left.tail.points1, left.last)
+        distance, partner = right.tree.query(points, distance_upper_bound=limit)
         rows = np.flatnonzero(distance < limit)
         # Of several rows nearest to one point the closest stays; of equally close ones the first.
         order = rows[np.lexsort((rows, distance[rows], partner[rows]))]
@@ -294,7 +360,7 @@ class _Joiner:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Chain:
-    rows: np.ndarray  # (n, 4)
+    rows: np.ndarray  # (n, 4) float32
     start: int
     end: int
     hops: int
@@ -370,31 +436,31 @@ class Propagator:
         """Chain segments of the ``level`` smallest steps as far as they go."""
         step, smallest = self.steps[level - 1], self.steps[0]
         segments = deque(_segments(start, target, step))
-        rows: np.ndarray | None = None
+        link: _Link | None = None
         begin = end = hops = 0
         ended = ""  # the first obstacle: shortening only tells how close to it the chain comes
         while segments:
             p, q = segments.popleft()
             candidate = self._candidate(p, q, level)
             if candidate is None:
-                if rows is None:
+                if link is None:
                     continue
                 ended = ended or f"no labels between {p} and {q}"
                 break
-            if rows is None:
-                rows, begin, end, hops = candidate.rows, p, q, 1
+            if link is None:
+                link, begin, end, hops = _Link(candidate, None, candidate, None), p, q, 1
                 continue
-            joined = self._join(rows, candidate)
+            joined = self._join(link, candidate)
             if len(joined) >= self.options.min_joined:
-                rows, end, hops = joined, q, hops + 1
+                link, end, hops = joined, q, hops + 1
                 continue
             ended = ended or f"{len(joined)} labels left at {q}; {self.options.min_joined} needed"
             shorter = (p, q - smallest)
             segments = deque([shorter] if shorter[1] > p else [])
-        if rows is None:
+        if link is None:
             return None
         ended = ended or "the target was reached"
-        return _Chain(rows=rows, start=begin, end=end, hops=hops, ended=ended)
+        return _Chain(rows=link.rows(), start=begin, end=end, hops=hops, ended=ended)
 
     def _candidate(self, p: int, q: int, level: int) -> _Segment | None:
         """Labels of one segment: its own where its length is a step, and those of sub-chains."""
@@ -402,11 +468,11 @@ class Propagator:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        stored = self._stored((p, q)) if q - p == self.steps[level - 1] else []
-        candidate = self._whole(p, q, level - 1) if level > 1 else None
-        if stored:
-            parts = stored if candidate is None else [*stored, candidate.rows]
-            candidate = _Segment(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        parts = self._stored((p, q)) if q - p == self.steps[level - 1] else []
+        whole = self._whole(p, q, level - 1) if level > 1 else None
+        if whole is not None:
+            parts.append(whole)
+        candidate = _Segment.concatenate(parts) if parts else None
         self._keep(key, candidate)
         return candidate
 
@@ -415,21 +481,20 @@ class Propagator:
 
         One that skips a segment or must be shortened cannot be that, so it ends at once.
         """
-        segment: _Segment | None = None
+        link: _Link | None = None
         for left, right in _segments(p, q, self.steps[level - 1]):
             candidate = self._candidate(left, right, level)
             if candidate is None:
                 return None
-            if segment is None:
-                segment = candidate
+            if link is None:
+                link = _Link(candidate, None, candidate, None)
                 continue
-            joined = self._join(segment.rows, candidate)
-            if len(joined) < self.options.min_joined:
+            link = self._join(link, candidate)
+            if len(link) < self.options.min_joined:
                 return None
-            segment = _Segment(joined)
-        return segment
+        return None if link is None else link.segment()
 
-    def _stored(self, pair: Pair) -> list[np.ndarray]:
+    def _stored(self, pair: Pair) -> list[_Segment]:
         try:
             arrays = self.labels[pair]
         except KeyError:
@@ -441,7 +506,7 @@ class Propagator:
                     f"Labels of the frames {pair[0]}, {pair[1]} are not finite rows of x0, y0, x1, "
                     f"y1 (shape {array.shape}): label this pair again."
                 )
-        return rows
+        return [self._join.segment(array) for array in rows]
 
     def _keep(self, key: tuple[int, int, int], segment: _Segment | None) -> None:
         self._kept[key] = segment
@@ -516,7 +581,7 @@ class Labels(Protocol):
 
     @property
     def attrs(self) -> Mapping[str, Any]:
-        """Those of `StoreInfo` by name: ``video``, ``labeller``, ``zoom``, ``steps``, ``size``..."""
+        """Fields of `StoreInfo` by name: ``video``, ``labeller``, ``zoom``, ``steps``, ``size``."""
         ...
 
     def pairs(self) -> np.ndarray:
