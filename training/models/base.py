@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -20,9 +21,12 @@ class TrainingModel(nn.Module, ABC):
 
     Attributes:
         name: of the matcher in the registry that reads ``checkpoint()``.
+        notes: what the matcher must know about the weights beside their values; they stand in
+            checkpoint files under ``gim_hloc.weights.NOTES``.
     """
 
     name: str
+    notes: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def forward(self, batch: PairBatch) -> dict[str, torch.Tensor]:
