@@ -24,14 +24,8 @@ from training_scene import make_pairs
 from gim_hloc.errors import OutputError
 from gim_hloc.training import checkpoints, logs, schedules, validation
 from gim_hloc.training.batch import PairBatch, collate
-from gim_hloc.training.trainer import (
-    NotFiniteError,
-    TrainReport,
-    learning_rate,
-    make_plan,
-    scale_loss,
-    train,
-)
+from gim_hloc.training.optimiser import scale_loss
+from gim_hloc.training.trainer import NotFiniteError, TrainReport, learning_rate, make_plan, train
 
 DRIVER = Path(__file__).with_name("training_driver.py")
 

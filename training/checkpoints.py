@@ -106,6 +106,12 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def clean(folder: Path) -> None:
+    """Delete what processes that were killed while writing left behind."""
+    for path in folder.glob(".*.ckpt.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint of a run, tensors on the processor.
 

@@ -16,8 +16,6 @@ import dataclasses
 import logging
 import os
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,12 +26,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from gim_hloc import weights
 from gim_hloc.errors import GimError, InputError
 from gim_hloc.training import checkpoints, logs, schedules, validation
 from gim_hloc.training.batch import PairBatch, collate
 from gim_hloc.training.checkpoints import Best, Progress
 from gim_hloc.training.config import TrainConfig, dump, write_config
 from gim_hloc.training.loader import EpochLoader, PairData, validation_loader
+from gim_hloc.training.optimiser import Step, make_optimiser, scale_loss
+from gim_hloc.training.processes import (
+    Signals,
+    Together,
+    make_fabric,
+    processes,
+    synchronises,
+)
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -41,9 +48,6 @@ if TYPE_CHECKING:
     from gim_hloc.training.models.base import TrainingModel
 
 logger = logging.getLogger(__name__)
-
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-"""Signals after which a run stores its state and ends; SIGUSR1 is what Slurm can send early."""
 
 
 class NotFiniteError(GimError):
@@ -192,244 +196,12 @@ def train(
         logging.getLogger("gim_hloc").setLevel(logging.ERROR)
     config.check_world(fabric.world_size)
     run = _Run(config, Path(folder), fabric, build=build, data=data, progress=progress)
-    with _Signals() as signals:
+    with Signals() as signals:
         run.signals = signals
         try:
             return run.run()
         finally:
             run.close()
-
-
-# -------------------------------------------------------------------------------------- environment
-
-
-def _under_torchrun() -> bool:
-    return {"LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
-
-
-def processes(config: TrainConfig) -> tuple[str, int, int]:
-    """Return kind of device, processes on each machine, and machines that a run has here."""
-    runtime = config.runtime
-    kind: str = runtime.accelerator
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError("runtime.accelerator is 'cuda', but PyTorch finds no CUDA device here.")
-    if _under_torchrun():
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        return kind, local, int(os.environ["WORLD_SIZE"]) // local
-    if runtime.devices != "auto":
-        return kind, int(runtime.devices), runtime.nodes
-    return kind, torch.cuda.device_count() if kind == "cuda" else 1, runtime.nodes
-
-
-def make_fabric(config: TrainConfig) -> Fabric:
-    """Return Fabric for the machines that a run has.
-
-    Numbers formats are not Fabric's business here: its mixed precision would round the float64
-    matrices of a batch.
-    """
-    try:
-        from lightning.fabric import Fabric
-        from lightning.fabric.strategies import DDPStrategy
-    except ImportError:
-        raise InputError("Training needs Lightning: pip install gim-hloc[train]") from None
-    kind, devices, nodes = processes(config)
-    strategy: Any = "auto"
-    if devices * nodes > 1 or config.runtime.strategy == "ddp":
-        strategy = DDPStrategy(
-            find_unused_parameters=False,
-            gradient_as_bucket_view=True,
-            # With synchronised statistics all processes have the same; else those of process 0
-            # are taken over by the others before every synchronised step.
-            broadcast_buffers=not _sync_batchnorm(config, kind),
-        )
-    return Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=strategy)
-
-
-def _sync_batchnorm(config: TrainConfig, kind: str) -> bool:
-    return config.runtime.sync_batchnorm and kind == "cuda"
-
-
-class _Signals:
-    """Notes a request to stop; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for name in STOP_SIGNALS:
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, _: Any) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class _Together:
-    """Small things that all processes must agree on, over the processors: no GPU waits for it."""
-
-    def __init__(self, fabric: Fabric) -> None:
-        self.world = fabric.world_size
-        self._group: Any = None
-        self._pending: tuple[Any, torch.Tensor] | None = None
-        if self.world > 1:
-            self._group = torch.distributed.new_group(backend="gloo")
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return every process's value, by rank."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self._group)
-        return values
-
-    def ask(self, value: int) -> None:
-        """Begin to find the largest of all processes' numbers, while the step runs."""
-        flag = torch.tensor([value])
-        work = None
-        if self.world > 1:
-            work = torch.distributed.all_reduce(
-                flag, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
-            )
-        self._pending = (work, flag)
-
-    def answer(self) -> int:
-        """Return what `ask` found; 0 if nothing was asked."""
-        if self._pending is None:
-            return 0
-        work, flag = self._pending
-        self._pending = None
-        if work is not None:
-            work.wait()
-        return int(flag)
-
-
-# ---------------------------------------------------------------------------------------- optimiser
-
-
-def make_optimiser(
-    config: TrainConfig, model: TrainingModel, *, fused: bool
-) -> torch.optim.Optimizer:
-    """Return the optimiser of a model's parameter groups, with learning rate 0.
-
-    Raises:
-        InputError: the groups do not hold every trainable parameter exactly once.
-    """
-    groups = [
-        {"params": list(parameters), "factor": float(factor)}
-        for factor, parameters in model.parameter_groups()
-    ]
-    groups = [group for group in groups if group["params"]]
-    grouped = [id(p) for group in groups for p in group["params"]]  # type: ignore[attr-defined]
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    if len(grouped) != len(set(grouped)) or set(grouped) != trainable:
-        raise InputError(
-            f"The parameter groups of {model.name} hold {len(grouped)} parameters, of which "
-            f"{len(set(grouped))} differ; its trainable ones are {len(trainable)}."
-        )
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimiser.name]
-    return kind(
-        groups, lr=0.0, weight_decay=config.optimiser.weight_decay, fused=True if fused else None
-    )
-
-
-class _Statistics:
-    """Running statistics of batch normalisations, to put them back after a step that was skipped.
-
-    The forward pass changes them: without this, one bad batch would leave NaN in them for good.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._live = [
-            buffer
-            for module in model.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            for buffer in module.buffers(recurse=False)
-        ]
-        self._kept = [buffer.clone() for buffer in self._live]
-
-    def keep(self) -> None:
-        """Remember them."""
-        for kept, live in zip(self._kept, self._live, strict=True):
-            kept.copy_(live)
-
-    def restore(self, bad: torch.Tensor | None = None) -> None:
-        """Put them back, or only if ``bad`` (on their device, not read) is not zero."""
-        for kept, live in zip(self._kept, self._live, strict=True):
-            live.copy_(kept if bad is None else torch.where(bad > 0, kept, live))
-
-
-class _Step:
-    """Clips, checks and applies gradients; a step that is not finite leaves everything as it was.
-
-    On CUDA nothing is read back: the fused optimiser is told on the device whether to act, and the
-    counts are read when something is logged.
-    """
-
-    def __init__(
-        self, model: TrainingModel, optimiser: torch.optim.Optimizer, *, clip: float, device: Any
-    ) -> None:
-        self.optimiser = optimiser
-        self.statistics = _Statistics(model)
-        self._parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        self._clip = clip if clip > 0 else float("inf")
-        self._on_device = bool(optimiser.param_groups[0].get("fused")) and device.type == "cuda"
-        # Skipped in all, skipped in a row, and the most of those since the counts were last read.
-        self._counts = torch.zeros(3, device=device)
-        self.norm = torch.zeros((), device=device)
-
-    def restore(self, progress: Progress) -> None:
-        """Set the counts."""
-        row = float(progress.bad_in_row)
-        self._counts = torch.tensor([progress.skipped, row, row], device=self._counts.device)
-
-    def apply(self, lr: float) -> None:
-        """Take an optimiser step with the gradients that are there, and drop them."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["factor"] * lr
-        self.norm = nn.utils.clip_grad_norm_(self._parameters, self._clip).detach()
-        bad = (~torch.isfinite(self.norm)).float()
-        if self._on_device:
-            self.optimiser.grad_scale = None  # type: ignore[attr-defined]
-            self.optimiser.found_inf = bad  # type: ignore[attr-defined]
-            self.optimiser.step()
-            self.statistics.restore(bad)
-        elif bool(bad):
-            self.statistics.restore()
-        else:
-            self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        total, row, most = self._counts.unbind()
-        row = (row + bad) * bad
-        self._counts = torch.stack([total + bad, row, torch.maximum(most, row)])
-
-    def read(self, progress: Progress) -> int:
-        """Bring the counts of a run up to date; returns the longest row since the last time."""
-        total, row, most = (int(v) for v in self._counts.tolist())
-        progress.skipped, progress.bad_in_row = total, row
-        self._counts[2] = self._counts[1]
-        return most
-
-
-def scale_loss(loss: torch.Tensor, share: float) -> torch.Tensor:
-    """Return the loss times its share of an optimiser step; not finite: NaN gradients everywhere.
-
-    So that every process of a distributed run skips the step, and none needs to read a loss.
-    """
-    nan = torch.full_like(loss.detach(), float("nan"))
-    factor = torch.where(torch.isfinite(loss.detach()), torch.full_like(nan, share), nan)
-    return loss * factor
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -454,17 +226,20 @@ class _Run:
         self.device: torch.device = fabric.device
         self.cuda = self.device.type == "cuda"
         self.main = fabric.is_global_zero
-        self.signals = _Signals()
-        self.together = _Together(fabric)
+        self.signals = Signals()
+        self.together = Together(fabric)
         self.progress = Progress()
         self.figures: dict[str, float] = {}
         self.logs: logs.Logs | None = None
         self.clock = logs.Clock()
         self.bar: Any = None
+        self.rate = 0.0  # of the last step
+        self.saved = False  # last.ckpt is of the last step
         self._examples: list[PairBatch] = []
 
         if self.main:
             write_config(config, folder)
+            checkpoints.clean(folder / checkpoints.FOLDER)
         fabric.barrier()
         self.last = folder / checkpoints.FOLDER / checkpoints.LAST
         self.best = Best(folder / checkpoints.FOLDER, config.validation.keep)
@@ -492,7 +267,7 @@ class _Run:
         self._weights(model, state)
         self.model = self._place(model)
         self.optimiser = make_optimiser(config, self.model, fused=self.cuda)
-        self.stepper = _Step(
+        self.stepper = Step(
             self.model, self.optimiser, clip=config.optimiser.clip_norm, device=self.device
         )
         if config.runtime.compile:
@@ -532,7 +307,7 @@ class _Run:
             model.load_checkpoint(trained)
 
     def _place(self, model: TrainingModel) -> TrainingModel:
-        if self.fabric.world_size > 1 and _sync_batchnorm(self.config, self.device.type):
+        if self.fabric.world_size > 1 and synchronises(self.config, self.device.type):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = model.to(self.device)
         if self.cuda and self.config.runtime.channels_last:
@@ -583,6 +358,8 @@ class _Run:
             due = self._validations_due()
             end = progress.window == plan.steps_per_epoch
             if due > progress.validations:
+                if not self.saved:  # validating takes long: a kill meanwhile must cost no steps
+                    self._save()
                 self._validate()
                 progress.validations = due
                 if not end:
@@ -605,7 +382,7 @@ class _Run:
         return 0
 
     def _batches(self) -> Iterator[PairBatch]:
-        start = sum(self.plan.windows[: self.progress.window])
+        start = self.progress.window * self.plan.accumulation
         return self.loader.epoch(self.progress.epoch, start=start)
 
     def _window(self, batches: Iterator[PairBatch], means: logs.Means) -> int | None:
@@ -617,10 +394,11 @@ class _Run:
         """
         progress, plan = self.progress, self.plan
         count = plan.windows[progress.window]
-        first = sum(plan.windows[: progress.window])
+        first = progress.window * plan.accumulation
         sizes = self.loader.sizes[first : first + count]
         pairs = sum(sizes)
         alone = plan.world == 1
+        self.saved = False
         self.stepper.statistics.keep()
         rng = checkpoints.rng_state() if alone and count > 1 else None
         self.together.ask(self.signals.received or 0)
@@ -742,6 +520,7 @@ class _Run:
             )
             checkpoints.save(self.last, content)
             self.best.tidy()
+        self.saved = True
         self.fabric.barrier()
         self.clock.pause()
 
@@ -755,6 +534,7 @@ class _Run:
             "model": self.model.name,
             "config": dump(self.config),
             "figures": dict(self.figures),
+            weights.NOTES: dict(self.model.notes),
         }
         return content
 
