@@ -63,9 +63,10 @@ class BalancedSampler(Sampler[SampleKey]):
             if not np.sum(lengths):
                 raise InputError(f"Source {k} has no pairs.")
             if number < 1 or number % world:
+                nearest = max(1, round(number / world)) * world
                 raise InputError(
                     f"maxlen is {number} for source {k}; with {world} processes it must be a "
-                    f"positive multiple of {world}, such as {max(1, round(number / world)) * world}."
+                    f"positive multiple of {world}, such as {nearest}."
                 )
         if not 0 <= rank < world:
             raise InputError(f"Rank {rank} of {world} does not exist: they count from 0.")
@@ -107,9 +108,8 @@ class BalancedSampler(Sampler[SampleKey]):
         self.set_epoch(int(state["epoch"]), int(state["start"]))
 
     def __iter__(self) -> Iterator[SampleKey]:
-        plan = self.plan()
-        for source, index, seed in plan[self.start :].tolist():
-            yield source, index, seed
+        for row in self.plan()[self.start :].tolist():
+            yield tuple(row)
 
     def plan(self) -> np.ndarray:
         """(N, 3) int64 source, index, seed of all samples of this process in the epoch."""
