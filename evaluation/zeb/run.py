@@ -21,10 +21,11 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from gim_hloc.errors import InputError, OutputError
+from gim_hloc.errors import GimError, InputError, OutputError
 from gim_hloc.evaluation.zeb.datasets import (
     BadLabel,
     ZebPair,
@@ -63,6 +64,8 @@ from gim_hloc.evaluation.zeb.protocol import (
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Matches
 
 logger = logging.getLogger(__name__)
@@ -156,7 +159,11 @@ class RunReport:
         encoded: images encoded now, repetitions included.
         seconds: wall time ``total`` and its parts ``load`` (of matchers), ``encode``, ``match``,
             ``evaluate``; ``read`` and ``write`` beside them. Reading runs ahead in threads, and so
-            does evaluation where there are evaluators: their seconds overlap the others.
+            does evaluation where there are evaluators: their seconds overlap the others. With
+            workers, ``total`` is the wall time of all and the parts are their sums.
+        by_matcher: the same of each matcher; ``total`` is the sum of the workers' wall times.
+        lost: workers that ended before their work, one sentence each.
+        keys: matcher -> name of the folder of its predictions and evaluations.
     """
 
     results: list[SetResult] = field(default_factory=list)
@@ -164,22 +171,37 @@ class RunReport:
     matched: int = 0
     encoded: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    by_matcher: dict[str, dict[str, float]] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 where a pair had a problem that has nothing to do with how well it matches."""
-        return 1 if self.problems else 0
+        """0, or 1 where a pair had a problem that has nothing to do with how well it matches.
+
+        1 as well where a worker was lost.
+        """
+        return 1 if self.problems or self.lost else 0
 
     @property
     def outside(self) -> float:
-        """Share of the wall time that was spent neither in the matcher nor in RANSAC.
+        """Share of the wall time that was spent neither in matchers nor in RANSAC.
 
         Only where evaluation runs in line: with evaluators, times overlap and the share is a lower
         bound.
         """
-        total = self.seconds.get("total", 0.0)
-        inside = sum(self.seconds.get(key, 0.0) for key in ("load", "encode", "match", "evaluate"))
-        return max(0.0, 1 - inside / total) if total > 0 else 0.0
+        return _outside(list(self.by_matcher.values()))
+
+    def outside_of(self, matcher: str) -> float:
+        """As ``outside``, of one matcher."""
+        return _outside([self.by_matcher[matcher]])
+
+
+def _outside(clocks: Sequence[Mapping[str, float]]) -> float:
+    total = sum(clock.get("total", 0.0) for clock in clocks)
+    parts = ("load", "encode", "match", "evaluate")
+    inside = sum(clock.get(part, 0.0) for clock in clocks for part in parts)
+    return max(0.0, 1 - inside / total) if total > 0 else 0.0
 
 
 def run(
@@ -202,12 +224,17 @@ def run(
         OutputError: the folder holds results of these matchers and ``resume`` is off.
         WeightsError: the weights of a matcher cannot be had.
     """
-    root, output = find_root(folder), Path(output)
-    sets = [find_set(name, root) for name in options.sets] or present_sets(root)
+    selections = _selections(folder, options)
     _check_names(options)
     if not options.resume and options.shard[1] == 1:
-        require_unused(output, options.matchers)
-    return run_selections([_select(root, zeb_set, options) for zeb_set in sets], output, options)
+        require_unused(Path(output), options.matchers)
+    return run_selections(selections, output, options)
+
+
+def _selections(folder: str | os.PathLike[str], options: RunOptions) -> list[_ZebSelection]:
+    root = find_root(folder)
+    sets = [find_set(name, root) for name in options.sets] or present_sets(root)
+    return [_select(root, zeb_set, options) for zeb_set in sets]
 
 
 def run_selections(
@@ -232,9 +259,13 @@ def run_selections(
     _check_names(options)
     report = RunReport()
     report.problems += [problem for selection in selections for problem in selection.problems()]
-    clock = _Clock()
-    with clock("total"):
-        for name in options.matchers:
+    if options.shard[0] == 0:  # the labels are the same for all shards
+        for problem in report.problems:
+            logger.warning("%s", problem)
+    start = time.perf_counter()
+    for name in options.matchers:
+        clock = _Clock()
+        with clock("total"):
             overrides = reference_options(name) if options.reference_settings else {}
             with clock("load"):
                 matcher = registry.load(
@@ -248,8 +279,18 @@ def run_selections(
                 _check_estimator(output / _EVALUATIONS / key / protocol.name, protocol)
             for selection in selections:
                 _SetRun(output, key, name, matcher, selection, options, report, clock).run()
-    report.seconds = dict(clock.seconds)
+        report.keys[name] = key
+        report.by_matcher[name] = dict(clock.seconds)
+    report.seconds = {**_add(report.by_matcher.values()), "total": time.perf_counter() - start}
     return report
+
+
+def _add(clocks: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for clock in clocks:
+        for part, value in clock.items():
+            seconds[part] = seconds.get(part, 0.0) + value
+    return seconds
 
 
 def _check_names(options: RunOptions) -> None:
@@ -270,67 +311,203 @@ def run_workers(
     *,
     backend: Backend = "processes",
 ) -> RunReport:
-    """Run with one worker per device, each on its own shard of every set.
+    """Run with one worker per device, each on its own part of every set.
 
     Args:
         folder: as for `run`.
         output: as for `run`; all workers must see it under the same path.
-        options: as for `run`; ``shard`` and ``device`` are set here.
+        options: as for `run`; ``device`` is set here, and a ``shard`` is split further.
         devices: one worker each; the same name twice makes two workers on it.
         backend: "processes" on this machine, or "ray" on the cluster that Ray is connected to.
 
     Returns:
-        The complete results; ``seconds`` has the wall time as ``total`` and the workers' other
-        times added up.
+        The results of all. A worker that died or stopped is named in ``lost``: the others go on,
+        and the same call with ``resume`` matches what it left.
 
     Raises:
         InputError: as `run`; no device; Ray is asked for and not installed.
+        GimError: all workers were lost.
     """
     if not devices:
         raise InputError("No device was named.")
     start = time.perf_counter()
-    if not options.resume:
+    selections = _selections(folder, options)
+    _check_names(options)
+    if not options.resume and options.shard[1] == 1:
         require_unused(Path(output), options.matchers)
+    part, parts = options.shard
+    count = len(devices)
     jobs = [
-        replace(options, device=device, shard=(i, len(devices)), resume=True, progress=False)
+        replace(
+            options,
+            device=device,
+            shard=(part * count + i, parts * count),
+            resume=True,
+            progress=options.progress and i == 0,  # bars of several would overwrite each other
+        )
         for i, device in enumerate(devices)
     ]
-    reports = _MAPS[backend](str(folder), str(output), jobs)
-    # The last word: shards that ended together may each have missed the other's parts.
-    final = run(folder, output, replace(options, device=devices[0], shard=(0, 1), resume=True))
-    final.matched += sum(report.matched for report in reports)
-    final.encoded += sum(report.encoded for report in reports)
-    for report in reports:
-        for key, value in report.seconds.items():
-            final.seconds[key] = final.seconds.get(key, 0.0) + value
-    final.seconds["total"] = time.perf_counter() - start
-    return final
+    # Workers elsewhere have another working directory.
+    ends = _MAPS[backend](str(Path(folder).resolve()), str(Path(output).resolve()), jobs)
+    done = [end for end in ends if isinstance(end, RunReport)]
+    report = RunReport(
+        lost=[
+            f"Worker {i + 1} of {count} on {devices[i]} {end}. What it left is matched when the "
+            "run is resumed."
+            for i, end in enumerate(ends)
+            if not isinstance(end, RunReport)
+        ]
+    )
+    if not done:
+        stopped = next((end for end in ends if isinstance(end, _Stopped)), None)
+        if stopped is not None:
+            raise stopped.error
+        raise GimError(" ".join(report.lost))
+    report.problems += [problem for selection in selections for problem in selection.problems()]
+    for end in done:
+        # Bad labels are known to each of them.
+        report.problems += [problem for problem in end.problems if problem.matcher is not None]
+        report.matched += end.matched
+        report.encoded += end.encoded
+        report.keys.update(end.keys)
+    for name in options.matchers:
+        report.by_matcher[name] = _add(end.by_matcher.get(name, {}) for end in done)
+        for selection in selections:
+            failed = {
+                problem.identifier
+                for problem in report.problems
+                if (problem.matcher, problem.dataset) == (name, selection.name)
+            }
+            report.results += [
+                _assemble(
+                    Path(output), report.keys[name], name, selection, protocol, options, failed
+                )
+                for protocol in options.protocols
+            ]
+    report.seconds = {
+        **_add(report.by_matcher.values()),
+        "total": time.perf_counter() - start,
+    }
+    return report
 
 
-def _map_processes(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[RunReport]:
-    # Not forked: CUDA and the threads of PyTorch do not survive it.
+@dataclass(frozen=True)
+class _Stopped:
+    """A worker that stopped with an error."""
+
+    error: GimError
+
+    def __str__(self) -> str:
+        return f"stopped: {self.error}"
+
+
+@dataclass(frozen=True)
+class _Died:
+    """A worker that ended without a word."""
+
+    how: str
+
+    def __str__(self) -> str:
+        return f"died ({self.how})"
+
+
+_End = RunReport | _Stopped | _Died
+
+
+def _run_job(folder: str, output: str, job: RunOptions) -> _End:
+    """Do one worker's part, in the worker."""
+    try:
+        report = run(folder, output, job)
+    except GimError as error:
+        return _Stopped(error)
+    except Exception as error:  # whatever it is, it must come back as something to be told
+        logger.exception("A worker on %s stopped", job.device)
+        return _Stopped(GimError(_words(error)))
+    report.results.clear()  # as far as this worker saw them; they are collected anew
+    return report
+
+
+def _work(connection: Connection, folder: str, output: str, job: RunOptions, threads: int) -> None:
+    """Body of a local process."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    connection.send(_run_job(folder, output, job))
+
+
+def _map_processes(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[_End]:
+    # Not forked: CUDA and the threads of PyTorch do not survive it. Not a pool: it takes all
+    # processes down when one of them dies.
+    from gim_hloc.engine import usable_cores
+
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(jobs), mp_context=context) as pool:
-        return list(pool.map(run, [folder] * len(jobs), [output] * len(jobs), jobs))
+    processors = sum(_on_processor(job.device) for job in jobs)
+    workers = []
+    ends: list[_End] = []
+    try:
+        for job in jobs:
+            mine, theirs = context.Pipe(duplex=False)
+            # Each would take all cores.
+            shared = _on_processor(job.device) and processors > 1
+            threads = max(1, usable_cores() // processors) if shared else 0
+            process = context.Process(target=_work, args=(theirs, folder, output, job, threads))
+            process.start()
+            theirs.close()  # so that the death of the worker ends the connection
+            workers.append((process, mine))
+        for process, connection in workers:
+            try:
+                ends.append(connection.recv())
+            except EOFError:
+                process.join()
+                ends.append(_Died(_death(process.exitcode)))
+    except BaseException:
+        for process, _ in workers:
+            process.terminate()
+        raise
+    finally:
+        for process, connection in workers:
+            process.join()
+            connection.close()
+    return ends
 
 
-def _map_ray(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[RunReport]:
+def _on_processor(device: str) -> bool:
+    import torch
+
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
+    return f"exit code {code}"
+
+
+def _map_ray(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[_End]:
     try:
         import ray
     except ImportError:
         raise InputError('The backend ray needs Ray: pip install "ray"') from None
     ray.init(ignore_reinit_error=True)
     # Ray shows a worker only the GPUs that it was given, so that all of them call theirs "cuda".
+    # Not tried again by Ray: what kills a worker once, such as too little memory, does it again.
     tasks = [
-        ray.remote(run)
-        .options(num_gpus=int(job.device.startswith("cuda")))
+        ray.remote(_run_job)
+        .options(num_gpus=int(job.device.startswith("cuda")), max_retries=0)
         .remote(
             folder, output, replace(job, device="cuda") if job.device.startswith("cuda") else job
         )
         for job in jobs
     ]
-    reports: list[RunReport] = ray.get(tasks)
-    return reports
+    ends: list[_End] = []
+    for task in tasks:
+        try:
+            ends.append(ray.get(task))
+        except ray.exceptions.RayError as error:
+            ends.append(_Died(_words(error)))
+    return ends
 
 
 _MAPS = {"processes": _map_processes, "ray": _map_ray}
@@ -700,7 +877,7 @@ class _SetRun:
         report: RunReport,
         clock: _Clock,
     ) -> None:
-        self.output, self.name, self.matcher = output, name, matcher
+        self.output, self.key, self.name, self.matcher = output, key, name, matcher
         self.selection, self.options, self.report, self.clock = selection, options, report, clock
         self.pairs = {pair.identifier: pair for pair in selection.pairs}
         self.predictions = output / _PREDICTIONS / key / selection.folder
@@ -732,7 +909,17 @@ class _SetRun:
             logger.warning("%s", problem)
             self.report.problems.append(problem)
         for protocol in self.options.protocols:
-            self.report.results.append(self._assemble(protocol))
+            with self.clock("write"):
+                result = _assemble(
+                    self.output,
+                    self.key,
+                    self.name,
+                    self.selection,
+                    protocol,
+                    self.options,
+                    self.failed,
+                )
+            self.report.results.append(result)
 
     # -- evaluation
 
@@ -881,55 +1068,64 @@ class _SetRun:
                 return [f"cannot be matched ({_words(error)})"]
         return [self._match_batch([pair])[0] for pair in pairs]
 
-    # -- dumps
 
-    def _assemble(self, protocol: Protocol) -> SetResult:
-        """Collect the lines of a set; write its dump once all pairs are there."""
-        with self.clock("write"):
-            records = self._collect(protocol)
-        dump = None
-        complete = len(records) == len(self.pairs) + len(self.selection.bad)
-        if complete and self.selection.dump_name is not None:
-            dump = write_dump(
-                self.output / _DUMPS / protocol.name,
-                Dump(
-                    matcher=self.name,
-                    dataset=self.selection.dump_name,
-                    version=self.options.dump_version,
-                    records=tuple(records.values()),
-                ),
-            )
-        return SetResult(
-            matcher=self.name,
-            dataset=self.selection.name,
-            protocol=protocol.name,
-            pairs=len(self.pairs) + len(self.selection.bad),
-            evaluated=len(records),
-            failures=sum(record.failed for record in records.values()),
-            dump=dump,
-            predictions=self.predictions,
-            records=tuple(records[identifier] for identifier in sorted(records)),
+# ------------------------------------------------------------------------------------------- dumps
+
+
+def _assemble(
+    output: Path,
+    key: str,
+    matcher: str,
+    selection: Selection,
+    protocol: Protocol,
+    options: RunOptions,
+    failed: Iterable[str],
+) -> SetResult:
+    """Collect the lines of a set; write its dump once all pairs are there."""
+    total = len(selection.pairs) + len(selection.bad)
+    records = _collect(output / _EVALUATIONS / key / protocol.name, selection, failed)
+    dump = None
+    if len(records) == total and selection.dump_name is not None:
+        dump = write_dump(
+            output / _DUMPS / protocol.name,
+            Dump(
+                matcher=matcher,
+                dataset=selection.dump_name,
+                version=options.dump_version,
+                records=tuple(records.values()),
+            ),
         )
+    return SetResult(
+        matcher=matcher,
+        dataset=selection.name,
+        protocol=protocol.name,
+        pairs=total,
+        evaluated=len(records),
+        failures=sum(record.failed for record in records.values()),
+        dump=dump,
+        predictions=output / _PREDICTIONS / key / selection.folder,
+        records=tuple(records[identifier] for identifier in sorted(records)),
+    )
 
-    def _collect(self, protocol: Protocol) -> dict[str, DumpRecord]:
-        records: dict[str, DumpRecord] = {}
-        for label in self.selection.bad:
-            records[label.identifier] = DumpRecord(
-                identifier=label.identifier,
-                covisible0=label.covisible0,
-                covisible1=label.covisible1,
-            )
-        for identifier in self.failed:
-            pair = self.pairs[identifier]
-            records[identifier] = DumpRecord(
-                identifier=identifier, covisible0=pair.covisible0, covisible1=pair.covisible1
-            )
-        folder = self.evaluations[protocol]
-        for path in sorted([*folder.glob("*.txt"), *folder.glob("*.some")]):
-            for record in _read_lines(path):
-                if record.identifier in self.pairs:
-                    records[record.identifier] = record
-        return records
+
+def _collect(base: Path, selection: Selection, failed: Iterable[str]) -> dict[str, DumpRecord]:
+    """Records by identifier: of bad labels, of pairs without matches, of what is evaluated."""
+    pairs = {pair.identifier: pair for pair in selection.pairs}
+    without = [*selection.bad, *(pairs[identifier] for identifier in failed)]
+    records = {
+        entry.identifier: DumpRecord(
+            identifier=entry.identifier,
+            covisible0=entry.covisible0,
+            covisible1=entry.covisible1,
+        )
+        for entry in without
+    }
+    folder = base / selection.evaluation_folder
+    for path in sorted([*folder.glob("*.txt"), *folder.glob("*.some")]):
+        for record in _read_lines(path):
+            if record.identifier in pairs:
+                records[record.identifier] = record
+    return records
 
 
 def _read_lines(path: Path) -> list[DumpRecord]:

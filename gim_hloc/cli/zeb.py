@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -65,6 +65,8 @@ class Run:
     """Of that draw."""
     devices: tuple[str, ...] = ("auto",)
     """One worker a device; the same name twice makes two workers on it."""
+    backend: Literal["processes", "ray"] = "processes"
+    """Workers are processes here, or tasks on the cluster that Ray is connected to."""
     shard: str = "0/1"
     """i/N: the i-th of N parts of every set, from 0."""
     resume: bool = False
@@ -311,8 +313,10 @@ def _run(command: Run) -> int:
         resume=command.resume,
         progress=True,
     )
-    if len(command.devices) > 1:
-        report = run_workers(command.folder, command.out, options, command.devices)
+    if len(command.devices) > 1 or command.backend == "ray":
+        report = run_workers(
+            command.folder, command.out, options, command.devices, backend=command.backend
+        )
     else:
         options = dataclasses.replace(options, device=(*command.devices, "auto")[0])
         report = run(command.folder, command.out, options)
@@ -321,8 +325,8 @@ def _run(command: Run) -> int:
 
 
 def _tell(report: RunReport) -> None:
-    for problem in report.problems:
-        logger.warning("%s", problem)
+    for sentence in report.lost:
+        logger.error("%s", sentence)
     for result in report.results:
         sys.stdout.write(
             f"{result.matcher} on {result.dataset} ({result.protocol}): {result.evaluated} of "
@@ -330,10 +334,16 @@ def _tell(report: RunReport) -> None:
             + (f", {result.dump}" if result.dump else "")
             + "\n"
         )
-    parts = ", ".join(f"{key} {value:.1f} s" for key, value in report.seconds.items())
+    for name, seconds in report.by_matcher.items():
+        parts = ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items())
+        sys.stdout.write(
+            f"{name}: {parts}; {report.outside_of(name):.1%} outside matcher and RANSAC\n"
+        )
     sys.stdout.write(
-        f"{report.matched} pairs matched, {report.encoded} images encoded; {parts}; "
-        f"{report.outside:.0%} outside matchers and RANSAC\n"
+        f"{report.matched} pairs matched, {report.encoded} images encoded in "
+        f"{report.seconds['total']:.1f} s, {report.outside:.1%} of it outside matchers and RANSAC"
+        + (f"; {len(report.problems)} problems, named above" if report.problems else "")
+        + "\n"
     )
 
 
