@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ALIKE = 30  # grey levels by which the surroundings of a tracked corner differ at most
 _PROBED = 48  # frames decoded to see whether time stamps are in display order
+_EVEN = 0.1  # share by which the spacing of evenly spaced frames may vary, and of those that do
 _HD_ROWS = 720  # from this height on, untagged videos are taken for BT.709, below for BT.601
 
 
@@ -37,11 +40,13 @@ class Frame:
         index: position in display order.
         time: seconds after the first frame.
         rgb: gives (H, W, 3) uint8, upright, full range.
+        gray: gives (h, w) uint8 reduced to a long side of so many pixels; cheap.
     """
 
     index: int
     time: float
     rgb: Callable[[], np.ndarray]
+    gray: Callable[[int], np.ndarray]
 
 
 class FrameSource(Protocol):
@@ -50,7 +55,7 @@ class FrameSource(Protocol):
     Attributes:
         path: file or folder.
         times: (N,) seconds after the first frame, in display order.
-        fps: mean frame rate by time stamps.
+        fps: frame rate by time stamps, see `measure_fps`.
         size: (width, height) of upright frames in pixels.
         digest: tells whether it is the same video.
         damaged: errors of the decoder and frames it did not give, so far.
@@ -71,6 +76,31 @@ class FrameSource(Protocol):
                 cannot be decoded is replaced by its nearest neighbour in time.
         """
         ...
+
+
+def measure_fps(times: np.ndarray, otherwise: float) -> float:
+    """Frame rate by time stamps.
+
+    Where nearly all frames are evenly spaced, the rate is theirs, so that frames that were lost
+    leave gaps; else it is the mean rate.
+
+    Args:
+        times: (N,) seconds, ascending.
+        otherwise: for videos of one frame.
+    """
+    spacing = np.diff(times)
+    if not len(spacing) or times[-1] <= times[0]:
+        return otherwise
+    usual = float(np.median(spacing))
+    even = np.abs(spacing - usual) <= _EVEN * usual
+    if not even.all() and even.mean() >= 1 - _EVEN:
+        return float(1 / spacing[even].mean())
+    return float(len(spacing) / (times[-1] - times[0]))
+
+
+def grid_length(source: FrameSource) -> int:
+    """Frames on the time grid of a video."""
+    return round(float(source.times[-1]) * source.fps) + 1
 
 
 def on_grid(source: FrameSource, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -114,8 +144,7 @@ class VideoReader:
         else:
             self.times = (self._stamps - self._stamps[0]) * self._unit
         self.size = turned
-        span = float(self.times[-1]) if len(self.times) else 0.0
-        self.fps = (len(self.times) - 1) / span if span > 0 else rate
+        self.fps = measure_fps(self.times, rate)
         self.damaged = 0  # what the probe met is met again
         if self._counting and len(self._stamps):
             logger.warning(
@@ -148,6 +177,7 @@ class VideoReader:
             stream = container.streams.video[0]
             self._unit = float(stream.time_base or 0)
             rate = float(stream.average_rate or stream.guessed_rate or 25)
+            self._aspect = float(stream.sample_aspect_ratio or 1) or 1.0
             digest.update(f"{stream.codec_context.name} {stream.width} {stream.height}".encode())
             try:
                 for packet in container.demux(stream):
@@ -170,7 +200,7 @@ class VideoReader:
         seen: list[int | None] = []
         size = None
         for decoded in self._decode(0):
-            size = size or _upright_size(decoded)
+            size = size or _upright_size(decoded, self._aspect)
             seen.append(decoded.pts)
             if len(seen) >= _PROBED:
                 break
@@ -282,19 +312,18 @@ class VideoReader:
 
     def _frame(self, index: int, place: int, frame: av.VideoFrame) -> Frame:
         time = float(self.times[min(place, len(self.times) - 1)])
-        return Frame(index=index, time=time, rgb=lambda: _to_rgb(frame, self.size))
+        return Frame(
+            index=index,
+            time=time,
+            rgb=lambda: _to_rgb(frame, self.size),
+            gray=lambda max_size: _to_gray(frame, reduced_size(self.size, max_size)),
+        )
 
 
-def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+def _upright_size(frame: av.VideoFrame, aspect: float) -> tuple[int, int]:
     """(width, height) with square pixels, turned as the container says."""
-    width, height = _square(frame)
+    width, height = round(frame.width * aspect), frame.height
     return (height, width) if _quarter_turns(frame) % 2 else (width, height)
-
-
-def _square(frame: av.VideoFrame) -> tuple[int, int]:
-    aspect = getattr(frame, "sample_aspect_ratio", None)  # not offered by every version
-    wide = float(aspect) if aspect else 1.0
-    return (round(frame.width * wide), frame.height) if wide > 0 else (frame.width, frame.height)
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
@@ -312,16 +341,26 @@ def _to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
         space = int(Colorspace.ITU709 if frame.height >= _HD_ROWS else Colorspace.ITU601)
     turns = _quarter_turns(frame)
     width, height = size[::-1] if turns % 2 else size
+    # Without the two flags, results are cut off instead of rounded: a grey level too dark.
+    exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     converted = frame.reformat(
         width=width,
         height=height,
         format="rgb24",
         src_colorspace=space,
         src_color_range=int(frame.color_range) or None,
-        interpolation=Interpolation.BICUBIC,
+        interpolation=exact,
     )
     array = converted.to_ndarray()
     return np.ascontiguousarray(np.rot90(array, turns))
+
+
+def _to_gray(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
+    """(h, w) uint8 luma, for measuring."""
+    turns = _quarter_turns(frame)
+    width, height = size[::-1] if turns % 2 else size
+    array = frame.reformat(width=width, height=height, format="gray", interpolation="AREA")
+    return np.ascontiguousarray(np.rot90(array.to_ndarray(), turns))
 
 
 class ImageSequence:
@@ -361,7 +400,12 @@ class ImageSequence:
         wanted = range(len(self._files)) if indices is None else sorted(set(map(int, indices)))
         for index in wanted:
             array = self._load(self._files[index])
-            yield Frame(index=index, time=float(self.times[index]), rgb=lambda a=array: a)  # type: ignore[misc]
+            yield Frame(
+                index=index,
+                time=float(self.times[index]),
+                rgb=partial(_same, array),
+                gray=partial(_reduced_gray, array),
+            )
 
     def _load(self, path: Path) -> np.ndarray:
         from gim_hloc.images import read_rgb
@@ -374,6 +418,20 @@ class ImageSequence:
                 f"{self.size[0]} x {self.size[1]}: frames of one video have one size."
             )
         return array
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _reduced_gray(rgb: np.ndarray, max_size: int) -> np.ndarray:
+    import cv2
+
+    gray: np.ndarray = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    size = reduced_size((gray.shape[1], gray.shape[0]), max_size)
+    if size != (gray.shape[1], gray.shape[0]):
+        gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+    return gray
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
@@ -590,15 +648,14 @@ def pick_frames(
             return
         report.buckets += 1
         sharpness, frame = best
-        rgb = frame.rgb()
-        gray = _gray(rgb, options.motion_size)
+        gray = frame.gray(options.motion_size)
         motion = math.nan if chosen_gray is None else measure_motion(chosen_gray, gray)
         if motion < options.min_motion:
             report.still += 1
             return
         chosen_gray = gray
         path = out / f"{prefix}_{frame.index:06d}.{options.image_format}"
-        _write_reduced(path, rgb, options)
+        _write_reduced(path, frame.rgb(), options)
         report.frames.append(
             Picked(
                 path=path,
@@ -625,7 +682,7 @@ def pick_frames(
         if bucket != current:
             finish()
             best, current = None, bucket
-        sharpness = measure_sharpness(_gray(frame.rgb(), options.sharpness_size))
+        sharpness = measure_sharpness(frame.gray(options.sharpness_size))
         if best is None or sharpness > best[0]:
             best = sharpness, frame
     finish()
@@ -633,16 +690,6 @@ def pick_frames(
     warn_of_damage(source)
     _write_csv(out / "frames.csv", report.frames)
     return report
-
-
-def _gray(rgb: np.ndarray, max_size: int) -> np.ndarray:
-    import cv2
-
-    gray = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    size = reduced_size((gray.shape[1], gray.shape[0]), max_size)
-    if size != (gray.shape[1], gray.shape[0]):
-        gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
-    return gray
 
 
 def measure_sharpness(gray: np.ndarray) -> float:
@@ -669,10 +716,11 @@ def measure_motion(before: np.ndarray, after: np.ndarray) -> float:
         # Nothing to track: compare the images as a whole.
         return float(np.abs(before.astype(np.float32) - after).mean() > 2.0)
     window = {"winSize": (21, 21), "maxLevel": 4}
-    there, good, _ = cv2.calcOpticalFlowPyrLK(before, after, corners, None, **window)  # type: ignore[call-overload]
+    there, good, error = cv2.calcOpticalFlowPyrLK(before, after, corners, None, **window)  # type: ignore[call-overload]
     back, good_back, _ = cv2.calcOpticalFlowPyrLK(after, before, there, None, **window)  # type: ignore[call-overload]
     closed = np.linalg.norm((back - corners).reshape(-1, 2), axis=1) < 1.0
-    kept = (good.ravel() == 1) & (good_back.ravel() == 1) & closed
+    alike = error.ravel() < _ALIKE
+    kept = (good.ravel() == 1) & (good_back.ravel() == 1) & closed & alike
     if kept.sum() < len(corners) / 5:
         return 1.0
     shift = np.linalg.norm((there - corners).reshape(-1, 2)[kept], axis=1)

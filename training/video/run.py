@@ -30,6 +30,7 @@ from gim_hloc.files import write_atomic
 from gim_hloc.training.video.folder import ImageFormat, VideoFolder, VideoInfo
 from gim_hloc.training.video.frames import (
     FrameSource,
+    grid_length,
     on_grid,
     open_source,
     reduced_size,
@@ -236,7 +237,7 @@ def describe(source: VideoSource, video: FrameSource, options: LabelOptions) -> 
         digest=video.digest,
         size=reduced_size(video.size, options.max_size),
         fps=video.fps,
-        frames=len(video.times),
+        frames=grid_length(video),
         duration=float(video.times[-1]),
         image_format=options.image_format,
         quality=options.quality,

@@ -1,10 +1,10 @@
 """Which frames of a video are looked at, and which of them are paired.
 
 Frames are counted on the video's *time grid*: frame ``n`` is what is shown ``n / fps`` seconds
-after the first frame, ``fps`` being the mean frame rate by time stamps. Where frames are evenly
-spaced, ``n`` is the number of the frame in display order; where they are not, the grid still is
-even in time. The reference counts in the frame rate rounded down, decides in the one rounded up,
-and so drifts by 3 % at 29.97 frames a second.
+after the first frame, ``fps`` being the frame rate by time stamps. Where frames are evenly spaced,
+``n`` is the number of the frame in display order; where they are not, the grid still is even in
+time. The reference counts in the frame rate rounded down, decides in the one rounded up, and so
+drifts by 3 % at 29.97 frames a second.
 """
 
 from __future__ import annotations
