@@ -27,6 +27,7 @@ COMMANDS = (
     "gim-masks",
     "gim-zeb",
     "gim-video",
+    "gim-train",
 )
 
 

@@ -205,6 +205,7 @@ def test_a_run_is_repeatable_and_validation_does_not_change_it(tmp_path: Path) -
         assert_same(read(tmp_path / "one")["state_dict"], read(tmp_path / "other")["state_dict"])
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_workers_change_nothing(tmp_path: Path) -> None:
     run(tmp_path / "none", epochs=2)
     run(tmp_path / "two", epochs=2, **{"data.workers": 2})

@@ -33,6 +33,8 @@ class DataConfig:
     """Sources to learn from: mappings with a type, from the file of --data."""
     valid: tuple[dict[str, Any], ...] = ()
     """Sources to validate on, from the same file."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Settings that all sources of a type get unless they say otherwise: {type: {name: value}}."""
     box: tuple[int, int] = (640, 640)
     """Width and height in pixels of the images that the network sees in training."""
     valid_box: tuple[int, int] | None = None
@@ -184,6 +186,9 @@ class TrainConfig:
             ("data.workers", data.workers, data.workers >= 0, "0 or more"),
             ("data.prefetch", data.prefetch, data.prefetch > 0, "at least 1"),
             ("data.maxlen", data.maxlen, all(n > 0 for n in data.maxlen), "positive"),
+            ("data.defaults", data.defaults,
+             all(isinstance(v, Mapping) for v in data.defaults.values()),
+             "settings by type of source"),
             ("optimiser.lr", optimiser.lr, optimiser.lr > 0, "positive"),
             ("optimiser.min_lr", optimiser.min_lr, 0 <= optimiser.min_lr <= optimiser.lr,
              "between 0 and lr"),

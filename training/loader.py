@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from gim_hloc.errors import InputError
 from gim_hloc.training.batch import PairBatch, collate
+from gim_hloc.training.config import TrainConfig
 
 
 @dataclass(kw_only=True)
@@ -20,29 +23,39 @@ class PairData:
 
     Attributes:
         train: dataset of ``PairSample``s by key.
-        keys: (epoch, rank, world) -> the keys of a process in their order; a function of nothing
-            else, with the same number of keys for every process and epoch.
+        keys: (epoch, rank, world) -> the keys of a process in their order, or an array with a key a
+            row; a function of nothing else, with the same number of keys for every process and
+            epoch.
         valid: dataset of ``PairSample``s by key, the same sample whenever asked; None: none.
         valid_keys: its keys, in the order of the set.
     """
 
     train: Any
-    keys: Callable[[int, int, int], Sequence[Hashable]]
+    keys: Callable[[int, int, int], Sequence[Hashable] | np.ndarray]
     valid: Any = None
     valid_keys: Sequence[Hashable] = ()
 
 
 class _Batches:
-    """Batches of keys, which a loader asks for anew each epoch."""
+    """Batches of keys, which a loader asks for anew each epoch.
 
-    def __init__(self) -> None:
-        self.batches: list[list[Hashable]] = []
+    Args:
+        size: keys of a batch; the last may have fewer.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.keys: Sequence[Hashable] | np.ndarray = ()
+        self.start = 0  # batches to leave out
 
     def __iter__(self) -> Iterator[list[Hashable]]:
-        return iter(self.batches)
+        for first in range(self.start * self._size, len(self.keys), self._size):
+            rows = self.keys[first : first + self._size]
+            # An epoch of the published trainings has millions of keys: tuples are made when needed.
+            yield [tuple(row) for row in rows.tolist()] if isinstance(rows, np.ndarray) else [*rows]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return -(-len(self.keys) // self._size) - self.start
 
 
 class EpochLoader:
@@ -77,7 +90,7 @@ class EpochLoader:
         self._data = data
         self._size = batch_size
         self._rank, self._world = rank, world
-        self._batches = _Batches()
+        self._batches = _Batches(batch_size)
         self._loader = make_loader(
             data.train,
             self._batches,
@@ -87,23 +100,29 @@ class EpochLoader:
             pin=pin,
             persistent=True,
         )
-        self.sizes = [len(batch) for batch in self._epoch(0)]
+        count = len(self._keys(0))
+        self.batches = -(-count // batch_size)
+        self._count = count
 
-    def _epoch(self, epoch: int) -> list[list[Hashable]]:
-        keys = list(self._data.keys(epoch, self._rank, self._world))
-        if not keys:
+    def _keys(self, epoch: int) -> Sequence[Hashable] | np.ndarray:
+        keys = self._data.keys(epoch, self._rank, self._world)
+        if not len(keys):
             raise InputError("The training sources hold no pairs.")
-        return [keys[i : i + self._size] for i in range(0, len(keys), self._size)]
+        return keys
+
+    def pairs(self, first: int, count: int) -> int:
+        """Return the pairs of ``count`` batches of an epoch from the ``first``-th on."""
+        return min((first + count) * self._size, self._count) - first * self._size
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[PairBatch]:
         """Iterate over the batches of an epoch from the ``start``-th on."""
-        batches = self._epoch(epoch)
-        if [len(batch) for batch in batches] != self.sizes:
+        keys = self._keys(epoch)
+        if len(keys) != self._count:
             raise InputError(
-                f"Epoch {epoch} has {sum(map(len, batches))} pairs and the first had "
-                f"{sum(self.sizes)}: the schedule needs epochs of one length."
+                f"Epoch {epoch} has {len(keys)} pairs and the first had {self._count}: a "
+                "schedule needs epochs of one length."
             )
-        self._batches.batches = batches[start:]
+        self._batches.keys, self._batches.start = keys, start
         return iter(self._loader)
 
 
@@ -117,8 +136,7 @@ def validation_loader(
     pin: bool,
 ) -> Iterator[PairBatch]:
     """Iterate over batches of the validation set, given by the indices of their pairs."""
-    keys = _Batches()
-    keys.batches = [[data.valid_keys[index] for index in batch] for batch in batches]
+    keys = [[data.valid_keys[index] for index in batch] for batch in batches]
     loader = make_loader(
         data.valid, keys, seed=seed, workers=workers, prefetch=prefetch, pin=pin, persistent=False
     )
@@ -151,16 +169,82 @@ def make_loader(
     )
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(worker: int) -> None:
+    from gim_hloc.training.data.mixture import init_worker
+
+    init_worker(worker)
     # Ctrl-C and a scheduler's SIGTERM reach every process of the group. The training process
     # finishes its step and stores it; until then it needs its workers, which end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if threaded := _opencv():
-        threaded.setNumThreads(0)
 
 
-def _opencv() -> Any:
-    import sys
+# ------------------------------------------------------------------------------------------ sources
 
-    return sys.modules.get("cv2")
+
+def source_settings(
+    config: TrainConfig, source: Mapping[str, Any], *, split: str
+) -> dict[str, Any]:
+    """Return a source's settings: its own, before those of its type, before the run's.
+
+    Args:
+        config: with the images' box and ``data.defaults``.
+        source: an entry of ``data.train`` or ``data.valid``.
+        split: "train" or "validation".
+    """
+    usual = config.data.defaults.get(str(source.get("type")), {})
+    box = config.data.box
+    if split == "validation" and config.data.valid_box is not None:
+        box = config.data.valid_box
+    settings = {"box": box, "split": split, **usual, **source}
+    augment = {**usual.get("augment", {}), **source.get("augment", {})}
+    return settings | ({"augment": augment} if augment else {})
+
+
+def open_sources(config: TrainConfig, *, failures: Path | None = None) -> PairData:
+    """Open the sources that the settings name.
+
+    Args:
+        config: the run.
+        failures: file that pairs which cannot be used are noted in.
+
+    Raises:
+        InputError: no source is named, or one cannot be opened.
+    """
+    from gim_hloc.training.data import build_source
+    from gim_hloc.training.data.mixture import MixtureDataset
+    from gim_hloc.training.data.sampler import BalancedSampler, FixedSampler
+
+    if not config.data.train:
+        raise InputError("There is nothing to learn from: name sources with --data FILE.")
+
+    def open_all(sources: Sequence[Mapping[str, Any]], split: str) -> Any:
+        noted = {} if failures is None else {"failures": failures}
+        return MixtureDataset(
+            [build_source({**noted, **source_settings(config, s, split=split)}) for s in sources]
+        )
+
+    train = open_all(config.data.train, "train")
+    lengths = train.scene_lengths()
+
+    def keys(epoch: int, rank: int, world: int) -> np.ndarray:
+        largest = max(int(np.sum(scenes)) for scenes in lengths)
+        given = config.data.maxlen or (max(1, largest // world) * world,)
+        sampler = BalancedSampler(
+            lengths,
+            given * len(lengths) if len(given) == 1 else given,
+            rank=rank,
+            world=world,
+            seed=config.seed,
+            resample=config.data.resample,
+        )
+        sampler.set_epoch(epoch)
+        return sampler.plan()
+
+    data = PairData(train=train, keys=keys)
+    if config.data.valid:
+        data.valid = open_all(config.data.valid, "validation")
+        counts = [len(source) for source in data.valid.sources]
+        number = max(counts) if config.data.valid_pairs is None else config.data.valid_pairs
+        data.valid_keys = FixedSampler(counts, max(1, number), seed=config.seed).keys
+    return data

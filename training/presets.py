@@ -61,6 +61,7 @@ _ROMA = TrainConfig(
 )
 _GLUE = TrainConfig(
     model="gim_lightglue",
+    model_options={"keypoints": 2048, "recompute": True},
     epochs=50,
     data=DataConfig(
         box=(1024, 1024), valid_box=(1280, 1280), maxlen=(_MAXLEN,), batch_size=1,
@@ -116,7 +117,7 @@ _SMALL_ROMA = _small(
 )  # fmt: skip
 # The published recipe has no accumulation: 40 pairs a step come from 40 GPUs.
 _SMALL_GLUE = _small(
-    _GLUE, box=(640, 640), batch_size=4, canonical=32, lr=1e-4, min_lr=1e-8, epochs=12,
+    replace(_GLUE, model_options={"keypoints": 1024, "recompute": True}), box=(640, 640), batch_size=4, canonical=32, lr=1e-4, min_lr=1e-8, epochs=12,
     maxlen=16_000, constant_epochs=6,
 )  # fmt: skip
 

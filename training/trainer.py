@@ -32,7 +32,7 @@ from gim_hloc.training import checkpoints, logs, schedules, validation
 from gim_hloc.training.batch import PairBatch, collate
 from gim_hloc.training.checkpoints import Best, Progress
 from gim_hloc.training.config import TrainConfig, dump, write_config
-from gim_hloc.training.loader import EpochLoader, PairData, validation_loader
+from gim_hloc.training.loader import EpochLoader, PairData, open_sources, validation_loader
 from gim_hloc.training.optimiser import Step, make_optimiser, scale_loss
 from gim_hloc.training.processes import (
     Signals,
@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+UNUSABLE = "unusable_pairs.jsonl"
+"""File of a run with the pairs that could not be read or kept too few labels."""
+
+
 class NotFiniteError(GimError):
     """Loss or gradients were not finite for many optimiser steps in a row."""
 
@@ -63,9 +67,7 @@ class Plan:
     world: int  # processes
     batches: int  # micro-batches an epoch of each process
     accumulation: int  # micro-batches of an optimiser step
-    windows: tuple[
-        int, ...
-    ]  # the same for each optimiser step of an epoch; the last may have fewer
+    windows: tuple[int, ...]  # of each optimiser step of an epoch; the last may have fewer
     epochs: int
     warmup: int  # optimiser steps
 
@@ -250,7 +252,9 @@ class _Run:
             else None
         )
         self._configure()
-        self.data = (data or open_data)(config)
+        self.data = data(config) if data else open_sources(config, failures=folder / UNUSABLE)
+        if self.main and not len(self.data.valid_keys):
+            logger.warning("No validation source: only last.ckpt is kept, none is called best.")
         self.loader = EpochLoader(
             self.data,
             batch_size=config.data.batch_size,
@@ -261,7 +265,7 @@ class _Run:
             prefetch=config.data.prefetch,
             pin=self.cuda,
         )
-        self.plan = make_plan(config, batches=len(self.loader.sizes), world=fabric.world_size)
+        self.plan = make_plan(config, batches=self.loader.batches, world=fabric.world_size)
         seed_everything(config.seed)
         model = (build or build_from)(config)
         self._weights(model, state)
@@ -395,8 +399,7 @@ class _Run:
         progress, plan = self.progress, self.plan
         count = plan.windows[progress.window]
         first = progress.window * plan.accumulation
-        sizes = self.loader.sizes[first : first + count]
-        pairs = sum(sizes)
+        pairs = self.loader.pairs(first, count)
         alone = plan.world == 1
         self.saved = False
         self.stepper.statistics.keep()
@@ -681,11 +684,6 @@ def build_from(config: TrainConfig) -> TrainingModel:
     return build_model(config.model, **config.model_options)
 
 
-def open_data(config: TrainConfig) -> PairData:
-    """Open the sources that the settings name."""
-    raise InputError("no data")
-
-
 def describe(config: TrainConfig, *, data: Callable[[TrainConfig], PairData] | None = None) -> str:
     """Open the sources and tell what a run would do, without a model or an image.
 
@@ -703,7 +701,7 @@ def describe(config: TrainConfig, *, data: Callable[[TrainConfig], PairData] | N
     for path in (config.initial, config.weights):
         if path is not None and not path.is_file():
             raise InputError(f"There is no file {path}.")
-    opened = (data or open_data)(config)
+    opened = (data or open_sources)(config)
     pairs = len(opened.keys(0, 0, world))
     batches = -(-pairs // config.data.batch_size)
     plan = make_plan(config, batches=batches, world=world)
