@@ -104,22 +104,47 @@ def _small(
 
 
 _SMALL_LOFTR = _small(
-    _LOFTR, box=(480, 480), batch_size=2, canonical=16, lr=5e-4, min_lr=2.5e-5, epochs=10,
+    _LOFTR,
+    box=(480, 480),
+    batch_size=2,
+    canonical=16,
+    lr=5e-4,
+    min_lr=2.5e-5,
+    epochs=10,
     maxlen=8_000,
-)  # fmt: skip
+)
 _SMALL_DKM = _small(
-    _DKM, box=(448, 336), batch_size=2, canonical=16, lr=3e-4, min_lr=3.75e-5, epochs=10,
+    _DKM,
+    box=(448, 336),
+    batch_size=2,
+    canonical=16,
+    lr=3e-4,
+    min_lr=3.75e-5,
+    epochs=10,
     maxlen=8_000,
-)  # fmt: skip
+)
 _SMALL_ROMA = _small(
-    _ROMA, box=(448, 448), batch_size=2, canonical=16, lr=3e-4, min_lr=3.75e-5, epochs=10,
+    _ROMA,
+    box=(448, 448),
+    batch_size=2,
+    canonical=16,
+    lr=3e-4,
+    min_lr=3.75e-5,
+    epochs=10,
     maxlen=8_000,
-)  # fmt: skip
+)
 # The published recipe has no accumulation: 40 pairs a step come from 40 GPUs.
 _SMALL_GLUE = _small(
-    replace(_GLUE, model_options={"keypoints": 1024, "recompute": True}), box=(640, 640), batch_size=4, canonical=32, lr=1e-4, min_lr=1e-8, epochs=12,
-    maxlen=16_000, constant_epochs=6,
-)  # fmt: skip
+    replace(_GLUE, model_options={"keypoints": 1024, "recompute": True}),
+    box=(640, 640),
+    batch_size=4,
+    canonical=32,
+    lr=1e-4,
+    min_lr=1e-8,
+    epochs=12,
+    maxlen=16_000,
+    constant_epochs=6,
+)
 
 
 def _presets() -> Mapping[str, Preset]:
