@@ -81,6 +81,25 @@ def padding_to_aspect(width: int, height: int, size: tuple[int, int]) -> tuple[i
     return left, new_width - width - left, top, new_height - height - top
 
 
+def matchable(
+    flow: torch.Tensor, here: torch.Tensor, there: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flow within the other image, and which cells may match.
+
+    Args:
+        flow: (H, W, 2) normalised targets in the other image.
+        here: (H, W) bool on the same grid, allowed pixels of the image.
+        there: (h, w) bool on a grid over the other image, likewise.
+
+    Returns:
+        The flow clamped to [-1, 1], and (H, W) bool: from an allowed pixel to an allowed one.
+    """
+    outside = (flow.abs() > 1).any(-1)
+    flow = flow.clamp(-1, 1)
+    target = read_grid(there[..., None].float(), flow.reshape(-1, 2), mode="nearest")
+    return flow, here & (target.view(here.shape) > 0) & ~outside
+
+
 class DenseMatcher(MatcherBase[DenseEncoding]):
     """Base of the matchers that give a warp for every pair."""
 
@@ -227,21 +246,16 @@ class DenseMatcher(MatcherBase[DenseEncoding]):
             flow: (2, H, W, 2) normalised targets, 0 -> 1 and 1 -> 0.
             certainty: (2, H, W) in [0, 1].
         """
-        outside = (flow.abs() > 1).any(-1)
-        flow = flow.clamp(-1, 1)
-        seen = []
+        flows, seen = [], []
         for direction, (here, there) in enumerate(((a, b), (b, a))):
-            height, width = certainty.shape[1:]
-            target = read_grid(
-                there.valid[..., None].float(), flow[direction].reshape(-1, 2), mode="nearest"
-            ).view(height, width)
-            allowed = here.valid & (target > 0) & ~outside[direction]
+            inside, allowed = matchable(flow[direction], here.valid, there.valid)
             if here.black is not None:
                 allowed &= ~here.black
+            flows.append(inside)
             seen.append(torch.where(allowed, certainty[direction], certainty.new_zeros(())))
         return Warp(
-            flow0=flow[0],
-            flow1=flow[1],
+            flow0=flows[0],
+            flow1=flows[1],
             certainty0=seen[0],
             certainty1=seen[1],
             frame0=a.frame,

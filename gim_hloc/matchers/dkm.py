@@ -19,7 +19,7 @@ from gim_hloc.matchers.common import (
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.matchers.registry import describe
 from gim_hloc.networks.dense import Record
-from gim_hloc.networks.dkm import DKM
+from gim_hloc.networks.dkm import DKM, DKMConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def _make(
 
 
 def load_dkm(state: Mapping[str, torch.Tensor], *, path: str, normalise: bool = False) -> DKM:
-    """The network with the weights of a checkpoint.
+    """The network with the weights of a checkpoint, of the widths that these have.
 
     Args:
         state: the checkpoint's tensors, with or without a leading ``model.``; ImageNet's
@@ -91,7 +91,7 @@ def load_dkm(state: Mapping[str, torch.Tensor], *, path: str, normalise: bool = 
     }
     # Made without memory of its own: numbers drawn to be overwritten cost seconds.
     with torch.device("meta"):
-        network = DKM(normalise=normalise)
+        network = DKM(DKMConfig.of(state), normalise=normalise)
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     weights.check_names(shapes, state, path=path, network="DKM")
     network.load_state_dict(state, assign=True)

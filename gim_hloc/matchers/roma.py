@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gim_hloc import weights
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.geometry.warp import Warp
 from gim_hloc.matchers.base import ImageData, ImageOptions, Quality
 from gim_hloc.matchers.common import (
@@ -20,9 +20,9 @@ from gim_hloc.matchers.common import (
 )
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.matchers.registry import describe
-from gim_hloc.networks.dense import resize
-from gim_hloc.networks.dinov2 import PATCH, DINOv2
-from gim_hloc.networks.roma import Features, RoMa
+from gim_hloc.networks.dense import count_modules, resize
+from gim_hloc.networks.dinov2 import HEAD, PATCH, DINOv2
+from gim_hloc.networks.roma import Features, RoMa, RoMaConfig
 
 DINOV2 = "dinov2_vitl14_pretrain.pth"
 _SMALLEST = 8 * PATCH  # px: fewer than 8 x 8 tokens say nothing about where things are
@@ -95,7 +95,7 @@ def _make(
 
 
 def load_roma(state: Mapping[str, torch.Tensor], *, path: str) -> RoMa:
-    """The network with the weights of a checkpoint (leading ``model.`` or not).
+    """The network with the weights of a checkpoint (leading ``model.`` or not), of their widths.
 
     Args:
         state: the checkpoint's tensors; shared with the network, not copied.
@@ -104,16 +104,45 @@ def load_roma(state: Mapping[str, torch.Tensor], *, path: str) -> RoMa:
     Raises:
         WeightsError: names or shapes are not this network's.
     """
+    state = weights.unwrap("gim_roma", state)
     with torch.device("meta"):
-        network = RoMa()
-    return _assign(network, weights.unwrap("gim_roma", state), path)
+        network = RoMa(RoMaConfig.of(state))
+    return _assign(network, state, path)
 
 
 def load_dinov2(state: Mapping[str, torch.Tensor], *, path: str) -> DINOv2:
-    """DINOv2 ViT-L/14 with the weights of Meta's file; see ``load_roma``."""
+    """DINOv2 with the weights of Meta's file; see ``load_roma``.
+
+    RoMa's is ViT-L/14. Another size of the same layout (S, B, or a small one for tests) serves a
+    RoMa that was trained with it.
+    """
+    try:
+        dim, tokens = len(state["patch_embed.proj.weight"]), state["pos_embed"].shape[1]
+        size = {
+            "dim": dim,
+            "depth": count_modules(state, "blocks."),
+            "heads": max(1, dim // HEAD),
+            "side": round((tokens - 1) ** 0.5),
+        }
+    except (KeyError, IndexError):
+        size = {}
     with torch.device("meta"):
-        network = DINOv2()
+        network = DINOv2(**size)
     return _assign(network, state, path)
+
+
+def check_tokens(network: RoMa, dinov2: DINOv2, *, path: str) -> None:
+    """Check that RoMa was trained with a DINOv2 of this size.
+
+    Raises:
+        WeightsError: it was not.
+    """
+    given, wanted = dinov2.cls_token.shape[-1], network.config.tokens
+    if given != wanted:
+        raise WeightsError(
+            f"{path} was trained with a DINOv2 of {wanted} channels, but {DINOV2} has {given}. "
+            "Use the file that it was trained with."
+        )
 
 
 def _assign(network: Any, state: Mapping[str, torch.Tensor], path: str) -> Any:
@@ -180,7 +209,10 @@ class RoMaMatcher(DenseMatcher):
 
     def _networks(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[RoMa, DINOv2]:
         file, dinov2 = self.info.checkpoint
-        return load_roma(states[file], path=file), load_dinov2(states[dinov2], path=dinov2)
+        network = load_roma(states[file], path=file)
+        transformer = load_dinov2(states[dinov2], path=dinov2)
+        check_tokens(network, transformer, path=file)
+        return network, transformer
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == torch.float32:

@@ -14,7 +14,8 @@ processor in blocks of rows that stay in its cache. None of it changes numbers b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -82,10 +83,14 @@ class _Windows:
         corner = (element + top.long() - radius + side) * columns + left.long() - radius + side
         steps = torch.arange(side, device=b.device) * columns
         self.starts = corner.reshape(-1, 1) + steps  # of every row of every window
-        # Rows of a window are contiguous: one gather per row instead of one per pixel.
-        self.rows = padded.contiguous().as_strided(
-            (batch * rows * columns - side + 1, side * channels), (channels, 1)
-        )
+        pixels = padded.reshape(-1, channels)
+        if torch.is_grad_enabled() and b.requires_grad:
+            # Pixel by pixel: the gradient of overlapping rows would need all of them at once.
+            self.starts = (self.starts[..., None] + torch.arange(side, device=b.device)).flatten(1)
+            self.rows = pixels
+        else:
+            # Rows of a window are contiguous: one gather per row instead of one per pixel.
+            self.rows = pixels.as_strided((len(pixels) - side + 1, side * channels), (channels, 1))
         self.channels = channels
         budget = _GATHER_BYTES.get(b.device.type, _GATHER_BYTES["cuda"])
         self.step = max(1, budget // (side * side * channels * b.element_size()))
@@ -156,6 +161,69 @@ def warp_features(b: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
         found = torch.bmm(weights[:, None].to(b.dtype), windows.gather(start))
         out[start : start + windows.step] = found[:, 0]
     return out.view(len(b), *flow.shape[-2:], -1).permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch normalisation uses a batch's statistics without adding them to the running ones."""
+    kept = [
+        (m, m.momentum, m.num_batches_tracked, m.num_batches_tracked.clone())
+        for m in module.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.num_batches_tracked is not None
+    ]
+    try:
+        for norm, *_ in kept:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum, count, before in kept:
+            norm.momentum = momentum
+            count.copy_(before)
+
+
+def recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module, keep its inputs only, and compute the rest again for the gradients.
+
+    Other than with ``torch.utils.checkpoint`` alone, running statistics see each batch once.
+    """
+    return checkpoint(
+        module,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing here is random
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)),
+        **kwargs,
+    )
+
+
+def refiner_shapes(
+    state: Mapping[str, torch.Tensor], features: Mapping[int, int], multiplier: Mapping[int, int]
+) -> tuple[dict[int, int], dict[int, int], int]:
+    """Widths of the refiners of a checkpoint.
+
+    Args:
+        state: names and tensors, prefixes taken off.
+        features: channels of each image's features by stride.
+        multiplier: of the channels inside, by stride; 1 where none is given.
+
+    Returns:
+        Channels of the displacement's embedding by stride, radii of the local correlation by stride
+        (where there is one), and the number of hidden blocks.
+    """
+    embedding, radius = {}, {}
+    for stride, channels in features.items():
+        name = f"decoder.conv_refiner.{stride}"
+        embedding[stride] = len(state[f"{name}.disp_emb.weight"])
+        inputs = state[f"{name}.out_conv.weight"].shape[1] // multiplier.get(stride, 1)
+        window = inputs - 2 * channels - embedding[stride]
+        if window > 0:
+            radius[stride] = (round(window**0.5) - 1) // 2
+    return embedding, radius, count_modules(state, "decoder.conv_refiner.1.hidden_blocks.")
+
+
+def count_modules(state: Mapping[str, torch.Tensor], prefix: str) -> int:
+    """How many numbers follow a prefix in the names of a checkpoint."""
+    return len({k[len(prefix) :].partition(".")[0] for k in state if k.startswith(prefix)})
 
 
 class GaussianProcess(nn.Module):

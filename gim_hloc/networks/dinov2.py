@@ -12,6 +12,7 @@ from torch import nn
 from gim_hloc.networks.dense import Record
 
 PATCH = 14  # side of a token, px
+HEAD = 64  # channels of a head of an attention, in all published sizes
 _POSITION_OFFSET = 0.1  # added to the number of tokens when the position table is resized
 
 
@@ -120,7 +121,7 @@ def resize_positions(table: torch.Tensor, height: int, width: int) -> torch.Tens
 
 
 class DINOv2(nn.Module):
-    """ViT-L/14 without registers, up to its last layer norm.
+    """ViT-L/14 (or another size) without registers, up to its last layer norm.
 
     Args:
         dim: channels of a token.

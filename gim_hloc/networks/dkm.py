@@ -10,7 +10,8 @@ pass repeats strides 8 to 1 on larger images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,24 +23,76 @@ from gim_hloc.networks.dense import (
     GaussianProcess,
     Record,
     attenuated_certainty,
+    count_modules,
+    recomputed,
     refine,
+    refiner_shapes,
     resize,
 )
-from gim_hloc.networks.resnet import ResNet50
+from gim_hloc.networks.resnet import BLOCKS, ResNet50
 
-_CONTEXT = 384  # channels that the coarse decoder hands from stride to stride
+STRIDES = (32, 16, 8, 4, 2, 1)
+_REFINED = (16, 8, 4, 2, 1)
+_MULTIPLIER = {1: 2}  # of the channels inside the refiner at stride 1
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 Features = Mapping[str, torch.Tensor]
 """``"pass/stride"`` -> (B, C, h, w), and ``"gp/stride"`` -> (B, h w, 256) in float32."""
 
 
+Read = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""Stride -> features of the images asked about, and of the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DKMConfig:
+    """Widths of the network, by stride where there are several."""
+
+    stem: int = 64  # channels of the encoder at stride 2; 4, 8, 16 and 32 times that follow
+    blocks: tuple[int, int, int, int] = BLOCKS  # of the encoder's layers
+    projected: int = 512  # channels that the Gaussian processes compare
+    reduced: int = 256  # of them, channels that the coarse decoder sees
+    position: int = 256  # channels of the Gaussian processes' answer
+    context: int = 384  # channels that the coarse decoder hands from stride to stride
+    displacement: Mapping[int, int] = field(
+        default_factory=lambda: {16: 128, 8: 64, 4: 32, 2: 16, 1: 6}
+    )
+    radius: Mapping[int, int] = field(default_factory=lambda: {16: 7, 8: 3, 4: 2})
+    hidden: int = 8  # blocks of a refiner after its first
+
+    @property
+    def features(self) -> dict[int, int]:
+        """Channels that the refiners compare, by stride."""
+        n = self.stem
+        return {16: self.projected, 8: 8 * n, 4: 4 * n, 2: n, 1: 3}
+
+    @classmethod
+    def of(cls, state: Mapping[str, torch.Tensor]) -> DKMConfig:
+        """Widths of a checkpoint, prefixes taken off; the published ones if names are missing."""
+        try:
+            coarse = "decoder.embedding_decoder"
+            first = cls(
+                stem=len(state["encoder.net.conv1.weight"]),
+                blocks=tuple(  # type: ignore[arg-type]
+                    count_modules(state, f"encoder.net.layer{layer}.") for layer in range(1, 5)
+                ),
+                projected=len(state["decoder.proj.16.weight"]),
+                reduced=len(state[f"{coarse}.feat_input_modules.16.weight"]),
+                position=len(state["decoder.gps.16.pos_conv.weight"]),
+                context=state[f"{coarse}.terminal_module.16.weight"].shape[1],
+            )
+            displacement, radius, hidden = refiner_shapes(state, first.features, _MULTIPLIER)
+        except (KeyError, IndexError):
+            return cls()
+        return replace(first, displacement=displacement, radius=radius, hidden=hidden)
+
+
 class Encoder(nn.Module):
     """ResNet-50 without its classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: DKMConfig) -> None:
         super().__init__()
-        self.net = ResNet50()
+        self.net = ResNet50(width=config.stem, blocks=config.blocks)
 
     def forward(self, x: torch.Tensor, *, layers: int = 4) -> dict[int, torch.Tensor]:
         """Features by stride: 1 (the image itself), 2, 4, ... up to ``layers`` layers."""
@@ -75,17 +128,18 @@ class _ChannelAttention(nn.Module):
 class EmbeddingDecoder(nn.Module):
     """Reads flow and certainty off the Gaussian process' answer, at strides 32 and 16."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: DKMConfig) -> None:
         super().__init__()
 
         def at_both(module: type[nn.Module], *arguments: int) -> nn.ModuleDict:
             return nn.ModuleDict({str(stride): module(*arguments) for stride in (32, 16)})
 
-        self.feat_input_modules = at_both(nn.Conv2d, 512, 256, 1)
-        self.rrb_d = at_both(_ResidualBlock, 512, _CONTEXT)
-        self.cab = at_both(_ChannelAttention, _CONTEXT)
-        self.rrb_u = at_both(_ResidualBlock, _CONTEXT, _CONTEXT)
-        self.terminal_module = at_both(nn.Conv2d, _CONTEXT, 3, 1)
+        context = config.context
+        self.feat_input_modules = at_both(nn.Conv2d, config.projected, config.reduced, 1)
+        self.rrb_d = at_both(_ResidualBlock, config.reduced + config.position, context)
+        self.cab = at_both(_ChannelAttention, context)
+        self.rrb_u = at_both(_ResidualBlock, context, context)
+        self.terminal_module = at_both(nn.Conv2d, context, 3, 1)
 
     def forward(
         self, answer: torch.Tensor, features: torch.Tensor, context: torch.Tensor, stride: int
@@ -93,7 +147,7 @@ class EmbeddingDecoder(nn.Module):
         """Flow (B, 2, h, w), certainty logits (B, 1, h, w) and the context for the next stride.
 
         Args:
-            answer: (B, 256, h, w) of the Gaussian process.
+            answer: (B, 256, h, w) of the Gaussian process (channels as published; ``DKMConfig``).
             features: (B, 512, h, w) of the image that is asked about.
             context: (B, 384, ., .) from the stride before; zeros at first.
             stride: 32 or 16.
@@ -110,20 +164,28 @@ class EmbeddingDecoder(nn.Module):
 class Decoder(nn.Module):
     """Everything behind the encoder."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: DKMConfig) -> None:
         super().__init__()
-        self.embedding_decoder = EmbeddingDecoder()
-        self.gps: Any = nn.ModuleDict({"32": GaussianProcess(256), "16": GaussianProcess(256)})
+        self.embedding_decoder = EmbeddingDecoder(config)
+        self.gps: Any = nn.ModuleDict(
+            {str(stride): GaussianProcess(config.position) for stride in (32, 16)}
+        )
         self.proj: Any = nn.ModuleDict(
-            {"16": nn.Conv2d(1024, 512, 1), "32": nn.Conv2d(2048, 512, 1)}
+            {
+                str(stride): nn.Conv2d(stride * config.stem, config.projected, 1)
+                for stride in (16, 32)
+            }
         )
         self.conv_refiner: Any = nn.ModuleDict(
             {
-                "16": ConvRefiner(features=512, embedding=128, radius=7),
-                "8": ConvRefiner(features=512, embedding=64, radius=3),
-                "4": ConvRefiner(features=256, embedding=32, radius=2),
-                "2": ConvRefiner(features=64, embedding=16),
-                "1": ConvRefiner(features=3, embedding=6, multiplier=2),
+                str(stride): ConvRefiner(
+                    features=config.features[stride],
+                    embedding=config.displacement[stride],
+                    radius=config.radius.get(stride, 0),
+                    hidden=config.hidden,
+                    multiplier=_MULTIPLIER.get(stride, 1),
+                )
+                for stride in _REFINED
             }
         )
 
@@ -132,14 +194,16 @@ class DKM(nn.Module):
     """Dense matching of image pairs, both ways.
 
     Args:
+        config: widths.
         normalise: subtract ImageNet's mean and divide by its deviation. Upstream's checkpoints want
             it, GIM's want plain [0, 1].
     """
 
-    def __init__(self, *, normalise: bool = False) -> None:
+    def __init__(self, config: DKMConfig | None = None, *, normalise: bool = False) -> None:
         super().__init__()
-        self.encoder = Encoder()
-        self.decoder = Decoder()
+        self.config = config or DKMConfig()
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
         self.normalise = normalise
 
     def encode(
@@ -165,10 +229,7 @@ class DKM(nn.Module):
             See ``Features``.
         """
         record = record or _ignore
-        images = images.float()
-        if self.normalise:
-            mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _STD))
-            images = (images - mean) / std
+        images = self._normalised(images)
         held: dict[str, torch.Tensor] = {}
         autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
         with autocast:
@@ -185,6 +246,13 @@ class DKM(nn.Module):
                 pyramid = self.encoder(resize(images, upsample_size), layers=2)
                 self._hold(held, 1, pyramid, dtype, record)
         return held
+
+    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.float()
+        if self.normalise:
+            mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _STD))
+            images = (images - mean) / std
+        return images
 
     @staticmethod
     def _hold(
@@ -221,25 +289,14 @@ class DKM(nn.Module):
         record = record or _ignore
 
         sizes = [_size(a[f"{number}/1"]) for number in (0, 1) if f"{number}/1" in a]
-        # The answer at stride 32 depends on features alone; stride 16 replaces its flow.
-        context = a["0/32"].new_zeros(1, _CONTEXT, 1, 1)
-        for stride in (32, 16):
-            here, there = _both(a, b, f"0/{stride}")
-            factors = both_factors(a[f"gp/{stride}"], b[f"gp/{stride}"], shared=shared_factor)
-            answer = self.decoder.gps[str(stride)](here, there, factors)
-            if stride == 32:
-                context = context.expand(len(here), -1, -1, -1)
-            flow, certainty, context = self.decoder.embedding_decoder(answer, here, context, stride)
-            record(f"gp{stride}", answer)
-            record(f"dfn{stride}_flow", flow)
-            record(f"dfn{stride}_certainty", certainty)
-            record(f"dfn{stride}_context", context)
-            if stride == 32:
-                record("pass0_flow32", flow)
-                record("pass0_cert32", certainty)
+        flow, certainty = self._coarse(
+            lambda stride: _both(a, b, f"0/{stride}"),
+            lambda stride: both_factors(a[f"gp/{stride}"], b[f"gp/{stride}"], shared=shared_factor),
+            record,
+        )[16]
         doubt = certainty
         for number, size in enumerate(sizes):
-            for stride in (16, 8, 4, 2, 1):
+            for stride in _REFINED:
                 if stride == 16 and number == 1:
                     continue
                 here, there = _both(a, b, f"{number}/{stride}")
@@ -269,6 +326,77 @@ class DKM(nn.Module):
         certainty = attenuated_certainty(certainty, doubt)[:, 0]
         return flow.permute(0, 2, 3, 1).unflatten(0, (2, -1)), certainty.unflatten(0, (2, -1))
 
+    def match_scales(
+        self, images0: torch.Tensor, images1: torch.Tensor, *, recompute: bool = False
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Match 0 -> 1 in one pass and give the answers of all strides, with gradients.
+
+        Features carry gradients; positions do not pass them on, neither from stride to stride nor
+        into the refiners, which see where the flow points as a fact: each stride learns to improve
+        what it is given.
+
+        Args:
+            images0: (B, 3, H, W) in [0, 1].
+            images1: likewise. Both go through the encoder as one batch, so that its batch
+                normalisation has the statistics of both.
+            recompute: trade time for memory, see ``dense.recomputed``.
+
+        Returns:
+            Stride -> flow (B, 2, h, w), normalised targets, and certainty logits (B, 1, h, w), both
+            float32; strides from 32 to 1.
+        """
+        call = recomputed if recompute else _call
+        images = self._normalised(torch.cat([images0, images1]))
+        pyramid = call(self.encoder, images)
+        for stride in (32, 16):
+            pyramid[stride] = self.decoder.proj[str(stride)](pyramid[stride]).float()
+        pairs = {stride: features.chunk(2) for stride, features in pyramid.items()}
+        # As at inference, strides that a linear system is solved at know float32 only.
+        with torch.autocast(images.device.type, enabled=False):
+            scales = self._coarse(
+                lambda stride: pairs[stride],
+                lambda stride: self.decoder.gps[str(stride)].factor(pairs[stride][1]),
+                _ignore,
+            )
+        flow, certainty = scales[16]
+        for stride in _REFINED:
+            here, there = pairs[stride]
+            if stride != 16:
+                flow, certainty = (resize(x.detach(), _size(here)) for x in scales[2 * stride])
+            delta, change = call(self.decoder.conv_refiner[str(stride)], here, there, flow.detach())
+            flow = refine(flow, delta, stride=stride, size=_size(images))
+            scales[stride] = flow, certainty + change
+        return scales
+
+    def _coarse(
+        self, read: Read, factor: Callable[[int], torch.Tensor], record: Record
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Flow and certainty logits of the coarse decoder.
+
+        The answer at stride 32 depends on features alone; stride 16 replaces its flow.
+
+        Args:
+            read: features by stride.
+            factor: what the other images contribute to the Gaussian process, by stride.
+            record: given intermediate results by name.
+        """
+        answers = {}
+        for stride in (32, 16):
+            here, there = read(stride)
+            if stride == 32:
+                context = here.new_zeros(len(here), self.config.context, 1, 1)
+            answer = self.decoder.gps[str(stride)](here, there, factor(stride))
+            flow, certainty, context = self.decoder.embedding_decoder(answer, here, context, stride)
+            answers[stride] = flow, certainty
+            record(f"gp{stride}", answer)
+            record(f"dfn{stride}_flow", flow)
+            record(f"dfn{stride}_certainty", certainty)
+            record(f"dfn{stride}_context", context)
+            if stride == 32:
+                record("pass0_flow32", flow)
+                record("pass0_cert32", certainty)
+        return answers
+
     def compile_parts(self) -> None:
         """Compile the refiners for inference; see ``ConvRefiner.compile``."""
         for refiner in self.decoder.conv_refiner.values():
@@ -295,6 +423,10 @@ def _both(a: Features, b: Features, key: str) -> tuple[torch.Tensor, torch.Tenso
 
 def _size(x: torch.Tensor) -> tuple[int, int]:
     return int(x.shape[-2]), int(x.shape[-1])
+
+
+def _call(module: nn.Module, *args: Any) -> Any:
+    return module(*args)
 
 
 def _ignore(_: str, __: torch.Tensor) -> None:

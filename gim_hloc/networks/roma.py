@@ -20,7 +20,10 @@ from gim_hloc.networks.dense import (
     GaussianProcess,
     Record,
     attenuated_certainty,
+    count_modules,
+    recomputed,
     refine,
+    refiner_shapes,
     resize,
 )
 from gim_hloc.networks.dinov2 import Block
@@ -29,6 +32,7 @@ from gim_hloc.networks.vgg import VGG19, conv_norm
 Features = dict[str, torch.Tensor]
 
 STRIDES = (16, 8, 4, 2, 1)  # of the features; "16" is DINOv2's, really 14
+HEAD = 128  # channels of a head of the coarse transformer
 _DISPLACEMENT_SCALE = 40 / 32  # of the displacements that refiners see
 
 
@@ -47,8 +51,35 @@ class RoMaConfig:
     radius: Mapping[int, int] = field(default_factory=lambda: {16: 7, 8: 3, 4: 2})
     position: int = 512  # channels of the Gaussian process
     blocks: int = 5  # of the coarse transformer
-    heads: int = 8  # of each of its attentions
+    heads: int = 8  # of each of its attentions; the channels of one are not in a checkpoint: HEAD
     anchors: int = 64  # on a side of the grid of classes
+    hidden: int = 8  # blocks of a refiner after its first
+
+    @classmethod
+    def of(cls, state: Mapping[str, torch.Tensor]) -> RoMaConfig:
+        """Widths of a checkpoint, prefixes taken off; the published ones if names are missing."""
+        coarse = "decoder.embedding_decoder"
+        layers = {1: 0, 2: 7, 4: 14, 8: 27}  # the first convolution of each stride
+        try:
+            projected = {s: len(state[f"decoder.proj.{s}.0.weight"]) for s in STRIDES}
+            position = len(state["decoder.gps.16.pos_conv.weight"])
+            displacement, radius, hidden = refiner_shapes(state, projected, {})
+            return cls(
+                tokens=state["decoder.proj.16.0.weight"].shape[1],
+                vgg=tuple(  # type: ignore[arg-type]
+                    len(state[f"encoder.cnn.layers.{i}.weight"]) for i in layers.values()
+                ),
+                projected=projected,
+                displacement=displacement,
+                radius=radius,
+                position=position,
+                blocks=count_modules(state, f"{coarse}.blocks."),
+                heads=max(1, (position + projected[16]) // HEAD),
+                anchors=round((len(state[f"{coarse}.to_out.weight"]) - 1) ** 0.5),
+                hidden=hidden,
+            )
+        except (KeyError, IndexError):
+            return cls()
 
 
 class CoarseTransformer(nn.Module):
@@ -135,6 +166,7 @@ class Decoder(nn.Module):
                     features=config.projected[stride],
                     embedding=config.displacement[stride],
                     radius=config.radius.get(stride, 0),
+                    hidden=config.hidden,
                     certainty_first=False,
                     momentum=0.01,
                 )
@@ -162,9 +194,9 @@ class RoMa(nn.Module):
 
     def __init__(self, config: RoMaConfig | None = None) -> None:
         super().__init__()
-        config = config or RoMaConfig()
-        self.encoder: Any = nn.ModuleDict({"cnn": VGG19(config.vgg)})
-        self.decoder = Decoder(config)
+        self.config = config or RoMaConfig()
+        self.encoder: Any = nn.ModuleDict({"cnn": VGG19(self.config.vgg)})
+        self.decoder = Decoder(self.config)
 
     def encode(
         self,
@@ -253,6 +285,61 @@ class RoMa(nn.Module):
         certainty = attenuated_certainty(certainty, coarse_certainty)[:, 0]
         return flow.permute(0, 2, 3, 1).unflatten(0, (2, -1)), certainty.unflatten(0, (2, -1))
 
+    def match_scales(
+        self,
+        tokens: torch.Tensor,
+        images: torch.Tensor,
+        *,
+        recompute: bool = False,
+    ) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]:
+        """Match 0 -> 1 in one pass and give the answers of all strides, with gradients.
+
+        Features carry gradients; positions and certainties do not pass them on from stride to
+        stride, nor from the classes to the refiners.
+
+        Args:
+            tokens: (2 B, C, h, w) DINOv2's of the images.
+            images: (2 B, 3, H, W) in [0, 1], the images 0 before the images 1. One batch, so that
+                batch normalisation has the statistics of both.
+            recompute: trade time for memory, see ``dense.recomputed``.
+
+        Returns:
+            Stride -> flow (B, 2, h, w), normalised targets, and certainty logits (B, 1, h, w), both
+            float32, strides from 16 to 1; and logits of the classes (B, anchors ** 2, h, w) with
+            the certainty logits (B, 1, h, w) that come with them.
+        """
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return recomputed(module, *args, **kwargs) if recompute else module(*args, **kwargs)
+
+        tokens = call(self.decoder.proj["16"], tokens)
+        here, there = tokens.chunk(2)
+        position = self.decoder.gps["16"](here, there)
+        classes, certainty = call(self.decoder.embedding_decoder, position, here, record=None)
+        coarse = classes.float(), certainty.float()
+        flow, certainty = flow_of_classes(coarse[0].detach()), coarse[1].detach()
+        features = {16: (here, there)}
+        for stride, x in reversed(list(call(_Stages(self.encoder["cnn"]), images).items())):
+            first, second = call(self.decoder.proj[str(stride)], x).chunk(2)
+            features[stride] = first, second
+        scales = {}
+        for stride in STRIDES:
+            x, y = features[stride]
+            flow, certainty = (resize(value.detach(), _size(x)) for value in (flow, certainty))
+            step, change = call(
+                self.decoder.conv_refiner[str(stride)],
+                x,
+                y,
+                flow,
+                displacement_scale=_DISPLACEMENT_SCALE,
+            )
+            flow, certainty = (
+                refine(flow, step, stride=stride, size=_size(images)),
+                certainty + change,
+            )
+            scales[stride] = flow, certainty
+        return scales, coarse
+
     def compile_parts(self) -> None:
         """Compile what every pair runs, in place; names of weights stay as they are."""
         self.decoder.embedding_decoder.compile()
@@ -275,6 +362,17 @@ class RoMa(nn.Module):
             record("gm_certainty", certainty)
             record("gm_flow", flow)
         return flow, certainty
+
+
+class _Stages(nn.Module):
+    """All features of a VGG at once."""
+
+    def __init__(self, vgg: VGG19) -> None:
+        super().__init__()
+        self.vgg = vgg
+
+    def forward(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
+        return dict(self.vgg.stages(images))
 
 
 def _size(x: torch.Tensor) -> tuple[int, int]:
