@@ -84,8 +84,8 @@ def _intrinsics(model: str, params: tuple[float, ...], path: Path) -> np.ndarray
         focal_x, focal_y = params[:2]
     else:
         raise InputError(
-            f"{path} has cameras with distortion ({model}); undistort the images first, for example "
-            "with `colmap image_undistorter`."
+            f"{path} has cameras with distortion ({model}); undistort the images first, for "
+            "example with `colmap image_undistorter`."
         )
     # COLMAP's principal point counts from the corner of the first pixel.
     x, y = params[-2] - 0.5, params[-1] - 0.5
