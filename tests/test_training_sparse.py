@@ -103,6 +103,19 @@ def test_a_batch_of_two_is_the_mean_of_two_batches_of_one(name: str, labels: boo
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_half_precision_gives_nearly_the_same(name: str) -> None:
+    model = make(name).eval()
+    batch = collate([scene()[0], scene(True)[1]])
+    expected, wanted = gradients(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, half = gradients(model, batch)
+    assert found != expected
+    assert found == pytest.approx(expected, rel=0.02)
+    a, b = (torch.cat([g.flatten() for g in parts]) for parts in (wanted, half))
+    assert float(torch.cosine_similarity(a, b, 0)) > 0.9
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_trainable_parameter_is_in_one_group(name: str) -> None:
     model = make(name)
     grouped = [p for _, group in model.parameter_groups() for p in group]

@@ -231,19 +231,21 @@ class LightGlueTraining(TrainingModel):
         key = self.cache.key(image, valid)
         if (found := self.cache.get(key, image.device)) is not None:
             return found
-        seen = self._seen(image)
-        if seen.amax() - seen.amin() < 1 / 255:
-            # Networks that normalise each image find keypoints in nothing, at the border.
-            xy = image.new_empty(0, 2)
-            points = Points(xy, image.new_empty(0, self.glue.sizes["input_dim"]))
-        else:
-            xy, descriptors, _ = self.detector.detect_and_describe(
-                seen,
-                max_keypoints=self.keypoints,
-                mask=None if bool(valid.all()) else valid,
-                **self.options,
-            )
-            points = _rounded(xy, descriptors)
+        # As at test: detectors run in full precision.
+        with torch.autocast(image.device.type, enabled=False):
+            seen = self._seen(image)
+            if seen.amax() - seen.amin() < 1 / 255:
+                # Networks that normalise each image find keypoints in nothing, at the border.
+                xy = image.new_empty(0, 2)
+                points = Points(xy, image.new_empty(0, self.glue.sizes["input_dim"]))
+            else:
+                xy, descriptors, _ = self.detector.detect_and_describe(
+                    seen,
+                    max_keypoints=self.keypoints,
+                    mask=None if bool(valid.all()) else valid,
+                    **self.options,
+                )
+                points = _rounded(xy, descriptors)
         self.cache.put(key, points)
         return points
 
@@ -255,7 +257,8 @@ class LightGlueTraining(TrainingModel):
             return found
         if not len(xy):
             return Points(xy, image.new_empty(0, self.glue.sizes["input_dim"]))
-        points = _rounded(xy, self.detector.describe_points(self._seen(image), xy))
+        with torch.autocast(image.device.type, enabled=False):
+            points = _rounded(xy, self.detector.describe_points(self._seen(image), xy))
         self.cache.put(key, points)
         return points
 

@@ -111,9 +111,13 @@ class _Assignment(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Similarities (B, M, N) of pairs and logits (R, N) of being matchable."""
-        projected = self.final_proj(x) * x.shape[-1] ** -0.25
-        first, second = projected.chunk(2)
-        return first @ second.transpose(1, 2), self.matchability(x)[..., 0]
+        projected = self.final_proj(x)
+        # Similarities of some tens lose what tells them apart in half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(projected.dtype, torch.float32)
+            first, second = (projected.to(wide) * x.shape[-1] ** -0.25).chunk(2)
+            similarity = first @ second.transpose(1, 2)
+        return similarity, self.matchability(x)[..., 0]
 
 
 class _Certainty(nn.Module):
@@ -175,6 +179,8 @@ class TrainableLightGlue(nn.Module):
             own = attended[:, None, None]
             other = attended.roll(len(valid) // 2, 0)[:, None, None]
         x = self.input_proj(descriptors)
+        # Sums over all layers stay in full precision under autocast.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         states = []
         for layer in self.transformers:
             if recompute and torch.is_grad_enabled():
