@@ -1,1 +1,127 @@
-"""Training pairs: readers, augmentations, ground truth, samplers."""
+"""Training pairs: sources, augmentation, mixing, and truth from depth.
+
+A source is described by a mapping, as configuration files hold it::
+
+    {"type": "megadepth", "root": "data/MegaDepth", "box": [840, 840],
+     "augment": {"keep_scale": 0.5}}
+
+``type`` picks the source; the other keys are fields of its options, and ``augment`` those of
+``AugmentOptions``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gim_hloc.errors import InputError
+from gim_hloc.training.data.source import PairSource, SourceOptions, require_known
+
+# Type -> module, options, what opens them.
+_TYPES: dict[str, tuple[str, str, str]] = {
+    "megadepth": ("megadepth", "MegaDepthOptions", "MegaDepth"),
+    "scannet": ("scannet", "ScanNetOptions", "ScanNet"),
+    "video": ("video_labels", "VideoOptions", "VideoLabels"),
+    "rgbd": ("rgbd", "RgbdOptions", "open_rgbd"),
+    "colmap": ("colmap_depth", "ColmapOptions", "open_colmap"),
+    "rendered": ("rendered", "RenderedOptions", "Rendered"),
+    "homography": ("homographies", "HomographyOptions", "Homographies"),
+}
+
+
+def source_types() -> tuple[str, ...]:
+    """Types that ``build_source`` knows."""
+    return tuple(_TYPES)
+
+
+def source_options(spec: Mapping[str, Any]) -> SourceOptions:
+    """Options of a source from its description.
+
+    Args:
+        spec: ``type`` and fields of the options of that type; lists stand for tuples and text for
+            paths.
+
+    Raises:
+        InputError: an unknown type or key, a missing or unfit value; it lists what is known.
+    """
+    kind = spec.get("type")
+    if kind not in _TYPES:
+        raise InputError(
+            f"A source of training data has the type {kind!r}; known are {', '.join(_TYPES)}."
+        )
+    module, options, _ = _TYPES[kind]
+    cls = getattr(importlib.import_module(f"{__name__}.{module}"), options)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    given = {key: value for key, value in spec.items() if key != "type"}
+    require_known(given, set(fields), f"The source {kind!r}")
+    needed = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and name not in given
+    ]
+    if needed:
+        raise InputError(f"The source {kind!r} needs {', '.join(needed)}.")
+    hints = typing.get_type_hints(cls)
+    values = {key: _convert(value, hints[key], f"{kind}.{key}") for key, value in given.items()}
+    result: SourceOptions = cls(**values)
+    return result
+
+
+def build_source(spec: Mapping[str, Any]) -> PairSource:
+    """Open a source of training pairs.
+
+    Args:
+        spec: see ``source_options``.
+
+    Raises:
+        InputError: the description or the files do not fit.
+    """
+    options = source_options(spec)
+    module, _, opener = _TYPES[spec["type"]]
+    source: PairSource = getattr(importlib.import_module(f"{__name__}.{module}"), opener)(options)
+    return source
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """A value of YAML or JSON as the type of a field."""
+    arguments = typing.get_args(hint)
+    if value is None and type(None) in arguments:
+        return None
+    choices = [a for a in arguments if a is not type(None)] if type(None) in arguments else [hint]
+    if len(choices) != 1:
+        return value
+    (wanted,) = choices
+    origin = typing.get_origin(wanted)
+    if wanted is Path and isinstance(value, str):
+        return Path(value)
+    if origin is tuple:
+        items = typing.get_args(wanted)
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise InputError(f"{where} is {value!r}, it must be a list.")
+        if items[-1:] != (Ellipsis,) and len(items) != len(value):
+            raise InputError(f"{where} is {value!r}, it must have {len(items)} entries.")
+        return tuple(_convert(v, items[0], where) for v in value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted in (int, float, str, bool, Path) and (
+        not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))
+    ):
+        raise InputError(f"{where} is {value!r}, it must be {_KINDS[wanted]}.")
+    if origin is not None and issubclass(origin, Mapping) and not isinstance(value, Mapping):
+        raise InputError(f"{where} is {value!r}, it must be a mapping.")
+    return value
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Path: "a path",
+}

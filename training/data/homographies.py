@@ -17,7 +17,7 @@ import numpy as np
 from gim_hloc.errors import InputError
 from gim_hloc.images import SUFFIXES, read_rgb
 from gim_hloc.training.data.augment import RawPair
-from gim_hloc.training.data.source import PairSource, SourceOptions
+from gim_hloc.training.data.source import SUBSAMPLING_SEED, PairSource, SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Homographies(PairSource):
         if self._truth == "depth":
             pair.depth0 = pair.depth1 = np.ones((height, width), np.float32)
             return pair
-        rng = np.random.default_rng([3407, index])
+        rng = np.random.default_rng([SUBSAMPLING_SEED, index])
         xy = rng.uniform(0, 1, (self._labels, 2)) * [width - 1, height - 1]
         pair.labels = np.concatenate([xy, xy], 1)
         return pair

@@ -2,19 +2,20 @@
 
 Two layouts of the scene files (``.npz``) are read, told apart by their content:
 
-* D2-Net's: ``overlap_matrix``, ``image_paths``, ``depth_paths``, ``intrinsics``, ``poses`` (world to
-  camera); entries of images that were left out are ``None``. Pairs are chosen by the two directed
-  overlaps, evenly over bins.
-* LoFTR's newer one, where ``pair_infos`` lists ((i, j), overlap, ...) instead of the matrix, a scene
-  having one file per range of overlap. The one overlap stands for both directions.
+* D2-Net's: ``overlap_matrix``, ``image_paths``, ``depth_paths``, ``intrinsics``, ``poses`` (world
+  to camera); entries of images that were left out are ``None``. Pairs are chosen by the two
+  directed overlaps, evenly over bins.
+* LoFTR's newer one, where ``pair_infos`` lists ((i, j), overlap, ...) instead of the matrix, a
+  scene having one file per range of overlap. The one overlap stands for both directions.
 
-A scene ``0022`` is ``0022.npz`` or all of ``0022_*.npz`` and ``0022.*.npz``. Depth maps are h5 files
-with the data set ``depth``. Principal points are COLMAP's and count from the corner of the first
-pixel; they are converted.
+A scene ``0022`` is ``0022.npz`` or all of ``0022_*.npz`` and ``0022.*.npz``. Depth maps are h5
+files with the data set ``depth``. Principal points are COLMAP's and count from the corner of the
+first pixel; they are converted.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,15 @@ from gim_hloc.npz_reader import read_npz
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.posed import View, read_view
 from gim_hloc.training.data.source import (
+    SUBSAMPLING_SEED,
     PairSource,
     SourceOptions,
     choose_by_overlap,
     overlap_edges,
     relative_pose,
 )
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_SCENES = ("0022",)
 # The two scenes of the MegaDepth-1500 benchmark are never trained on unless they are named.
@@ -83,17 +87,16 @@ class MegaDepth(PairSource):
             overlaps = np.concatenate([f[1] for f in found])
             chosen = choose_by_overlap(overlaps[:, 0], overlaps[:, 1], edges, limit)
             if not len(chosen):
-                raise InputError(
-                    f"No pair of MegaDepth scene {name} overlaps between {overlap[0]} and "
-                    f"{overlap[1]}."
-                )
+                logger.warning("No pair of scene %s overlaps in %s; it is left out.", name, overlap)
             pairs.append(ends[chosen].astype(np.int32))
             lengths.append(len(chosen))
         self._pairs = np.concatenate(pairs)
+        if not len(self._pairs):
+            raise InputError(f"No pair of {', '.join(scenes)} overlaps between {overlap}.")
         self._lengths = np.array(lengths, dtype=np.int64)
         drawn = options.drawn or (1000 if validation else None)
         if drawn is not None and drawn < len(self._pairs):
-            rng = np.random.default_rng([3407, 1])
+            rng = np.random.default_rng([SUBSAMPLING_SEED, 1])
             kept = np.sort(rng.choice(len(self._pairs), drawn, replace=False))
             owner = np.repeat(np.arange(len(lengths)), lengths)[kept]
             self._pairs = self._pairs[kept]

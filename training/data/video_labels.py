@@ -2,9 +2,9 @@
 
 Labels are looked for in ``labels``: one h5 file, or a folder with such files or with a folder per
 video. The frames of video ``V`` are looked for in ``frames`` (by default beside the labels): the
-folder that ``gim-video label`` wrote (``V/video.json``), the video itself (``V.mp4``) or a folder of
-its frames in order (``V/``). Frames out of a video file take a jump and some decoding each; stored
-frames are much faster.
+folder that ``gim-video label`` wrote (``V/video.json``), the video itself (``V.mp4``) or a folder
+of its frames in order (``V/``). Frames out of a video file take a jump and some decoding each;
+stored frames are much faster.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class VideoLabels(PairSource):
                 raise InputError(
                     f"{options.video_list} cannot be read: {error.strerror}."
                 ) from None
-        stores = {}
+        stores: dict[str, PropagatedStore] = {}
         for path in _label_files(Path(options.labels)):
             store = PropagatedStore(path)
             if wanted is None or store.facts.video in wanted:
