@@ -267,16 +267,37 @@ def test_sheet_without_openpyxl(dumps: Path, tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "zeb.xlsx").exists()
 
 
-def test_sheet_needs_five_degrees_and_one_of_the_twelve(dumps: Path, tmp_path: Path):
+def test_sheet_needs_five_degrees(dumps: Path, tmp_path: Path):
+    found = table.make_table([dumps], TableOptions(thresholds=(10.0,), bootstrap=0))
     with pytest.raises(InputError, match="5 among the thresholds"):
-        sheet.write_sheet(
-            table.make_table([dumps], TableOptions(thresholds=(10.0,), bootstrap=0)), tmp_path / "x"
-        )
+        sheet.write_sheet(found, tmp_path / "x")
+
+
+def test_other_sets_have_a_sheet_of_their_own(dumps: Path, tmp_path: Path):
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl (extra zeb) is not installed")
     write_dump(tmp_path / "own", random_dump("good", "my_room"))
-    with pytest.raises(InputError, match="no dump of one"):
-        sheet.write_sheet(
-            table.make_table([tmp_path / "own"], TableOptions(bootstrap=0)), tmp_path / "x"
-        )
+    found = table.make_table([tmp_path / "own"], TableOptions(bootstrap=0))
+    book = openpyxl.load_workbook(sheet.write_sheet(found, tmp_path / "own.xlsx"))
+    assert book.sheetnames == ["other sets"]
+    page = book["other sets"]
+    assert [cell.value for cell in page[2]][1:] == [
+        "Description", "RANK", "MEAN", "my_room", "my_room",
+    ]  # fmt: skip
+    assert page["E3"].value == pytest.approx(found.rows[0].auc[5.0]["my_room"])
+    assert page["D3"].value == "=AVERAGE(E3:E3)"
+    assert page["F3"].value == "=RANK(E3,E$3:E$41)"
+    both = table.make_table([dumps, tmp_path / "own"], TableOptions(bootstrap=0))
+    book = openpyxl.load_workbook(sheet.write_sheet(both, tmp_path / "both.xlsx"))
+    assert book.sheetnames == ["zeb", "other sets"]
+    assert "my_room: not of ZEB." in table.to_markdown(both)
+
+
+def test_dumps_of_few_pairs_are_said_not_to_compare(dumps: Path):
+    found = table.make_table([dumps], TableOptions(bootstrap=0))
+    pairs = found.rows[0].metrics or next(row.metrics for row in found.own)
+    remark = table.to_markdown(found).splitlines()[2]
+    assert "whose figures they do not compare with" in remark
+    assert f"GL3 {pairs['GL3D'].pairs} of 5165" in remark
 
 
 def test_unknown_format(dumps: Path, tmp_path: Path):

@@ -189,6 +189,10 @@ def radar(table: Table) -> Figure:
     polar.set_theta_direction(-1)  # type: ignore[attr-defined]
     axes.set_xticks(angles, [short_name(name) for name in table.sets])
     axes.tick_params(axis="x", pad=6)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        side = math.sin(angle)  # of the circle, clockwise from the top
+        if abs(side) > 0.1:
+            label.set_horizontalalignment("left" if side > 0 else "right")
     limit = min(100.0, 10 * math.ceil(max(top, 1.0) / 10))
     axes.set_ylim(0, limit)
     ticks = np.arange(20, limit + 1, 20)
@@ -236,6 +240,9 @@ def curves(table: Table) -> Figure:
         _clean(axes, grid="both")
     for axes in panels.flat[count:]:
         axes.set_visible(False)
+    # Panels of a column share the numbers below the last; there may be none below these.
+    for axes in panels.flat[max(0, count - across) : count]:
+        axes.tick_params(labelbottom=True)
     figure.supxlabel("larger of rotation and translation error in degrees", fontsize=10)
     figure.supylabel("pairs in %", fontsize=10)
     _legend(figure, len(table.own))
@@ -269,9 +276,11 @@ def _legend(figure: Figure, count: int) -> None:
         handles, labels = axes.get_legend_handles_labels()
         for handle, label in zip(handles, labels, strict=True):
             found.setdefault(label, handle)
-    columns = max(1, min(count, 4))
+    width, height = figure.get_size_inches()
+    # An entry is its handle and its text, about 0.085 inches a letter.
+    entry = 0.75 + 0.085 * max(map(len, found), default=0)
+    columns = max(1, min(count, 4, int(width / entry)))
     lines = -(-len(found) // columns)
-    height = figure.get_size_inches()[1]
     used = (0.12 + 0.26 * lines) / height
     if found:
         figure.legend(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,42 +14,53 @@ from gim_hloc.evaluation.zeb.published import COLUMNS, PUBLISHED
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
-    from gim_hloc.evaluation.zeb.table import Row, Table
+    from gim_hloc.evaluation.zeb.table import Table
 
 TITLE = "R < 5 ° & T < 5 °"
 _FIRST_ROW, _LAST_ROW = 3, 41  # numbered 1 to 39
 _FIRST_VALUE = 5  # column E
-_FIRST_RANK = _FIRST_VALUE + len(COLUMNS)  # column Q
 
 
 def write_sheet(table: Table, path: str | os.PathLike[str]) -> Path:
-    """Write AUC@5 of the twelve sets; means and ranks are formulas, so pasted rows count at once.
+    """Write AUC@5 of the sets; means and ranks are formulas, so pasted rows count at once.
 
-    Row 1 holds the title, row 2 the headings, rows 3 to 41 the matchers: No, Description, RANK,
-    MEAN, twelve values as fractions, twelve ranks. Own rows come first, then the published ones.
-    More rows than 39 make the ranges longer. Sets outside the twelve have no column and stay out.
+    Sheet ``zeb`` has the twelve sets: row 1 holds the title, row 2 the headings, rows 3 to 41 the
+    matchers: No, Description, RANK, MEAN, twelve values as fractions, twelve ranks. Own rows come
+    first, then the published ones. More rows than 39 make the ranges longer. Other sets stand on
+    the sheet ``other sets``, laid out alike; a sheet without dumps is left out.
 
     Args:
         table: with 5° among its thresholds.
         path: the file to write.
 
     Raises:
-        InputError: openpyxl is not installed, the table has no AUC@5, or none of the twelve sets.
+        InputError: openpyxl is not installed, or the table has no AUC@5.
     """
     if 5.0 not in table.options.thresholds:
         raise InputError("the spreadsheet holds AUC@5°: keep 5 among the thresholds")
-    names = {column.name for column in COLUMNS}
-    own = [row for row in table.own if names & set(row.auc[5.0])]
-    if not own:
-        raise InputError("the spreadsheet holds ZEB's twelve sets, and there is no dump of one")
-    lines = [(row.name, _values(row)) for row in own]
-    if table.options.published:
-        # From the source and not from the table, which leaves out the sets it has no dump of.
-        lines += [
-            (f"{line.method} (published)", [value / 100 for value in line.percent])
-            for line in PUBLISHED
-        ]
-    book = _build(lines)
+    try:
+        from openpyxl import Workbook
+    except ImportError as error:
+        raise InputError(
+            "writing .xlsx needs openpyxl: pip install 'gim-hloc[zeb]', or write .csv"
+        ) from error
+    book = Workbook()
+    book.remove(book.active)
+    names = [column.name for column in COLUMNS]
+    lines = _lines(table, names)
+    if lines:
+        if table.options.published:
+            # From the source and not from the table, which leaves out the sets it has no dump of.
+            lines += [
+                (f"{line.method} (published)", [value / 100 for value in line.percent])
+                for line in PUBLISHED
+            ]
+        _fill(book.create_sheet("zeb"), [column.title for column in COLUMNS], lines)
+    others = [name for name in table.sets if name not in names]
+    if others:
+        _fill(book.create_sheet("other sets"), others, _lines(table, others))
+    # The file holds formulas without their results.
+    book.calculation.fullCalcOnLoad = True
     buffer = io.BytesIO()
     book.save(buffer)
     path = Path(path)
@@ -56,29 +68,27 @@ def write_sheet(table: Table, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _values(row: Row) -> list[float]:
-    return [row.auc[5.0].get(column.name, math.nan) for column in COLUMNS]
+def _lines(table: Table, names: Sequence[str]) -> list[tuple[str, list[float]]]:
+    """Description and AUC@5 of each row that has one of the sets; NaN where it lacks one."""
+    return [
+        (row.name, [row.auc[5.0].get(name, math.nan) for name in names])
+        for row in table.own
+        if set(names) & set(row.auc[5.0])
+    ]
 
 
-def _build(lines: list[tuple[str, list[float]]]) -> Any:
-    try:
-        from openpyxl import Workbook
-        from openpyxl.styles import Alignment, Border, Font, Side
-        from openpyxl.utils import get_column_letter as letter
-    except ImportError as error:
-        raise InputError(
-            "writing .xlsx needs openpyxl: pip install 'gim-hloc[zeb]', or write .csv"
-        ) from error
-    book = Workbook()
-    sheet = book.active
-    sheet.title = "zeb"
+def _fill(sheet: Any, titles: Sequence[str], lines: Sequence[tuple[str, list[float]]]) -> None:
+    from openpyxl.styles import Alignment, Border, Font, Side
+    from openpyxl.utils import get_column_letter as letter
+
+    first_rank = _FIRST_VALUE + len(titles)
     sheet.cell(1, _FIRST_VALUE, TITLE)
-    heads = ["No", "Description", "RANK", "MEAN", *2 * [column.title for column in COLUMNS]]
+    heads = ["No", "Description", "RANK", "MEAN", *titles, *titles]
     for index, head in enumerate(heads, start=1):
         sheet.cell(2, index, head)
     last = max(_LAST_ROW, _FIRST_ROW + len(lines) - 1)
-    value0, value1 = letter(_FIRST_VALUE), letter(_FIRST_RANK - 1)
-    rank0, rank1 = letter(_FIRST_RANK), letter(_FIRST_RANK + len(COLUMNS) - 1)
+    value0, value1 = letter(_FIRST_VALUE), letter(first_rank - 1)
+    rank0, rank1 = letter(first_rank), letter(first_rank + len(titles) - 1)
     for row in range(_FIRST_ROW, last + 1):
         sheet.cell(row, 1, row - _FIRST_ROW + 1)
         index = row - _FIRST_ROW
@@ -88,7 +98,7 @@ def _build(lines: list[tuple[str, list[float]]]) -> Any:
         sheet.cell(row, 2, description)
         whole = not any(math.isnan(value) for value in values)
         if whole:
-            # A mean over fewer sets would stand beside means over twelve: left empty instead.
+            # A mean over fewer sets would stand beside means over all: left empty instead.
             sheet.cell(row, 3, f"=AVERAGE({rank0}{row}:{rank1}{row})").number_format = "0.00"
             sheet.cell(row, 4, f"=AVERAGE({value0}{row}:{value1}{row})").number_format = "0.0000"
         for offset, value in enumerate(values):
@@ -97,7 +107,7 @@ def _build(lines: list[tuple[str, list[float]]]) -> Any:
             column = letter(_FIRST_VALUE + offset)
             sheet.cell(row, _FIRST_VALUE + offset, value).number_format = "0.0000"
             area = f"{column}${_FIRST_ROW}:{column}${last}"
-            sheet.cell(row, _FIRST_RANK + offset, f"=RANK({column}{row},{area})")
+            sheet.cell(row, first_rank + offset, f"=RANK({column}{row},{area})")
     sheet.merge_cells(f"{value0}1:{value1}1")
     line = Border(bottom=Side(style="thin"))
     for index in range(1, len(heads) + 1):
@@ -108,6 +118,3 @@ def _build(lines: list[tuple[str, list[float]]]) -> Any:
     sheet.cell(1, _FIRST_VALUE).font = Font(bold=True)
     sheet.cell(1, _FIRST_VALUE).alignment = Alignment(horizontal="center")
     sheet.freeze_panes = f"{value0}{_FIRST_ROW}"
-    # The file holds formulas without their results.
-    book.calculation.fullCalcOnLoad = True
-    return book

@@ -22,6 +22,7 @@ import numpy as np
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.zeb import metrics
 from gim_hloc.evaluation.zeb.check import find_dumps
+from gim_hloc.evaluation.zeb.datasets import SETS
 from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
 from gim_hloc.evaluation.zeb.metrics import SetMetrics
 from gim_hloc.evaluation.zeb.published import NAMES, PUBLISHED, short_name
@@ -492,12 +493,30 @@ def _remark(table: Table) -> str:
         text += (
             f" Intervals: {table.options.bootstrap} bootstrap resamplings of the pairs of each set."
         )
+    foreign = [name for name in table.sets if name not in NAMES]
+    if foreign:
+        text += f" {', '.join(foreign)}: not of ZEB."
     if any(row.published for row in table.rows):
         text += (
             f" Rows marked ({PUBLISHED_MARK}) are copied from the published ZEB table, other runs "
             "than these dumps."
         )
+    part = _incomplete(table)
+    if part:
+        text += f" These are not the pairs of ZEB, whose figures they do not compare with: {part}."
     return text
+
+
+def _incomplete(table: Table) -> str:
+    """Which of ZEB's sets the dumps have with another number of pairs than ZEB, in words."""
+    published = {entry.dump_name: entry.pairs for entry in SETS}
+    parts = []
+    for name in table.sets:
+        counts = {row.metrics[name].pairs for row in table.own if name in row.metrics}
+        if name in published and counts - {published[name]}:
+            several = " or ".join(str(count) for count in sorted(counts))
+            parts.append(f"{short_name(name)} {several} of {published[name]}")
+    return ", ".join(parts)
 
 
 def _html_grid(grid: Grid) -> str:
