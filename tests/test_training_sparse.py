@@ -649,10 +649,10 @@ def judge(
 
 
 FINAL: dict[str, dict[str, Any]] = {
-    "gim_loftr": {"steps": 400, "rate": 4e-3, "size": 4},
-    "gim_lightglue": {"steps": 300, "rate": 3e-3, "size": 4},
-    "aliked_lightglue": {"steps": 150, "rate": 3e-3, "size": 4},
-    "disk_lightglue": {"steps": 150, "rate": 3e-3, "size": 4},
+    "gim_loftr": {"steps": 200, "rate": 5e-3, "size": 4},
+    "gim_lightglue": {"steps": 150, "rate": 3e-3, "size": 4},
+    "aliked_lightglue": {"steps": 120, "rate": 3e-3, "size": 4},
+    "disk_lightglue": {"steps": 120, "rate": 3e-3, "size": 4},
 }
 
 
