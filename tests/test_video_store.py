@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,21 @@ def test_round_trip(path: Path) -> None:
         assert sorted(file) == ["0_10", "10_20", "index"]
         assert file.attrs["labeller"] == "sift"
         np.testing.assert_array_equal(file["10_20"][()], labels_of(10, 20))
+
+
+def test_threads_read_what_they_ask_for(path: Path) -> None:
+    pairs = [(k, k + 10) for k in range(40)]
+    with LabelStore.open(path, "a", info=make_info()) as store:
+        for i, j in pairs:
+            store.write(i, j, labels_of(i, j, 500 + i))
+    for merged in (False, True):
+        with LabelStore.open(path) as store, ThreadPoolExecutor(8) as pool:
+            for (i, j), labels in zip(
+                pairs * 10, pool.map(lambda p: store.read(*p), pairs * 10), strict=True
+            ):
+                np.testing.assert_array_equal(labels, labels_of(i, j, 500 + i))
+        if not merged:
+            LabelStore.open(path).merge()
 
 
 def test_torn_part_loses_its_last_record_only(path: Path) -> None:

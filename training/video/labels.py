@@ -20,6 +20,7 @@ import numpy as np
 
 from gim_hloc.errors import GimError, InputError, WeightsError
 from gim_hloc.images import ImageRecord
+from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.masks import FrameMasks
 from gim_hloc.training.video.store import LabelStore
 
@@ -132,8 +133,6 @@ def clean(
         are told in pixels of the frames in zoom rounds too; the reference compares pixels of two
         different crops there, which finds none.
     """
-    import cv2
-
     labels = np.concatenate([points0, points1], axis=1).astype(np.float32)
     labels = labels[np.isfinite(labels).all(axis=1)]
     found = len(labels)
@@ -146,19 +145,13 @@ def clean(
     nothing = labels[:0]
     if len(labels) < _FEWEST:
         return nothing, f"{found} matches, {still} of them still, {len(labels)} left"
-    points = labels.astype(np.float64)
-    try:
-        _, inside = cv2.findFundamentalMat(
-            np.ascontiguousarray(points[:, :2]),
-            np.ascontiguousarray(points[:, 2:]),
-            cv2.USAC_MAGSAC,
-            options.fit_px,
-            options.fit_confidence,
-            options.fit_iterations,
-        )
-    except cv2.error as error:
-        return nothing, f"{len(labels)} matches, no fundamental matrix ({error.err})"
-    kept = nothing if inside is None else labels[inside.ravel() > 0]
+    inside = epipolar_inliers(
+        labels,
+        threshold=options.fit_px,
+        confidence=options.fit_confidence,
+        max_iterations=options.fit_iterations,
+    )
+    kept = labels[inside]
     if len(kept) < options.min_labels:
         return nothing, f"{len(labels)} matches, {len(kept)} on one epipolar geometry"
     return kept, None

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ _INDEX = "index"
 class StoreInfo:
     """What the labels of a store are about.
 
-    ``steps`` and ``gap`` say which pairs were asked for last; all else decides the labels.
+    ``steps`` and ``gap`` say which pairs were asked for, in all runs together; all else decides the
+    labels.
     """
 
     video: str  # id of the video
@@ -139,6 +141,10 @@ class LabelStore:
             info = known[-1][1]
         for place, other in known:
             _require_same(place, info, other)
+        # Runs may have asked for different pairs.
+        every = [info, *(other for _, other in known)]
+        steps = sorted({step for one in every for step in one.steps})
+        info = dataclasses.replace(info, steps=tuple(steps), gap=min(one.gap for one in every))
         if mode == "a":
             folder.mkdir(parents=True, exist_ok=True)
             mine = _Part(folder / f"{part}.part", write=info)
@@ -340,6 +346,7 @@ class _Part:
         self.records: dict[tuple[int, int], tuple[int, int, int]] = {}  # rows, offset, bytes
         self._reasons: dict[tuple[int, int], str] = {}
         self._file: BinaryIO | None = None
+        self._mutex = threading.Lock()
         self._end = self._scan() if path.exists() else 0
         if write is None:
             return
@@ -379,10 +386,11 @@ class _Part:
     def read(self, key: tuple[int, int]) -> np.ndarray:
         """(n, 4) float32 labels of a pair."""
         rows, start, size = self.records[key]
-        if self._file is None:
-            self._file = open(self.path, "rb")  # noqa: SIM115
-        self._file.seek(start)
-        body = self._file.read(size)
+        with self._mutex:  # crops are read ahead in several threads
+            if self._file is None:
+                self._file = open(self.path, "rb")  # noqa: SIM115
+            self._file.seek(start)
+            body = self._file.read(size)
         if len(body) != size:
             raise _damaged(self.path, "it has become shorter")
         return np.frombuffer(body, "<f4").reshape(rows, 4).astype(np.float32)
@@ -394,9 +402,10 @@ class _Part:
         head = _HEADER.pack(_MAGIC, i, j, rows, len(body), 0)
         crc = zlib.crc32(body, zlib.crc32(head[4:-4]))
         try:
-            self._file.seek(self._end)
-            self._file.write(head[:-4] + struct.pack("<I", crc) + body)
-            self._file.flush()
+            with self._mutex:
+                self._file.seek(self._end)
+                self._file.write(head[:-4] + struct.pack("<I", crc) + body)
+                self._file.flush()
         except OSError as error:
             raise OutputError(
                 f"Cannot write {self.path}: {error}. What was finished is kept; make room and "

@@ -1,0 +1,669 @@
+"""Labelling rounds: filters, zooms, runs that stop and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from gim_hloc import matchers
+from gim_hloc.errors import InputError, LockedError, OutputError
+from gim_hloc.matchers import registry
+from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
+from gim_hloc.matchers.sparse import make_encoding
+from gim_hloc.store import OutputLock
+from gim_hloc.training.video.folder import VideoFolder
+from gim_hloc.training.video.labels import (
+    LabelRound,
+    RoundOptions,
+    clean,
+    crop_box,
+    default_labellers,
+    load_labeller,
+    zoom_box,
+    zoomed_image,
+    zoomed_size,
+)
+from gim_hloc.training.video.masks import MaskOptions, prepare_masks
+from gim_hloc.training.video.run import LabelOptions, LabelReport, label_video
+from gim_hloc.training.video.sampling import SamplingOptions
+from gim_hloc.training.video.sources import find_source
+from gim_hloc.training.video.store import LabelStore
+
+WIDTH, HEIGHT = 200, 150
+FAKE = "fake_labeller"
+SPEED = np.array([3.0, 1.0])  # px the view moves over the world per frame; nearer things twice
+
+
+# ------------------------------------------------------------------------------- a scene with truth
+
+
+def near(world: np.ndarray) -> np.ndarray:
+    """Which points of the world (N, 2) lie nearer: they move twice as fast."""
+    nearer: np.ndarray = (world[:, 0] // 20 + world[:, 1] // 20) % 3 == 0
+    return nearer
+
+
+class FakeLabeller:
+    """Sees lattice points of a made-up world through the moving view; knows frames by name."""
+
+    encoded: list[str] = []  # noqa: RUF012 - shared on purpose, tests clear it
+    fail_on: set[tuple[int, int]] = set()  # noqa: RUF012
+
+    def __init__(self, version: int = 0) -> None:
+        self.info = registry.describe(FAKE)
+        self.version = version
+        self.image_options = ImageOptions(max_size=None)
+        self.device = torch.device("cpu")
+
+    def encode_settings(self) -> dict[str, Any]:
+        return {"matcher": FAKE, "version": self.version}
+
+    def match_settings(self) -> dict[str, Any]:
+        return {"matcher": FAKE}
+
+    def encode(self, image: ImageData) -> SparseEncoding:
+        self.encoded.append(image.name)
+        pair, _, side = image.name.removesuffix(".png").partition("/")
+        frame = int(pair.split("_")[int(side or 0)])
+        x, y = np.meshgrid(np.arange(-300, 600, 7.0), np.arange(-300, 600, 7.0))
+        world = np.stack([x.ravel(), y.ravel()], axis=1)
+        seen = world - SPEED * frame * np.where(near(world), 2, 1)[:, None]
+        columns, rows = image.network_size
+        network = (seen - image.to_original[:, 2]) / image.to_original[[0, 1], [0, 1]]
+        inside = (network >= 0).all(1) & (network[:, 0] <= columns - 1)
+        inside &= network[:, 1] <= rows - 1
+        if image.mask is not None:
+            at = np.rint(network[inside]).astype(int)
+            inside[np.flatnonzero(inside)] = image.mask.numpy()[at[:, 1], at[:, 0]]
+        descriptors = torch.zeros(int(inside.sum()), 16)
+        descriptors[:, 0] = torch.from_numpy(world[inside, 0] / 7 + 64)
+        descriptors[:, 1] = torch.from_numpy(world[inside, 1] / 7 + 64)
+        return make_encoding(
+            name=image.name,
+            size=image.size,
+            network_size=image.network_size,
+            to_original=image.to_original,
+            keypoints=torch.from_numpy(seen[inside]).float(),
+            descriptors=descriptors,
+            scores=torch.ones(len(descriptors)),
+        )
+
+    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        if (a.name, b.name) in {(f"{i:08d}.png", f"{j:08d}.png") for i, j in self.fail_on}:
+            raise ArithmeticError("no answer")
+        codes = [(e.descriptors[:, 0].double() * 1000 + e.descriptors[:, 1]) for e in (a, b)]
+        _, rows_a, rows_b = np.intersect1d(
+            codes[0].numpy(), codes[1].numpy(), assume_unique=True, return_indices=True
+        )
+        indices = torch.from_numpy(np.stack([rows_a, rows_b], axis=1))
+        return Matches.from_indices(a, b, indices, torch.ones(len(indices)))
+
+    def match_batch(self, pairs: list[tuple[SparseEncoding, SparseEncoding]]) -> list[Matches]:
+        return [self.match(a, b) for a, b in pairs]
+
+
+@pytest.fixture
+def fake() -> Iterator[type[FakeLabeller]]:
+    info = MatcherInfo(
+        name=FAKE,
+        kind="sparse",
+        checkpoint=(),
+        licence="none",
+        commercial=True,
+        colour="rgb",
+        default_size=0,
+        summary="knows",
+    )
+    registry.register(FAKE, lambda **_: FakeLabeller(), info)
+    FakeLabeller.encoded.clear()
+    FakeLabeller.fail_on.clear()
+    yield FakeLabeller
+    del registry._entries[FAKE]
+
+
+def textured(count: int, folder: Path, *, overlay: bool = False) -> Path:
+    """A view that glides over two textured planes; frame n is n.png."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    planes = []
+    for scale in (5, 7):
+        noise = generator.uniform(0, 255, (100, 160, 3)).astype(np.float32)
+        size = (160 * scale, 100 * scale)
+        planes.append(cv2.resize(noise, size, interpolation=cv2.INTER_CUBIC).clip(0, 255))
+    for n in range(count):
+        view = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        for plane, speed, rows in (
+            (planes[0], 1, slice(0, HEIGHT // 2)),
+            (planes[1], 2, slice(HEIGHT // 2, HEIGHT)),
+        ):
+            x, y = (SPEED * speed * n).astype(int)
+            view[rows] = plane[y : y + HEIGHT, x : x + WIDTH][rows]
+        if overlay:
+            view[20:60, 60:140] = planes[1][400:440, 400:480]
+        Image.fromarray(view).save(folder / f"{n}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return textured(24, tmp_path_factory.mktemp("clip") / "clip")
+
+
+def errors(store: LabelStore, i: int, j: int) -> np.ndarray:
+    """Distance of labels from the truth in pixels, for `textured`."""
+    labels = store.read(i, j).astype(np.float64)
+    speed = np.where(labels[:, 1] < HEIGHT / 2, 1, 2)[:, None]
+    truth = labels[:, :2] - SPEED * speed * (j - i)
+    distance: np.ndarray = np.linalg.norm(labels[:, 2:] - truth, axis=1)
+    return distance
+
+
+def small(**changes: Any) -> LabelOptions:
+    values: dict[str, Any] = {
+        "labellers": (FAKE,),
+        "sampling": SamplingOptions(gap=2, steps=(2, 4, 8)),
+        "masks": MaskOptions(masks="none"),
+        "image_format": "png",
+    }
+    return LabelOptions(**{**values, **changes})
+
+
+def run(clip: Path, out: Path, options: LabelOptions) -> LabelReport:
+    return label_video(find_source(str(clip)), out, options)
+
+
+def stored(folder: VideoFolder) -> dict[str, Any]:
+    """All labels and failures of a video."""
+    found: dict[str, Any] = {}
+    for path in folder.label_paths():
+        with LabelStore.open(path) as store:
+            for i, j in store.pairs().tolist():
+                found[f"{path.name} {i} {j}"] = store.read(i, j).tobytes()
+            for i, j, reason in store.failures():
+                found[f"{path.name} {i} {j}"] = reason
+    return found
+
+
+# ------------------------------------------------------------------------------------------ filters
+
+
+def two_views(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Exact projections of random points in two cameras."""
+    generator = np.random.default_rng(seed)
+    points = generator.uniform((-2, -1.5, 4), (2, 1.5, 8), (count, 3))
+    angle = 0.1
+    turn = np.array(
+        [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
+    )
+    other = points @ turn.T + np.array([0.8, 0.1, 0.2])
+    return tuple(400 * p[:, :2] / p[:, 2:] + (320, 240) for p in (points, other))  # type: ignore[return-value]
+
+
+def test_outliers_overlays_and_masked_points_go() -> None:
+    good0, good1 = two_views(300)
+    generator = np.random.default_rng(1)
+    wild0, wild1 = generator.uniform(0, 480, (2, 100, 2))
+    logo0 = generator.uniform(20, 60, (40, 2))
+    logo1 = logo0 + generator.uniform(-0.9, 0.9, (40, 2))
+    labels, reason = clean(
+        np.concatenate([good0, wild0, logo0]),
+        np.concatenate([good1, wild1, logo1]),
+        RoundOptions(),
+    )
+    assert reason is None
+    assert labels.dtype == np.float32
+    kept = {tuple(row) for row in labels.tolist()}
+    good = {tuple(row) for row in np.hstack([good0, good1]).astype(np.float32).tolist()}
+    logo = {tuple(row) for row in np.hstack([logo0, logo1]).astype(np.float32).tolist()}
+    assert len(kept & good) == 300
+    assert not kept & logo
+    assert len(kept - good) < 5  # wild ones that lie on their epipolar line by chance
+
+    mask = np.ones((480, 640), bool)
+    mask[:, :320] = False
+    for side in ("mask0", "mask1"):
+        masked, _ = clean(good0, good1, RoundOptions(), **{side: mask})
+        points = masked[:, :2] if side == "mask0" else masked[:, 2:]
+        expected = (np.rint(good0 if side == "mask0" else good1)[:, 0] >= 320).sum()
+        assert len(masked) == expected
+        assert points[:, 0].min() >= 319.5
+
+
+def test_movement_in_one_direction_is_no_overlay() -> None:
+    good0, good1 = two_views(100)
+    good1 = good0 + np.array([0.0, 5.0])
+    assert len(clean(good0, good1, RoundOptions())[0]) == 100
+    labels, reason = clean(good0, good0 + 0.5, RoundOptions())
+    assert len(labels) == 0
+    assert reason == "100 matches, 100 of them still, 0 left"
+    assert len(clean(good0, good0 + 0.5, RoundOptions(static_px=0))[0]) > 90
+
+
+def test_failures_have_reasons() -> None:
+    good0, good1 = two_views(6)
+    assert clean(good0, good1, RoundOptions())[1] == "6 matches, 0 of them still, 6 left"
+    good0, good1 = two_views(50)
+    labels, reason = clean(good0, good1, RoundOptions(min_labels=60))
+    assert len(labels) == 0
+    assert reason == "50 matches, 50 on one epipolar geometry"
+    bad = np.full((50, 2), np.nan)
+    assert clean(bad, good1, RoundOptions())[1] == "0 matches, 0 of them still, 0 left"
+
+
+def test_the_fit_is_the_same_every_time() -> None:
+    good0, good1 = two_views(200)
+    generator = np.random.default_rng(2)
+    wild0, wild1 = generator.uniform(0, 480, (2, 150, 2))
+    first, second = np.concatenate([good0, wild0]), np.concatenate([good1, wild1])
+    reference, _ = clean(first, second, RoundOptions())
+    for _ in range(3):
+        clean(second, first, RoundOptions())  # something in between
+        again, _ = clean(first, second, RoundOptions())
+        np.testing.assert_array_equal(again, reference)
+
+
+# -------------------------------------------------------------------------------------------- zooms
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box", "expected"),
+    [
+        (1920, 1080, (900, 1600), (1600, 896)),
+        (300, 200, (900, 1600), (1344, 896)),  # 1350 x 900, cut to multiples of 8
+        (100, 400, (900, 1600), (224, 896)),
+        (3, 500, (900, 1600), (8, 896)),
+    ],
+)
+def test_zoomed_sizes(
+    width: int, height: int, box: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert zoomed_size(width, height, box) == expected
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(-0.5, 99.5), st.floats(-0.5, 79.5)).map(list), min_size=1, max_size=9
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_crops_hold_their_points(points: list[list[float]]) -> None:
+    xy = np.array(points)
+    left, top, right, bottom = crop_box(xy, (100, 80))
+    assert 0 <= left < right <= 100
+    assert 0 <= top < bottom <= 80
+    inner = xy.clip(0, [99, 79])
+    assert (inner >= [left, top]).all()
+    assert (inner <= [right - 1, bottom - 1]).all()
+    assert left >= np.floor(inner[:, 0].min())
+    assert right - 1 <= np.ceil(inner[:, 0].max())
+
+
+def test_boxes() -> None:
+    options = RoundOptions()
+    assert zoom_box("gim_dkm", (1920, 1080), options) == (900, 1600)
+    assert zoom_box("gim_dkm", (1080, 1920), options) == (1600, 900)
+    assert zoom_box("gim_dkm", (640, 360), options) == (360, 640)
+    assert zoom_box("sift", (1920, 1080), options) == (1080, 1920)
+    assert zoom_box("sift", (1920, 1080), RoundOptions(zoom_box=(480, 640))) == (480, 640)
+
+
+@pytest.mark.parametrize("crop", [(10, 20, 90, 80), (0, 0, 160, 120), (33, 7, 64, 119)])
+@pytest.mark.parametrize("box", [(400, 640), (96, 128)])
+def test_zoomed_pixels_know_where_they_come_from(
+    crop: tuple[int, int, int, int], box: tuple[int, int]
+) -> None:
+    """In an image whose grey levels are coordinates, every pixel says its own place."""
+    x, y = np.meshgrid(np.arange(160.0), np.arange(120.0))
+    rgb = np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.uint8)
+    image = zoomed_image(rgb, crop, box, ImageOptions(max_size=None), name="x")
+    seen = image.image.numpy() * 255
+    rows, columns = seen.shape[1:]
+    u, v = np.meshgrid(np.arange(columns), np.arange(rows))
+    points = np.stack([u, v], axis=-1) @ image.to_original[:, :2].T + image.to_original[:, 2]
+    # At the borders of the crop, the kernel repeats pixels.
+    margin = 4 * int(np.ceil(max(columns / (crop[2] - crop[0]), 1)))
+    inner = (slice(margin, -margin), slice(margin, -margin))
+    for k in (0, 1):
+        # Cubic weights ripple on slopes; a wrong frame would shift them all.
+        difference = (seen[k] - points[..., k])[inner]
+        assert np.abs(difference).max() < 0.15
+        assert abs(np.median(difference)) < 0.02
+    assert image.size == (160, 120)
+
+
+# ------------------------------------------------------------------------------------------- rounds
+
+
+def test_every_frame_is_encoded_once(clip: Path, tmp_path: Path, fake: type[FakeLabeller]) -> None:
+    report = run(clip, tmp_path, small())
+    plan = report.plan
+    assert plan.frames.tolist() == list(range(0, 24, 2))
+    plain = Counter(name for name in fake.encoded if "/" not in name)
+    assert plain == Counter(f"{n:08d}.png" for n in range(0, 24, 2))
+    zoomed = Counter(name for name in fake.encoded if "/" in name)
+    assert set(zoomed.values()) == {1}
+    assert len(zoomed) == 2 * len(plan.pairs)
+    assert [(r.zoom, r.tried, r.labelled, len(r.encoded)) for r in report.rounds] == [
+        (False, len(plan.pairs), len(plan.pairs), 12),
+        (True, len(plan.pairs), len(plan.pairs), 2 * len(plan.pairs)),
+    ]
+    with LabelStore.open(report.folder.label_path(FAKE, False)) as store:
+        np.testing.assert_array_equal(store.pairs(), sorted(plan.pairs.tolist()))
+        assert store.attrs | {"settings": None} == {
+            "video": "clip",
+            "labeller": FAKE,
+            "zoom": False,
+            "steps": (2, 4, 8),
+            "size": (WIDTH, HEIGHT),
+            "fps": 30.0,
+            "gap": 2,
+            "settings": None,
+        }
+        assert not store.unmerged
+    assert (report.folder.root / "frames.csv").read_text().splitlines()[3] == "4,4,0.133333"
+    assert any("12 frames 2 apart" in line for line in report.lines())
+
+
+def test_labels_are_the_truth(clip: Path, tmp_path: Path) -> None:
+    """SIFT on frames whose motion is known, whole and zoomed, half a pixel anywhere would show."""
+    sampling = SamplingOptions(gap=4, steps=(4, 8), limit=4)
+    options = small(labellers=("sift",), sampling=sampling)
+    options = replace(options, rounds=RoundOptions(zoom_box=(300, 400)))
+    report = run(clip, tmp_path, options)
+    for zoom in (False, True):
+        with LabelStore.open(report.folder.label_path("sift", zoom)) as store:
+            assert len(store.pairs()) == 5, store.failures()
+            for i, j in store.pairs().tolist():
+                distance = errors(store, i, j)
+                assert len(distance) > 100
+                assert np.median(distance) < 0.15
+                labels = store.read(i, j)
+                near_labels = labels[labels[:, 1] > HEIGHT / 2 + 8]
+                shift = np.median(near_labels[:, 2:] - near_labels[:, :2], axis=0)
+                np.testing.assert_allclose(shift, -2 * SPEED * (j - i), atol=0.05)
+
+
+def test_overlays_are_told_in_frame_pixels(tmp_path: Path) -> None:
+    """A logo that stays is no label, also where crops of two frames are compared."""
+    clip = textured(9, tmp_path / "news", overlay=True)
+    found = {}
+    for static in (0.0, 1.0):
+        options = small(
+            labellers=("sift",),
+            sampling=SamplingOptions(gap=4, steps=(4,)),
+            rounds=RoundOptions(static_px=static),
+        )
+        report = run(clip, tmp_path / str(static), options)
+        for zoom in (False, True):
+            with LabelStore.open(report.folder.label_path("sift", zoom)) as store:
+                labels = store.read(0, 4)
+            still = (np.abs(labels[:, 2:] - labels[:, :2]) < 1).all(axis=1)
+            found[static, zoom] = int(still.sum())
+    assert found[0.0, False] > 3
+    assert found[0.0, True] > 3
+    assert found[1.0, False] == found[1.0, True] == 0
+
+
+def test_masked_frames_give_no_labels_there(
+    clip: Path, tmp_path: Path, fake: type[FakeLabeller]
+) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for n in range(0, 24, 2):
+        keep = np.full((HEIGHT, WIDTH), 255, np.uint8)
+        keep[:, : WIDTH // 2] = 0
+        if n == 6:
+            keep[:] = 0
+        Image.fromarray(keep).save(masks / f"{n:08d}.png.png")
+    options = small(masks=MaskOptions(masks=str(masks), erode_px=2))
+    report = run(clip, tmp_path / "out", options)
+    for zoom in (False, True):
+        with LabelStore.open(report.folder.label_path(FAKE, zoom)) as store:
+            for i, j in store.pairs().tolist():
+                assert 6 not in (i, j)
+                assert store.read(i, j)[:, [0, 2]].min() >= WIDTH // 2 + 1.5
+            reasons = {(i, j): why for i, j, why in store.failures()}
+            assert set(reasons) == {p for p in map(tuple, report.plan.pairs.tolist()) if 6 in p}
+            assert all("00000006.png is masked as a whole" in why for why in reasons.values())
+    # One mask for all frames, and other masks are other settings.
+    with pytest.raises(OutputError, match="masks"):
+        run(clip, tmp_path / "out", small())
+    single = small(masks=MaskOptions(masks=str(masks / "00000000.png.png"), erode_px=2))
+    other = run(clip, tmp_path / "single", single)
+    with LabelStore.open(other.folder.label_path(FAKE, False)) as store:
+        assert store.has(4, 6)
+        assert store.read(4, 6)[:, [0, 2]].min() >= WIDTH // 2 + 1.5
+    with pytest.raises(InputError, match="--masks"):
+        prepare_masks([], tmp_path, MaskOptions(masks=str(tmp_path / "nothing")))
+
+
+def test_zoom_rounds_follow_their_base(
+    clip: Path, tmp_path: Path, fake: type[FakeLabeller]
+) -> None:
+    fake.fail_on = {(4, 8)}
+    report = run(clip, tmp_path, small())
+    with LabelStore.open(report.folder.label_path(FAKE, True)) as store:
+        why = store.failure(4, 8)
+        assert why is not None
+        assert why.startswith(f"no plain labels of {FAKE}: error: cannot be matched (ArithmeticErr")
+    sift = replace(small(labellers=("sift", FAKE)), rounds=RoundOptions(zoom_base=FAKE))
+    report = run(clip, tmp_path, sift)
+    with LabelStore.open(report.folder.label_path("sift", True)) as store:
+        assert "no plain labels" in (store.failure(4, 8) or "")
+        assert store.info.settings["zoom_base"] == FAKE
+        assert store.has(0, 2)
+    with pytest.raises(InputError, match="not among the labellers"):
+        run(clip, tmp_path, small(rounds=RoundOptions(zoom_base="gim_dkm")))
+
+
+def test_failures_stay_until_they_are_tried_again(
+    clip: Path, tmp_path: Path, fake: type[FakeLabeller]
+) -> None:
+    fake.fail_on = {(0, 2), (10, 18)}
+    report = run(clip, tmp_path, small(zoom=False))
+    assert [(s.pairs, s.failed) for s in report.stores] == [(len(report.plan.pairs) - 2, 2)]
+    fake.fail_on = set()
+    fake.encoded.clear()
+    assert run(clip, tmp_path, small(zoom=False)).stores == report.stores
+    assert fake.encoded == []
+    report = run(clip, tmp_path, small(zoom=False, retry_failed=True))
+    assert sorted(fake.encoded) == [f"{n:08d}.png" for n in (0, 2, 10, 18)]
+    assert [(s.pairs, s.failed) for s in report.stores] == [(len(report.plan.pairs), 0)]
+
+
+def test_other_settings_do_not_mix(
+    clip: Path, tmp_path: Path, fake: type[FakeLabeller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(clip, tmp_path, small())
+    with pytest.raises(OutputError, match="fit"):
+        run(clip, tmp_path, small(rounds=RoundOptions(fit_px=1.0)))
+    with pytest.raises(OutputError, match="max_size"):
+        run(clip, tmp_path, small(max_size=100))
+    monkeypatch.setitem(
+        registry._entries,
+        FAKE,
+        replace(registry._entries[FAKE], factory=lambda **_: FakeLabeller(version=2)),
+    )
+    with pytest.raises(OutputError, match="encode"):
+        run(clip, tmp_path, small())
+    fake.encoded.clear()
+    report = run(clip, tmp_path, small(overwrite=True))
+    assert sum(r.tried for r in report.rounds) == 2 * len(report.plan.pairs)
+    # More pairs of the same video are no other settings.
+    wider = small(sampling=SamplingOptions(gap=2, steps=(2, 4, 8, 16)))
+    report = run(clip, tmp_path, wider)
+    assert sum(r.tried for r in report.rounds) == 2 * 4
+    with LabelStore.open(report.folder.label_path(FAKE, False)) as store:
+        assert store.attrs["steps"] == (2, 4, 8, 16)
+
+
+def test_shards_together_are_the_whole(
+    clip: Path, tmp_path: Path, fake: type[FakeLabeller]
+) -> None:
+    whole = run(clip, tmp_path / "whole", small())
+    for i in (2, 0, 1):
+        report = run(clip, tmp_path / "parts", small(shard=(i, 3)))
+    assert report.missing == 0
+    assert stored(report.folder) == stored(whole.folder)
+    assert not report.folder.label_path(FAKE, False).exists()
+    fake.encoded.clear()
+    merged = run(clip, tmp_path / "parts", small())
+    assert fake.encoded == []
+    assert merged.folder.label_path(FAKE, False).exists()
+    assert stored(merged.folder) == stored(whole.folder)
+    names = sorted(p.name for p in merged.folder.labels.iterdir() if not p.name.startswith("."))
+    assert names == [f"{FAKE}-zoom.h5", f"{FAKE}.h5"]
+
+
+def test_runs_do_not_meet(clip: Path, tmp_path: Path, fake: type[FakeLabeller]) -> None:
+    folder = VideoFolder(tmp_path / "clip")
+    with OutputLock(folder.labels):
+        with pytest.raises(LockedError):
+            run(clip, tmp_path, small())
+        with pytest.raises(LockedError):
+            run(clip, tmp_path, small(shard=(0, 2)))
+    with OutputLock(folder.labels / ".shards" / "0-of-2"):
+        with pytest.raises(LockedError):
+            run(clip, tmp_path, small(shard=(0, 2)))
+        with pytest.raises(LockedError, match="0-of-2"):
+            run(clip, tmp_path, small())
+        assert run(clip, tmp_path, small(shard=(1, 2))).missing > 0
+
+
+@pytest.mark.parametrize(
+    "values", [{"shard": (2, 2)}, {"devices": ()}, {"labellers": ("sift", "sift")}]
+)
+def test_bad_options_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        LabelOptions(**values)
+
+
+def test_labellers_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gim_hloc import weights
+
+    monkeypatch.setattr(weights, "locate", lambda name, download=True: tmp_path / name)
+    assert default_labellers() == ("gim_dkm", "gim_loftr", "gim_lightglue", "sift")
+
+    def absent(name: str, download: bool = True) -> Path:
+        assert not download
+        raise matchers_error(name)
+
+    monkeypatch.setattr(weights, "locate", absent)
+    assert default_labellers() == ("aliked_lightglue", "disk_lightglue", "sift")
+
+
+def matchers_error(name: str) -> Exception:
+    from gim_hloc.errors import WeightsError
+
+    return WeightsError(name)
+
+
+def test_sift_is_the_papers() -> None:
+    matcher = load_labeller("sift", quality="base", size=(1920, 1080), device="cpu")
+    assert matcher.options.max_keypoints == 32400
+    assert matcher.options.contrast_threshold == 1e-5
+    assert matcher.options.ratio == 0.8
+    assert isinstance(matcher, matchers.Matcher)
+    assert LabelRound is not None
+
+
+# ----------------------------------------------------------------------------------- killed workers
+
+
+def _count_records(folder: VideoFolder) -> int:
+    total = 0
+    for path in folder.label_paths():
+        try:
+            with LabelStore.open(path) as store:
+                total += len(store.pairs()) + len(store.failures())
+        except InputError:
+            continue
+    return total
+
+
+@pytest.mark.parametrize("round_", ["zoom", pytest.param("plain", marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_uninterrupted(clip: Path, tmp_path: Path, round_: str) -> None:
+    """SIGKILL in the middle of a round; then the same again."""
+    options = small(labellers=("sift",))
+    whole = run(clip, tmp_path / "whole", options)
+    total = 2 * len(whole.plan.pairs)
+    command = [
+        *(sys.executable, "-m", "gim_hloc.cli.video", "label", str(clip), str(tmp_path / "killed")),
+        *("--labellers", "sift", "--gap", "2", "--steps", "2", "4", "8"),
+        *("--masks", "none", "--format", "png"),
+    ]
+    folder = VideoFolder(tmp_path / "killed" / "clip")
+    enough = 3 if round_ == "plain" else len(whole.plan.pairs) + 3
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    give_up = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < give_up:
+        if folder.labels.is_dir() and _count_records(folder) >= enough:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    output = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, output
+    before = _count_records(folder)
+    assert enough <= before < total
+    resumed = run(clip, tmp_path / "killed", options)
+    assert sum(r.tried for r in resumed.rounds) == total - before
+    assert stored(resumed.folder) == stored(whole.folder)
+    assert resumed.stores == [
+        replace(s, path=tmp_path / "killed" / s.path.relative_to(tmp_path / "whole"))
+        for s in whole.stores
+    ]
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_replaced(clip: Path, tmp_path: Path) -> None:
+    """One of two workers is killed: the run notices, starts it again and ends complete."""
+    import multiprocessing
+    import threading
+
+    options = small(labellers=("sift",), devices=("cpu", "cpu"))
+    whole = run(clip, tmp_path / "whole", small(labellers=("sift",)))
+    folder = VideoFolder(tmp_path / "two" / "clip")
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            children = multiprocessing.active_children()
+            if children and folder.labels.is_dir() and _count_records(folder) >= 3:
+                pid = children[0].pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=kill, daemon=True)
+    watcher.start()
+    report = run(clip, tmp_path / "two", options)
+    watcher.join(timeout=1)
+    assert killed
+    assert report.deaths == 1
+    assert report.missing == 0
+    assert stored(report.folder) == stored(whole.folder)
+
+
+@pytest.mark.slow
+def test_errors_of_workers_arrive(clip: Path, tmp_path: Path) -> None:
+    options = small(labellers=("sift",), devices=("cpu", "cpu"), zoom=False)
+    run(clip, tmp_path, small(labellers=("sift",), zoom=False))
+    with pytest.raises(OutputError, match="other settings"):
+        run(clip, tmp_path, replace(options, rounds=RoundOptions(fit_px=2.0)))
