@@ -129,6 +129,7 @@ def build(
     blocks: int = _FULL.blocks,
     anchors: int = _FULL.anchors,
     hidden: int = _FULL.hidden,
+    momentum: float = 0.01,
     dinov2: str | Path | None = None,
     untrained_dinov2: bool = False,
     labels: int = 2048,
@@ -150,6 +151,8 @@ def build(
         blocks: of the coarse transformer.
         anchors: on a side of the grid of classes.
         hidden: blocks of a refiner after its first.
+        momentum: of the running statistics in the refiners. The published one remembers hundreds of
+            steps: trainings of a few hundred need 0.1.
         dinov2: file of its weights; None: the published file, wherever ``weights.locate`` finds it.
         untrained_dinov2: a small one with fixed random weights instead, for tests and examples
             without weight files; ``RoMaTraining.dinov2_checkpoint`` gives its weights.
@@ -183,6 +186,9 @@ def build(
         hidden=hidden,
     )
     network = RoMa(config)
+    for module in network.decoder.conv_refiner.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
     if untrained_dinov2:
         transformer = _untrained(tokens)
     else:
