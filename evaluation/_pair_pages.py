@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gim_hloc.errors import GimError
+from gim_hloc.errors import GimError, OutputError
 from gim_hloc.evaluation import homography
 from gim_hloc.evaluation.zeb.run import Prediction, read_folder
 from gim_hloc.files import write_atomic
@@ -297,36 +297,42 @@ def _draw(result: MatchResult, folder: Path, base: str) -> str:
 
     target = folder / "pictures"
     target.mkdir(exist_ok=True)
-    drawn = {
-        "match": _match_pictures.draw_matches(result),
-        "warp": _match_pictures.draw_warp(result),
-    }
-    names = {}
-    for kind, picture in drawn.items():
-        path = target / f"{base}_{kind}.png"
-        if picture is None:
-            path.unlink(missing_ok=True)
-            continue
-        write_atomic(path, _match_pictures.png(picture))
-        names[kind] = f"pictures/{path.name}"
-    matches = drawn["match"]
-    assert matches is not None
+    matches = _match_pictures.draw_matches(result)
     # The upper half shows the images without matches.
     half = matches[matches.shape[0] // 2 :]
     height = max(1, round(half.shape[0] * _THUMBNAIL / half.shape[1]))
-    small = cv2.resize(half, (_THUMBNAIL, height), interpolation=cv2.INTER_AREA)
-    _, data = cv2.imencode(
-        ".jpg", np.ascontiguousarray(small[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
-    )
-    thumbnail = target / f"{base}.jpg"
-    write_atomic(thumbnail, bytes(data))
+    pictures = {
+        "": cv2.resize(half, (_THUMBNAIL, height), interpolation=cv2.INTER_AREA),
+        "_match": matches,
+        "_warp": _match_pictures.draw_warp(result),
+    }
+    names = {}
+    for kind, picture in pictures.items():
+        path = target / f"{base}{kind}.jpg"
+        if picture is None:
+            path.unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
+            continue
+        write_atomic(path, _jpeg(picture))
+        names[kind] = html.escape(f"pictures/{path.name}")
     image = (
-        f'<a href="{html.escape(names["match"])}"><img loading="lazy" width="{_THUMBNAIL}" '
-        f'height="{height}" alt="matches" src="pictures/{html.escape(thumbnail.name)}"></a>'
+        f'<a href="{names["_match"]}"><img loading="lazy" width="{_THUMBNAIL}" '
+        f'height="{height}" alt="matches" src="{names[""]}"></a>'
     )
-    if "warp" in names:
-        image += f'<br><a href="{html.escape(names["warp"])}">image 1 projected onto image 0</a>'
+    if "_warp" in names:
+        image += f'<br><a href="{names["_warp"]}">image 1 projected onto image 0</a>'
     return image
+
+
+def _jpeg(rgb: np.ndarray) -> bytes:
+    """As JPEG: a list of a hundred pairs would give a gigabyte of PNG."""
+    import cv2
+
+    done, data = cv2.imencode(
+        ".jpg", np.ascontiguousarray(rgb[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
+    )
+    if not done:
+        raise OutputError(f"A picture of {rgb.shape[1]} x {rgb.shape[0]} cannot be coded.")
+    return bytes(data)
 
 
 def _page(report: PairReport, sections: Sequence[str]) -> str:
@@ -347,7 +353,8 @@ def _page(report: PairReport, sections: Sequence[str]) -> str:
         f"<h1>{name}: {len(report.pair_list)} pairs without ground truth</h1>\n"
         "<p>Inliers are matches that agree with a fundamental matrix estimated from them. Green: "
         "inliers of OpenCV's USAC; orange: all matches, where no geometry fits. Few wrong matches "
-        "always agree with some geometry: about 15 inliers mean nothing.</p>\n"
+        "always agree with some geometry: about 15 inliers mean nothing, and alike buildings give "
+        "more.</p>\n"
         "<table><tr><th>Matcher</th><th>Protocol</th><th>Matches a pair</th><th>Inliers a pair"
         f"</th><th>Failed</th></tr>{rows}</table>\n{faults}\n" + "\n".join(sections) + "\n"
         "</body></html>\n"
