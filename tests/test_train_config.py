@@ -44,6 +44,14 @@ def test_paper_presets_have_the_published_numbers() -> None:
         assert o.warmup_steps is None
         found.check_world(40)
         assert (found.validation.threshold, found.validation.confidence) == (0.5, 0.999999)
+    # training.md §3: ScanNet's share of images that only fill the box, and glue's labels.
+    for model, usual in (
+        ("gim_loftr", {"scannet": {"augment": {"keep_scale": 0.2}}}),
+        ("gim_roma", {"scannet": {"augment": {"keep_scale": 0.2}}}),
+        ("gim_dkm", {}),
+        ("gim_lightglue", {"video": {"augment": {"max_labels": 2048}}}),
+    ):
+        assert preset(f"paper-{model}").config.data.defaults == usual
     for model in ("aliked_lightglue", "disk_lightglue"):
         same = dataclasses.replace(preset("paper-gim_lightglue").config, model=model)
         assert preset(f"paper-{model}").config == same
@@ -139,6 +147,27 @@ def test_sources(tmp_path: Path) -> None:
             c.read_sources(path, c.TrainConfig())
     with pytest.raises(InputError, match="There is no file"):
         c.read_sources(tmp_path / "none.yaml", c.TrainConfig())
+
+
+def test_sources_get_what_is_usual_for_their_type() -> None:
+    from gim_hloc.training.data import source_options
+    from gim_hloc.training.loader import source_settings
+
+    paper = preset("paper-gim_lightglue").config
+    video = {"type": "video", "labels": "v", "augment": {"keep_scale": 1.0}}
+    found = source_settings(paper, video, split="train")
+    assert found["box"] == (1024, 1024)
+    assert found["augment"] == {"max_labels": 2048, "keep_scale": 1.0}
+    assert source_settings(paper, video, split="validation")["box"] == (1280, 1280)
+    assert source_settings(paper, {**video, "box": [64, 32]}, split="train")["box"] == [64, 32]
+    loftr = preset("paper-gim_loftr").config
+    shares = {
+        kind: source_options(source_settings(loftr, {"type": kind, "root": "r"}, split="train"))
+        .augmentation()
+        .keep_scale
+        for kind in ("megadepth", "scannet")
+    }
+    assert shares == {"megadepth": 0.5, "scannet": 0.2}
 
 
 def test_a_run_keeps_its_settings(tmp_path: Path) -> None:

@@ -408,7 +408,8 @@ def test_labels_judge_the_match_next_to_them() -> None:
     sample = make_pairs(1, (128, 96), labels=True)[0]
     sample.labels = torch.tensor([[10.0, 10, 20, 12], [50, 50, 60, 50], [90, 20, 90, 20]])
     batch = collate([sample])
-    assert not validation.has_pose(batch, 0) or bool(batch.has_depth[0])
+    assert not validation.has_pose(batch, 0)
+    assert validation.has_pose(scene(), 0)
     points0 = torch.tensor([[11.0, 10.0], [50.0, 53.0], [80.0, 20.0]])
     points1 = torch.tensor([[21.0, 14.0], [63.0, 57.0], [80.0, 20.0]])
     errors = validation.label_errors(batch, 0, (points0, points1, torch.ones(3)))

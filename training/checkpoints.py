@@ -27,6 +27,8 @@ from gim_hloc.errors import InputError, OutputError
 
 LAST = "last.ckpt"
 FOLDER = "checkpoints"
+WEIGHTS = "weights"
+"""Folder of a run with its best weights under the name that the matcher looks for."""
 
 _LAYOUT = 1  # of ``resume``; raised when an older last.ckpt can no longer be gone on from
 
@@ -104,6 +106,19 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         raise OutputError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def published_name(model: str) -> str | None:
+    """Return the name of the weight file that the matcher of a model reads; None: no such matcher.
+
+    Of the files of a matcher that is the one named after it; others are detectors and encoders.
+    """
+    from gim_hloc import matchers
+
+    if model not in matchers.names():
+        return None
+    files = matchers.describe(model).checkpoint
+    return next((name for name in files if name.startswith(model)), None)
 
 
 def clean(folder: Path) -> None:

@@ -32,10 +32,17 @@ class Preset:
 
 _MAXLEN = 938_240  # pairs an epoch of each source: 23 456 for each of 40 GPUs
 
+# How often an image only fills the box, where it differs from the sources' own half.
+_SCANNET = {"scannet": {"augment": {"keep_scale": 0.2}}}
+# LightGlue sees a video's first 2048 labels, in the order of their rows.
+_VIDEO = {"video": {"augment": {"max_labels": 2048}}}
+
 _LOFTR = TrainConfig(
     model="gim_loftr",
     epochs=10,
-    data=DataConfig(box=(840, 840), maxlen=(_MAXLEN,), batch_size=1, valid_batch_size=2),
+    data=DataConfig(
+        box=(840, 840), maxlen=(_MAXLEN,), batch_size=1, valid_batch_size=2, defaults=_SCANNET
+    ),
     optimiser=OptimiserConfig(
         name="adamw", weight_decay=0.1, lr=1e-3, min_lr=5e-5, canonical_batch=64
     ),
@@ -53,7 +60,9 @@ _DKM = TrainConfig(
 _ROMA = TrainConfig(
     model="gim_roma",
     epochs=370,
-    data=DataConfig(box=(672, 672), maxlen=(25_600,), batch_size=1, valid_batch_size=2),
+    data=DataConfig(
+        box=(672, 672), maxlen=(25_600,), batch_size=1, valid_batch_size=2, defaults=_SCANNET
+    ),
     optimiser=OptimiserConfig(
         name="adamw", weight_decay=0.01, lr=8e-4, min_lr=1e-4, canonical_batch=120
     ),
@@ -65,7 +74,7 @@ _GLUE = TrainConfig(
     epochs=50,
     data=DataConfig(
         box=(1024, 1024), valid_box=(1280, 1280), maxlen=(_MAXLEN,), batch_size=1,
-        valid_batch_size=2,
+        valid_batch_size=2, defaults=_VIDEO,
     ),
     optimiser=OptimiserConfig(
         name="adam", weight_decay=0.0, lr=1e-4, rule="epoch", canonical_batch=None
@@ -85,7 +94,6 @@ def _small(
     epochs: int,
     maxlen: int,
     constant_epochs: int = 30,
-    precision: str = "bf16",
 ) -> TrainConfig:
     return replace(
         paper,
@@ -99,7 +107,7 @@ def _small(
             constant_epochs=constant_epochs,
         ),
         validation=replace(paper.validation, per_epoch=1),
-        runtime=RuntimeConfig(precision="bf16" if precision == "bf16" else "32", tf32=True),
+        runtime=RuntimeConfig(precision="bf16", tf32=True),
     )  # fmt: skip
 
 

@@ -348,8 +348,8 @@ class _Run:
         stopped = 0
         while self.progress.epoch < self.plan.epochs and not stopped:
             stopped = self._epoch()
-        if not stopped and not self.last.exists():
-            self._save()
+        if not stopped and self.main and not self.best.entries:
+            self._publish(self._checkpoint())  # nothing says that earlier ones are better
         return self._report(stopped or None)
 
     def _epoch(self) -> int:
@@ -541,6 +541,12 @@ class _Run:
         }
         return content
 
+    def _publish(self, content: Mapping[str, Any]) -> None:
+        """Store weights under the name that their matcher looks for."""
+        name = checkpoints.published_name(self.model.name)
+        if name is not None:
+            checkpoints.save(self.folder / checkpoints.WEIGHTS / name, content)
+
     # ---------------------------------------------------------------------------------- validation
 
     def _validate(self, *, rank_it: bool = True) -> None:
@@ -589,7 +595,10 @@ class _Run:
                 ", ".join(f"{k} {v:.4g}" for k, v in self.figures.items()),
             )
             if rank_it and name:
-                self.best.offer(self.progress.epoch, value, self._checkpoint())
+                content = self._checkpoint()
+                path = self.best.offer(self.progress.epoch, value, content)
+                if path is not None and path.name == self.best.entries[0][0]:
+                    self._publish(content)
         self.fabric.barrier()
         self.clock.pause()
 

@@ -148,9 +148,11 @@ def select(batch: PairBatch, index: int) -> PairBatch:
 
 
 def has_pose(batch: PairBatch, index: int) -> bool:
-    """Tell whether the true relative pose of a pair is known."""
-    identity = torch.eye(4, dtype=batch.T_0to1.dtype, device=batch.T_0to1.device)
-    return bool(batch.has_depth[index]) or not torch.equal(batch.T_0to1[index], identity)
+    """Tell whether a pair has a true pose that can be judged.
+
+    Neither pairs without a pose (identity) nor cameras in one place have a direction of motion.
+    """
+    return bool(batch.T_0to1[index, :3, 3].any())
 
 
 def to_original(points: torch.Tensor, transform: torch.Tensor) -> np.ndarray:
