@@ -1,0 +1,482 @@
+"""How right labels of a video are, before and after propagation, and how far propagation reaches.
+
+    python -m gim_hloc.evaluation.benchmarks.video_labels room --out room.json
+    python -m gim_hloc.evaluation.benchmarks.video_labels fox --data ../shared/data
+
+``room`` renders a walk through the example room (needs open3d), where the true place of every label
+is known: the depth of the pixel and the poses of both frames carry it over. ``fox`` is a video of a
+hand-held telephone with reference poses from COLMAP, which tell how far a label is from its
+epipolar line, not where on it. Both are labelled and propagated as ``gim-video`` does it. The same
+labellers then match the very pairs of frames that propagation reached, directly, by the same fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from gim_hloc.cli import common
+from gim_hloc.errors import InputError
+from gim_hloc.evaluation.benchmarks.measure import machine, now, versions
+from gim_hloc.files import write_atomic
+from gim_hloc.training.video.folder import VideoFolder
+from gim_hloc.training.video.labels import LabelRound, RoundOptions, frame_record, load_labeller
+from gim_hloc.training.video.masks import FrameMasks, MaskOptions
+from gim_hloc.training.video.propagated import PropagatedStore
+from gim_hloc.training.video.propagation import make_options, propagate_video, rounds_by_step
+from gim_hloc.training.video.run import LabelOptions, label_video
+from gim_hloc.training.video.sampling import SamplingOptions
+from gim_hloc.training.video.sources import find_source
+from gim_hloc.training.video.store import LabelStore, StoreInfo
+
+logger = logging.getLogger(__name__)
+
+Error = Callable[[int, int, np.ndarray], np.ndarray]
+"""(i, j, labels (n, 4)) -> (n,) distance from the truth in pixels; NaN where there is none."""
+
+_LIMITS = (1.0, 2.0, 5.0)  # px
+_ROOM_VIEWS = 240  # of the closed walk: 1.5 degrees a frame
+_EDGE = 0.02  # share by which depths around a point may differ before it counts as an edge
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoLabels:
+    """Measure labels before and after propagation."""
+
+    scene: tyro.conf.Positional[Literal["room", "fox"]]
+    """room: rendered, exact truth. fox: real, epipolar truth."""
+    labellers: tuple[str, ...] = ("aliked_lightglue", "sift")
+    """Names of matchers."""
+    frames: int = 41
+    """Frames of the video."""
+    size: int = 480
+    """Long side of the frames in pixels."""
+    steps: tuple[int, ...] = (1, 2, 4)
+    """Frames between those of a labelled pair."""
+    preset: str = "code"
+    """Constants of propagation."""
+    min_joined: int | None = None
+    """Labels that must survive a join; the preset's by default."""
+    data: Path = Path("../shared/data")
+    """Folder with video/ and fox/."""
+    examples: Path = Path("examples")
+    """Folder of render_room.py."""
+    work: Path = Path(tempfile.gettempdir()) / "gim_hloc_video_labels"
+    """Folder of frames and labels, which are kept."""
+    out: Path | None = None
+    """JSON file of all figures."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """Labels of one kind."""
+
+    kind: str  # e.g. "aliked_lightglue zoom", "propagated", "direct"
+    distance: str  # frames between the two of a pair
+    pairs: int  # with labels
+    of: int  # pairs that were tried
+    labels: float  # mean over pairs that were tried
+    within: tuple[float, ...]  # share of the labels within 1, 2 and 5 px of the truth
+    right: float  # labels within 2 px, mean over pairs that were tried
+
+    def line(self) -> str:
+        """A row of a Markdown table."""
+        shares = " | ".join(f"{100 * share:.1f}" for share in self.within)
+        return (
+            f"| {self.kind} | {self.distance} | {self.pairs} / {self.of} | {self.labels:.0f} | "
+            f"{shares} | {self.right:.0f} |"
+        )
+
+
+HEADER = (
+    "| labels | frames apart | pairs | labels a pair | 1 px, % | 2 px, % | 5 px, % | within 2 px |"
+    "\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command."""
+    options = tyro.cli(
+        VideoLabels,
+        prog="python -m gim_hloc.evaluation.benchmarks.video_labels",
+        args=common.prog(argv),
+    )
+    common.configure_logging()
+    return common.run(lambda: _main(options))
+
+
+def _main(options: VideoLabels) -> int:
+    began = time.perf_counter()
+    name = f"{options.scene}-{options.frames}-{options.size}"
+    if options.scene == "room":
+        clip, error = render_walk(options, options.work / name)
+        sampling = SamplingOptions(gap=1, steps=options.steps, trim=0)
+    else:
+        clip = options.data / "video" / "fox_from_frames.mp4"
+        error = fox_truth(options)
+        sampling = SamplingOptions(gap=1, steps=options.steps, trim=0, limit=options.frames)
+    rows, chains = measure(clip, options, sampling, error)
+    sys.stdout.write("\n".join([HEADER, *(row.line() for row in rows)]) + "\n")
+    sys.stdout.write(f"chains: {json.dumps(chains)}\n")
+    if options.out is not None:
+        report = {
+            "at": now(),
+            "machine": machine(),
+            "versions": versions(["torch", "opencv-python-headless", "numpy", "av"]),
+            "options": {key: str(v) for key, v in dataclasses.asdict(options).items()},
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "chains": chains,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        write_atomic(options.out, json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def measure(
+    clip: Path, options: VideoLabels, sampling: SamplingOptions, error: Error
+) -> tuple[list[Row], dict[str, Any]]:
+    """Label, propagate and match directly; compare all of it with the truth.
+
+    Args:
+        clip: video file or folder.
+        options: see there.
+        sampling: frames and steps.
+        error: the truth.
+
+    Returns:
+        Rows, and figures about the chains.
+    """
+    label_options = LabelOptions(
+        labellers=options.labellers,
+        sampling=sampling,
+        masks=MaskOptions(masks="none"),
+        max_size=options.size,
+        image_format="png",
+        progress=True,
+    )
+    report = label_video(find_source(str(clip)), options.work / "labels", label_options)
+    folder = report.folder
+    rows: list[Row] = []
+    stores = folder.stores(options.labellers)
+    for store in stores:
+        kind = store.info.labeller + (" zoom" if store.info.zoom else "")
+        rows += _rows(kind, ((s, i, j, _read(store, i, j)) for s, i, j in _by_step(report)), error)
+    rows += _rows(
+        "all rounds",
+        (
+            (s, i, j, np.concatenate([_read(store, i, j) for store in stores]))
+            for s, i, j in _by_step(report)
+        ),
+        error,
+    )
+    changes = {} if options.min_joined is None else {"min_joined": options.min_joined}
+    target = folder.root / f"propagated-{options.preset}-{options.min_joined}.h5"
+    summary = propagate_video(
+        rounds_by_step(stores), target, make_options(options.preset, **changes)
+    )
+    with PropagatedStore(target) as propagated:
+        chained = {}
+        for a, b in propagated.pairs().tolist():
+            labels, reached = propagated.read(a, b)
+            chained[reached] = labels
+    distances = sorted(j - i for i, j in chained)
+    chains = {
+        "starts": len(summary.records),
+        "propagated": len(chained),
+        "frames reached": _quantiles(distances),
+        "labels": _quantiles(sorted(len(labels) for labels in chained.values())),
+    }
+    pairs = sorted(chained)
+    direct = match_directly(folder, options.labellers, pairs)
+    bins = _bins(distances)
+    for kind, found in (("propagated", chained), *direct.items()):
+        rows += _rows(
+            kind,
+            ((_bin(j - i, bins), i, j, found.get((i, j), _NOTHING)) for i, j in pairs),
+            error,
+        )
+    return rows, chains
+
+
+_NOTHING = np.zeros((0, 4), np.float32)
+
+
+def _by_step(report: Any) -> list[tuple[str, int, int]]:
+    return [
+        (str(j - i), i, j) for i, j in sorted(report.plan.pairs.tolist(), key=lambda p: p[::-1])
+    ]
+
+
+def _read(store: LabelStore, i: int, j: int) -> np.ndarray:
+    return store.read(i, j) if store.has(i, j) else _NOTHING
+
+
+def _rows(kind: str, labels: Iterable[tuple[str, int, int, np.ndarray]], error: Error) -> list[Row]:
+    """One row per distance."""
+    errors: dict[str, list[np.ndarray]] = defaultdict(list)
+    for distance, i, j, rows in labels:
+        found = error(i, j, rows)
+        errors[distance].append(found[np.isfinite(found)])
+    result = []
+    for distance in sorted(errors, key=lambda text: int(text.split("-")[0])):
+        every = np.concatenate(errors[distance])
+        count = len(errors[distance])
+        within = tuple(
+            float((every <= limit).mean()) if len(every) else float("nan") for limit in _LIMITS
+        )
+        result.append(
+            Row(
+                kind=kind,
+                distance=distance,
+                pairs=sum(len(e) > 0 for e in errors[distance]),
+                of=count,
+                labels=len(every) / count,
+                within=within,
+                right=float((every <= 2.0).sum() / count),
+            )
+        )
+    return result
+
+
+def _quantiles(values: Sequence[float]) -> list[float]:
+    """Least, median and largest."""
+    return [float(v) for v in np.quantile(values, [0, 0.5, 1])] if len(values) else []
+
+
+def _bins(distances: Sequence[int]) -> list[tuple[int, int]]:
+    """Up to four ranges of distances with about as many pairs each."""
+    if not distances:
+        return []
+    edges = np.unique(np.quantile(distances, [0, 0.25, 0.5, 0.75, 1]).astype(int))
+    if len(edges) == 1:
+        return [(int(edges[0]), int(edges[0]))]
+    lows = [int(edges[0]), *(int(e) + 1 for e in edges[1:-1])]
+    return list(zip(lows, (int(e) for e in edges[1:]), strict=True))
+
+
+def _bin(distance: int, bins: Sequence[tuple[int, int]]) -> str:
+    for low, high in bins:
+        if low <= distance <= high:
+            return f"{low}-{high}"
+    return str(distance)
+
+
+def match_directly(
+    folder: VideoFolder, labellers: Sequence[str], pairs: Sequence[tuple[int, int]]
+) -> dict[str, dict[tuple[int, int], np.ndarray]]:
+    """Match far pairs of frames without any chain, by the fit that ends propagation.
+
+    Args:
+        folder: of a labelled video.
+        labellers: names of matchers.
+        pairs: of frames.
+
+    Returns:
+        "direct: <labeller>" and "direct: all" -> pair -> labels.
+    """
+    info = folder.info
+    options = RoundOptions(fit_px=1.0)
+    found: dict[str, dict[tuple[int, int], np.ndarray]] = {}
+    pooled: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
+    for name in labellers:
+        matcher = load_labeller(name, quality="base", size=info.size, device="auto")
+        about = StoreInfo(
+            video=info.id,
+            labeller=name,
+            zoom=False,
+            steps=(),
+            size=info.size,
+            fps=info.fps,
+            gap=1,
+            settings={"match": matcher.match_settings(), "encode": matcher.encode_settings()},
+        )
+        with LabelStore.open(folder.root / "direct" / f"{name}.h5", "a", info=about) as store:
+            LabelRound(
+                matcher,
+                store,
+                lambda n: frame_record(folder.frame_path(n), info.size),
+                FrameMasks(settings={}),
+                options,
+            ).run(pairs)
+            found[f"direct: {name}"] = {p: store.read(*p) for p in pairs if store.has(*p)}
+        for pair, labels in found[f"direct: {name}"].items():
+            pooled[pair].append(labels)
+    found["direct: all"] = {pair: np.concatenate(every) for pair, every in pooled.items()}
+    return found
+
+
+# --------------------------------------------------------------------------------------------- room
+
+
+def render_walk(options: VideoLabels, folder: Path) -> tuple[Path, Error]:
+    """Frames of a walk through the example room, rendered once, and their truth.
+
+    Raises:
+        InputError: the example or open3d is not there.
+    """
+    if not (options.examples / "render_room.py").is_file():
+        raise InputError(f"{options.examples} has no render_room.py: run from the repository.")
+    sys.path.insert(0, str(options.examples))
+    try:
+        room = importlib.import_module("render_room")
+    finally:
+        sys.path.remove(str(options.examples))
+    width, height = options.size, options.size * 3 // 4
+    k = room.intrinsics(width, height)
+    poses = room.camera_path(_ROOM_VIEWS)[: options.frames]
+    clip = folder / "room"
+    clip.mkdir(parents=True, exist_ok=True)
+    missing = [n for n in range(options.frames) if not (folder / f"{n}.npy").exists()]
+    if missing:
+        _render(room, k, poses, missing, folder, (width, height))
+    depths = [np.load(folder / f"{n}.npy") for n in range(options.frames)]
+    # hloc's frame has the centre of the first pixel at 0.
+    centred = k.copy()
+    centred[:2, 2] -= 0.5
+
+    def error(i: int, j: int, labels: np.ndarray) -> np.ndarray:
+        truth = carry(labels[:, :2], depths[i], centred, poses[i], poses[j])
+        distance: np.ndarray = np.linalg.norm(labels[:, 2:] - truth, axis=1)
+        return distance
+
+    return clip, error
+
+
+def _render(
+    room: Any,
+    k: np.ndarray,
+    poses: Sequence[np.ndarray],
+    missing: Sequence[int],
+    folder: Path,
+    size: tuple[int, int],
+) -> None:
+    from PIL import Image
+    from tqdm import tqdm
+
+    try:
+        scene = room.build_scene(0)
+    except ImportError as error:
+        raise InputError(
+            f'Rendering needs open3d ({error}): pip install "gim-hloc[render]"'
+        ) from error
+    for n in tqdm(missing, desc="rendering", disable=None):
+        rgb, depth = room.render_view(
+            scene, k, poses[n], width=size[0], height=size[1], seed=(0, n)
+        )
+        Image.fromarray(rgb).save(folder / "room" / f"{n:04d}.png")
+        np.save(folder / f"{n}.npy", depth.astype(np.float32))
+
+
+def carry(
+    xy: np.ndarray, depth: np.ndarray, k: np.ndarray, pose0: np.ndarray, pose1: np.ndarray
+) -> np.ndarray:
+    """Where points of one view are in another, by depth and pose.
+
+    Args:
+        xy: (n, 2) pixels, hloc's frame.
+        depth: (H, W) along the optical axis.
+        k: (3, 3), hloc's frame.
+        pose0: (3, 4) world to camera.
+        pose1: of the other view.
+
+    Returns:
+        (n, 2) pixels. Depth is interpolated, except at its edges, where the nearest pixel's counts.
+        NaN where there is no depth or the point lies behind the other camera.
+    """
+    rows, columns = depth.shape
+    x, y = xy[:, 0].clip(0, columns - 1), xy[:, 1].clip(0, rows - 1)
+    left, top = (np.floor(v).astype(int).clip(0, n - 2) for v, n in ((x, columns), (y, rows)))
+    fx, fy = x - left, y - top
+    corners = np.stack(
+        [depth[top, left], depth[top, left + 1], depth[top + 1, left], depth[top + 1, left + 1]]
+    )
+    weights = np.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy])
+    # On a plane, the inverse of depth is linear in the image.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = 1 / (weights / corners).sum(axis=0)
+        edge = corners.max(axis=0) > (1 + _EDGE) * corners.min(axis=0)
+    z = np.where(edge, depth[np.rint(y).astype(int), np.rint(x).astype(int)], z)
+    rays = np.concatenate([xy, np.ones((len(xy), 1))], axis=1) @ np.linalg.inv(k).T
+    world = (rays * z[:, None] - pose0[:, 3]) @ pose0[:, :3]
+    seen = (world @ pose1[:, :3].T + pose1[:, 3]) @ k.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        projected: np.ndarray = seen[:, :2] / seen[:, 2:]
+    projected[~(np.isfinite(z) & (seen[:, 2] > 0))] = np.nan
+    return projected
+
+
+# ---------------------------------------------------------------------------------------------- fox
+
+
+def fox_truth(options: VideoLabels) -> Error:
+    """Distance from epipolar lines by the reference poses.
+
+    Raises:
+        InputError: the data is not there.
+    """
+    import cv2
+
+    from gim_hloc.poses import read_poses
+
+    folder = options.data / "fox"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not there: give the data folder (--data).")
+    names = sorted(p.name for p in (folder / "images").iterdir())
+    poses = read_poses(folder / "gt", names).poses
+    line = next(
+        text.split()
+        for text in (folder / "gt" / "cameras.txt").read_text(encoding="utf-8").splitlines()
+        if not text.startswith("#")
+    )
+    width, height = int(line[2]), int(line[3])
+    fx, fy, cx, cy, *distortion = (float(value) for value in line[4:12])
+    scale = min(1.0, options.size / max(width, height))
+    # COLMAP's origin is the corner of the first pixel, ours its centre.
+    k = np.array([[fx * scale, 0, cx * scale - 0.5], [0, fy * scale, cy * scale - 0.5], [0, 0, 1]])
+
+    def error(i: int, j: int, labels: np.ndarray) -> np.ndarray:
+        if not len(labels):
+            return np.zeros(0)
+        (r0, t0), (r1, t1) = (poses[names[n]] for n in (i, j))
+        turn = r1 @ r0.T
+        shift = t1 - turn @ t0
+        cross = np.array(
+            [[0, -shift[2], shift[1]], [shift[2], 0, -shift[0]], [-shift[1], shift[0], 0]]
+        )
+        inverse = np.linalg.inv(k)
+        fundamental = inverse.T @ cross @ turn @ inverse
+        sides = [
+            cv2.undistortPoints(
+                labels[:, None, columns].astype(np.float64), k, np.array(distortion), P=k
+            )[:, 0]
+            for columns in (slice(0, 2), slice(2, 4))
+        ]
+        return epipolar_distance(fundamental, *sides)
+
+    return error
+
+
+def epipolar_distance(fundamental: np.ndarray, xy0: np.ndarray, xy1: np.ndarray) -> np.ndarray:
+    """(n,) larger of the two distances of points from their epipolar lines, pixels."""
+    p0, p1 = (np.concatenate([xy, np.ones((len(xy), 1))], axis=1) for xy in (xy0, xy1))
+    lines1, lines0 = p0 @ fundamental.T, p1 @ fundamental
+    value = np.abs((p1 * lines1).sum(axis=1))
+    norms = [np.linalg.norm(lines[:, :2], axis=1) for lines in (lines0, lines1)]
+    distance: np.ndarray = value / np.minimum(*norms)
+    return distance
+
+
+if __name__ == "__main__":
+    sys.exit(main())
