@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -132,13 +131,15 @@ class SlowPropagation:
         rows, i, j = np.array(found[0], dtype=np.float32), found[1], found[2]
         if len(rows) < 8:
             return None
-        options: dict[str, Any] = {
-            "method": cv2.USAC_MAGSAC,
-            "ransacReprojThreshold": 1.0,
-            "confidence": 0.999999,
-            "maxIters": 1000,
-        }
-        _, mask = cv2.findFundamentalMat(rows[:, :2], rows[:, 2:], **options)
+        mask = None
+        # OpenCV's MAGSAC raises errors on some labels; its older estimator does not.
+        for method in (cv2.USAC_MAGSAC, cv2.RANSAC):
+            points0, points1 = rows[:, :2].astype(np.float64), rows[:, 2:].astype(np.float64)
+            try:
+                _, mask = cv2.findFundamentalMat(points0, points1, method, 1.0, 0.999999, 1000)
+            except cv2.error:
+                continue
+            break
         if mask is None:
             return None
         rows = rows[mask.ravel() == 1]

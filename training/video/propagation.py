@@ -37,6 +37,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
+from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.propagated import PropagatedWriter, StartRecord, VideoFacts
 
 logger = logging.getLogger(__name__)
@@ -516,21 +517,13 @@ class Propagator:
             self._kept_bytes -= old.nbytes if old else 0
 
     def _fit(self, rows: np.ndarray) -> np.ndarray:
-        import cv2
-
-        if len(rows) < 8:  # OpenCV raises an error below
-            return rows[:0]
-        fundamental, mask = cv2.findFundamentalMat(
-            rows[:, :2],
-            rows[:, 2:],
-            cv2.USAC_MAGSAC,
-            ransacReprojThreshold=self.options.threshold,
+        inliers = epipolar_inliers(
+            rows,
+            threshold=self.options.threshold,
             confidence=self.options.confidence,
-            maxIters=self.options.max_iterations,
+            max_iterations=self.options.max_iterations,
         )
-        if fundamental is None or mask is None:
-            return rows[:0]
-        kept: np.ndarray = rows[mask.ravel() > 0]
+        kept: np.ndarray = rows[inliers]
         return kept
 
 
