@@ -409,11 +409,12 @@ def carry(
         edge = corners.max(axis=0) > (1 + _EDGE) * corners.min(axis=0)
     z = np.where(edge, depth[np.rint(y).astype(int), np.rint(x).astype(int)], z)
     rays = np.concatenate([xy, np.ones((len(xy), 1))], axis=1) @ np.linalg.inv(k).T
-    world = (rays * z[:, None] - pose0[:, 3]) @ pose0[:, :3]
+    known = np.isfinite(z)
+    world = (rays * np.where(known, z, 1.0)[:, None] - pose0[:, 3]) @ pose0[:, :3]
     seen = (world @ pose1[:, :3].T + pose1[:, 3]) @ k.T
     with np.errstate(divide="ignore", invalid="ignore"):
         projected: np.ndarray = seen[:, :2] / seen[:, 2:]
-    projected[~(np.isfinite(z) & (seen[:, 2] > 0))] = np.nan
+    projected[~(known & (seen[:, 2] > 0))] = np.nan
     return projected
 
 
