@@ -212,7 +212,7 @@ def open_sources(config: TrainConfig, *, failures: Path | None = None) -> PairDa
         InputError: no source is named, or one cannot be opened.
     """
     from gim_hloc.training.data import build_source
-    from gim_hloc.training.data.mixture import MixtureDataset
+    from gim_hloc.training.data.mixture import HeldSamples, MixtureDataset
     from gim_hloc.training.data.sampler import BalancedSampler, FixedSampler
 
     if not config.data.train:
@@ -241,7 +241,7 @@ def open_sources(config: TrainConfig, *, failures: Path | None = None) -> PairDa
         sampler.set_epoch(epoch)
         return sampler.plan()
 
-    data = PairData(train=train, keys=keys)
+    data = PairData(train=HeldSamples(train) if config.data.hold else train, keys=keys)
     if config.data.valid:
         data.valid = open_all(config.data.valid, "validation")
         counts = [len(source) for source in data.valid.sources]

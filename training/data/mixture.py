@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -40,6 +40,26 @@ class MixtureDataset(Dataset[PairSample]):
     def __getitem__(self, key: tuple[int, int, int]) -> PairSample:
         source, index, seed = key
         return self.sources[source][index, seed]
+
+
+class HeldSamples(Dataset[PairSample]):
+    """A data set whose samples stay in memory once they were asked for.
+
+    Args:
+        dataset: with keys that can be compared; the same key is the same sample.
+    """
+
+    def __init__(self, dataset: Dataset[PairSample]) -> None:
+        self._dataset = dataset
+        self._held: dict[Hashable, PairSample] = {}
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Hashable) -> PairSample:
+        if key not in self._held:
+            self._held[key] = self._dataset[key]  # type: ignore[index]
+        return self._held[key]
 
 
 def init_worker(worker: int) -> None:
