@@ -15,6 +15,7 @@ from gim_hloc.cli import common
 from gim_hloc.errors import GimError, InputError
 
 if TYPE_CHECKING:
+    from gim_hloc.training.video.folder import VideoFolder
     from gim_hloc.training.video.run import LabelOptions
 
 logger = logging.getLogger(__name__)
@@ -110,9 +111,51 @@ class Label:
     """Begin the labels anew."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Propagate:
+    """Chain the labels of near frames to labels of far ones, in OUT/<video id>/propagated.h5.
+
+    Beside it, propagated.csv and propagated.json say what became of every start frame. Repeating
+    the command does what is missing.
+    """
+
+    out: _Out
+    """Folder of all labelled videos, or of one."""
+    videos: tuple[str, ...] = ()
+    """Only these video ids."""
+    labellers: tuple[str, ...] = ()
+    """Only the labels of these matchers."""
+    preset: Literal["code", "paper"] = "code"
+    """Constants of GIM's released code, or of its paper (1024 labels after a join, of points
+    closer than a pixel)."""
+    require: str = "all"
+    """Labelling rounds that must have labelled all pairs around a start: all, any or a number."""
+    start_labels_above: int | None = None
+    """A start pair must have more labels than this in each of them; 32."""
+    join: Literal["pixel", "distance"] | None = None
+    """Labels join where their points round to one pixel, or are close to each other."""
+    join_distance: float | None = None
+    """How close, in pixels; 1."""
+    min_joined: int | None = None
+    """Labels that must be left after a join; 512 (paper: 1024)."""
+    min_final: int | None = None
+    """Labels that must be left after the last robust fit; 64."""
+    reach: int | None = None
+    """Longest chain in largest steps; 1000."""
+    fit_px: float | None = None
+    """Distance to epipolar lines up to which the last fit keeps labels, pixels; 1."""
+    workers: int = 1
+    """Processes for each video."""
+    memory_mb: int = 1024
+    """For sub-chains that are kept, per process; less is slower, the labels are the same."""
+    overwrite: bool = False
+    """Begin anew."""
+
+
 _Command = (
     Annotated[Frames, tyro.conf.subcommand("frames")]
     | Annotated[Label, tyro.conf.subcommand("label")]
+    | Annotated[Propagate, tyro.conf.subcommand("propagate")]
 )
 
 
@@ -128,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     actions: dict[type, Callable[[Any], int]] = {
         Frames: _frames,
         Label: _label,
+        Propagate: _propagate,
     }
     return common.run(lambda: actions[type(command)](command))
 
@@ -146,7 +190,7 @@ def _frames(command: Frames) -> int:
         image_format=command.format,
     )
     source = find_source(command.video)
-    path = source.path or download(source.id, command.out.parent)
+    path = source.path or download(source.id, command.out.parent / "downloads")
     video = open_source(path, fps=command.sequence_fps)
     report = pick_frames(video, command.out, options, prefix=source.id, progress=True)
     sys.stdout.write(
@@ -218,6 +262,62 @@ def _label(command: Label) -> int:
         sys.stdout.write("\n".join(report.lines()) + "\n")
     if failed:
         raise InputError(f"{len(failed)} of {len(sources)} videos failed: {', '.join(failed)}.")
+    return 0
+
+
+def _chosen_videos(out: Path, ids: Sequence[str]) -> list[VideoFolder]:
+    from gim_hloc.training.video.folder import find_videos
+
+    videos = find_videos(out)
+    unknown = sorted(set(ids) - {video.id for video in videos})
+    if unknown:
+        raise InputError(
+            f"{out} has no video {', '.join(unknown)}; it has: "
+            f"{', '.join(video.id for video in videos)}."
+        )
+    return [video for video in videos if not ids or video.id in ids]
+
+
+def _propagate(command: Propagate) -> int:
+    from gim_hloc.training.video.propagation import make_options, propagate_folder
+
+    overrides = {
+        "start_labels_above": command.start_labels_above,
+        "join": command.join,
+        "join_distance": command.join_distance,
+        "min_joined": command.min_joined,
+        "min_final": command.min_final,
+        "reach": command.reach,
+        "threshold": command.fit_px,
+    }
+    options = make_options(
+        command.preset,
+        require=command.require,
+        memory_mb=command.memory_mb,
+        **{key: value for key, value in overrides.items() if value is not None},
+    )
+    videos = _chosen_videos(command.out, command.videos)
+    failed = []
+    for video in videos:
+        try:
+            summary = propagate_folder(
+                video,
+                options,
+                labellers=command.labellers or None,
+                workers=command.workers,
+                overwrite=command.overwrite,
+                progress=True,
+            )
+        except GimError as error:
+            # The other videos must not wait for this one.
+            if len(videos) == 1:
+                raise
+            logger.error("%s: %s", video.id, error)
+            failed.append(video.id)
+            continue
+        sys.stdout.write(f"{summary.path}\n{summary.path.with_suffix('.csv')}\n")
+    if failed:
+        raise InputError(f"{len(failed)} of {len(videos)} videos failed: {', '.join(failed)}.")
     return 0
 
 

@@ -31,7 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
 from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.propagated import PropagatedWriter, StartRecord, VideoFacts
+
+if TYPE_CHECKING:
+    from gim_hloc.training.video.folder import VideoFolder
 
 logger = logging.getLogger(__name__)
 
@@ -957,3 +960,52 @@ def rounds_by_step(stores: Iterable[Labels]) -> dict[int, list[Labels]]:
         step: [store for store in ordered if step in {int(s) for s in store.attrs["steps"]}]
         for step in steps
     }
+
+
+#: Name of the propagated labels in the folder of a video.
+FILE_NAME = "propagated.h5"
+
+
+def propagate_folder(
+    video: VideoFolder,
+    options: PropagationOptions = PropagationOptions(),
+    *,
+    labellers: Sequence[str] | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> PropagationSummary:
+    """Propagate all labels in the folder of a video into ``propagated.h5`` there.
+
+    Args:
+        video: the folder.
+        options: the constants.
+        labellers: only labels of these; None takes all.
+        workers: processes.
+        overwrite: start anew in any case.
+        progress: show a bar.
+
+    Raises:
+        InputError: as `propagate_video`; labels of frames of another size than the stored ones.
+        OutputError: as `propagate_video`.
+    """
+    stores = video.stores(labellers)
+    try:
+        size = tuple(video.info.size)
+        for store in stores:
+            if tuple(store.attrs["size"]) != size:
+                raise InputError(
+                    f"{store.path} holds labels of frames of size {tuple(store.attrs['size'])}, "
+                    f"the frames in {video.frames} are {size}: label again (--overwrite)."
+                )
+        return propagate_video(
+            rounds_by_step(stores),
+            video.root / FILE_NAME,
+            options,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    finally:
+        for store in stores:
+            store.close()
