@@ -45,7 +45,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             np.save(scene / "depth" / f"{i}.npy", depth.numpy())
             np.savetxt(scene / "pose" / f"{i}.txt", pose)
     plain = {"keep_scale": 1.0, "homography": 0.0, "photometric_probability": 0.0}
-    usual = {"type": "rgbd", "overlap": [0.1, 1.0]}
+    usual = {"type": "rgbd", "overlap": [0.1, 1.0], "overlap_step": 0.9}
     sources = {
         "train": [{**usual, "root": str(root / "train"), "augment": plain}],
         "valid": [{**usual, "root": str(root / "valid")}],
@@ -79,6 +79,7 @@ def test_dry_run_tells_the_plan(
     printed = capsys.readouterr().out
     assert not out.exists()
     assert "coarse: 32" in printed
+    assert "4 pairs to draw from, 8 an epoch, 2 for validation" in printed
     assert "2 micro-batch(es) of 2 a process make an optimiser step of 4 pairs" in printed
     assert "2 steps an epoch, 6 in all, 2 of warm-up" in printed
     assert "learning rate 5e-05 at first, 0.0005 at step 2" in printed
@@ -164,7 +165,7 @@ def test_trains_goes_on_and_its_matcher_is_loaded(
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names[-1] == "last.ckpt"
     assert len(names) == 3  # both validations are among the best five
-    assert (out / "pictures" / "step_0000003_pair0.png").exists()
+    assert len(list((out / "pictures").glob("step_0000003_pair*.png"))) == 2
     before = (out / "checkpoints" / "last.ckpt").read_bytes()
 
     assert main(["--out", str(out), "--quiet"]) == 0  # its settings are in the folder

@@ -24,7 +24,7 @@ from training_scene import make_pairs
 from gim_hloc.errors import OutputError
 from gim_hloc.training import checkpoints, logs, schedules, validation
 from gim_hloc.training.batch import PairBatch, collate
-from gim_hloc.training.optimiser import scale_loss
+from gim_hloc.training.optimiser import Step, make_optimiser, scale_loss
 from gim_hloc.training.trainer import NotFiniteError, TrainReport, learning_rate, make_plan, train
 
 DRIVER = Path(__file__).with_name("training_driver.py")
@@ -280,6 +280,33 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tmp_path: Path)
 def test_too_many_in_a_row_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError, match="not finite for 5 optimiser steps in a row"):
         run(tmp_path, make_data(poison=tuple(range(12))), **{"optimiser.max_bad_steps": 5})
+
+
+def test_the_device_alone_skips_a_step() -> None:
+    """The path of CUDA, where nothing is read back, with the processor's fused Adam."""
+    states = []
+    for bad in ((), (1, 2)):
+        torch.manual_seed(0)
+        model = Shift(dropout=0.0)
+        optimiser = make_optimiser(make_config(), model, fused=True)
+        step = Step(model, optimiser, clip=0.5, device=torch.device("cpu"))
+        step._on_device = True
+        data = make_data()
+        for number in range(4):
+            step.statistics.keep()
+            batch = collate([data.train[number, 0], data.train[number + 1, 0]])
+            if number in bad:
+                batch.image0 *= float("nan")
+            elif number in (1, 2):
+                continue  # the other run never tries these
+            scale_loss(model(batch)["loss"], 1.0).backward()
+            step.apply(0.01)
+        progress = checkpoints.Progress()
+        assert step.read(progress) == len(bad)
+        assert (progress.skipped, progress.bad_in_row) == (len(bad), 0)
+        states.append((model.state_dict(), optimiser.state_dict()))
+    assert_same(states[0], states[1])
+    assert int(states[0][1]["state"][0]["step"]) == 2
 
 
 def test_a_bad_loss_poisons_all_gradients() -> None:
