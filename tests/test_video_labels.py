@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gim_hloc import matchers
-from gim_hloc.errors import InputError, LockedError, OutputError
+from gim_hloc.cli.video import main
+from gim_hloc.errors import GimError, InputError, LockedError, OutputError
 from gim_hloc.matchers import registry
 from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
@@ -472,18 +473,34 @@ def test_zoom_rounds_follow_their_base(
         run(clip, tmp_path, small(rounds=RoundOptions(zoom_base="gim_dkm")))
 
 
-def test_failures_stay_until_they_are_tried_again(
+def test_failures_stay_and_errors_are_tried_again(
     clip: Path, tmp_path: Path, fake: type[FakeLabeller]
 ) -> None:
     fake.fail_on = {(0, 2), (10, 18)}
-    report = run(clip, tmp_path, small(zoom=False))
-    assert [(s.pairs, s.failed) for s in report.stores] == [(len(report.plan.pairs) - 2, 2)]
+    # Pairs far apart have fewer common points: those fail by what they are.
+    scarce = RoundOptions(min_labels=540)
+    first = run(clip, tmp_path, small(zoom=False, rounds=scarce))
+    (store,) = first.stores
+    assert 2 < store.failed < len(first.plan.pairs)
+    assert store.pairs + store.failed == len(first.plan.pairs)
     fake.fail_on = set()
     fake.encoded.clear()
-    assert run(clip, tmp_path, small(zoom=False)).stores == report.stores
-    assert fake.encoded == []
-    report = run(clip, tmp_path, small(zoom=False, retry_failed=True))
+    second = run(clip, tmp_path, small(zoom=False, rounds=scarce))
     assert sorted(fake.encoded) == [f"{n:08d}.png" for n in (0, 2, 10, 18)]
+    assert [r.tried for r in second.rounds] == [2]
+    again = run(clip, tmp_path, small(zoom=False, rounds=scarce, retry_failed=True))
+    assert [r.tried for r in again.rounds] == [second.stores[0].failed]
+    assert again.stores == second.stores
+
+
+def test_a_broken_labeller_stops_the_run(
+    clip: Path, tmp_path: Path, fake: type[FakeLabeller]
+) -> None:
+    fake.fail_on = {(i, j) for i in range(24) for j in range(24)}
+    with pytest.raises(GimError, match=r"20 pairs in a row.*no answer"):
+        run(clip, tmp_path, small(zoom=False))
+    fake.fail_on = set()
+    report = run(clip, tmp_path, small(zoom=False))
     assert [(s.pairs, s.failed) for s in report.stores] == [(len(report.plan.pairs), 0)]
 
 
@@ -667,3 +684,35 @@ def test_errors_of_workers_arrive(clip: Path, tmp_path: Path) -> None:
     run(clip, tmp_path, small(labellers=("sift",), zoom=False))
     with pytest.raises(OutputError, match="other settings"):
         run(clip, tmp_path, replace(options, rounds=RoundOptions(fit_px=2.0)))
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def test_command_frames(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["frames", str(clip), str(tmp_path / "images"), "--num", "4"]) == 0
+    assert "4 of 24 frames" in capsys.readouterr().out
+    assert len(list((tmp_path / "images").glob("clip_*.jpg"))) == 4
+    both = ["frames", str(clip), str(tmp_path), "--num", "4", "--fps", "1"]
+    assert main(both) == 2
+    assert "either fps or num" in capsys.readouterr().err
+
+
+def test_command_label(
+    clip: Path, tmp_path: Path, fake: type[FakeLabeller], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A list goes on after a video that fails, and says which."""
+    listing = tmp_path / "list.txt"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    listing.write_text(f"{empty}\n{clip}\n")
+    out = tmp_path / "out"
+    arguments = ["label", str(listing), str(out), "--labellers", FAKE, "--gap", "2", "--no-zoom"]
+    arguments += ["--format", "png"]
+    assert main([*arguments, "--masks", "none"]) == 2
+    told = capsys.readouterr()
+    assert "1 of 2 videos failed: empty" in told.err
+    assert f"{FAKE}: 29 pairs labelled" in told.out
+    assert len(VideoFolder(out / "clip").stores()) == 1
+    assert main([*arguments, "--shard", "half"]) == 2
+    assert "--shard" in capsys.readouterr().err

@@ -32,6 +32,8 @@ ZOOM_BOX = (900, 1600)  # (height, width) px
 
 _STEP = 8  # px: sides of enlarged crops are multiples of it
 _ZOOM_CHUNK = 256  # pairs scheduled together in zoom rounds, where no two pairs share a crop
+_ERROR = "error:"  # in reasons that say nothing about the pair: it is tried again
+_MOST_ERRORS = 20  # in a row, after which a round stops: a device that failed, a broken matcher
 _FEWEST = 8  # matches without which no fundamental matrix is fitted
 # What GIM's video labels set beyond its operating points. SIFT: one keypoint per 64 pixels of the
 # frame at nearly any contrast, no limit on the distance.
@@ -305,8 +307,8 @@ class _Encoder:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            logger.exception("%s cannot be encoded", image.name)
-            return _Unusable(f"error: {image.name} cannot be encoded ({_words(error)})")
+            _tell(f"{image.name} cannot be encoded", error)
+            return _Unusable(f"{_ERROR} {image.name} cannot be encoded ({_words(error)})")
 
 
 class LabelRound:
@@ -345,19 +347,21 @@ class LabelRound:
         self.batch_size = batch_size or (1 if matcher.device.type == "cpu" else 4)
         self.workers, self.cache_gb, self.tick = workers, cache_gb, tick
         self.box = zoom_box(store.info.labeller, store.info.size, options)
+        self._errors = 0  # in a row
         # A frame is in at most six pairs, which follow each other.
         self._mask = functools.lru_cache(maxsize=16)(self._load_mask)
         self._rgb = functools.lru_cache(maxsize=8)(self._load_rgb)
 
     def run(self, pairs: Sequence[tuple[int, int]]) -> RoundReport:
-        """Label the pairs that are neither labelled nor noted as failed.
+        """Label the pairs that are neither labelled nor noted as failed; errors are tried again.
 
         Raises:
             OutputError: the store cannot be written.
+            GimError: many pairs in a row ended with an error: it is not their fault.
             RuntimeError, MemoryError: memory ran out with one pair at a time.
         """
         todo = [(i, j) for i, j in pairs if not self.store.has(i, j)]
-        todo = [(i, j) for i, j in todo if self.store.failure(i, j) is None]
+        todo = [(i, j) for i, j in todo if _ERROR in (self.store.failure(i, j) or _ERROR)]
         self.tick(len(pairs) - len(todo))
         info = self.store.info
         report = RoundReport(labeller=info.labeller, zoom=info.zoom, tried=len(todo))
@@ -408,7 +412,7 @@ class LabelRound:
         try:
             return images.load(record, self.matcher.image_options, mask=self._mask(int(name)))
         except InputError as error:
-            return _Unusable(f"error: {error}")
+            return _Unusable(f"{_ERROR} {error}")
 
     def _read_crop(self, base: LabelStore, name: str) -> Any:
         pair, _, side = name.partition("/")
@@ -426,7 +430,7 @@ class LabelRound:
                 mask=self._mask(frame),
             )
         except GimError as error:
-            return _Unusable(f"error: {error}")
+            return _Unusable(f"{_ERROR} {error}")
 
     def _load_rgb(self, index: int) -> np.ndarray:
         from gim_hloc.images import read_rgb
@@ -452,8 +456,8 @@ class LabelRound:
             if len(rows) > 1:  # one of them spoils the batch
                 return [self._match_batch([pair])[0] for pair in encodings]
             a, b = encodings[rows[0]]
-            logger.exception("%s and %s cannot be matched", a.name, b.name)
-            results[rows[0]] = f"error: cannot be matched ({_words(error)})"
+            _tell(f"{a.name} and {b.name} cannot be matched", error)
+            results[rows[0]] = f"{_ERROR} cannot be matched ({_words(error)})"
             return results
         for row, matches in zip(rows, found, strict=True):
             results[row] = (matches.keypoints0.cpu().numpy(), matches.keypoints1.cpu().numpy())
@@ -469,6 +473,7 @@ class LabelRound:
             )
             if reason is None:
                 self.store.write(i, j, labels)
+                self._errors = 0
                 report.labelled += 1
                 report.labels += len(labels)
                 self.tick(1)
@@ -476,11 +481,22 @@ class LabelRound:
             result = reason
         self.store.fail(i, j, result)
         self.tick(1)
+        self._errors = self._errors + 1 if _ERROR in result else 0
+        if self._errors >= _MOST_ERRORS:
+            raise GimError(
+                f"{self._errors} pairs in a row cannot be labelled with "
+                f"{self.store.info.labeller}. The last: {result}. The same command tries again."
+            )
 
 
 def _unusable(a: Any, b: Any) -> str | None:
     reasons = [side.reason for side in (a, b) if isinstance(side, _Unusable)]
     return "; ".join(reasons) or None
+
+
+def _tell(what: str, error: BaseException) -> None:
+    logger.warning("%s: %s", what, _words(error))
+    logger.debug("%s", what, exc_info=error)
 
 
 def _words(error: BaseException) -> str:
