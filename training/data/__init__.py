@@ -113,7 +113,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))
     ):
         raise InputError(f"{where} is {value!r}, it must be {_KINDS[wanted]}.")
-    if origin is not None and issubclass(origin, Mapping) and not isinstance(value, Mapping):
+    if origin is typing.Literal and value not in typing.get_args(wanted):
+        known = ", ".join(map(repr, typing.get_args(wanted)))
+        raise InputError(f"{where} is {value!r}; known are {known}.")
+    if origin is Mapping and not isinstance(value, Mapping):
         raise InputError(f"{where} is {value!r}, it must be a mapping.")
     return value
 

@@ -37,8 +37,12 @@ def change(image: torch.Tensor, style: Style, rng: np.random.Generator) -> torch
 
 
 def brightness_contrast(image: torch.Tensor, *, brightness: float, contrast: float) -> torch.Tensor:
-    """(1 + contrast) image + brightness."""
-    return image * (1 + contrast) + brightness
+    """(1 + contrast) image + brightness * (largest value of the image).
+
+    For a photograph with highlights that is the usual shift by a share of white; what is dark
+    already does not become black altogether.
+    """
+    return image * (1 + contrast) + brightness * image.amax()
 
 
 def value_shift(image: torch.Tensor, shift: float) -> torch.Tensor:
@@ -69,7 +73,7 @@ def motion_blur(
     import kornia
 
     kernel = kornia.filters.get_motion_kernel2d(
-        size, torch.tensor([angle_deg]), torch.tensor([direction])
+        size, torch.tensor([float(angle_deg)]), torch.tensor([float(direction)])
     )
     return kornia.filters.filter2d(image[None], kernel, border_type="reflect")[0]
 
