@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -168,6 +172,57 @@ def test_sources_get_what_is_usual_for_their_type() -> None:
         for kind in ("megadepth", "scannet")
     }
     assert shares == {"megadepth": 0.5, "scannet": 0.2}
+
+
+def test_pairs_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dealt out to two processes; new ones every epoch, or the same augmented anew, or held."""
+    from gim_hloc.training import data, loader
+
+    class Source:
+        augment = types.SimpleNamespace(network_box=(64, 32))
+        made = 0
+
+        def __init__(self, spec: Mapping[str, Any]) -> None:
+            self.spec = spec
+
+        def scene_lengths(self) -> np.ndarray:
+            return np.array([30, 70])
+
+        def __len__(self) -> int:
+            return 100
+
+        def __getitem__(self, key: tuple[int, int]) -> object:
+            Source.made += 1
+            return object()
+
+    monkeypatch.setattr(data, "build_source", Source)
+
+    def opened(**values: Any) -> loader.PairData:
+        sources = {"train": [{"type": "a"}, {"type": "b"}], "valid": [{"type": "a"}]}
+        values = {"maxlen": [10], "valid_pairs": 7, **sources, **values}
+        return loader.open_sources(c.from_mapping(c.TrainConfig, {"data": values}, where="here"))
+
+    def keys(found: loader.PairData, epoch: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        return np.asarray(found.keys(epoch, rank, world))
+
+    new = opened()
+    whole = keys(new, 1)
+    shares = np.concatenate([keys(new, 1, rank, 2) for rank in (0, 1)])
+    assert sorted(map(tuple, shares.tolist())) == sorted(map(tuple, whole.tolist()))
+    assert np.bincount(whole[:, 0]).tolist() == [10, 10]
+    assert sorted(whole[:, 1]) != sorted(keys(new, 2)[:, 1])
+    assert len(new.valid_keys) == 7
+    again = opened(resample=False)
+    assert (keys(again, 1)[:, :2] == keys(again, 2)[:, :2]).all()
+    assert (keys(again, 1)[:, 2] != keys(again, 2)[:, 2]).all()
+    held = opened(hold=True)
+    assert (keys(held, 0) == keys(held, 5)).all()
+    for epoch in range(3):
+        for key in keys(held, epoch).tolist():
+            assert held.train[tuple(key)] is held.train[tuple(key)]
+    assert Source.made == 20
+    # Without maxlen: as many as the largest source has, evenly over the processes.
+    assert len(keys(opened(maxlen=[]), 0, 1, 3)) == 2 * 33
 
 
 def test_a_run_keeps_its_settings(tmp_path: Path) -> None:

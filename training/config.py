@@ -45,8 +45,8 @@ class DataConfig:
     resample: bool = True
     """Draw the pairs anew every epoch; else the first epoch's come again."""
     hold: bool = False
-    """Hold samples in memory once they are made. For small sets that come again unchanged
-    (no resample) on a processor; with workers, each of them holds what it made."""
+    """Hold samples in memory once they are made; every epoch then shows the first one's, augmented
+    as they were. For small sets on a processor; with workers, each of them holds what it made."""
     batch_size: int = 1
     """Pairs of one process at a time; accumulation does the rest."""
     valid_batch_size: int = 2

@@ -238,7 +238,8 @@ def open_sources(config: TrainConfig, *, failures: Path | None = None) -> PairDa
             seed=config.seed,
             resample=config.data.resample,
         )
-        sampler.set_epoch(epoch)
+        # The seeds of augmentations go by the epoch: other ones would never be found in memory.
+        sampler.set_epoch(0 if config.data.hold else epoch)
         return sampler.plan()
 
     data = PairData(train=HeldSamples(train) if config.data.hold else train, keys=keys)
