@@ -152,10 +152,28 @@ class Propagate:
     """Begin anew."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run(Label):
+    """Everything in order: label, propagate.
+
+    Repeating the command does what is missing.
+    """
+
+    preset: Literal["code", "paper"] = "code"
+    """Constants of propagation: those of GIM's released code, or of its paper."""
+    require: str = "all"
+    """Labelling rounds that must have labelled all pairs around a start: all, any or a number."""
+    min_joined: int | None = None
+    """Labels that must be left after a join; 512 (paper: 1024)."""
+    workers: int = 1
+    """Processes that propagate."""
+
+
 _Command = (
     Annotated[Frames, tyro.conf.subcommand("frames")]
     | Annotated[Label, tyro.conf.subcommand("label")]
     | Annotated[Propagate, tyro.conf.subcommand("propagate")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
 )
 
 
@@ -172,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Frames: _frames,
         Label: _label,
         Propagate: _propagate,
+        Run: _run,
     }
     return common.run(lambda: actions[type(command)](command))
 
@@ -243,12 +262,21 @@ def _label_options(command: Label) -> LabelOptions:
 
 
 def _label(command: Label) -> int:
+    done, failed = _label_videos(command)
+    if failed:
+        count = len(done) + len(failed)
+        raise InputError(f"{len(failed)} of {count} videos failed: {', '.join(failed)}.")
+    return 0
+
+
+def _label_videos(command: Label) -> tuple[list[str], list[str]]:
+    """Ids of the videos that were labelled and of those that could not be."""
     from gim_hloc.training.video.run import label_video
     from gim_hloc.training.video.sources import find_sources
 
     options = _label_options(command)
     sources = find_sources([command.video])
-    failed = []
+    done, failed = [], []
     for source in sources:
         try:
             report = label_video(source, command.out, options)
@@ -260,8 +288,32 @@ def _label(command: Label) -> int:
             failed.append(source.id)
             continue
         sys.stdout.write("\n".join(report.lines()) + "\n")
+        done.append(source.id)
+    return done, failed
+
+
+def _run(command: Run) -> int:
+    if command.shard.rpartition("/")[2] != "1":
+        raise InputError(
+            f"--shard {command.shard}: propagation needs all labels. Label in shards, then run."
+        )
+    done, failed = _label_videos(command)
+    if done:
+        _propagate(
+            Propagate(
+                out=command.out,
+                videos=tuple(done),
+                labellers=command.labellers,
+                preset=command.preset,
+                require=command.require,
+                min_joined=command.min_joined,
+                workers=command.workers,
+                overwrite=command.overwrite,
+            )
+        )
     if failed:
-        raise InputError(f"{len(failed)} of {len(sources)} videos failed: {', '.join(failed)}.")
+        count = len(done) + len(failed)
+        raise InputError(f"{len(failed)} of {count} videos failed: {', '.join(failed)}.")
     return 0
 
 
