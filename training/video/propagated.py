@@ -92,6 +92,12 @@ class PropagatedStore:
 
     It may be sent to other processes (loaders of training data): the file is opened again there.
 
+    Attributes:
+        settings: options, steps and rounds of labels that decided the content.
+        facts: of the video.
+        records: what became of every start frame, by start.
+        notes: on the whole video, for instance why there are no starts.
+
     Args:
         path: the h5 file.
 
@@ -120,6 +126,7 @@ class PropagatedStore:
                 }
             )
             self.records = [StartRecord.from_json(r) for r in json.loads(attributes["records"])]
+            self.notes: list[str] = json.loads(attributes["notes"])
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise InputError(
                 f"{self.path} is not a file of propagated labels, or damaged ({error}): delete it "
@@ -248,9 +255,10 @@ class PropagatedWriter:
         arrays = {} if labels is None else {"labels": np.asarray(labels, dtype=np.float32)}
         self._store.put(record.name, arrays, self._source, record=json.dumps(asdict(record)))
 
-    def finish(self, records: Sequence[StartRecord]) -> None:
-        """Write the h5 file with exactly these starts."""
+    def finish(self, records: Sequence[StartRecord], notes: Sequence[str] = ()) -> None:
+        """Write the h5 file with exactly these starts, and notes on the whole video."""
         attributes = {
+            "notes": json.dumps(list(notes)),
             "facts": json.dumps(asdict(self._facts)),
             "records": json.dumps([asdict(record) for record in records]),
         }

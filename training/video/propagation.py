@@ -410,7 +410,9 @@ class Propagator:
         for level in range(len(self.steps) - 1, 0, -1):
             if chain is None or chain.end - chain.start != self.steps[level]:
                 break
-            chain = self._chain(chain.start, chain.end, level)
+            redone = self._chain(chain.start, chain.end, level)
+            # What the first chain met is why there is no longer one.
+            chain = None if redone is None else replace(redone, ended=chain.ended)
         record = StartRecord(
             start=start, target=target, reached=None, joined=0, count=0, hops=0, ended=""
         )
@@ -739,7 +741,7 @@ def propagate_video(
     labels = _StoredLabels(base)
     starts = find_starts(labels.counts, options)
     notes = () if starts else (_why_no_starts(labels.counts, options),)
-    settings = {"options": options.settings(), "steps": steps, "labels": _states(base)}
+    settings = {"options": options.settings(), "steps": list(steps), "labels": _states(base)}
     with OutputLock(output.parent / f".{output.name}.writing"):
         writer = PropagatedWriter(output, settings, facts, overwrite=overwrite)
         if writer.changed_settings:
@@ -750,7 +752,7 @@ def propagate_video(
             )
         try:
             records = _fill(writer, starts, base, labels, facts, options, workers, progress)
-            writer.finish([record for record, _ in records])
+            writer.finish([record for record, _ in records], notes)
         finally:
             writer.close()
         summary = PropagationSummary(
