@@ -252,6 +252,17 @@ def test_damage_is_tolerated_and_counted(tmp_path: Path, caplog: pytest.LogCaptu
     assert {n: numbers[n] for n in (45, 50, 55)} == {45: 45, 50: 50, 55: 55}
 
 
+@pytest.mark.parametrize("suffix", [".h264", ".avi", ".mkv", ".mov", ".ts"])
+def test_containers(tmp_path: Path, suffix: str) -> None:
+    """Also those without time stamps, or with none of use."""
+    path = write_video(tmp_path / f"x{suffix}", [numbered(n) for n in range(70)])
+    reader = VideoReader(path)
+    assert reader.fps == (25 if suffix == ".h264" else 30)
+    assert [read_number(frame.rgb()) for frame in reader.read()] == list(range(70))
+    assert [read_number(frame.rgb()) for frame in reader.read([3, 40, 69])] == [3, 40, 69]
+    assert reader.damaged == 0
+
+
 def test_cut_off_file_gives_what_it_has(tmp_path: Path) -> None:
     path = write_video(tmp_path / "cut.mkv", [numbered(n) for n in range(60)])
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])

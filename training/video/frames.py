@@ -94,8 +94,8 @@ def measure_fps(times: np.ndarray, otherwise: float) -> float:
     usual = float(np.median(spacing))
     even = np.abs(spacing - usual) <= _EVEN * usual
     if not even.all() and even.mean() >= 1 - _EVEN:
-        return float(1 / spacing[even].mean())
-    return float(len(spacing) / (times[-1] - times[0]))
+        return round(float(1 / spacing[even].mean()), 9)
+    return round(float(len(spacing) / (times[-1] - times[0])), 9)
 
 
 def grid_length(source: FrameSource) -> int:
