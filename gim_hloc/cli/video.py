@@ -169,10 +169,34 @@ class Run(Label):
     """Processes that propagate."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Draw random propagated pairs, a sheet (HTML) of every video, and what failed with reasons.
+
+    In OUT/<video id>/show: sheet.html, pairs/<i>_<j>.jpg, failures.jpg.
+    """
+
+    out: _Out
+    """Folder of all labelled videos, or of one."""
+    videos: tuple[str, ...] = ()
+    """Only these video ids."""
+    pairs: int = 10
+    """Random pairs of a video."""
+    seed: int = 3407
+    """Of their choice."""
+    lines: int = 150
+    """About how many labels of a pair have a line; all have a dot."""
+    failures: int = 24
+    """Failures on the contact sheet."""
+    max_size: tuple[int, int] = (1280, 720)
+    """Width and height that frames are reduced to, pixels."""
+
+
 _Command = (
     Annotated[Frames, tyro.conf.subcommand("frames")]
     | Annotated[Label, tyro.conf.subcommand("label")]
     | Annotated[Propagate, tyro.conf.subcommand("propagate")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[Run, tyro.conf.subcommand("run")]
 )
 
@@ -190,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Frames: _frames,
         Label: _label,
         Propagate: _propagate,
+        Show: _show,
         Run: _run,
     }
     return common.run(lambda: actions[type(command)](command))
@@ -368,6 +393,37 @@ def _propagate(command: Propagate) -> int:
             failed.append(video.id)
             continue
         sys.stdout.write(f"{summary.path}\n{summary.path.with_suffix('.csv')}\n")
+    if failed:
+        raise InputError(f"{len(failed)} of {len(videos)} videos failed: {', '.join(failed)}.")
+    return 0
+
+
+def _show(command: Show) -> int:
+    from gim_hloc.training.video.show import ShowOptions, show_folder
+
+    options = ShowOptions(
+        pairs=command.pairs,
+        seed=command.seed,
+        lines=command.lines,
+        failures=command.failures,
+        max_size=command.max_size,
+    )
+    videos = _chosen_videos(command.out, command.videos)
+    failed = []
+    for video in videos:
+        try:
+            report = show_folder(video, options=options)
+        except GimError as error:
+            if len(videos) == 1:
+                raise
+            logger.error("%s: %s", video.id, error)
+            failed.append(video.id)
+            continue
+        sys.stdout.write(
+            f"{report.sheet}: {len(report.figures)} pairs drawn"
+            + (f", failures in {report.contact}" if report.contact else "")
+            + "\n"
+        )
     if failed:
         raise InputError(f"{len(failed)} of {len(videos)} videos failed: {', '.join(failed)}.")
     return 0

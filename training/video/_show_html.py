@@ -287,7 +287,7 @@ def _timeline(data: SheetData) -> str:
         )
     legend = [
         f'<span style="color:{_COLOURS[0]}">■</span> fewer than {thirds[0]:,} labels',
-        f'<span style="color:{_COLOURS[1]}">■</span> more',
+        f'<span style="color:{_COLOURS[1]}">■</span> {thirds[0]:,} or more',
         f'<span style="color:{_COLOURS[2]}">■</span> {thirds[1]:,} or more',
         '<span style="color:var(--bad)">●</span> failed',
     ]

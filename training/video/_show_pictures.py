@@ -33,7 +33,7 @@ class PairView:
         indices: their frame indices.
         labels: (n, 4) pixels of the frames.
         size: (width, height) of the frames in pixels.
-        text: lines below the pictures, the first in larger letters.
+        text: lines for `with_footer`.
     """
 
     frames: tuple[np.ndarray | None, np.ndarray | None]
@@ -125,7 +125,7 @@ def draw_pair(
             box = (_fixed(top.min(axis=0)), _fixed(top.max(axis=0)))
             for thick, tint in ((3, (0, 0, 0)), (1, (255, 255, 255))):
                 cv2.rectangle(canvas, *box, tint, thick, cv2.LINE_AA, _SHIFT)
-    return _with_footer(canvas, view.text)
+    return canvas
 
 
 def _panel(frame: np.ndarray | None, index: int, size: tuple[int, int]) -> np.ndarray:
@@ -167,7 +167,8 @@ def _font(height: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=height)
 
 
-def _with_footer(canvas: np.ndarray, text: Sequence[str]) -> np.ndarray:
+def with_footer(canvas: np.ndarray, text: Sequence[str]) -> np.ndarray:
+    """Add lines of text below a picture, the first in larger letters."""
     if not text:
         return canvas
     width = max(canvas.shape[1], _NARROW)

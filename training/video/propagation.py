@@ -24,6 +24,7 @@ import json
 import logging
 import multiprocessing
 import os
+import statistics
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -629,14 +630,14 @@ class PropagationSummary:
         made = self.made
         text = f"{self.facts.video}: {len(made)} of {len(self.records)} starts propagated"
         if made:
-            counts = sorted(record.count for record in made)
-            distances = sorted(record.distance for record in made)
-            middle = distances[len(distances) // 2]
+            counts = [record.count for record in made]
+            distances = [record.distance for record in made]
+            middle = statistics.median(distances)
             fps = self.facts.fps
             seconds = f" ({middle / fps:.1f} s)" if fps else ""
             text += (
-                f"; labels {counts[0]} to {counts[-1]}, median {counts[len(counts) // 2]}; distance"
-                f" median {middle} frames{seconds}, longest {distances[-1]}"
+                f"; labels {min(counts)} to {max(counts)}, median {statistics.median(counts):g}; "
+                f"distance median {middle:g} frames{seconds}, longest {max(distances)}"
             )
         if self.resumed:
             text += f"; {self.resumed} from an earlier run"

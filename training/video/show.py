@@ -24,6 +24,7 @@ from gim_hloc.training.video._show_pictures import (
     data_url,
     draw_pair,
     thumbnail_pair,
+    with_footer,
 )
 from gim_hloc.training.video.propagated import PropagatedStore, StartRecord, VideoFacts
 
@@ -126,10 +127,11 @@ def show(
             old.unlink()
         figures, pictures = [], []
         for record in _choose(store, options):
-            picture, caption = _draw(store, record, frames, options)
+            view, caption = _view(store, record, frames)
             i, j = record.reached or (record.start, record.target)
             path = output / "pairs" / f"{i:08d}_{j:08d}.jpg"
-            write_atomic(path, _jpeg(picture))
+            picture = draw_pair(view, max_size=options.max_size, lines=options.lines)
+            write_atomic(path, _jpeg(with_footer(picture, view.text)))
             figures.append(path)
             pictures.append((data_url(picture, width=_IN_SHEET), caption))
         failures = _list_failures(store, labels)
@@ -250,9 +252,8 @@ def _choose(store: PropagatedStore, options: ShowOptions) -> list[StartRecord]:
     return [made[row] for row in rows.tolist()]
 
 
-def _draw(
-    store: PropagatedStore, record: StartRecord, frames: _Frames, options: ShowOptions
-) -> tuple[np.ndarray, str]:
+def _view(store: PropagatedStore, record: StartRecord, frames: _Frames) -> tuple[PairView, str]:
+    """What is drawn of a pair, and its caption."""
     labels, (i, j) = store.read(record.start, record.target)
     facts = store.facts
     seen = covisible(labels, facts.size)
@@ -270,7 +271,7 @@ def _draw(
             f"The chain ended: {record.ended}.",
         ),
     )
-    return draw_pair(view, max_size=options.max_size, lines=options.lines), caption
+    return view, caption
 
 
 def _apart(distance: int, facts: VideoFacts) -> str:
@@ -317,7 +318,7 @@ def _spread(failures: Sequence[Failure], count: int) -> list[Failure]:
 
 def _labelling(labels: Sequence[LabelStore]) -> list[tuple[str, int, int, int, int]]:
     rows = []
-    for one in labels:
+    for one in sorted(labels, key=lambda one: (one.info.labeller, one.info.zoom)):
         name = f"{one.info.labeller}{' (zoom)' if one.info.zoom else ''}"
         pairs, counts = one.pairs(), one.counts()
         failed = [j - i for i, j, _ in one.failures()]
