@@ -319,7 +319,7 @@ def render(
     (x, y), (width, height) = placement.start, placement.extent
     crop = image[y : y + height, x : x + width]
     crop = crop[:: -1 if placement.flip[1] else 1, :: -1 if placement.flip[0] else 1]
-    pixels = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1).float().div_(255)
+    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float().div_(255)
     if options.train and rng.random() < options.photometric_probability:
         pixels = photometric.change(pixels, options.photometric, rng)
 

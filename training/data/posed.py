@@ -111,12 +111,11 @@ class PosedViews(PairSource):
         for views in scenes.values():
             overlap = view_overlaps(views, options.depth_scale)
             i, j = np.triu_indices(len(views), 1)
-            chosen = choose_by_overlap(
-                overlap[i, j],
-                overlap[j, i],
-                overlap_edges(*options.overlap, options.overlap_step),
-                options.max_pairs,
-            )
+            least = np.minimum(overlap[i, j], overlap[j, i])
+            # Both directions must be in the range; the lesser one decides the bin.
+            least[np.maximum(overlap[i, j], overlap[j, i]) > options.overlap[1]] = -1
+            edges = overlap_edges(*options.overlap, options.overlap_step)
+            chosen = choose_by_overlap(least, least, edges, options.max_pairs)
             pairs.append(np.stack([i[chosen], j[chosen]], 1) + len(self._views))
             lengths.append(len(chosen))
             self._views.extend(views)
