@@ -59,8 +59,8 @@ def covisible(labels: np.ndarray, size: tuple[int, int]) -> tuple[float, float]:
 
 def spread_rows(points: np.ndarray, count: int, size: tuple[int, int]) -> np.ndarray:
     """Rows of about ``count`` points that are spread over the frame: one a cell of a grid."""
-    if len(points) <= count:
-        return np.arange(len(points))
+    if len(points) <= count or count < 1:
+        return np.arange(len(points) if count > 0 else 0)
     width, height = size
     columns = max(1, round((count * width / height) ** 0.5))
     rows = max(1, round(count / columns))
@@ -116,15 +116,15 @@ def draw_pair(
     canvas = cv2.addWeighted(drawn, 0.75, canvas, 0.25, 0)
     for points, corner in zip(ends, corners, strict=True):
         top = points + np.array(corner)
+        if len(points):
+            box = (_fixed(top.min(axis=0)), _fixed(top.max(axis=0)))
+            for thick, tint in ((3, (0, 0, 0)), (1, (255, 255, 255))):
+                cv2.rectangle(canvas, *box, tint, thick, cv2.LINE_AA, _SHIFT)
         for row, point in enumerate(top.tolist()):
             cv2.circle(canvas, _fixed(point), 2 << _SHIFT, tones[row], -1, cv2.LINE_AA, _SHIFT)
         for row in chosen.tolist():
             place = _fixed(top[row] + (0, below))
             cv2.circle(canvas, place, _RADIUS << _SHIFT, tones[row], -1, cv2.LINE_AA, _SHIFT)
-        if len(points):
-            box = (_fixed(top.min(axis=0)), _fixed(top.max(axis=0)))
-            for thick, tint in ((3, (0, 0, 0)), (1, (255, 255, 255))):
-                cv2.rectangle(canvas, *box, tint, thick, cv2.LINE_AA, _SHIFT)
     return canvas
 
 
