@@ -399,11 +399,9 @@ class TestPhotometric:
         assert 30 < changed < 60
 
     def test_dark_is_darker(self) -> None:
-        means = [
-            float(photometric.change(self.image, "dark", rng(seed)).mean()) for seed in range(200)
-        ]
-        assert np.mean(means) < 0.75 * float(self.image.mean())
-        assert np.mean(np.array(means) < 1e-3) < 0.08  # hardly ever black altogether
+        after = [photometric.change(self.image, "dark", rng(seed)) for seed in range(200)]
+        assert np.mean([float(a.mean()) for a in after]) < 0.8 * float(self.image.mean())
+        assert min(float(a.std()) for a in after) >= 0.02  # something is seen in all of them
 
     def test_none_does_nothing(self) -> None:
         assert photometric.change(self.image, "none", rng(0)) is self.image
