@@ -344,7 +344,9 @@ def reason_kind(reason: str) -> str:
     reason = re.sub(r"^\d+ labels left at \d+; (\d+) needed", r"fewer than \1 labels left", reason)
     reason = re.sub(r"^no labels between \d+ and \d+", "a segment without labels", reason)
     reason = re.sub(
-        r"^\d+ of \d+ labels fit one motion; (\d+)", r"fewer than \1 fit one motion; \1", reason
+        r"^\d+ of \d+ labels fit one motion; (\d+) are needed",
+        r"fewer than \1 fit one motion",
+        reason,
     )
     return reason
 
