@@ -839,6 +839,8 @@ def _in_processes(
                 f"A worker died while propagating {facts.video} (out of memory?). What was "
                 "finished is kept; repeat the command, with fewer workers."
             ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)  # where the caller stops early
 
 
 _worker: Propagator | None = None  # of a worker process
