@@ -53,12 +53,13 @@ def make_fabric(config: TrainConfig) -> Fabric:
     kind, devices, nodes = processes(config)
     strategy: Any = "auto"
     if devices * nodes > 1 or config.runtime.strategy == "ddp":
+        # With synchronised statistics all processes have the same; else those of process 0 are
+        # taken over by the others before every synchronised step, which is the default.
+        synchronised: dict[str, Any] = (
+            {"broadcast_buffers": False} if synchronises(config, kind) else {}
+        )
         strategy = DDPStrategy(
-            find_unused_parameters=False,
-            gradient_as_bucket_view=True,
-            # With synchronised statistics all processes have the same; else those of process 0
-            # are taken over by the others before every synchronised step.
-            broadcast_buffers=not synchronises(config, kind),
+            find_unused_parameters=False, gradient_as_bucket_view=True, **synchronised
         )
     return Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=strategy)
 
