@@ -370,7 +370,7 @@ def test_command_errors_are_one_message(photos, tmp_path, capsys, arguments, mes
     output = tmp_path / "pairs.txt"
     assert main([str(photos), str(output), *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("gim-pairs: ")
+    assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
     assert not output.exists()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from gim_hloc.errors import GimError
+
+_PIPE_CLOSED = 128 + 13  # as shells report a program that SIGPIPE ended
 
 
 class _ThroughTqdm(logging.Handler):
@@ -36,10 +40,31 @@ def configure_logging(verbose: bool = False) -> None:
         warnings.filterwarnings("ignore")
 
 
+def parse(kind: Any, **options: Any) -> Any:
+    """``tyro.cli`` that ends quietly when the reader of its help (``| head``) leaves early."""
+    import tyro
+
+    try:
+        try:
+            return tyro.cli(kind, **options)
+        finally:
+            sys.stdout.flush()  # here, not at the interpreter's end, where nothing can catch it
+    except BrokenPipeError:
+        _drop_output()
+        raise SystemExit(_PIPE_CLOSED) from None
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(command: Callable[[], int | None]) -> int:
     """Run a command; errors meant for users become one message and an exit code."""
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()
+        return code
     except GimError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -47,7 +72,8 @@ def run(command: Callable[[], int | None]) -> int:
         sys.stderr.write("\nStopped. What is finished is kept; the same command goes on from it.\n")
         return 130
     except BrokenPipeError:
-        return 141
+        _drop_output()
+        return _PIPE_CLOSED
 
 
 def prog(argv: Sequence[str] | None) -> Sequence[str] | None:

@@ -71,7 +71,7 @@ class EvalOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    options = tyro.cli(EvalOptions, prog="gim-eval-sfm", args=common.prog(argv))
+    options = common.parse(EvalOptions, prog="gim-eval-sfm", args=common.prog(argv))
     common.configure_logging()
     return common.run(lambda: _run(options))
 

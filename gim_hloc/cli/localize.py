@@ -36,7 +36,7 @@ class _Arguments(LocalizeOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    arguments = tyro.cli(
+    arguments = common.parse(
         _Arguments,
         prog="gim-localize",
         args=common.prog(argv),

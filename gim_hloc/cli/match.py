@@ -60,7 +60,7 @@ class _Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    arguments = tyro.cli(_Arguments, prog="gim-match", args=common.prog(argv))
+    arguments = common.parse(_Arguments, prog="gim-match", args=common.prog(argv))
     common.configure_logging(arguments.verbose)
     return common.run(lambda: _run(arguments))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import tyro
 
-from gim_hloc.errors import GimError, InputError
+from gim_hloc.cli import common
+from gim_hloc.errors import InputError
 from gim_hloc.pairs import PairOptions, plan, select, write_pairs
 from gim_hloc.pairs.retrieval import ImageLoader, LocalDescriptors
 
@@ -40,14 +39,9 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``gim-pairs``; returns the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        arguments = tyro.cli(Arguments, prog="gim-pairs", args=argv)
-        run(arguments)
-    except GimError as error:
-        print(f"gim-pairs: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    arguments = common.parse(Arguments, prog="gim-pairs", args=common.prog(argv))
+    common.configure_logging()
+    return common.run(lambda: run(arguments))
 
 
 def run(arguments: Arguments) -> None:

@@ -38,7 +38,7 @@ class _Arguments(ReconstructOptions):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    arguments = tyro.cli(
+    arguments = common.parse(
         _Arguments,
         prog="gim-reconstruct",
         args=common.prog(argv),

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GimError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    arguments: Any = tyro.cli(
+    arguments: Any = common.parse(
         _Arguments,
         prog="gim-train",
         args=given,

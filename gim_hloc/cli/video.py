@@ -203,8 +203,8 @@ _Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    command: Any = tyro.cli(
-        _Command,  # type: ignore[arg-type]
+    command: Any = common.parse(
+        _Command,
         prog="gim-video",
         args=common.prog(argv),
         description="From videos to labels for training.",

@@ -76,8 +76,8 @@ _Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    command: Any = tyro.cli(
-        _Command,  # type: ignore[arg-type]
+    command: Any = common.parse(
+        _Command,
         prog="gim-weights",
         args=common.prog(argv),
         description="The trained weights of the matchers.",

@@ -223,8 +223,8 @@ _Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    command: Any = tyro.cli(
-        _Command,  # type: ignore[arg-type]
+    command: Any = common.parse(
+        _Command,
         prog="gim-zeb",
         args=common.prog(argv),
         description="Matchers on the Zero-shot Evaluation Benchmark.",
