@@ -154,7 +154,7 @@ class Propagate:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Label):
-    """Everything in order: label, propagate.
+    """Everything in order: label, propagate, show.
 
     Repeating the command does what is missing.
     """
@@ -336,6 +336,7 @@ def _run(command: Run) -> int:
                 overwrite=command.overwrite,
             )
         )
+        _show(Show(out=command.out, videos=tuple(done)))
     if failed:
         count = len(done) + len(failed)
         raise InputError(f"{len(failed)} of {count} videos failed: {', '.join(failed)}.")
