@@ -41,6 +41,7 @@ from gim_hloc.training.video.labels import (
     zoomed_size,
 )
 from gim_hloc.training.video.masks import MaskOptions, prepare_masks
+from gim_hloc.training.video.propagated import PropagatedStore
 from gim_hloc.training.video.run import LabelOptions, LabelReport, label_video
 from gim_hloc.training.video.sampling import SamplingOptions
 from gim_hloc.training.video.sources import find_source
@@ -716,3 +717,27 @@ def test_command_label(
     assert len(VideoFolder(out / "clip").stores()) == 1
     assert main([*arguments, "--shard", "half"]) == 2
     assert "--shard" in capsys.readouterr().err
+
+
+def test_command_run(
+    clip: Path, tmp_path: Path, fake: type[FakeLabeller], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a clip to propagated labels and pictures; then nothing is left to do."""
+    arguments = ["run", str(clip), str(tmp_path), "--labellers", FAKE, "--gap", "2", "--masks"]
+    arguments += ["none", "--format", "png", "--min-joined", "20"]
+    assert main(arguments) == 0
+    folder = VideoFolder(tmp_path / "clip")
+    with PropagatedStore(folder.root / "propagated.h5") as store:
+        assert len(store) > 0
+        for start, target in store.pairs().tolist():
+            labels, (i, j) = store.read(start, target)
+            steps = (labels[:, 2:] - labels[:, :2]) / (SPEED * (i - j))
+            # Planes of speed 1 and 2; this world is transparent, so that points of both may meet in
+            # one pixel of a frame and be exchanged there.
+            assert np.isclose(steps, np.rint(steps), atol=1e-3).all(axis=1).mean() > 0.9
+    assert (folder.root / "show" / "sheet.html").is_file()
+    fake.encoded.clear()
+    assert main(arguments) == 0
+    assert fake.encoded == []
+    assert main([*arguments, "--shard", "0/2"]) == 2
+    assert "all labels" in capsys.readouterr().err
