@@ -216,6 +216,14 @@ PUBLISHED: Sequence[WeightFile] = (
         git_blob="f2518345febff13d5f2426e19afdcf3a5753c91c",
     ),
     WeightFile(
+        name="vgg19_bn-c79401a0.pth",
+        used_by=("training",),
+        sources=("https://download.pytorch.org/models/vgg19_bn-c79401a0.pth",),
+        licence="BSD-3-Clause",
+        commercial=True,
+        about=574_800_000,
+    ),
+    WeightFile(
         name="superpoint_v1.pth",
         used_by=("lightglue", "training"),
         sources=(f"{_LIGHTGLUE_RELEASE}/superpoint_v1.pth", f"{_GIM_TRAINING}/superpoint_v1.pth"),

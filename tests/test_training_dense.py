@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from conftest import SHARED
 from training_scene import make_pairs, overfit_set, share_within
@@ -24,35 +25,8 @@ from gim_hloc.training.models import build_model
 from gim_hloc.training.models.dense import DenseTraining, threshold_sample
 from gim_hloc.training.models.roma import RoMaTraining
 
-_RADIUS = {16: 2, 8: 2, 4: 2}
-_DISPLACEMENT = {16: 16, 8: 8, 4: 8, 2: 4, 1: 4}
-TINY = {
-    "gim_dkm": {
-        "stem": 16,
-        "blocks": (1, 1, 1, 1),
-        "projected": 64,
-        "reduced": 32,
-        "position": 64,
-        "context": 64,
-        "displacement": _DISPLACEMENT,
-        "radius": _RADIUS,
-        "hidden": 2,
-    },
-    "gim_roma": {
-        "tokens": 64,
-        "vgg": (12, 16, 24, 32),
-        "projected": {16: 64, 8: 32, 4: 24, 2: 12, 1: 6},
-        "displacement": _DISPLACEMENT,
-        "radius": _RADIUS,
-        "position": 64,
-        "blocks": 2,
-        "anchors": 16,
-        "hidden": 2,
-        "momentum": 0.1,
-        "untrained_dinov2": True,
-    },
-}
-BOX = {"gim_dkm": (128, 96), "gim_roma": (112, 112)}
+TINY = {name: tiny_models.TINY[name] for name in ("gim_dkm", "gim_roma")}
+BOX = {name: tiny_models.box(name) for name in TINY}
 both = pytest.mark.parametrize("name", sorted(TINY))
 
 

