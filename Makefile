@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 DEMO_OUTPUT ?= demo-output
 PYTEST_ARGS ?=
+# Processes of the default tests; slow ones run one by one, some of them want 9 GB.
+TEST_JOBS ?= 2
 
 .PHONY: demo test test-slow lint format clean
 
@@ -30,7 +32,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py examples/room $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 # Longer cases: whole runs on real photographs, killed runs, the built wheel.
 test-slow: $(VENV)/.installed-test

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ def require_known(given: Mapping[str, Any], known: Sequence[str] | set[str], whe
         )
 
 
-class PairSource(Dataset[PairSample]):
+class PairSource(Dataset[PairSample], ABC):
     """Pairs of images of one data set.
 
     A sample is asked for by ``(index, seed)``: the index says which pair, the seed everything that
@@ -92,17 +93,17 @@ class PairSource(Dataset[PairSample]):
         self.failures: list[tuple[str, str]] = []
         self._failure_file = failures
 
+    @abstractmethod
     def scene_lengths(self) -> np.ndarray:
         """(S,) int64 number of pairs of each scene; indices count through scene after scene."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def load(self, index: int) -> RawPair:
         """Read a pair from its files.
 
         Raises:
             InputError: the pair cannot be used.
         """
-        raise NotImplementedError  # pragma: no cover
 
     def describe(self, index: int) -> str:
         """The pair in words, for messages."""
