@@ -41,7 +41,10 @@ def configure_logging(verbose: bool = False) -> None:
 
 
 def parse(kind: Any, **options: Any) -> Any:
-    """``tyro.cli`` that ends quietly when the reader of its help (``| head``) leaves early."""
+    """``tyro.cli``, with options that refuse their values as one message instead of a traceback.
+
+    It ends quietly when the reader of its help (``| head``) leaves early.
+    """
     import tyro
 
     try:
@@ -49,6 +52,9 @@ def parse(kind: Any, **options: Any) -> Any:
             return tyro.cli(kind, **options)
         finally:
             sys.stdout.flush()  # here, not at the interpreter's end, where nothing can catch it
+    except GimError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         _drop_output()
         raise SystemExit(_PIPE_CLOSED) from None
