@@ -25,15 +25,12 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.npz_reader import read_npz
-from gim_hloc.training.data.augment import RawPair
-from gim_hloc.training.data.posed import View, read_view
+from gim_hloc.training.data.posed import View, ViewPairs
 from gim_hloc.training.data.source import (
     SUBSAMPLING_SEED,
-    PairSource,
     SourceOptions,
     choose_by_overlap,
     overlap_edges,
-    relative_pose,
 )
 
 logger = logging.getLogger(__name__)
@@ -60,7 +57,7 @@ class MegaDepthOptions(SourceOptions):
     AUGMENT: ClassVar[Mapping[str, Any]] = {"photometric": "dark", "keep_scale": 0.5}
 
 
-class MegaDepth(PairSource):
+class MegaDepth(ViewPairs):
     """Pairs of MegaDepth.
 
     Raises:
@@ -145,33 +142,6 @@ class MegaDepth(PairSource):
                 )
             )
         return place[ends], overlaps
-
-    def scene_lengths(self) -> np.ndarray:
-        """Pairs of each scene."""
-        return self._lengths
-
-    def describe(self, index: int) -> str:
-        """Paths of both images."""
-        i, j = self._pairs[index]
-        return f"{self.name} {self._views[i].name} - {self._views[j].name}"
-
-    def load(self, index: int) -> RawPair:
-        """Read images, depth and poses."""
-        view0, view1 = (self._views[k] for k in self._pairs[index])
-        image0, depth0, k0 = read_view(view0, 1.0)
-        image1, depth1, k1 = read_view(view1, 1.0)
-        return RawPair(
-            image0=image0,
-            image1=image1,
-            names=(view0.name, view1.name),
-            depth0=depth0,
-            depth1=depth1,
-            K0=k0,
-            K1=k1,
-            T_0to1=relative_pose(
-                view0.world_to_camera, view1.world_to_camera, self.describe(index)
-            ),
-        )
 
 
 _INFO_FOLDERS = ("output", "scene_info", "index/scene_info_0.1_0.7", "scene_info_0.1_0.7", "index")

@@ -89,7 +89,43 @@ def read_view(view: View, depth_scale: float) -> tuple[np.ndarray, np.ndarray, n
     return image, depth, K
 
 
-class PosedViews(PairSource):
+class ViewPairs(PairSource):
+    """Pairs of views with depth and poses. Subclasses choose them when they are made."""
+
+    _views: list[View]
+    _pairs: np.ndarray  # (P, 2) rows of the views, scene after scene
+    _lengths: np.ndarray  # (S,) pairs of each scene
+    _depth_scale: float = 1.0  # of depth files without a unit of their own, see ``read_view``
+
+    def scene_lengths(self) -> np.ndarray:
+        """Pairs of each scene."""
+        return self._lengths
+
+    def describe(self, index: int) -> str:
+        """Names of both images."""
+        i, j = self._pairs[index]
+        return f"{self.name} {self._views[i].name} - {self._views[j].name}"
+
+    def load(self, index: int) -> RawPair:
+        """Read images, depth and poses."""
+        view0, view1 = (self._views[k] for k in self._pairs[index])
+        image0, depth0, k0 = read_view(view0, self._depth_scale)
+        image1, depth1, k1 = read_view(view1, self._depth_scale)
+        return RawPair(
+            image0=image0,
+            image1=image1,
+            names=(view0.name, view1.name),
+            depth0=depth0,
+            depth1=depth1,
+            K0=k0,
+            K1=k1,
+            T_0to1=relative_pose(
+                view0.world_to_camera, view1.world_to_camera, self.describe(index)
+            ),
+        )
+
+
+class PosedViews(ViewPairs):
     """Pairs of views of several scenes that overlap enough.
 
     Args:
@@ -126,33 +162,6 @@ class PosedViews(PairSource):
                 f"No two of the {len(self._views)} images of {', '.join(scenes) or self.name} "
                 f"overlap between {options.overlap[0]} and {options.overlap[1]}."
             )
-
-    def scene_lengths(self) -> np.ndarray:
-        """Pairs of each scene."""
-        return self._lengths
-
-    def describe(self, index: int) -> str:
-        """Names of both images."""
-        i, j = self._pairs[index]
-        return f"{self.name} {self._views[i].name} - {self._views[j].name}"
-
-    def load(self, index: int) -> RawPair:
-        """Read images, depth and poses."""
-        view0, view1 = (self._views[k] for k in self._pairs[index])
-        image0, depth0, k0 = read_view(view0, self._depth_scale)
-        image1, depth1, k1 = read_view(view1, self._depth_scale)
-        return RawPair(
-            image0=image0,
-            image1=image1,
-            names=(view0.name, view1.name),
-            depth0=depth0,
-            depth1=depth1,
-            K0=k0,
-            K1=k1,
-            T_0to1=relative_pose(
-                view0.world_to_camera, view1.world_to_camera, self.describe(index)
-            ),
-        )
 
 
 def view_overlaps(views: Sequence[View], depth_scale: float) -> np.ndarray:
