@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from zeb_scene import POINTS, SIZE, K, pose, relative
 
 from gim_hloc import matchers
 from gim_hloc.cli.zeb import main
@@ -34,25 +35,7 @@ from gim_hloc.matchers.base import ImageOptions, MatcherInfo, Matches
 from gim_hloc.matchers.sparse import encode_network_keypoints
 
 NAME = "pair_oracle"
-SIZE = (64, 48)
-K = np.array([[60.0, 0, 31.5], [0, 61.0, 23.5], [0, 0, 1]])
-POINTS = np.random.default_rng(0).uniform([-2, -1.5, 4], [2, 1.5, 8], (200, 3))
 PLANE = POINTS * [1, 1, 0] + [0, 0, 6]
-
-
-def pose(i: int) -> np.ndarray:
-    """World to camera i: a slow walk to the right with turns."""
-    angle = 0.06 * i
-    matrix = np.eye(4)
-    matrix[:3, :3] = [
-        [math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)],
-    ]  # fmt: skip
-    matrix[:3, 3] = [-0.3 * i, 0.02 * i * i, 0.05 * i]
-    return matrix
-
-
-def relative(i: int, j: int) -> np.ndarray:
-    return pose(j) @ np.linalg.inv(pose(i))
 
 
 def project(i: int, points: np.ndarray = POINTS) -> np.ndarray:
