@@ -47,11 +47,12 @@ def test_two_processes_give_the_gradients_of_one(name: str, tmp_path: Path) -> N
     """One optimiser step of eight pairs: 2 processes x 4 micro-batches against 1 x 8.
 
     After one step Adam's first moment is a tenth of the gradient. Batch statistics are those of
-    single pairs in both.
+    single pairs in both. Both compute with one thread a process: other numbers of threads round
+    differently, and where a ReLU of random weights has its kink, a gradient follows suit.
     """
-    changes = {"epochs": 1, "optimiser.clip_norm": 0, "optimiser.canonical_batch": 8}
-    drive(tmp_path / "two", name, *(f"{k}={v}" for k, v in changes.items()), processes=2)
-    tiny_models.run(name, tmp_path / "one", **changes)
+    changes = ("epochs=1", "optimiser.clip_norm=0", "optimiser.canonical_batch=8")
+    for folder, processes in (("two", 2), ("one", 1)):
+        drive(tmp_path / folder, name, *changes, processes=processes)
     one, two = (read(tmp_path / n)["resume"] for n in ("one", "two"))
     assert (one["world"], two["world"]) == (1, 2)
     assert one["progress"]["pairs"] == two["progress"]["pairs"] == 8
@@ -70,6 +71,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(name: str, tmp_path: Path)
     """Bit for bit, from within an optimiser step; four steps of four pairs."""
     whole = tiny_models.run(name, tmp_path / "whole")
     assert (whole.finished, whole.steps) == (True, 4)
+    assert not torch.are_deterministic_algorithms_enabled()  # a setting of the run, not for good
     stopped = tiny_models.run(name, tmp_path / "parts", stop_at=6)
     assert (stopped.interrupted, stopped.steps) == (signal.SIGTERM, 1)
     assert tiny_models.run(name, tmp_path / "parts").finished

@@ -130,7 +130,7 @@ class RuntimeConfig:
     sync_batchnorm: bool = True
     """Normalise over the batches of all processes; on CUDA only, and with more than one."""
     deterministic: bool = False
-    """Only deterministic kernels, on GPUs: slower, and the same numbers every time."""
+    """Only deterministic kernels on GPUs too: slower, and the same numbers every time."""
 
 
 @dataclass(frozen=True, kw_only=True)

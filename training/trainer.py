@@ -198,7 +198,9 @@ def train(
         logging.getLogger("gim_hloc").setLevel(logging.ERROR)
     config.check_world(fabric.world_size)
     run = _Run(config, Path(folder), fabric, build=build, data=data, progress=progress)
-    with Signals() as signals:
+    # Processors too have kernels that add in the order in which threads come (index_put_).
+    same = config.runtime.deterministic or fabric.device.type == "cpu"
+    with Signals() as signals, _deterministic() if same else contextlib.nullcontext():
         run.signals = signals
         try:
             return run.run()
@@ -290,10 +292,6 @@ class _Run:
             torch.backends.cudnn.benchmark = not runtime.deterministic
             torch.backends.cuda.matmul.allow_tf32 = runtime.tf32
             torch.backends.cudnn.allow_tf32 = runtime.tf32
-        if runtime.deterministic:
-            # cuBLAS needs this to be deterministic, before its first use.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
 
     def _weights(self, model: TrainingModel, state: Mapping[str, Any] | None) -> None:
         if self.config.initial is not None and not self.config.initial.is_file():
@@ -666,6 +664,23 @@ class _Run:
             self.bar.close()
         if self.logs is not None:
             self.logs.close()
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    # cuBLAS needs this to be deterministic, before its first use.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings: Any = torch.utils.deterministic
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # it finds mistakes, and takes time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+        settings.fill_uninitialized_memory = filled
 
 
 @contextlib.contextmanager
