@@ -483,6 +483,9 @@ def test_youtube_ids(text: str) -> None:
         f"https://youtube.com.evil.example/watch?v={_ID}",
         "https://www.youtube.com/watch?v=$(reboot)",
         f"file:///etc/{_ID}",
+        "http://[",
+        f"https://www.youtube.com/watch?v={'a' * 5000}",
+        "a\0b",
         "",
     ],
 )

@@ -70,7 +70,7 @@ def find_source(name: str) -> VideoSource:
         InputError: nothing fits it.
     """
     path = Path(name)
-    if path.exists():
+    if _exists(path):
         label = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.resolve().stem).strip(".") or "video"
         return VideoSource(id=label, path=path)
     video_id = youtube_id(name)
@@ -86,7 +86,10 @@ def youtube_id(text: str) -> str | None:
     """The YouTube id in an id or address, or None."""
     if _YOUTUBE_ID.fullmatch(text):
         return text
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # no address at all, for instance "http://["
+        return None
     if parts.scheme not in ("http", "https"):
         return None
     host, segments = (parts.hostname or ""), [s for s in parts.path.split("/") if s]
@@ -149,6 +152,13 @@ def download(video_id: str, folder: Path, *, max_height: int = 1080, progress: b
     if found is None:
         raise InputError(f"{address} was fetched, but {folder} holds no file of it.")
     return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # longer than any file name; not a name at all
+        return False
 
 
 def _downloaded(video_id: str, folder: Path) -> Path | None:
