@@ -1,0 +1,207 @@
+"""What the pages say about commands, options, names, files and headings exists."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = tuple(
+    REPOSITORY / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "examples/README.md",
+        *sorted(f"docs/{page.name}" for page in (REPOSITORY / "docs").glob("*.md")),
+    )
+)
+SUBCOMMANDS = {
+    "gim-weights": ("list", "download", "path", "verify"),
+    "gim-zeb": ("data", "run", "make", "check", "table", "worst", "pairs"),
+    "gim-video": ("frames", "label", "propagate", "show", "run"),
+    "gim-train": ("",),  # its help is the same with and without "presets"
+}
+OTHER_PARSERS = (
+    "gim_hloc.evaluation.parity",
+    "gim_hloc.hloc_plugin.match_dense",
+    *(
+        f"gim_hloc.evaluation.benchmarks.{name}"
+        for name in (
+            "encode_once", "hloc_dense", "propagation", "tracks", "video_labels",
+            "vs_colmap", "vs_hloc",
+        )
+    ),
+)  # fmt: skip
+# Options of pip, of hloc's own commands and of examples/render_room.py.
+FOREIGN = {"--no-deps", "--sfm_dir", "--views", "--width", "--height", "--supersample"}
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))
+
+
+def prose_and_lines(text: str) -> tuple[str, list[str]]:
+    """Text without fenced blocks, and the lines of the blocks, continued ones joined."""
+    fence = re.compile(r"^```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    blocks = fence.findall(text)
+    return fence.sub("", text), [
+        line for block in blocks for line in block.replace("\\\n", " ").splitlines()
+    ]
+
+
+def spans(prose: str) -> list[str]:
+    """Everything in backticks, which may go over the end of a line."""
+    return [
+        " ".join(span.split()) for span in re.findall(r"`([^`\n]+(?:\n(?!\n)[^`\n]+)?)`", prose)
+    ]
+
+
+def invocations(text: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Program, sub-command and arguments of every command line of ours, in blocks or backticks."""
+    prose, lines = prose_and_lines(text)
+    for line in [*lines, *spans(prose)]:
+        line = re.sub(r"\s#.*", "", line).strip()
+        line = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
+        line = re.sub(r"^torchrun .*?(?=-m gim_hloc)", "python ", line)
+        found = re.match(r"(?:python -m (gim_hloc[\w.]*)|(gim-(?!hloc)[a-z-]+))(?:\s+(.*))?$", line)
+        if found is None:
+            continue
+        program, words = found[1] or found[2], re.sub(r"[\[\]]", " ", found[3] or "").split()
+        known = SUBCOMMANDS.get(program, ("",))
+        subcommand = words[0] if words and words[0] in known else ""
+        yield program, subcommand, words
+
+
+@functools.cache
+def help_of(program: str, subcommand: str) -> str:
+    """The help of a command, from its own parser."""
+    module = program
+    if program.startswith("gim-"):
+        module = "gim_hloc.cli." + program.removeprefix("gim-").replace("-", "_")
+    arguments = [*([subcommand] if subcommand else []), "--help"]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        loaded = importlib.import_module(module)
+        getattr(loaded, "command", loaded.main)(arguments)
+    return out.getvalue()
+
+
+def options_of(program: str, subcommand: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z0-9_.-]*", help_of(program, subcommand)))
+
+
+def choices_of(program: str, subcommand: str, option: str) -> set[str] | None:
+    """What an option accepts, where its help lists that."""
+    found = re.search(
+        re.escape(option) + r" \[?\{([a-z0-9_,\s│-]+)\}", help_of(program, subcommand)
+    )
+    return set(re.sub(r"[\s│]", "", found[1]).split(",")) if found else None
+
+
+@functools.cache
+def all_options() -> set[str]:
+    simple = ("reconstruct", "localize", "pairs", "eval-sfm", "match", "masks")
+    programs = [*(f"gim-{name}" for name in simple), *OTHER_PARSERS]
+    found = set().union(*(options_of(program, "") for program in programs))
+    for program, subcommands in SUBCOMMANDS.items():
+        found |= set().union(*(options_of(program, name) for name in subcommands))
+    return found | FOREIGN
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of a page's headings, as the usual hosts of repositories make them."""
+    prose, _ = prose_and_lines(text)
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", prose, re.MULTILINE):
+        words = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+        found.add(words.replace(" ", "-"))
+    return found
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    prose, _ = prose_and_lines(page.read_text(encoding="utf-8"))
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        if not linked.exists() or (
+            anchor and anchor not in anchors(linked.read_text(encoding="utf-8"))
+        ):
+            broken.append(target)
+    assert broken == []
+
+
+@every_page
+def test_commands_have_the_options_shown(page: Path) -> None:
+    wrong = []
+    for program, subcommand, words in invocations(page.read_text(encoding="utf-8")):
+        if program in SUBCOMMANDS and not subcommand and words and words[0][0] != "-":
+            if program != "gim-train" and not re.match(r"[A-Z…|\\]", words[0]):
+                wrong.append(f"{program} {words[0]}")
+            continue
+        if program == "gim_hloc.hloc_plugin":  # hands its arguments to hloc
+            continue
+        known = options_of(program, subcommand)
+        for place, word in enumerate(words):
+            if not word.startswith("--"):
+                continue
+            value = words[place + 1] if place + 1 < len(words) else ""
+            choices = choices_of(program, subcommand, word)
+            if word not in known:
+                wrong.append(f"{program} {subcommand} {word}")
+            elif choices and value[:1] not in ("", "-", "…") and value not in choices:
+                wrong.append(f"{program} {subcommand} {word} {value}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CHANGELOG.md"],
+    ids=lambda p: str(p.relative_to(REPOSITORY)),
+)
+def test_options_named_in_passing_exist(page: Path) -> None:
+    prose, _ = prose_and_lines(page.read_text(encoding="utf-8"))
+    named = set()
+    for span in spans(prose):
+        named |= set(re.findall(r"(?<!\S)--[a-z][a-z0-9_.-]*", span))
+    assert sorted(named - all_options()) == []
+
+
+@every_page
+def test_files_and_modules_named_exist(page: Path) -> None:
+    prose, _ = prose_and_lines(page.read_text(encoding="utf-8"))
+    missing = []
+    for span in spans(prose):
+        if re.fullmatch(
+            r"(?:gim_hloc|pairs|pipelines|training|evaluation|tests|examples|docs)/[\w./-]+", span
+        ):
+            if not (REPOSITORY / span).exists():
+                missing.append(span)
+        elif (found := re.match(r"(gim_hloc(?:\.\w+)+)", span)) and not resolves(found[1]):
+            missing.append(span)
+    assert missing == []
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a dotted name is a module or what a module holds."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[end:]:
+            if not hasattr(found, name):
+                return False
+            found = getattr(found, name)
+        return True
+    return False
