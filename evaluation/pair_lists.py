@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,7 @@ from gim_hloc.evaluation.zeb import metrics, protocol
 from gim_hloc.evaluation.zeb.dumps import DumpRecord
 from gim_hloc.evaluation.zeb.protocol import Estimator, Protocol
 from gim_hloc.evaluation.zeb.run import (
+    Backend,
     Prediction,
     Problem,
     RunOptions,
@@ -52,6 +54,7 @@ from gim_hloc.evaluation.zeb.run import (
     read_folder,
     require_unused,
     run_selections,
+    run_spread,
     share,
 )
 
@@ -157,7 +160,9 @@ class PairOptions:
     quality: str = "base"  # operating point of the matchers
     limit: int | None = None  # pairs, drawn at random; None: all
     seed: int = 0  # of that draw and of the bootstrap
-    device: str = "auto"  # auto, cpu, cuda:1
+    devices: tuple[str, ...] = ("auto",)  # of the networks; one worker each if there are several
+    backend: Backend = "processes"  # of workers: here, or "ray"
+    shard: tuple[int, int] = (0, 1)  # (i, N): the i-th of N parts of the list, from 0
     resume: bool = False  # go on with what the output folder holds
     pictures: bool = True  # draw the pairs of a list without truth
     progress: bool = False  # show progress bars
@@ -207,10 +212,10 @@ class PairReport:
     Attributes:
         pair_list: the list.
         kind: what was judged.
-        rows: by matcher and protocol.
+        rows: by matcher and protocol; those of which all pairs are judged.
         run: the run's own report.
         lost: files of the list that could not be used.
-        files: written results.
+        files: written results; none until all pairs are judged.
     """
 
     pair_list: PairList
@@ -219,6 +224,11 @@ class PairReport:
     run: RunReport
     lost: tuple[str, ...] = ()
     files: list[Path] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all pairs are judged; not so while other shards are at work."""
+        return all(result.evaluated == result.pairs for result in self.run.results)
 
     @property
     def exit_code(self) -> int:
@@ -236,7 +246,8 @@ def evaluate(
 
     Args:
         path: file or folder in one of the formats of `gim_hloc.evaluation.pair_formats`.
-        output: folder of results, see the module; several lists may share it.
+        output: folder of results, see the module; several lists may share it, and so do the
+            shards of one: the last of them writes the results.
         options: what to run.
         **reading: of `read_list`: ``images``, ``format``, ``name``, ``intrinsics``,
             ``calibrated_size``.
@@ -249,7 +260,13 @@ def evaluate(
         InputError: the list or an option cannot be used at all.
         OutputError: the folder holds results of these matchers on this list and ``resume`` is off.
         WeightsError: the weights of a matcher cannot be had.
+        GimError: all workers were lost.
     """
+    # Workers elsewhere have another working directory.
+    path = os.path.abspath(path)
+    for key in ("images", "intrinsics"):
+        if reading.get(key) is not None:
+            reading[key] = os.path.abspath(reading[key])
     pair_list = read_list(path, **reading)
     if pair_list.repeated:
         logger.warning(
@@ -266,20 +283,31 @@ def evaluate(
         reference_settings=not resize.own,
         limit=options.limit,
         seed=options.seed,
-        device=options.device,
+        device=(*options.devices, "auto")[0],
+        shard=options.shard,
         resume=options.resume,
         progress=options.progress,
     )
     selection = select(pair_list, resize, run_options)
-    if not options.resume:
+    if not options.resume and options.shard[1] == 1:
         require_unused(output, options.matchers, selection.folder)
-    run = run_selections([selection], output, run_options)
+    if len(options.devices) > 1 or options.backend == "ray":
+        source = partial(_read_selections, path, reading, resize)
+        run = run_spread(
+            [selection], source, output, run_options, options.devices, backend=options.backend
+        )
+    else:
+        run = run_selections([selection], output, run_options)
     report = PairReport(pair_list=pair_list, kind=kind, rows=[], run=run, lost=pair_list.lost)
     by_protocol = {entry.name: entry for entry in run_options.protocols}
     for result in run.results:
+        if result.evaluated < result.pairs:
+            continue
         report.rows.append(
             _summarise(result, selection, by_protocol[result.protocol], kind, options)
         )
+    if not report.complete:
+        return report
     from gim_hloc.evaluation import _pair_pages
 
     folder = output / "results" / pair_list.name
@@ -319,6 +347,13 @@ def make_protocols(kind: Kind, options: PairOptions) -> tuple[Protocol, ...]:
 
 
 # ---------------------------------------------------------------------------------------- selection
+
+
+def _read_selections(
+    path: str, reading: dict[str, Any], resize: Resize, options: RunOptions
+) -> list[PairSelection]:
+    """What one worker's run on a list is about; called in the worker."""
+    return [select(read_list(path, **reading), resize, options)]
 
 
 def select(pair_list: PairList, resize: Resize, options: RunOptions) -> PairSelection:

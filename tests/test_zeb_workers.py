@@ -127,8 +127,8 @@ def test_a_worker_that_dies_is_named_and_the_others_finish(gl3d: Path, tmp_path:
 def in_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers without processes, so that they know the oracle."""
 
-    def work(folder: str, output: str, jobs: list[RunOptions]) -> list[Any]:
-        return [run._run_job(folder, output, job) for job in jobs]
+    def work(source: run.Source, output: str, jobs: list[RunOptions]) -> list[Any]:
+        return [run._run_job(source, output, job) for job in jobs]
 
     monkeypatch.setitem(run._MAPS, "processes", work)
 
@@ -162,12 +162,25 @@ def test_a_shard_is_split_over_workers(gl3d: Path, tmp_path: Path) -> None:
     assert len(only_dump(second)) == 15
 
 
+@pytest.mark.parametrize("lost", ["a_0.png", "a_5.png"])
+def test_the_last_shard_counts_what_another_could_not_read(
+    gl3d: Path, tmp_path: Path, lost: str
+) -> None:
+    (gl3d / "zeb" / "gl3d" / lost).unlink()
+    options = RunOptions(matchers=(SPARSE,), version="v")
+    whole = run.run(gl3d, tmp_path / "whole", options)
+    shards = [run.run(gl3d, tmp_path / "parts", replace(options, shard=(i, 2))) for i in range(2)]
+    assert shards[0].results[0].dump is None
+    assert only_dump(shards[1]).records == only_dump(whole).records
+    assert shards[1].results[0].failures == 5
+
+
 def test_errors_of_all_workers_are_the_error(
     gl3d: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = RunOptions(matchers=(SPARSE,), version="v")
 
-    def stopped(folder: str, output: str, jobs: list[RunOptions]) -> list[Any]:
+    def stopped(source: run.Source, output: str, jobs: list[RunOptions]) -> list[Any]:
         return [run._Stopped(InputError("no weights")), run._Died("SIGSEGV")]
 
     monkeypatch.setitem(run._MAPS, "processes", stopped)

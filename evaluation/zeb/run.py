@@ -3,6 +3,7 @@
 Below the output folder::
 
     predictions/<matcher>-<key>/<set>/<part>.npz       matches, independent of any protocol
+    predictions/<matcher>-<key>/<set>/failed/*.txt     pairs that could not be matched, and why
     evaluations/<matcher>-<key>/<protocol>/<set>/<part>.txt   lines of dumps
     dump/<protocol>/[T] <matcher> <set> <version>.txt  complete sets
 
@@ -28,8 +29,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -328,13 +330,43 @@ def run_workers(
         InputError: as `run`; no device; Ray is asked for and not installed.
         GimError: all workers were lost.
     """
-    if not devices:
-        raise InputError("No device was named.")
-    start = time.perf_counter()
-    selections = _selections(folder, options)
+    # Workers elsewhere have another working directory.
+    source = partial(_selections, str(Path(folder).resolve()))
+    selections = source(options)
     _check_names(options)
     if not options.resume and options.shard[1] == 1:
         require_unused(Path(output), options.matchers)
+    return run_spread(selections, source, output, options, devices, backend=backend)
+
+
+def run_spread(
+    selections: Sequence[Selection],
+    source: Source,
+    output: str | os.PathLike[str],
+    options: RunOptions,
+    devices: Sequence[str],
+    *,
+    backend: Backend = "processes",
+) -> RunReport:
+    """Run any sets of pairs with one worker per device; what `run_workers` does with ZEB's.
+
+    Args:
+        selections: the sets, as ``source`` gives them for ``options``.
+        source: reads the sets again in every worker, for its shard: must be picklable and hold
+            absolute paths.
+        output: as for `run_workers`; what it holds of these sets is gone on from.
+        options: as for `run_workers`.
+        devices: one worker each.
+        backend: see `run_workers`.
+
+    Raises:
+        InputError: no device, an unknown matcher; Ray or PoseLib is asked for and not installed.
+        GimError: all workers were lost.
+    """
+    if not devices:
+        raise InputError("No device was named.")
+    start = time.perf_counter()
+    _check_names(options)
     part, parts = options.shard
     count = len(devices)
     jobs = [
@@ -347,8 +379,7 @@ def run_workers(
         )
         for i, device in enumerate(devices)
     ]
-    # Workers elsewhere have another working directory.
-    ends = _MAPS[backend](str(Path(folder).resolve()), str(Path(output).resolve()), jobs)
+    ends = _MAPS[backend](source, str(Path(output).resolve()), jobs)
     done = [end for end in ends if isinstance(end, RunReport)]
     report = RunReport(
         lost=[
@@ -373,15 +404,8 @@ def run_workers(
     for name in options.matchers:
         report.by_matcher[name] = _add(end.by_matcher.get(name, {}) for end in done)
         for selection in selections:
-            failed = {
-                problem.identifier
-                for problem in report.problems
-                if (problem.matcher, problem.dataset) == (name, selection.name)
-            }
             report.results += [
-                _assemble(
-                    Path(output), report.keys[name], name, selection, protocol, options, failed
-                )
+                _assemble(Path(output), report.keys[name], name, selection, protocol, options)
                 for protocol in options.protocols
             ]
     report.seconds = {
@@ -414,10 +438,10 @@ class _Died:
 _End = RunReport | _Stopped | _Died
 
 
-def _run_job(folder: str, output: str, job: RunOptions) -> _End:
+def _run_job(source: Source, output: str, job: RunOptions) -> _End:
     """Do one worker's part, in the worker."""
     try:
-        report = run(folder, output, job)
+        report = run_selections(source(job), output, job)
     except GimError as error:
         return _Stopped(error)
     except Exception as error:  # whatever it is, it must come back as something to be told
@@ -427,16 +451,18 @@ def _run_job(folder: str, output: str, job: RunOptions) -> _End:
     return report
 
 
-def _work(connection: Connection, folder: str, output: str, job: RunOptions, threads: int) -> None:
+def _work(
+    connection: Connection, source: Source, output: str, job: RunOptions, threads: int
+) -> None:
     """Body of a local process."""
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    connection.send(_run_job(folder, output, job))
+    connection.send(_run_job(source, output, job))
 
 
-def _map_processes(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[_End]:
+def _map_processes(source: Source, output: str, jobs: Sequence[RunOptions]) -> list[_End]:
     # Not forked: CUDA and the threads of PyTorch do not survive it. Not a pool: it takes all
     # processes down when one of them dies.
     from gim_hloc.engine import usable_cores
@@ -451,7 +477,7 @@ def _map_processes(folder: str, output: str, jobs: Sequence[RunOptions]) -> list
             # Each would take all cores.
             shared = _on_processor(job.device) and processors > 1
             threads = max(1, usable_cores() // processors) if shared else 0
-            process = context.Process(target=_work, args=(theirs, folder, output, job, threads))
+            process = context.Process(target=_work, args=(theirs, source, output, job, threads))
             process.start()
             theirs.close()  # so that the death of the worker ends the connection
             workers.append((process, mine))
@@ -485,7 +511,7 @@ def _death(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _map_ray(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[_End]:
+def _map_ray(source: Source, output: str, jobs: Sequence[RunOptions]) -> list[_End]:
     try:
         import ray
     except ImportError:
@@ -497,7 +523,7 @@ def _map_ray(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[_End]
         ray.remote(_run_job)
         .options(num_gpus=int(job.device.startswith("cuda")), max_retries=0)
         .remote(
-            folder, output, replace(job, device="cuda") if job.device.startswith("cuda") else job
+            source, output, replace(job, device="cuda") if job.device.startswith("cuda") else job
         )
         for job in jobs
     ]
@@ -509,6 +535,9 @@ def _map_ray(folder: str, output: str, jobs: Sequence[RunOptions]) -> list[_End]
             ends.append(_Died(_words(error)))
     return ends
 
+
+# Reads the sets that a run is about, for its limit and shard.
+Source: TypeAlias = "Callable[[RunOptions], Sequence[Selection]]"
 
 _MAPS = {"processes": _map_processes, "ray": _map_ray}
 
@@ -897,6 +926,8 @@ class _SetRun:
                 for pair in self.selection.pairs
                 if pair.identifier in self.selection.mine and pair.identifier not in done
             ]
+            for pair in todo:  # tried again
+                _failure_file(self.predictions, pair.identifier).unlink(missing_ok=True)
             if todo:
                 self._predict(todo, submit)
         for identifier, message in self.failed.items():
@@ -917,7 +948,6 @@ class _SetRun:
                     self.selection,
                     protocol,
                     self.options,
-                    self.failed,
                 )
             self.report.results.append(result)
 
@@ -1000,6 +1030,10 @@ class _SetRun:
                 bar.update()
                 if isinstance(result, str):
                     self.failed[pair.identifier] = result
+                    # Whichever shard ends last has to know of it.
+                    path = _failure_file(self.predictions, pair.identifier)
+                    path.parent.mkdir(exist_ok=True)
+                    write_atomic(path, f"{pair.identifier}\n{result}\n")
                     continue
                 self.report.matched += 1
                 values = {**vars(result), "identifier": pair.identifier}
@@ -1079,11 +1113,13 @@ def _assemble(
     selection: Selection,
     protocol: Protocol,
     options: RunOptions,
-    failed: Iterable[str],
 ) -> SetResult:
     """Collect the lines of a set; write its dump once all pairs are there."""
     total = len(selection.pairs) + len(selection.bad)
-    records = _collect(output / _EVALUATIONS / key / protocol.name, selection, failed)
+    predictions = output / _PREDICTIONS / key / selection.folder
+    records = _collect(
+        output / _EVALUATIONS / key / protocol.name, selection, _read_failures(predictions)
+    )
     dump = None
     if len(records) == total and selection.dump_name is not None:
         dump = write_dump(
@@ -1103,7 +1139,7 @@ def _assemble(
         evaluated=len(records),
         failures=sum(record.failed for record in records.values()),
         dump=dump,
-        predictions=output / _PREDICTIONS / key / selection.folder,
+        predictions=predictions,
         records=tuple(records[identifier] for identifier in sorted(records)),
     )
 
@@ -1111,7 +1147,7 @@ def _assemble(
 def _collect(base: Path, selection: Selection, failed: Iterable[str]) -> dict[str, DumpRecord]:
     """Records by identifier: of bad labels, of pairs without matches, of what is evaluated."""
     pairs = {pair.identifier: pair for pair in selection.pairs}
-    without = [*selection.bad, *(pairs[identifier] for identifier in failed)]
+    without = [*selection.bad, *(pairs[name] for name in failed if name in pairs)]
     records = {
         entry.identifier: DumpRecord(
             identifier=entry.identifier,
@@ -1126,6 +1162,19 @@ def _collect(base: Path, selection: Selection, failed: Iterable[str]) -> dict[st
             if record.identifier in pairs:
                 records[record.identifier] = record
     return records
+
+
+def _failure_file(predictions: Path, identifier: str) -> Path:
+    """Where it is noted that a pair could not be matched; one a pair: shards do not collide."""
+    return predictions / "failed" / f"{_digest(identifier)}.txt"
+
+
+def _read_failures(predictions: Path) -> list[str]:
+    """Identifiers of the pairs that could not be matched when they were last tried."""
+    return [
+        path.read_text(encoding="utf-8").split("\n", 1)[0]
+        for path in sorted((predictions / "failed").glob("*.txt"))
+    ]
 
 
 def _read_lines(path: Path) -> list[DumpRecord]:
@@ -1150,8 +1199,12 @@ def _words(error: Exception) -> str:
 
 
 def _part_name(predictions: Sequence[Prediction]) -> str:
-    text = "\n".join(prediction.identifier for prediction in predictions)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest("\n".join(prediction.identifier for prediction in predictions))
+
+
+def _digest(text: str) -> str:
+    # Names of files need not be valid text.
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _progress(total: int, title: str, show: bool) -> Any:

@@ -177,8 +177,12 @@ class Pairs:
     """Pairs, drawn at random."""
     seed: int = 0
     """Of that draw and of the bootstrap."""
-    device: str = "auto"
-    """Of the networks."""
+    devices: tuple[str, ...] = ("auto",)
+    """One worker a device; the same name twice makes two workers on it."""
+    backend: Literal["processes", "ray"] = "processes"
+    """Workers are processes here, or tasks on the cluster that Ray is connected to."""
+    shard: str = "0/1"
+    """i/N: the i-th of N parts of the list, from 0; the last to end writes the results."""
     resume: bool = False
     """Go on with what the output folder holds."""
     pictures: bool = True
@@ -296,10 +300,6 @@ def _run(command: Run) -> int:
     from gim_hloc.evaluation.zeb.protocol import make_protocol
     from gim_hloc.evaluation.zeb.run import RunOptions, run, run_workers
 
-    try:
-        part, count = (int(value) for value in command.shard.split("/"))
-    except ValueError:
-        raise InputError(f"--shard is {command.shard!r}; give i/N, for instance 0/4.") from None
     options = RunOptions(
         matchers=command.matchers,
         sets=command.sets,
@@ -309,7 +309,7 @@ def _run(command: Run) -> int:
         quality=command.quality,
         limit=command.limit,
         seed=command.seed,
-        shard=(part, count),
+        shard=_shard(command.shard),
         resume=command.resume,
         progress=True,
     )
@@ -322,6 +322,14 @@ def _run(command: Run) -> int:
         report = run(command.folder, command.out, options)
     _tell(report)
     return report.exit_code
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        part, count = (int(value) for value in text.split("/"))
+    except ValueError:
+        raise InputError(f"--shard is {text!r}; give i/N, for instance 0/4.") from None
+    return part, count
 
 
 def _tell(report: RunReport) -> None:
@@ -387,7 +395,9 @@ def _pairs(command: Pairs) -> int:
         quality=command.quality,
         limit=command.limit,
         seed=command.seed,
-        device=command.device,
+        devices=command.devices,
+        backend=command.backend,
+        shard=_shard(command.shard),
         resume=command.resume,
         pictures=command.pictures,
         progress=True,
@@ -407,10 +417,19 @@ def _pairs(command: Pairs) -> int:
     )
     for problem in (*report.lost, *(p for p in report.run.problems if p.matcher is None)):
         logger.warning("%s", problem)  # those of a matcher were told when they came
-    sys.stdout.write(_pair_pages.to_markdown(report))
+    run = report.run
+    for sentence in run.lost:
+        logger.error("%s", sentence)
+    if report.rows:
+        sys.stdout.write(_pair_pages.to_markdown(report))
+    for result in run.results:
+        if result.evaluated < result.pairs:
+            sys.stdout.write(
+                f"{result.matcher} ({result.protocol}): {result.evaluated} of {result.pairs} "
+                "pairs; results are written when all are judged\n"
+            )
     for path in report.files:
         sys.stdout.write(f"{path}\n")
-    run = report.run
     sys.stdout.write(
         f"{report.pair_list.format}, {len(report.pair_list)} pairs; {run.matched} matched and "
         f"{run.encoded} images encoded in {run.seconds['total']:.1f} s\n"
