@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -685,6 +686,103 @@ def test_errors_of_workers_arrive(clip: Path, tmp_path: Path) -> None:
     run(clip, tmp_path, small(labellers=("sift",), zoom=False))
     with pytest.raises(OutputError, match="other settings"):
         run(clip, tmp_path, replace(options, rounds=RoundOptions(fit_px=2.0)))
+
+
+class _FakeRay:
+    """Stands for the module: tasks run in this process, one after the other, when waited for."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self, gpus: int = 0, dies: bool = False) -> None:
+        self.gpus, self.dies = gpus, dies
+        self.asked: list[dict[str, Any]] = []  # options of tasks and actors
+        self.cancelled = 0
+
+    def init(self, **options: Any) -> None:
+        pass
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0, **({"GPU": float(self.gpus)} if self.gpus else {})}
+
+    def remote(self, what: Any) -> Any:
+        def options(**values: Any) -> Any:
+            self.asked.append(values)
+            return SimpleNamespace(remote=lambda *a: self._actor(what) if not a else (what, a))
+
+        return SimpleNamespace(options=options)
+
+    def _actor(self, kind: Any) -> Any:
+        actor = kind()
+        names = [name for name in dir(actor) if not name.startswith("_")]
+        methods = {n: SimpleNamespace(remote=getattr(actor, n)) for n in names}
+        return SimpleNamespace(**methods)
+
+    def wait(self, tasks: list[Any], **options: Any) -> tuple[list[Any], list[Any]]:
+        return tasks[:1], tasks[1:]
+
+    def get(self, task: Any) -> Any:
+        if not isinstance(task, tuple):
+            return task
+        if self.dies:
+            raise self.exceptions.RayError("The worker died.\n  SIGKILL\n")
+        function, arguments = task
+        return function(*arguments)
+
+    def cancel(self, task: Any, force: bool) -> None:
+        self.cancelled += 1
+
+    def kill(self, actor: Any) -> None:
+        pass
+
+
+def test_workers_on_ray(
+    clip: Path, tmp_path: Path, fake: type[FakeLabeller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The labels are those of one process, paths hold anywhere, errors are for people."""
+    whole = run(clip, tmp_path / "whole", small())
+    monkeypatch.chdir(tmp_path)
+    ray = _FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    for devices in (("cpu", "cpu"), ("auto",)):
+        out = Path(f"on-ray-{len(devices)}")
+        options = small(backend="ray", devices=devices)
+        report = run(clip, out, options)
+        assert stored(report.folder) == stored(whole.folder)
+        assert len(report.rounds) == 2 * len(devices)
+    assert [o["num_gpus"] for o in ray.asked if "num_gpus" in o] == [0, 0, 0]
+    with pytest.raises(OutputError, match="other settings") as caught:
+        run(clip, out, replace(options, rounds=RoundOptions(fit_px=2.0)))
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(InputError, match="no GPU"):
+        run(clip, tmp_path / "none", small(backend="ray", devices=("cuda:0",)))
+    monkeypatch.setitem(sys.modules, "ray", _FakeRay(dies=True))
+    with pytest.raises(OutputError, match="SIGKILL"):
+        run(clip, tmp_path / "dead", options)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match="pip install"):
+        run(clip, tmp_path / "not-there", options)
+
+
+@pytest.mark.slow
+def test_workers_on_a_true_ray(clip: Path, tmp_path: Path) -> None:
+    """SIFT in two tasks of a local Ray gives what one process gives; errors arrive."""
+    ray = pytest.importorskip("ray")
+    options = small(labellers=("sift",), zoom=False)
+    whole = run(clip, tmp_path / "whole", options)
+    try:
+        report = run(clip, tmp_path / "ray", replace(options, backend="ray", devices=("cpu",) * 2))
+        assert stored(report.folder) == stored(whole.folder)
+        with pytest.raises(OutputError, match="other settings") as caught:
+            run(
+                clip,
+                tmp_path / "ray",
+                replace(options, backend="ray", rounds=RoundOptions(fit_px=2.0)),
+            )
+        assert "Traceback" not in str(caught.value)
+    finally:
+        ray.shutdown()
 
 
 # -------------------------------------------------------------------------------------- the command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ class FrameMasks:
     folder: Path | None = None
     single: Path | None = None
     erode_px: int = 0
+
+    def resolved(self) -> FrameMasks:
+        """The same with paths that hold in any working folder."""
+        return replace(
+            self,
+            folder=None if self.folder is None else self.folder.resolve(),
+            single=None if self.single is None else self.single.resolve(),
+        )
 
     def load(self, record: ImageRecord) -> np.ndarray | None:
         """(H, W) bool, True where labels may be; None where they may be everywhere.

@@ -669,7 +669,7 @@ class PropagationSummary:
         return text.getvalue()
 
 
-class _StoredLabels(Mapping[Pair, Sequence[np.ndarray]]):
+class StoredLabels(Mapping[Pair, Sequence[np.ndarray]]):
     """The labels of a video, read when they are asked for."""
 
     def __init__(self, base: Mapping[int, Sequence[Labels]]) -> None:
@@ -739,7 +739,7 @@ def propagate_video(
     output = Path(output)
     steps = check_steps(base)
     facts, rounds = _check_rounds(base, options)
-    labels = _StoredLabels(base)
+    labels = StoredLabels(base)
     starts = find_starts(labels.counts, options)
     notes = () if starts else (_why_no_starts(labels.counts, options),)
     settings = {"options": options.settings(), "steps": list(steps), "labels": _states(base)}
@@ -778,7 +778,7 @@ def _fill(
     writer: PropagatedWriter,
     starts: Sequence[Pair],
     base: Mapping[int, Sequence[Labels]],
-    labels: _StoredLabels,
+    labels: StoredLabels,
     facts: VideoFacts,
     options: PropagationOptions,
     workers: int,
@@ -860,7 +860,7 @@ def _begin_worker(
         if path not in opened:
             opened[path] = LabelStore.open(path, "r")
     base = {step: [opened[path] for path in some] for step, some in paths.items()}
-    _worker = Propagator(_StoredLabels(base), steps=base, size=size, options=options)
+    _worker = Propagator(StoredLabels(base), steps=base, size=size, options=options)
 
 
 def _work(pairs: Sequence[Pair]) -> list[Propagated]:

@@ -76,7 +76,7 @@ class LabelOptions:
     max_height: int = 1080  # rows of downloaded videos, at most
     shard: tuple[int, int] = (0, 1)  # (i, N): the i-th of N parts of the pairs, from 0
     devices: tuple[str, ...] = ("auto",)  # one worker each; the same twice makes two workers on it
-    backend: Backend = "processes"  # of several workers: on this machine, or Ray's cluster
+    backend: Backend = "processes"  # of workers: on this machine, or Ray's cluster
     batch_size: int | None = None  # pairs a network call; None: 1 on a processor, 4 on a GPU
     cache_gb: float | None = None  # memory for encodings of a worker, 10^9 bytes; None: chosen
     retry_failed: bool = False  # try pairs again that have failed
@@ -459,10 +459,10 @@ def _run_jobs(jobs: Sequence[_Job], options: LabelOptions, report: LabelReport) 
     total = sum(len(job.pairs) for job in jobs) * len(_rounds(options))
     bar = tqdm(total=total, desc="labels", unit="pair", disable=None if options.progress else True)
     with bar:
-        if len(jobs) == 1:
+        if options.backend == "ray":
+            _run_ray(jobs, bar, report)
+        elif len(jobs) == 1:
             report.rounds += _work(jobs[0], _quiet(bar.update))
-        elif options.backend == "ray":
-            report.rounds += _run_ray(jobs)
         else:
             _run_processes(jobs, bar, report)
 
@@ -474,21 +474,79 @@ def _quiet(update: Callable[[int], Any]) -> Callable[[int], None]:
     return tick
 
 
-def _run_ray(jobs: Sequence[_Job]) -> list[RoundReport]:
+def _run_ray(jobs: Sequence[_Job], bar: Any, report: LabelReport) -> None:
+    """Run workers on Ray's cluster, which must see the same folders.
+
+    Ray starts the task of a dead worker again, which goes on from what that one finished.
+
+    Raises:
+        InputError: Ray is not installed, or GPUs are asked for and the cluster has none.
+        GimError: a worker's, or OutputError when workers keep dying.
+    """
     try:
         import ray
     except ImportError:
-        raise InputError('The backend ray needs Ray: pip install "ray"') from None
-    ray.init(ignore_reinit_error=True)
-    # Ray shows a worker only the GPUs that it was given, so that all of them call theirs "cuda". It
-    # starts the task of a dead worker again, which goes on from what that one finished.
-    tasks = [
-        ray.remote(_work)
-        .options(num_gpus=int(job.device.startswith("cuda")), max_retries=_ATTEMPTS - 1)
-        .remote(replace(job, device="cuda") if job.device.startswith("cuda") else job)
-        for job in jobs
-    ]
-    return [report for reports in ray.get(tasks) for report in reports]
+        raise InputError('--ray needs Ray: pip install "ray"') from None
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not gpus and any(job.device.startswith("cuda") for job in jobs):
+        raise InputError("Ray's cluster has no GPU: give --devices cpu.")  # it would wait for ever
+    counter = ray.remote(_Counter).options(num_cpus=0).remote()
+    tasks = []
+    for job in jobs:
+        # Ray shows a worker only the GPUs that it was given, so that all of them call theirs
+        # "cuda", and none where it was given none.
+        cuda = job.device.startswith("cuda") or (job.device == "auto" and gpus > 0)
+        far = replace(
+            job,
+            root=job.root.resolve(),
+            masks=job.masks.resolved(),
+            device="cuda" if cuda else job.device,
+        )
+        remote = ray.remote(_far_child).options(num_gpus=int(cuda), max_retries=_ATTEMPTS - 1)
+        tasks.append(remote.remote(far, counter))
+    left = list(tasks)
+    try:
+        while left:
+            done, left = ray.wait(left, num_returns=1, timeout=0.5)
+            bar.n = min(ray.get(counter.value.remote()), bar.total)
+            bar.refresh()
+            for task in done:
+                result = ray.get(task)
+                if isinstance(result, BaseException):
+                    raise result
+                report.rounds += result
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise OutputError(
+            f"A worker on Ray ended early: {lines[-1].strip() if lines else type(error).__name__} "
+            "What is finished is kept; the same command goes on from it."
+        ) from error
+    finally:
+        for task in left:  # of a run that was stopped
+            ray.cancel(task, force=True)
+        ray.kill(counter)
+
+
+class _Counter:
+    """Pairs that all workers on Ray are through with."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, count: int) -> None:
+        self._count += count
+
+    def value(self) -> int:
+        return self._count
+
+
+def _far_child(job: _Job, counter: Any) -> Any:
+    """What a worker on Ray gives: its reports, or the error that users are to read."""
+    try:
+        return _work(job, lambda count: counter.add.remote(count))
+    except GimError as error:
+        return error
 
 
 def _run_processes(jobs: Sequence[_Job], bar: Any, report: LabelReport) -> None:
