@@ -256,8 +256,9 @@ def evaluate_pair(
         covisible: overlaps, if known.
 
     Returns:
-        A line as of a pair with a pose, but of pixels: all three errors are the corner error, a
-        match is correct within `CORRECT_PX`. Without an estimate the errors are infinite.
+        A line as of a pair with a pose, but of pixels, which the dump's header says: all three
+        errors are the corner error, a match is correct within `CORRECT_PX`. Without an estimate
+        the errors are infinite.
     """
     scale0 = frame_scale(size0, protocol.short_side)
     scale1 = frame_scale(size1, protocol.short_side)

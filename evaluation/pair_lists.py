@@ -372,6 +372,7 @@ def select(pair_list: PairList, resize: Resize, options: RunOptions) -> PairSele
         # A corrected list is judged anew, its matches are kept.
         evaluation_folder=f"{folder}-{truth.hexdigest()[:8]}",
         dump_name=None if kind_of(pair_list) == "none" else pair_list.name,
+        dump_unit="px" if kind_of(pair_list) == "homography" else "deg",
         pairs=pairs,
         bad=bad,
         mine=share(pairs, options),

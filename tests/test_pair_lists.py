@@ -371,6 +371,33 @@ def test_homography_folders(tmp_path: Path, oracle: type[Oracle], estimator: Any
     assert names[0] == "i_two#i_two/1.ppm#i_two/2.ppm"
 
 
+def test_pixels_of_homographies_do_not_pass_for_degrees(
+    tmp_path: Path, oracle: type[Oracle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    oracle.scene = PLANE
+    [result] = judged(write_homographies(tmp_path / "planes"), tmp_path).run.results
+    assert result.dump is not None
+    assert read_dump(result.dump).unit == "px"
+    assert result.dump.read_text().split()[3:6] == ["corner_px"] * 3
+    folder = str(result.dump.parent)
+    assert main(["check", folder]) == 0
+    assert "Good planes: 1 file, 4 pairs" in capsys.readouterr().out
+    assert main(["table", folder]) == 2
+    assert "corner errors of homographies in pixels" in capsys.readouterr().err
+    # Beside a dump of poses of the same name it is left out, and the exit code says so.
+    text_of_poses = result.dump.read_text().replace(
+        "corner_px corner_px corner_px", "R_errs t_errs t_errs2"
+    )
+    (tmp_path / "poses").mkdir()
+    (tmp_path / "poses" / result.dump.name).write_text(text_of_poses)
+    assert main(["table", folder, str(tmp_path / "poses")]) == 1
+    both = capsys.readouterr()
+    assert "AUC@5°" in both.out
+    assert "in pixels" in both.err
+    assert main(["check", folder, str(tmp_path / "poses")]) == 1
+    assert "errors in deg against px" in capsys.readouterr().out
+
+
 def test_oxford_names_and_other_thresholds(tmp_path: Path, oracle: type[Oracle]) -> None:
     oracle.scene = PLANE
     folder = tmp_path / "graf"

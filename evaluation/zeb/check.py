@@ -102,16 +102,19 @@ def _check_set(name: str, files: list[Path]) -> SetCheck:
     if not files:
         return SetCheck(name=name, files=(), pairs=0, problems=("no dump of this set",))
     expected: tuple[str, ...] | None = None
-    first = ""
+    first, unit = "", ""
     problems = []
     for path in files:
         try:
-            identifiers = read_dump(path).identifiers
+            dump = read_dump(path)
         except InputError as error:
             problems.append(str(error))
             continue
+        identifiers = dump.identifiers
         if expected is None:
-            expected, first = identifiers, path.name
+            expected, first, unit = identifiers, path.name, dump.unit
+        elif dump.unit != unit:
+            problems.append(f"{path.name}: errors in {dump.unit} against {unit} ({first})")
         elif identifiers != expected:
             problems.append(f"{path.name}: {_deviation(identifiers, expected)} ({first})")
     return SetCheck(

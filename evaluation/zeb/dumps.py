@@ -13,13 +13,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.files import write_atomic
 
+Unit = Literal["deg", "px"]
+
 HEADER = "identifiers covisible0 covisible1 R_errs t_errs t_errs2 Bef.Prec Bef.Num Aft.Prec Aft.Num"
+# Of homographies, whose errors are no angles: this and the reference's tools refuse to mix them.
+HEADERS: dict[Unit, str] = {
+    "deg": HEADER,
+    "px": HEADER.replace("R_errs t_errs t_errs2", "corner_px corner_px corner_px"),
+}
 _COLUMNS = len(HEADER.split())
 # First token of every name: results of a test, not of training.
 _MARK = "[T]"
@@ -65,6 +73,8 @@ class Dump:
         dataset: third token, e.g. ``GTA-SfM``.
         version: last token without ``.txt``, e.g. ``100h``.
         records: the lines in the file's order, duplicates included.
+        unit: of the errors: degrees of poses, or pixels of homographies' corners in all three
+            columns of errors.
         path: the file, None for a dump that was never read.
     """
 
@@ -72,6 +82,7 @@ class Dump:
     dataset: str
     version: str
     records: tuple[DumpRecord, ...]
+    unit: Unit = "deg"
     path: Path | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
@@ -201,7 +212,9 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a dump: it is no text in UTF-8.") from error
     lines = text.splitlines()
-    if not lines or lines[0].split() != HEADER.split():
+    first = lines[0].split() if lines else []
+    unit = next((unit for unit, header in HEADERS.items() if first == header.split()), None)
+    if unit is None:
         raise InputError(f"{path} is not a dump: its first line is not '{HEADER}'.")
     records = []
     for number, line in enumerate(lines[1:], start=2):
@@ -213,8 +226,28 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
             raise InputError(f"{path}, line {number}: {error}.") from error
     matcher, dataset, version = named
     return Dump(
-        matcher=matcher, dataset=dataset, version=version, records=tuple(records), path=path
+        matcher=matcher,
+        dataset=dataset,
+        version=version,
+        records=tuple(records),
+        unit=unit,
+        path=path,
     )
+
+
+def read_pose_dump(path: str | os.PathLike[str]) -> Dump:
+    """Read a dump whose errors are angles.
+
+    Raises:
+        InputError: as `read_dump`, or the dump is of homographies.
+    """
+    dump = read_dump(path)
+    if dump.unit != "deg":
+        raise InputError(
+            f"{path} holds corner errors of homographies in pixels, no angles: their figures are "
+            "in the results.md that gim-zeb pairs wrote."
+        )
+    return dump
 
 
 def write_dump(folder: str | os.PathLike[str], dump: Dump) -> Path:
@@ -235,14 +268,14 @@ def write_dump(folder: str | os.PathLike[str], dump: Dump) -> Path:
     """
     folder = Path(folder)
     path = folder / dump_name(dump.matcher, dump.dataset, dump.version)
-    content = format_dump(dump.records)
+    content = format_dump(dump.records, dump.unit)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
     return path
 
 
-def format_dump(records: Iterable[DumpRecord]) -> str:
+def format_dump(records: Iterable[DumpRecord], unit: Unit = "deg") -> str:
     """Return the text of a dump file: header and sorted lines, the last of equal identifiers."""
     last = {record.identifier: record for record in records}
     lines = [write_line(last[identifier]) for identifier in sorted(last)]
-    return "\n".join([HEADER, *lines]) + "\n"
+    return "\n".join([HEADERS[unit], *lines]) + "\n"

@@ -23,7 +23,7 @@ from gim_hloc.errors import InputError, OutputError
 from gim_hloc.evaluation.zeb import metrics
 from gim_hloc.evaluation.zeb.check import find_dumps
 from gim_hloc.evaluation.zeb.datasets import ZebPair, ZebSet, find_root, find_set, read_labels
-from gim_hloc.evaluation.zeb.dumps import Dump, DumpRecord, parse_dump_name, read_dump
+from gim_hloc.evaluation.zeb.dumps import Dump, DumpRecord, parse_dump_name, read_pose_dump
 from gim_hloc.evaluation.zeb.protocol import CORRECT, epipolar_distance
 from gim_hloc.files import write_atomic
 
@@ -181,7 +181,7 @@ def _columns(
         ):
             continue
         try:
-            dump = read_dump(path)
+            dump = read_pose_dump(path)
         except InputError as error:
             problems.append(str(error))
             continue

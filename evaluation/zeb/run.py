@@ -51,6 +51,7 @@ from gim_hloc.evaluation.zeb.dumps import (
     HEADER,
     Dump,
     DumpRecord,
+    Unit,
     format_dump,
     parse_line,
     write_dump,
@@ -554,6 +555,7 @@ class Selection(abc.ABC):
         folder: name of the folder of its predictions.
         evaluation_folder: name of the folder of its evaluations.
         dump_name: name of the set in its dump; None: no dump is written.
+        dump_unit: of the errors in it.
         pairs: of all shards; what `run` needs of a pair is ``identifier``, the names ``image0`` and
             ``image1``, and ``covisible0`` and ``covisible1``.
         bad: labels that are no pairs.
@@ -567,6 +569,7 @@ class Selection(abc.ABC):
     pairs: tuple[Any, ...]
     bad: tuple[BadLabel, ...]
     mine: frozenset[str]
+    dump_unit: Unit = "deg"
 
     @abc.abstractmethod
     def read(self, name: str, options: ImageOptions) -> ImageData:
@@ -1128,6 +1131,7 @@ def _assemble(
                 matcher=matcher,
                 dataset=selection.dump_name,
                 version=options.dump_version,
+                unit=selection.dump_unit,
                 records=tuple(records.values()),
             ),
         )

@@ -23,7 +23,7 @@ from gim_hloc.errors import InputError
 from gim_hloc.evaluation.zeb import metrics
 from gim_hloc.evaluation.zeb.check import find_dumps
 from gim_hloc.evaluation.zeb.datasets import SETS
-from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
+from gim_hloc.evaluation.zeb.dumps import Dump, read_pose_dump
 from gim_hloc.evaluation.zeb.metrics import SetMetrics
 from gim_hloc.evaluation.zeb.published import NAMES, PUBLISHED, short_name
 from gim_hloc.files import write_atomic
@@ -177,7 +177,7 @@ def load_dumps(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Dump], lis
     problems = []
     for path in find_dumps(paths):
         try:
-            dump = read_dump(path)
+            dump = read_pose_dump(path)
             if not dump.records:
                 raise InputError(f"{path} holds no pair: the run was cut off or found none.")
             key = (dump.matcher, dump.version, dump.dataset)
