@@ -31,6 +31,7 @@ from gim_hloc.training.video.frames import (
     pick_frames,
     write_frames,
 )
+from gim_hloc.training.video.run import LabelOptions
 from gim_hloc.training.video.sampling import SamplingOptions, make_plan, time_range
 
 av = pytest.importorskip("av", reason="PyAV reads videos")
@@ -386,6 +387,35 @@ def test_bad_sampling_is_refused() -> None:
 
 
 # --------------------------------------------------------------------------------------- the chosen
+
+
+def test_frames_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
+    """A second choice leaves no frame of the first, and none of other videos is touched."""
+    frames = [numbered(n) for n in range(24)]
+    video = open_source(write_video(tmp_path / "v.mp4", frames))
+    out = tmp_path / "out"
+
+    def pick(number: int, prefix: str = "v") -> set[str]:
+        options = PickOptions(num=number, min_motion=0)
+        return {p.path.name for p in pick_frames(video, out, options, prefix=prefix).frames}
+
+    first = pick(8)
+    other = pick(2, "v_2")  # its names begin as those of the first
+    (out / "v_999999.jpg").write_bytes(b"a user's own")
+    second = pick(3)
+    assert not first <= second
+    files = {p.name for p in out.iterdir()} - {"frames.csv", "v_999999.jpg"}
+    assert files == second | other
+    listed = {line.split(",")[0] for line in (out / "frames.csv").read_text().splitlines()[1:]}
+    assert listed == second | other
+
+
+@pytest.mark.parametrize("size", [0, -5])
+def test_no_image_is_reduced_to_nothing(size: int) -> None:
+    with pytest.raises(InputError, match="max_size"):
+        PickOptions(num=3, max_size=size)
+    with pytest.raises(InputError, match="max_size"):
+        LabelOptions(max_size=size)
 
 
 def _texture(seed: int = 0) -> np.ndarray:

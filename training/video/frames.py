@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _ALIKE = 30  # grey levels by which the surroundings of a tracked corner differ at most
 _PROBED = 48  # frames decoded to see whether time stamps are in display order
 _EVEN = 0.1  # share by which the spacing of evenly spaced frames may vary, and of those that do
+_SMALLEST = 16  # px: long side that images are reduced to at least
 _HD_ROWS = 720  # from this height on, untagged videos are taken for BT.709, below for BT.601
 
 
@@ -436,8 +438,6 @@ def _reduced_gray(rgb: np.ndarray, max_size: int) -> np.ndarray:
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Sorting key: runs of digits count as numbers."""
-    import re
-
     parts = re.split(r"(\d+)", name)
     return [(0, int(p)) if p.isdecimal() else (1, p) for p in parts if p]
 
@@ -474,6 +474,16 @@ def reduced_size(size: tuple[int, int], max_size: int | None) -> tuple[int, int]
     """(width, height) with a long side of at most ``max_size`` pixels."""
     scale = 1.0 if max_size is None else min(1.0, max_size / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def check_max_size(max_size: int | None) -> None:
+    """Refuse sizes that no image can usefully be reduced to.
+
+    Raises:
+        InputError: it is smaller than 16 pixels.
+    """
+    if max_size is not None and max_size < _SMALLEST:
+        raise InputError(f"max_size is {max_size}, it must be at least {_SMALLEST} pixels.")
 
 
 def encode_image(rgb: np.ndarray, image_format: ImageFormat, quality: int) -> bytes:
@@ -578,6 +588,7 @@ class PickOptions:
             raise InputError(f"num is {self.num}, it must be positive.")
         if self.min_motion < 0:
             raise InputError(f"min_motion is {self.min_motion}, it must not be negative.")
+        check_max_size(self.max_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -613,7 +624,8 @@ def pick_frames(
 
     A bucket whose sharpest frame moved less than ``min_motion`` since the last chosen one gives
     none: reconstruction gains nothing from views of one place. Beside the images, ``frames.csv``
-    lists file, index, time, sharpness and motion.
+    lists file, index, time, sharpness and motion. Frames of the same video that an earlier run has
+    listed there and this one does not choose are deleted; those of other videos stay.
 
     Args:
         source: the video.
@@ -665,11 +677,13 @@ def pick_frames(
                 motion=motion,
             )
         )
+        listing.add(report.frames[-1])
 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} cannot be made: {error}.") from error
+    listing = _Listing(out / "frames.csv", prefix)
     bar = tqdm(
         source.read(inside.tolist()),
         total=len(inside),
@@ -688,7 +702,7 @@ def pick_frames(
     finish()
     report.damaged = source.damaged
     warn_of_damage(source)
-    _write_csv(out / "frames.csv", report.frames)
+    listing.finish(report.frames)
     return report
 
 
@@ -740,15 +754,49 @@ def _write_reduced(path: Path, rgb: np.ndarray, options: PickOptions) -> None:
         raise OutputError(f"{path} cannot be written: {error}.") from error
 
 
-def _write_csv(path: Path, frames: Sequence[Picked]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "index", "time_s", "sharpness", "motion"])
-    for frame in frames:
+class _Listing:
+    """The file ``frames.csv``: frames of this run, and of other videos in the same folder.
+
+    What an earlier run on the same video has listed stays until the end of this one.
+    """
+
+    _COLUMNS = ("file", "index", "time_s", "sharpness", "motion")
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        self._path = path
+        mine = re.compile(rf"{re.escape(prefix)}_\d+\.(jpg|png)")
+        rows = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(self._COLUMNS)]
+        self._others = [r for r in rows[1:] if not mine.fullmatch(r[0])]
+        self._before = [r for r in rows[1:] if mine.fullmatch(r[0])]
+        self._write([*self._others, *self._before])
+
+    def add(self, frame: Picked) -> None:
+        """List a frame at once: a run that is killed leaves no frame unlisted."""
+        try:
+            with self._path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerow(self._row(frame))
+        except OSError as error:
+            raise OutputError(f"{self._path} cannot be written: {error}.") from error
+
+    def finish(self, frames: Sequence[Picked]) -> None:
+        """List these frames, and delete those of an earlier run that are not among them."""
+        kept = {frame.path.name for frame in frames}
+        for name in {row[0] for row in self._before} - kept:
+            (self._path.parent / name).unlink(missing_ok=True)
+        self._write([*self._others, *map(self._row, frames)])
+
+    def _row(self, frame: Picked) -> list[str]:
         motion = "" if math.isnan(frame.motion) else f"{frame.motion:.5f}"
-        row = [frame.path.name, frame.index, f"{frame.time:.6f}", f"{frame.sharpness:.2f}", motion]
-        writer.writerow(row)
-    try:
-        write_atomic(path, text.getvalue())
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}.") from error
+        numbers = [str(frame.index), f"{frame.time:.6f}", f"{frame.sharpness:.2f}", motion]
+        return [frame.path.name, *numbers]
+
+    def _write(self, rows: Sequence[Sequence[str]]) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self._COLUMNS, *rows])
+        try:
+            write_atomic(self._path, text.getvalue())
+        except OSError as error:
+            raise OutputError(f"{self._path} cannot be written: {error}.") from error

@@ -30,6 +30,7 @@ from gim_hloc.files import write_atomic
 from gim_hloc.training.video.folder import ImageFormat, VideoFolder, VideoInfo
 from gim_hloc.training.video.frames import (
     FrameSource,
+    check_max_size,
     grid_length,
     on_grid,
     open_source,
@@ -87,6 +88,7 @@ class LabelOptions:
         i, count = self.shard
         if count < 1 or not 0 <= i < count:
             raise InputError(f"Shard {i} of {count} does not exist: they count from 0.")
+        check_max_size(self.max_size)
         if not self.devices:
             raise InputError("No device was named.")
         if self.overwrite and count > 1:
