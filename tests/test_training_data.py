@@ -433,19 +433,7 @@ def write_video(root: Path, views: list[View], video: str = "abc") -> np.ndarray
     """Labels of a propagated video whose frames 0, 10, ... are the views; the labels of 0 -> 20."""
     from gim_hloc.training.video.propagated import PropagatedWriter, StartRecord, VideoFacts
 
-    width, height = SIZE
-    a, b = views[0], views[2]
-    xy = pixel_grid(height, width, 4).double().numpy()
-    z = a.depth[xy[:, 1].astype(int), xy[:, 0].astype(int)]
-    xy = np.floor(xy)
-    rays = np.c_[xy, np.ones(len(xy))] @ np.linalg.inv(a.K).T * z[:, None]
-    move = b.pose @ np.linalg.inv(a.pose)
-    moved = rays @ move[:3, :3].T + move[:3, 3]
-    place = (moved @ b.K.T)[:, :2] / moved[:, 2:]
-    inside = ((place > 0) & (place < np.array(SIZE) - 1)).all(1)
-    cell = np.rint(place[inside]).astype(int)
-    inside[inside] = np.abs(b.depth[cell[:, 1], cell[:, 0]] - moved[inside, 2]) < 0.1
-    labels = np.c_[xy, place][inside].astype(np.float32)
+    labels = true_labels(views[0], views[2])
     root.mkdir(parents=True, exist_ok=True)
     facts = VideoFacts(video=video, size=SIZE, fps=30.0, gap=10)
     writer = PropagatedWriter(root / f"{video}.h5", {}, facts)
@@ -460,6 +448,23 @@ def write_video(root: Path, views: list[View], video: str = "abc") -> np.ndarray
     writer.put(records[1], labels[:20])
     writer.finish(records)
     writer.close()
+    return labels
+
+
+def true_labels(a: View, b: View) -> np.ndarray:
+    """(n, 4) float32 pixels of a and where they are seen in b, hidden ones left out."""
+    width, height = SIZE
+    xy = pixel_grid(height, width, 4).double().numpy()
+    z = a.depth[xy[:, 1].astype(int), xy[:, 0].astype(int)]
+    xy = np.floor(xy)
+    rays = np.c_[xy, np.ones(len(xy))] @ np.linalg.inv(a.K).T * z[:, None]
+    move = b.pose @ np.linalg.inv(a.pose)
+    moved = rays @ move[:3, :3].T + move[:3, 3]
+    place = (moved @ b.K.T)[:, :2] / moved[:, 2:]
+    inside = ((place > 0) & (place < np.array(SIZE) - 1)).all(1)
+    cell = np.rint(place[inside]).astype(int)
+    inside[inside] = np.abs(b.depth[cell[:, 1], cell[:, 0]] - moved[inside, 2]) < 0.1
+    labels: np.ndarray = np.c_[xy, place][inside].astype(np.float32)
     return labels
 
 
@@ -558,6 +563,111 @@ def test_videos_say_what_is_missing(tmp_path: Path, views: list[View]) -> None:
         build_source({**spec, "videos": ["abc", "xyz"]})
     (tmp_path / "list.txt").write_text("abc\n")
     assert len(build_source({**spec, "video_list": str(tmp_path / "list.txt")})) == 2
+
+
+# ------------------------------------------------------------------- labels of GIM's own pipeline
+
+
+def write_zeromatch(root: Path, views: list[View]) -> np.ndarray:
+    """One video: views[0] and views[2] are its frames 0 and 20, asked for as 0 and 50."""
+    labels = true_labels(views[0], views[2])
+    rounds = "SIFT GIM_LOFTR GIM_GLUE GIM_DKM 10 20 40 F T FM 32 PM 512"
+    folder = root / "propagate" / rounds / "abc"
+    folder.mkdir(parents=True)
+    rows = np.concatenate([[[0, 20, 0, 20]], labels]).astype(np.float32)
+    np.save(folder / "0_50.npy", rows)
+    np.save(folder / "10_50.npy", rows)  # its first row is what counts
+    np.save(folder / "20_50.npy", rows)
+    (folder / "bad_pairs.txt").write_text("20 50\n3")
+    frames = root / "image_1080p" / "abc"
+    frames.mkdir(parents=True)
+    for k in (0, 2):  # as OpenCV writes an RGB array: red and blue exchanged
+        write_image(frames / f"{10 * k}.png", views[k].image[:, :, ::-1])
+    return labels
+
+
+def test_labels_of_gims_own_pipeline(tmp_path: Path, views: list[View]) -> None:
+    labels = write_zeromatch(tmp_path, views)
+    spec = {"type": "zeromatch", "root": tmp_path, "box": BOX}
+    source = build_source(spec)
+    assert source.scene_lengths().tolist() == [2]  # one of three is bad
+    assert source.describe(1) == "zeromatch abc 10 - 50"
+    for k in range(2):
+        raw = source.load(k)
+        assert raw.names == ("abc/0", "abc/20")
+        np.testing.assert_array_equal(raw.image0, views[0].image)
+        np.testing.assert_array_equal(raw.image1, views[2].image)
+        np.testing.assert_allclose(raw.labels, labels, atol=1e-4)
+    batch = collate([build_source({**spec, "split": "validation"})[0, 0]])
+    assert batch.has_labels.all()
+    assert photometric_error(batch, "labels") < 0.02
+    raw = build_source({**spec, "exchanged": False}).load(0)
+    np.testing.assert_array_equal(raw.image0, views[0].image[:, :, ::-1])
+
+
+def test_frames_of_gims_videos(tmp_path: Path) -> None:
+    """29.97 frames a second: frame i is the first from i / 29 s on."""
+    pytest.importorskip("av")
+    from fractions import Fraction
+
+    from video_files import HEIGHT, WIDTH, numbered, read_number, write_video
+
+    labels = tmp_path / "labels" / "abc"
+    labels.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(0, (WIDTH - 1, HEIGHT - 1, WIDTH - 1, HEIGHT - 1), (80, 4))
+    np.save(labels / "10_60.npy", np.concatenate([[[10, 58, 10, 58]], xy]).astype(np.float32))
+    (tmp_path / "video_1080p").mkdir()
+    write_video(
+        tmp_path / "video_1080p" / "abc.mp4",
+        [numbered(n) for n in range(70)],
+        rate=Fraction(30000, 1001),
+    )
+    spec = {"type": "zeromatch", "root": tmp_path, "labels": tmp_path / "labels", "box": BOX}
+    source = pickle.loads(pickle.dumps(build_source(spec)))
+    raw = source.load(0)
+    # 10 / 29 s is 10.33 frames, 58 / 29 s is 59.94 frames.
+    assert [read_number(image) for image in (raw.image0, raw.image1)] == [11, 60]
+    np.save(labels / "10_60.npy", np.concatenate([[[10, 99, 10, 99]], xy]).astype(np.float32))
+    with pytest.raises(InputError, match="ends before frame 99"):
+        source.load(0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.array([[{}]], dtype=object), "cannot be read"),
+        (np.zeros((5, 3)), "rows of four"),
+        (np.array([[0, 20, 0, 20.0]]), "rows of four"),
+        (np.array([[0, 20, 0, 30], [1, 2, 3, 4.0]]), "two frames"),
+        (np.array([[20, 0, 20, 0], [1, 2, 3, 4.0]]), "two frames"),
+        (np.array([[0, 20, 0, 20], [1, 2, np.nan, 4.0]]), "no numbers"),
+        (np.array([[0, 20, 0, 20], [1, 2, 1e5, 4.0]]), "another size"),
+    ],
+)
+def test_odd_files_of_labels_are_refused(
+    rows: np.ndarray, message: str, tmp_path: Path, views: list[View]
+) -> None:
+    write_zeromatch(tmp_path, views)
+    source = build_source({"type": "zeromatch", "root": tmp_path, "box": BOX})
+    (file,) = tmp_path.glob("propagate/*/abc/0_50.npy")
+    np.save(file, rows, allow_pickle=True)
+    with pytest.raises(InputError, match=message):
+        source.load(0)
+
+
+def test_folders_of_labels_say_what_is_missing(tmp_path: Path, views: list[View]) -> None:
+    spec = {"type": "zeromatch", "root": tmp_path, "box": BOX}
+    with pytest.raises(InputError, match="holds no labels"):
+        build_source(spec)
+    write_zeromatch(tmp_path, views)
+    with pytest.raises(InputError, match="xyz"):
+        build_source({**spec, "videos": ["xyz"]})
+    with pytest.raises(InputError, match="frames of video abc"):
+        build_source({**spec, "frames": tmp_path / "none"})
+    (tmp_path / "propagate" / "other").mkdir()
+    with pytest.raises(InputError, match="several sets"):
+        build_source(spec)
 
 
 # ----------------------------------------------------------------------- rendered and single images

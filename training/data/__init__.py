@@ -26,6 +26,7 @@ _TYPES: dict[str, tuple[str, str, str]] = {
     "megadepth": ("megadepth", "MegaDepthOptions", "MegaDepth"),
     "scannet": ("scannet", "ScanNetOptions", "ScanNet"),
     "video": ("video_labels", "VideoOptions", "VideoLabels"),
+    "zeromatch": ("zeromatch", "ZeroMatchOptions", "ZeroMatch"),
     "rgbd": ("rgbd", "RgbdOptions", "open_rgbd"),
     "colmap": ("colmap_depth", "ColmapOptions", "open_colmap"),
     "rendered": ("rendered", "RenderedOptions", "Rendered"),
