@@ -63,6 +63,20 @@ def test_bad_inputs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "Traceback" not in error
 
 
+def test_an_output_that_cannot_be_written_is_one_line(
+    dumps: Path, mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    one = ["--sets", "GL3D", "--limit", "1", "--matchers", "root_sift"]
+    assert main(["run", str(mini), "--out", str(file), *one]) == 2
+    assert main(["table", str(dumps), "--out", str(file / "a.md")]) == 2
+    assert main(["table", str(dumps), "--plots", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("cannot be used: ") == 3
+    assert "Traceback" not in error
+
+
 def test_run_check_and_table_on_the_miniature(
     mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

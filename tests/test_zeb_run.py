@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from zeb_scene import POINTS, SIZE, K, pose, relative
 
-from gim_hloc import matchers
-from gim_hloc.errors import InputError, OutputError
+from gim_hloc import matchers, weights
+from gim_hloc.errors import InputError, OutputError, WeightsError
 from gim_hloc.evaluation.zeb import datasets, protocol, run
 from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
 from gim_hloc.evaluation.zeb.protocol import Protocol, make_protocol
@@ -461,6 +461,32 @@ def test_wrong_names_stop_before_work(zeb: Path, tmp_path: Path, oracle: type[Or
     with pytest.raises(InputError, match="no folder of a ZEB set"):
         run.run(tmp_path, tmp_path / "out", OPTIONS)
     assert not oracle.encoded
+
+
+def test_missing_weights_stop_before_work(
+    zeb: Path, tmp_path: Path, oracle: type[Oracle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locate(name: str, **_: object) -> Path:
+        raise WeightsError(f"no {name}")
+
+    monkeypatch.setattr(weights, "locate", locate)
+    # The first of them needs none and would run for hours.
+    several = replace(OPTIONS, matchers=(NAME, "gim_dkm"))
+    with pytest.raises(WeightsError, match="no gim_dkm_100h"):
+        run.run(zeb, tmp_path / "out", several)
+    with pytest.raises(WeightsError, match="no gim_dkm_100h"):
+        run.run_workers(zeb, tmp_path / "out", several, ["cpu", "cpu"])
+    assert not oracle.encoded
+    assert not list(tmp_path.glob("out/predictions/*"))
+
+
+def test_what_is_named_twice_runs_once(zeb: Path, tmp_path: Path) -> None:
+    twice = replace(
+        OPTIONS, matchers=(NAME, NAME), sets=("GL3D", "gl3"), protocols=OPTIONS.protocols * 2
+    )
+    report = run.run(zeb, tmp_path / "out", twice)
+    assert len(report.results) == len(OPTIONS.protocols)
+    assert report.seconds["match"] > 0
 
 
 def test_the_references_options_are_options_of_the_matchers() -> None:

@@ -174,11 +174,10 @@ def find_root(folder: str | os.PathLike[str]) -> Path:
             return candidate
         if _described_folders(candidate):
             return candidate
-    problem = "does not exist" if not folder.exists() else "has no folder of a ZEB set"
-    raise InputError(
-        f"{folder} {problem} ({', '.join(entry.folder for entry in SETS)}, or one with "
-        f"{DESCRIPTION})."
-    )
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist.")
+    names = ", ".join(entry.folder for entry in SETS)
+    raise InputError(f"{folder} has no folder of a ZEB set ({names}, or one with {DESCRIPTION}).")
 
 
 def present_sets(folder: str | os.PathLike[str]) -> list[ZebSet]:

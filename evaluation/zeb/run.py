@@ -114,6 +114,8 @@ class RunOptions:
             raise InputError(f"limit is {self.limit}, it must be positive.")
         if self.part_pairs < 1:
             raise InputError(f"part_pairs is {self.part_pairs}, it must be positive.")
+        for name in ("matchers", "protocols"):  # named twice, still run once
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
 
     @property
     def dump_version(self) -> str:
@@ -236,7 +238,8 @@ def run(
 
 def _selections(folder: str | os.PathLike[str], options: RunOptions) -> list[_ZebSelection]:
     root = find_root(folder)
-    sets = [find_set(name, root) for name in options.sets] or present_sets(root)
+    named = {entry.name: entry for entry in (find_set(name, root) for name in options.sets)}
+    sets = list(named.values()) or present_sets(root)
     return [_select(root, zeb_set, options) for zeb_set in sets]
 
 
@@ -260,6 +263,7 @@ def run_selections(
 
     output = Path(output)
     _check_names(options)
+    _locate_weights(options)
     report = RunReport()
     report.problems += [problem for selection in selections for problem in selection.problems()]
     if options.shard[0] == 0:  # the labels are the same for all shards
@@ -304,6 +308,16 @@ def _check_names(options: RunOptions) -> None:
         registry.describe(name)
     if any(protocol.estimator == "poselib" for protocol in options.protocols):
         require_poselib()
+
+
+def _locate_weights(options: RunOptions) -> None:
+    """Fetch what is missing, or raise WeightsError, before the first matcher runs for hours."""
+    from gim_hloc import weights
+    from gim_hloc.matchers import registry
+
+    for name in options.matchers:
+        for file in registry.describe(name).checkpoint:
+            weights.locate(file)
 
 
 def run_workers(
@@ -368,6 +382,7 @@ def run_spread(
         raise InputError("No device was named.")
     start = time.perf_counter()
     _check_names(options)
+    _locate_weights(options)  # once, before workers would fetch them side by side
     part, parts = options.shard
     count = len(devices)
     jobs = [

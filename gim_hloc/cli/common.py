@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -9,8 +10,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gim_hloc.errors import GimError
+from gim_hloc.errors import GimError, OutputError
 
+# What the disk says of an output folder that cannot be; other system errors keep their traceback.
+_REFUSED = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+        *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    }
+)
 _PIPE_CLOSED = 128 + 13  # as shells report a program that SIGPIPE ended
 
 
@@ -80,6 +88,12 @@ def run(command: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         _drop_output()
         return _PIPE_CLOSED
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        place = "The output" if error.filename is None else os.fsdecode(error.filename)
+        sys.stderr.write(f"error: {place} cannot be used: {error.strerror}.\n")
+        return OutputError.exit_code
 
 
 def prog(argv: Sequence[str] | None) -> Sequence[str] | None:
