@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from gim_hloc import engine
 from gim_hloc.colmap import CameraOptions
-from gim_hloc.errors import GimError, InputError, MappingError
+from gim_hloc.errors import GimError, InputError, MappingError, check_numbers
 from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
+from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.pipelines import linking
 from gim_hloc.pipelines.maps import (
     MapFeatures,
@@ -36,7 +37,6 @@ from gim_hloc.pipelines.maps import (
     shared_camera,
 )
 from gim_hloc.pipelines.outcome import versions
-from gim_hloc.pipelines.reconstruct import parse_matcher_options
 from gim_hloc.store import (
     H5Store,
     OutputLock,
@@ -140,6 +140,23 @@ class LocalizeOptions:
     """Start over instead of reusing what an earlier run left in OUTPUT."""
     min_image_size: int = 64
     """Pixels; queries with a smaller side are left out."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            positive=("max_error", "max_spread", "cache_gb"),
+            share=("min_inlier_ratio", "confidence"),
+            at_least={
+                "neighbours": 1,
+                "mask_erode": 0,
+                "min_inliers": 4,
+                "max_trials": 1,
+                "workers": 0,
+                "batch_size": 0,
+                "seed": 0,
+                "min_image_size": 1,
+            },
+        )
 
 
 @dataclass(kw_only=True)
@@ -415,13 +432,6 @@ class _Localization:
         for folder, what in ((self.map_folder, "map"), (self.root, "folder of queries")):
             if self.output.resolve() == folder.resolve():
                 raise InputError(f"The output folder must not be the {what} ({folder}).")
-        options = self.options
-        if options.neighbours < 1:
-            raise InputError(f"--neighbours is {options.neighbours}, it must be at least 1.")
-        if options.min_inliers < 4:
-            raise InputError(f"--min-inliers is {options.min_inliers}, it must be at least 4.")
-        if not options.max_error > 0:
-            raise InputError(f"--max-error is {options.max_error}, it must be positive.")
 
     def _masks(self) -> MaskFolder | None:
         if self.options.masks is None:

@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from gim_hloc import __version__, engine
 from gim_hloc.colmap import CameraOptions, MapOptions, Mapper, VerifyOptions
-from gim_hloc.errors import GimError, InputError, MappingError
+from gim_hloc.errors import GimError, InputError, MappingError, check_numbers
 from gim_hloc.export import EXPORTS, export_model
 from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matcher, Matches, Quality, SparseEncoding
+from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.pairs.select import PairOptions
 from gim_hloc.pipelines import linking, turns
 from gim_hloc.pipelines.extension import Extension, gather
@@ -162,6 +163,19 @@ class ReconstructOptions:
     """Output folder of an earlier run: IMAGES are added to its model. Its settings, keypoints,
     matches and poses are taken over (--poses fixed or refine); it is not changed."""
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            positive=("max_size", "max_keypoints", "cache_gb", "prior_stddev"),
+            at_least={
+                "mask_erode": 0,
+                "workers": 0,
+                "batch_size": 0,
+                "seed": 0,
+                "min_image_size": 1,
+            },
+        )
+
 
 @dataclass(kw_only=True)
 class ReconstructResult:
@@ -241,21 +255,6 @@ def with_overrides(options: ReconstructOptions, overrides: Mapping[str, Any]) ->
     )
     values = {k: v for k, v in overrides.items() if k in own and k != "cameras"}
     return dataclasses.replace(options, cameras=cameras, **values)
-
-
-def parse_matcher_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Turn ``NAME=VALUE`` texts into typed values (YAML rules: numbers, true, null, text).
-
-    Raises:
-        InputError: for a text without ``=``.
-    """
-    values = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not separator or not name.strip():
-            raise InputError(f"Matcher option {text!r}: expected NAME=VALUE.")
-        values[name.strip().replace("-", "_")] = yaml.safe_load(value)
-    return values
 
 
 class _Run:
@@ -446,8 +445,6 @@ class _Run:
                 raise InputError("--extend keeps the poses (--poses fixed) or moves them (refine).")
             if options.mapper not in ("incremental", "auto"):
                 raise InputError("--poses prior works with COLMAP's incremental mapper only.")
-            if options.prior_stddev is not None and not options.prior_stddev > 0:
-                raise InputError(f"--prior-stddev is {options.prior_stddev}, it must be positive.")
 
     def _take_images(self) -> None:
         self.records = {record.name: record for record in self.image_set.images}

@@ -16,6 +16,7 @@ from gim_hloc import matchers
 from gim_hloc.errors import InputError
 from gim_hloc.matchers import ImageData, Matches, SparseEncoding
 from gim_hloc.matchers.base import apply_affine
+from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.matchers.sparse import make_encoding
 
 SPARSE = [
@@ -349,6 +350,44 @@ def test_unknown_names_are_explained() -> None:
 def test_impossible_numbers_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError):
         matchers.load("sift", device="cpu", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "told"),
+    [
+        ("sift", {"ratio": "abc"}, "ratio of sift is 'abc'; it must be a number"),
+        ("sift", {"max_keypoints": 1.5}, "max_keypoints .* whole number"),
+        ("sift", {"max_size": "large"}, "max_size .* a whole number or null"),
+        ("sift", {"max_size": True}, "max_size"),
+        ("gim_dkm", {"size": 64}, r"size .* \[a whole number, a whole number\]"),
+        ("gim_dkm", {"size": [480, "x"]}, "size"),
+        ("gim_dkm", {"pad": "maybe"}, "pad .* true or false"),
+        ("gim_loftr", {"positional": 3}, "positional .* auto or published or corrected"),
+        ("gim_roma", {"precision": "float8"}, "precision .* auto or float32"),
+        ("aliked_lightglue", {"filter_threshold": None}, "filter_threshold"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused(
+    name: str, wrong: dict[str, object], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        matchers.load(name, device="cpu", **wrong)
+
+
+def test_values_of_a_like_type_are_taken() -> None:
+    options = {"max_size": np.int64(640), "ratio": 1, "contrast_threshold": np.float32(0.01)}
+    assert matchers.load("sift", device="cpu", **options).options.max_size == 640
+    assert matchers.load("sift", device="cpu", max_size=None).options.max_size is None
+
+
+def test_matcher_options_are_typed() -> None:
+    texts = ["a=1", "b-c=0.5", "d=null", "e=true", "f=x=y", "g=[1, 2]", "h=1e-3", "i=v1"]
+    assert parse_matcher_options(texts) == {
+        "a": 1, "b_c": 0.5, "d": None, "e": True, "f": "x=y", "g": [1, 2], "h": 0.001, "i": "v1",
+    }  # fmt: skip
+    for wrong in ("ratio", "=1", "size=[480, 640", "size={"):
+        with pytest.raises(InputError, match="Matcher option"):
+            parse_matcher_options([wrong])
 
 
 def test_qualities_differ_and_overrides_win() -> None:

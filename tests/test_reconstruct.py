@@ -32,7 +32,7 @@ from gim_hloc import colmap, store
 from gim_hloc.cli.reconstruct import main
 from gim_hloc.errors import InputError, LockedError, MappingError
 from gim_hloc.pairs import read_pairs
-from gim_hloc.pipelines.reconstruct import ReconstructResult, parse_matcher_options
+from gim_hloc.pipelines.reconstruct import ReconstructResult
 
 fake_matcher.register()
 NAMES = SCENE.names
@@ -323,12 +323,6 @@ def test_bad_options_are_found_before_any_work(
         run(images, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     assert FakeMatcher.calls == []
-
-
-def test_matcher_options_are_typed() -> None:
-    assert parse_matcher_options(["a=1", "b-c=0.5", "d=null", "e=true", "f=x=y"]) == {
-        "a": 1, "b_c": 0.5, "d": None, "e": True, "f": "x=y",
-    }  # fmt: skip
 
 
 def test_colliding_names_stay_apart(tmp_path: Path) -> None:

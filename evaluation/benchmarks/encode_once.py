@@ -33,7 +33,7 @@ from gim_hloc.cli import common
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.evaluation.benchmarks.measure import machine, now, versions
 from gim_hloc.evaluation.made_up import write_checkpoint
-from gim_hloc.pipelines.reconstruct import parse_matcher_options
+from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.schedule import Budget, EncodingPool, encoding_bytes, order_pairs
 
 # What must be reached: times faster, or the share of what the split of a pair's cost allows.

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: _Arguments) -> int:
     options: dict[str, Any] = {}
     if arguments.matcher_options:
-        from gim_hloc.pipelines.reconstruct import parse_matcher_options
+        from gim_hloc.matchers.common import parse_matcher_options
 
         options = parse_matcher_options(arguments.matcher_options)
     if arguments.max_size is not None:

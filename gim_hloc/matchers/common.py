@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from numbers import Integral, Real
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
 
 from gim_hloc.errors import InputError
 from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches, Quality
@@ -55,14 +59,75 @@ def resolve_options(
         InputError: ``overrides`` names a field that ``kind`` lacks, or a value is refused.
     """
     valid = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in overrides:
+    hints = get_type_hints(kind)
+    for key, value in overrides.items():
         if key not in valid:
             close = difflib.get_close_matches(key, valid, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(
                 f"{matcher} has no option {key!r}.{hint} Its options: {', '.join(valid)}."
             )
+        if not _fits(value, hints[key]):
+            raise InputError(
+                f"The option {key} of {matcher} is {value!r}; it must be {_described(hints[key])}."
+            )
     return kind(**{**presets[quality], **overrides})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; numbers of NumPy and lists for tuples are."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        if parts[1:] == (...,):
+            parts = parts[:1] * len(value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    """A field's type in words."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_described, parts))
+    if origin is Literal:
+        return " or ".join(map(str, parts))
+    if origin is tuple:
+        return f"[{', '.join(map(_described, parts))}]"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return "null" if hint is type(None) else words.get(hint, str(hint))
+
+
+def parse_matcher_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Turn ``NAME=VALUE`` texts into typed values (YAML rules: numbers, true, null, text).
+
+    Raises:
+        InputError: for a text without ``=``, or a value that is no YAML.
+    """
+    values = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name.strip():
+            raise InputError(f"Matcher option {text!r}: expected NAME=VALUE.")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"Matcher option {text!r}: {value!r} is no value; give a number, true, false, "
+                "null, text, or a list as in [480, 640]."
+            ) from error
+        if isinstance(parsed, str) and parsed[-1:].isdigit():
+            with contextlib.suppress(ValueError):
+                parsed = float(parsed)  # YAML takes 1e-3 for text: its numbers need a point
+        values[name.strip().replace("-", "_")] = parsed
+    return values
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
