@@ -247,8 +247,9 @@ class PairReading:
         steps = [_steps(anchors0.size), _steps(anchors1.size)]
         parts: dict[str, np.ndarray] = {}
         for index, (read, xy, certainty) in enumerate((from0, from1)):
-            value = np.round(xy.astype(np.float64) * steps[1 - index]).astype(np.int64) + _MARGIN
-            value = np.clip(value, 0, _RANGE - 1)
+            # Steps are powers of two: the product is exact in single precision.
+            scaled = np.rint(xy.astype(np.float32) * np.float32(steps[1 - index])) + _MARGIN
+            value = scaled.clip(0, _RANGE - 1).astype(np.int32)
             parts[f"read{index}"] = np.packbits(read)
             parts[f"low{index}"] = (value & 0xFFFF).astype(np.uint16)
             parts[f"high{index}"] = (value[:, 0] >> 16 | value[:, 1] >> 16 << 4).astype(np.uint8)
@@ -594,7 +595,7 @@ def _near_anchors(table: _Table, radius: float) -> _Near:
         np.concatenate([part[k] for part in parts]) if parts else np.zeros(0, np.int64)
         for k in range(3)
     )
-    order = np.lexsort((anchor, reading))
+    order = np.argsort(reading * max(1, len(table.image)) + anchor)
     return _Near(
         reading=reading[order],
         anchor=anchor[order],
@@ -679,12 +680,13 @@ def _guided(
     rows = np.flatnonzero(member[table.source])
     observations = _average(table, track_of, members, rows, options)
     # An anchor that a track runs over is no point of its own.
+    order = np.argsort(observations.image, kind="stable")
+    bounds = np.searchsorted(observations.image[order], np.arange(len(table.unit) + 1))
     for image, unit in enumerate(table.unit):
-        here = np.flatnonzero(observations.image == image)
         first_anchor, last_anchor = table.start[image], table.start[image + 1]
         _, found, _ = within(
             table.xy[first_anchor:last_anchor],
-            observations.xy[here],
+            observations.xy[order[bounds[image] : bounds[image + 1]]],
             float(options.merge_px * unit),
         )
         taken[found + first_anchor] = True
@@ -698,20 +700,35 @@ def _mutual(table: _Table, near: _Near) -> tuple[np.ndarray, np.ndarray]:
         (table.tier[table.source[near.reading]] == 1) & (table.tier[near.anchor] == 1)
     )
     reading, anchor, distance = near.reading[rows], near.anchor[rows], near.distance[rows]
-    order = np.lexsort((anchor, distance, reading))
-    _, first = np.unique(reading[order], return_index=True)
-    best = order[first]
+    best = _nearest(reading, distance)
     source, found = table.source[reading[best]].astype(np.int64), anchor[best]
     sure = table.certainty[reading[best]] - 0.25 * distance[best]
     count = len(table.image)
     forward = source < found
     key = np.where(forward, source * count + found, found * count + source)
     # A key that occurs in both directions is mutual.
-    order = np.lexsort((forward, key))
+    order = np.argsort(2 * key + forward, kind="stable")
     key, forward, sure = key[order], forward[order], sure[order]
     twice = np.flatnonzero((key[1:] == key[:-1]) & (forward[1:] != forward[:-1]))
     edges = np.stack([key[twice] // count, key[twice] % count], 1)
     return edges, sure[twice] + sure[twice + 1]
+
+
+def _starts(key: np.ndarray) -> np.ndarray:
+    """Rows at which the groups of a sorted key begin."""
+    if not len(key):
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
+
+
+def _nearest(key: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """The row of the smallest distance, the first of several, in each group of a sorted key."""
+    begin = _starts(key)
+    if not len(begin):
+        return begin
+    size = np.diff(np.append(begin, len(key)))
+    least = np.flatnonzero(distance == np.repeat(np.minimum.reduceat(distance, begin), size))
+    return least[_starts(key[least])]
 
 
 def _conflict_free(edges: np.ndarray, strength: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -779,7 +796,9 @@ def _average(
     order = np.argsort(key, kind="stable")
     rows, key = rows[order], key[order]
     unit = table.unit[table.into[rows]]
-    groups, begin, group = np.unique(key, return_index=True, return_inverse=True)
+    begin = _starts(key)
+    groups = key[begin]
+    group = np.repeat(np.arange(len(begin)), np.diff(np.append(begin, len(key))))
     own_key = track_of[members] * views + table.image[members]
     own_order = np.argsort(own_key)
     slot = np.searchsorted(own_key[own_order], groups)
@@ -788,7 +807,9 @@ def _average(
     own_xy = table.xy[members][own_order][slot].astype(np.float64)
 
     target = table.target[rows].astype(np.float64)
-    middle = np.where(has_own[:, None], own_xy, _medians(target, group, begin))
+    middle = own_xy.copy()
+    lone = ~has_own[group]
+    middle[~has_own] = _medians(table.target[rows[lone]], group[lone])
     residual = np.linalg.norm(target - middle[group], axis=1) / unit
     good = residual <= options.max_spread_px
     certainty = table.certainty[rows].astype(np.float64) * good
@@ -815,13 +836,19 @@ def _average(
     )
 
 
-def _medians(values: np.ndarray, group: np.ndarray, begin: np.ndarray) -> np.ndarray:
-    """Medians (G, 2) by axis of values (R, 2) whose groups lie in a row."""
+def _medians(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Medians (G, 2), float64, by axis of values (R, 2), float32, of a sorted group."""
+    begin = _starts(group)
     end = np.append(begin[1:], len(values))
     result = np.empty((len(begin), 2))
     for axis in (0, 1):
-        ordered = values[np.lexsort((values[:, axis], group)), axis]
-        result[:, axis] = (ordered[(begin + end - 1) // 2] + ordered[(begin + end) // 2]) / 2
+        # Group and value in one number: the bits of floats are in their order, but for the sign.
+        bits = np.ascontiguousarray(values[:, axis], np.float32).view(np.int32).astype(np.int64)
+        ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + (group.astype(np.int64) << 32)
+        ordered.sort()
+        bits = (ordered - (group.astype(np.int64) << 32)).astype(np.int32)
+        number = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(np.float32).astype(np.float64)
+        result[:, axis] = (number[(begin + end - 1) // 2] + number[(begin + end) // 2]) / 2
     return result
 
 
