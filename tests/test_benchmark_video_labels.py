@@ -95,6 +95,66 @@ def test_figures() -> None:
     assert all(a[1] + 1 == b[0] for a, b in itertools.pairwise(bins))
 
 
+def test_distances_that_are_compared() -> None:
+    """An orbit's pairs lie about its middle; the smallest step is no chain."""
+    orbit = VideoLabels(scene="orbit", frames=13, steps=(1, 2, 4), apart=(1, 2, 5, 12))
+    assert video_labels.reach_pairs(orbit) == [(5, 7), (3, 8), (0, 12)]
+    walk = VideoLabels(scene="approach", frames=41)
+    assert video_labels.reach_pairs(walk) == [(0, d) for d in range(4, 41, 4)]
+    with pytest.raises(InputError, match="apart is 13"):
+        video_labels.reach_pairs(VideoLabels(scene="roll", frames=13, apart=(13,)))
+
+
+def test_the_last_distance_with_enough_labels(tmp_path: Path) -> None:
+    points = [
+        video_labels.Reach(kind=kind, start=0, apart=d, labels=99, right=(n, n, n))
+        for kind, counts in (("propagated: x", (90, 70, 64)), ("direct: x", (80, 0, 64)))
+        for d, n in zip((2, 4, 6), counts, strict=True)
+    ]
+    table = video_labels.reach_table(points, (64, 90, 91))
+    assert (
+        table[0] == "| frames apart | propagated: x: 1 px, 2 px, of | direct: x: 1 px, 2 px, of |"
+    )
+    assert table[2] == "| 2 | 90, 90, 99 | 80, 80, 99 |"
+    # What direct matching finds by chance beyond its end does not count.
+    assert table[5:] == [
+        "| last with 64 within 2 px | 6 | 2 |",
+        "| last with 90 within 2 px | 2 | 0 |",
+        "| last with 91 within 2 px | 0 | 0 |",
+    ]
+    pytest.importorskip("matplotlib")
+    video_labels.plot_reach(points, tmp_path / "new" / "plot.png", "orbit")
+    assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_of_one_pixel_count_once() -> None:
+    labels = np.array([[5.4, 7, 1, 1], [4.6, 7.3, 2, 2], [6, 7, 3, 3]], np.float32)
+    assert video_labels._distinct(labels).tolist() == labels[[0, 2]].tolist()
+    assert len(video_labels._distinct(labels[:0])) == 0
+
+
+@pytest.mark.parametrize("scene", ["orbit", "approach", "roll"])
+def test_walks_that_are_too_much_for_direct_matching(
+    scene: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """120 degrees about a wall, nine times as large, half a turn: the wall stays in the middle."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    room = pytest.importorskip("render_room")
+    poses = video_labels.camera_poses(room, scene, 41)
+    first, last = poses[0], poses[-1]
+    turn = last[:, :3] @ first[:, :3].T
+    angle = np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1)))
+    assert angle == pytest.approx({"orbit": 120, "approach": 0, "roll": 180}[scene], abs=4)
+    away = [2.6 + (pose[:, :3].T @ pose[:, 3])[1] for pose in (first, last)]  # before the wall, m
+    assert away[0] / away[1] == pytest.approx(9 if scene == "approach" else 1, rel=0.02)
+    for pose in poses:
+        forward = pose[2, :3]
+        centre = -pose[:, :3].T @ pose[:, 3]
+        hit = centre + forward * (2.6 - centre[1]) / forward[1]
+        assert abs(hit[0] - 0.6) < 0.6
+        assert abs(hit[2] - 1.55) < 0.15
+
+
 def test_the_reference_poses_of_the_fox_are_its_truth(data: Path) -> None:
     """SIFT matches of neighbours lie on the epipolar lines, those of a wrong frame do not."""
     import cv2

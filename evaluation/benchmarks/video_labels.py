@@ -1,13 +1,18 @@
 """How right labels of a video are, before and after propagation, and how far propagation reaches.
 
     python -m gim_hloc.evaluation.benchmarks.video_labels room --out room.json
+    python -m gim_hloc.evaluation.benchmarks.video_labels orbit --plot orbit.png
     python -m gim_hloc.evaluation.benchmarks.video_labels fox --data ../shared/data
 
 ``room`` renders a walk through the example room (needs open3d), where the true place of every label
-is known: the depth of the pixel and the poses of both frames carry it over. ``fox`` is a video of a
-hand-held telephone with reference poses from COLMAP, which tell how far a label is from its
-epipolar line, not where on it. Both are labelled and propagated as ``gim-video`` does it. The same
-labellers then match the very pairs of frames that propagation reached, directly, by the same fit.
+is known: the depth of the pixel and the poses of both frames carry it over. ``orbit`` goes on an
+arc before a wall of that room, from 60 degrees on one side of it to 60 degrees on the other;
+``approach`` walks up to a picture on it until it is nine times as large; ``roll`` turns the camera
+about its axis by half a turn. These three are made to be too much for matching the two ends.
+``fox`` is a video of a hand-held telephone with reference poses from COLMAP, which tell how far a
+label is from its epipolar line, not where on it. All are labelled and propagated as ``gim-video``
+does it. The same labellers then match the very pairs of frames that propagation reached, directly,
+by the same fit; and, distance by distance, the same pairs are asked of both (``reach``).
 """
 
 from __future__ import annotations
@@ -35,7 +40,13 @@ from gim_hloc.training.video.folder import VideoFolder
 from gim_hloc.training.video.labels import LabelRound, RoundOptions, frame_record, load_labeller
 from gim_hloc.training.video.masks import FrameMasks, MaskOptions
 from gim_hloc.training.video.propagated import PropagatedStore
-from gim_hloc.training.video.propagation import make_options, propagate_video, rounds_by_step
+from gim_hloc.training.video.propagation import (
+    Propagator,
+    StoredLabels,
+    make_options,
+    propagate_video,
+    rounds_by_step,
+)
 from gim_hloc.training.video.run import LabelOptions, label_video
 from gim_hloc.training.video.sampling import SamplingOptions
 from gim_hloc.training.video.sources import find_source
@@ -48,6 +59,9 @@ Error = Callable[[int, int, np.ndarray], np.ndarray]
 
 _LIMITS = (1.0, 2.0, 5.0)  # px
 _ROOM_VIEWS = 240  # of the closed walk: 1.5 degrees a frame
+_WALL = 2.6  # m: where the wall with the pictures is
+_ORBIT_DEG = 120.0
+_FAR, _NEAR = 4.8, 0.53  # m before the wall: nine times as large
 _EDGE = 0.02  # share by which depths around a point may differ before it counts as an edge
 
 
@@ -55,8 +69,8 @@ _EDGE = 0.02  # share by which depths around a point may differ before it counts
 class VideoLabels:
     """Measure labels before and after propagation."""
 
-    scene: tyro.conf.Positional[Literal["room", "fox"]]
-    """room: rendered, exact truth. fox: real, epipolar truth."""
+    scene: tyro.conf.Positional[Literal["room", "orbit", "approach", "roll", "fox"]]
+    """room, orbit, approach, roll: rendered, exact truth. fox: real, epipolar truth."""
     labellers: tuple[str, ...] = ("aliked_lightglue", "sift")
     """Names of matchers."""
     frames: int = 41
@@ -69,6 +83,17 @@ class VideoLabels:
     """Constants of propagation."""
     min_joined: int | None = None
     """Labels that must survive a join; the preset's by default."""
+    apart: tuple[int, ...] = ()
+    """Distances in frames at which chains and direct matches are compared; a tenth of the video and
+    its multiples by default."""
+    zoom: bool = True
+    """Also zoom rounds."""
+    reach_joined: int = 16
+    """Labels that must survive a join in that comparison: few, so that the decay is seen."""
+    enough: tuple[int, ...] = (64, 128, 256)
+    """Correct labels up to whose last distance the reach of each is told."""
+    plot: Path | None = None
+    """Picture of that comparison (needs matplotlib)."""
     data: Path = Path("../shared/data")
     """Folder with video/ and fox/."""
     examples: Path = Path("examples")
@@ -120,16 +145,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(options: VideoLabels) -> int:
     began = time.perf_counter()
     name = f"{options.scene}-{options.frames}-{options.size}"
-    if options.scene == "room":
+    if options.scene != "fox":
         clip, error = render_walk(options, options.work / name)
         sampling = SamplingOptions(gap=1, steps=options.steps, trim=0)
     else:
         clip = options.data / "video" / "fox_from_frames.mp4"
         error = fox_truth(options)
         sampling = SamplingOptions(gap=1, steps=options.steps, trim=0, limit=options.frames)
-    rows, chains = measure(clip, options, sampling, error)
+    rows, chains, reach = measure(clip, options, sampling, error)
     sys.stdout.write("\n".join([HEADER, *(row.line() for row in rows)]) + "\n")
     sys.stdout.write(f"chains: {json.dumps(chains)}\n")
+    sys.stdout.write("\n".join(["", *reach_table(reach, options.enough)]) + "\n")
+    if options.plot is not None:
+        plot_reach(reach, options.plot, options.scene)
     if options.out is not None:
         report = {
             "at": now(),
@@ -138,6 +166,7 @@ def _main(options: VideoLabels) -> int:
             "options": {key: str(v) for key, v in dataclasses.asdict(options).items()},
             "rows": [dataclasses.asdict(row) for row in rows],
             "chains": chains,
+            "reach": [dataclasses.asdict(point) for point in reach],
             "seconds": round(time.perf_counter() - began, 1),
         }
         write_atomic(options.out, json.dumps(report, indent=1) + "\n")
@@ -146,7 +175,7 @@ def _main(options: VideoLabels) -> int:
 
 def measure(
     clip: Path, options: VideoLabels, sampling: SamplingOptions, error: Error
-) -> tuple[list[Row], dict[str, Any]]:
+) -> tuple[list[Row], dict[str, Any], list[Reach]]:
     """Label, propagate and match directly; compare all of it with the truth.
 
     Args:
@@ -156,10 +185,11 @@ def measure(
         error: the truth.
 
     Returns:
-        Rows, and figures about the chains.
+        Rows, figures about the chains, and the comparison distance by distance.
     """
     label_options = LabelOptions(
         labellers=options.labellers,
+        zoom=options.zoom,
         sampling=sampling,
         masks=MaskOptions(masks="none"),
         max_size=options.size,
@@ -207,7 +237,7 @@ def measure(
             ((_bin(j - i, bins), i, j, found.get((i, j), _NOTHING)) for i, j in pairs),
             error,
         )
-    return rows, chains
+    return rows, chains, _compare_reach(folder, stores, options, error)
 
 
 _NOTHING = np.zeros((0, 4), np.float32)
@@ -317,6 +347,160 @@ def match_directly(
     return found
 
 
+# -------------------------------------------------------------------------------------------- reach
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reach:
+    """Labels of one kind between the two frames of one pair."""
+
+    kind: str  # "propagated: <labeller>" or "direct: <labeller>", or of "all" together
+    start: int  # frame
+    apart: int  # frames
+    labels: int  # pixels of the first frame that have one
+    right: tuple[int, ...]  # of them within 1, 2 and 5 px of the truth
+
+
+def _compare_reach(
+    folder: VideoFolder, stores: Sequence[LabelStore], options: VideoLabels, error: Error
+) -> list[Reach]:
+    """Chains and direct matches of the same pairs, from near ones to the two ends of the video."""
+    pairs = reach_pairs(options)
+    kinds = {name: [s for s in stores if s.info.labeller == name] for name in options.labellers}
+    if len(kinds) > 1:
+        kinds["all"] = list(stores)
+    found = {
+        f"propagated: {name}": _propagate_pairs(some, folder.info.size, pairs, options)
+        for name, some in kinds.items()
+    }
+    direct = match_directly(folder, options.labellers, pairs)
+    found |= {f"direct: {name}": direct[f"direct: {name}"] for name in kinds}
+    points = []
+    for kind, labels_of in found.items():
+        for a, b in pairs:
+            labels = _distinct(labels_of.get((a, b), _NOTHING))
+            distance = error(a, b, labels)
+            right = tuple(int((distance <= limit).sum()) for limit in _LIMITS)
+            points.append(Reach(kind=kind, start=a, apart=b - a, labels=len(labels), right=right))
+    return points
+
+
+def _distinct(labels: np.ndarray) -> np.ndarray:
+    """One label of every pixel of the first frame: rounds that find the same count once."""
+    _, first = np.unique(np.rint(labels[:, :2]), axis=0, return_index=True)
+    return labels[np.sort(first)]
+
+
+def _propagate_pairs(
+    stores: Sequence[LabelStore],
+    size: tuple[int, int],
+    pairs: Sequence[tuple[int, int]],
+    options: VideoLabels,
+) -> dict[tuple[int, int], np.ndarray]:
+    """Labels of those pairs that a chain bridges; one that falls short says nothing about them."""
+    by_step = rounds_by_step(stores)
+    propagator = Propagator(
+        StoredLabels(by_step),
+        steps=by_step,
+        size=size,
+        options=make_options(options.preset, min_joined=options.reach_joined, min_final=8),
+    )
+    found = {}
+    for a, b in pairs:
+        result = propagator.run(a, b)
+        if result.labels is not None and result.record.reached == (a, b):
+            found[a, b] = result.labels
+    return found
+
+
+def reach_pairs(options: VideoLabels) -> list[tuple[int, int]]:
+    """One pair a distance: around the middle of an orbit, from the first frame elsewhere.
+
+    An orbit's ends are seen under the same slant then, however far they are apart. The smallest
+    step is left out: such a pair is labelled, not propagated.
+    """
+    last, smallest = options.frames - 1, min(options.steps)
+    step = max(1, last // 10)
+    pairs = []
+    for distance in options.apart or range(step, last + 1, step):
+        if not 0 < distance <= last:
+            raise InputError(f"apart is {distance}; the video has frames 0 to {last}.")
+        if distance <= smallest:
+            continue
+        start = (last - distance) // 2 if options.scene == "orbit" else 0
+        pairs.append((start, start + distance))
+    return pairs
+
+
+def reach_table(reach: Sequence[Reach], enough: Sequence[int]) -> list[str]:
+    """Markdown: labels within 2 px by distance, and the last distance with enough of them."""
+    kinds = list(dict.fromkeys(point.kind for point in reach))
+    distances = sorted({point.apart for point in reach})
+    lines = [
+        "| frames apart | " + " | ".join(f"{kind}: 1 px, 2 px, of" for kind in kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    table = {(point.kind, point.apart): point for point in reach}
+    for distance in distances:
+        points = [table[kind, distance] for kind in kinds]
+        cells = (f"{p.right[0]}, {p.right[1]}, {p.labels}" for p in points)
+        lines.append(f"| {distance} | " + " | ".join(cells) + " |")
+    for number in enough:
+        cells = (str(_last_with(reach, kind, number)) for kind in kinds)
+        lines.append(f"| last with {number} within 2 px | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _last_with(reach: Sequence[Reach], kind: str, number: int) -> int:
+    """Largest distance up to which every pair has so many labels within 2 px; 0 for none."""
+    last = 0
+    for point in sorted((p for p in reach if p.kind == kind), key=lambda p: p.apart):
+        if point.right[1] < number:
+            break
+        last = point.apart
+    return last
+
+
+def plot_reach(reach: Sequence[Reach], path: Path, scene: str) -> None:
+    """Labels within 2 px over the distance, one line a kind.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(f"--plot needs matplotlib ({error}): pip install matplotlib.") from error
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours: dict[str, str] = {}
+    for kind in dict.fromkeys(point.kind for point in reach):
+        points = sorted((p for p in reach if p.kind == kind), key=lambda p: p.apart)
+        how, _, name = kind.partition(": ")
+        if name not in colours:
+            colours[name] = f"C{len(colours)}"
+        axes.plot(
+            [p.apart for p in points],
+            [p.right[1] for p in points],
+            "o-" if how == "propagated" else "x:",
+            label=kind,
+            color=colours[name],
+            linewidth=2,
+            markersize=5,
+        )
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("frames apart")
+    axes.set_ylabel("labels within 2 px of the truth")
+    axes.set_title(scene)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 # --------------------------------------------------------------------------------------------- room
 
 
@@ -335,12 +519,12 @@ def render_walk(options: VideoLabels, folder: Path) -> tuple[Path, Error]:
         sys.path.remove(str(options.examples))
     width, height = options.size, options.size * 3 // 4
     k = room.intrinsics(width, height)
-    poses = room.camera_path(_ROOM_VIEWS)[: options.frames]
-    clip = folder / "room"
+    poses = camera_poses(room, options.scene, options.frames)
+    clip = folder / options.scene
     clip.mkdir(parents=True, exist_ok=True)
     missing = [n for n in range(options.frames) if not (folder / f"{n}.npy").exists()]
     if missing:
-        _render(room, k, poses, missing, folder, (width, height))
+        _render(room, k, poses, missing, folder, clip, (width, height))
     depths = [np.load(folder / f"{n}.npy") for n in range(options.frames)]
     # hloc's frame has the centre of the first pixel at 0.
     centred = k.copy()
@@ -354,12 +538,40 @@ def render_walk(options: VideoLabels, folder: Path) -> tuple[Path, Error]:
     return clip, error
 
 
+def camera_poses(room: Any, scene: str, frames: int) -> list[np.ndarray]:
+    """World-to-camera matrices (3, 4) of a rendered scene, metres."""
+    share = np.linspace(0, 1, frames)
+    poses: list[np.ndarray]
+    if scene == "room":
+        poses = room.camera_path(_ROOM_VIEWS)[:frames]
+    elif scene == "orbit":
+        angles = np.radians(_ORBIT_DEG) * (share - 0.5)
+        poses = [
+            room.look_at((0.6 + 2 * np.sin(a), _WALL - 2 * np.cos(a), 1.5), (0.6, _WALL, 1.5))
+            for a in angles
+        ]
+    elif scene == "approach":
+        # Each frame is nearer by the same factor.
+        distances = _FAR * (_NEAR / _FAR) ** share
+        poses = [
+            room.look_at((0.15 + 0.07 * d, _WALL - d, 1.6 - 0.02 * d), (0.15, _WALL, 1.6))
+            for d in distances
+        ]
+    else:
+        poses = [
+            room.look_at((0.1 + t, _WALL - 2.2, 1.5), (0.1 + t, _WALL, 1.5), roll=np.pi * t)
+            for t in share
+        ]
+    return poses
+
+
 def _render(
     room: Any,
     k: np.ndarray,
     poses: Sequence[np.ndarray],
     missing: Sequence[int],
     folder: Path,
+    clip: Path,
     size: tuple[int, int],
 ) -> None:
     from PIL import Image
@@ -375,7 +587,7 @@ def _render(
         rgb, depth = room.render_view(
             scene, k, poses[n], width=size[0], height=size[1], seed=(0, n)
         )
-        Image.fromarray(rgb).save(folder / "room" / f"{n:04d}.png")
+        Image.fromarray(rgb).save(clip / f"{n:04d}.png")
         np.save(folder / f"{n}.npy", depth.astype(np.float32))
 
 
