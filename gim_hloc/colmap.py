@@ -15,6 +15,8 @@ import fnmatch
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pycolmap
 
-from gim_hloc.errors import InputError, MappingError
+from gim_hloc.errors import InputError, MappingError, check_numbers
 
 if TYPE_CHECKING:
     from gim_hloc.geometry.warp import Warp
@@ -34,6 +36,12 @@ if TYPE_CHECKING:
     from gim_hloc.tracks.refine import RefineOptions
 
 logger = logging.getLogger(__name__)
+
+# pycolmap's import puts a stack trace in the place of whatever SIGTERM was to do: ending at once,
+# or storing the state of a training. Python still knows what that was.
+if threading.current_thread() is threading.main_thread():
+    with contextlib.suppress(TypeError):  # a handler that was not set from Python
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 Mapper = Literal["auto", "incremental", "global", "hierarchical"]
 CameraMode = Literal["auto", "single", "folder", "image"]
@@ -75,6 +83,15 @@ class VerifyOptions:
     confidence: float = 0.999  # of having drawn one outlier-free sample
     max_num_trials: int = 20000  # RANSAC iterations at most
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            group="verify.",
+            positive=("max_error",),
+            share=("min_inlier_ratio", "confidence"),
+            at_least={"min_num_inliers": 1, "max_num_trials": 1},
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MapOptions:
@@ -87,6 +104,18 @@ class MapOptions:
     filter_max_reproj_error: float | None = None  # px, observations above it go (COLMAP: 4)
     ba_refine_principal_point: bool = False
     multiple_models: bool = True  # keep going with the images that did not fit the first model
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            group="map.",
+            positive=("init_min_tri_angle", "filter_max_reproj_error"),
+            at_least={
+                "min_model_size": 0,
+                "init_min_num_inliers": 1,
+                "abs_pose_min_num_inliers": 1,
+            },
+        )
 
 
 # --------------------------------------------------------------------------------------- cameras

@@ -55,7 +55,7 @@ def export_model(
         images: image root, for formats that name image files.
 
     Returns:
-        Notes about formats that could not be written.
+        Notes about formats that could not be written, or not exactly.
 
     Raises:
         InputError: for an unknown format.
@@ -126,6 +126,22 @@ def _unsupported(model: Any, what: str) -> list[str]:
     ]
 
 
+def _rounded(model: Any, what: str) -> list[str]:
+    """A note where fx and fy are not the same: the format holds one focal length."""
+    worst = 0.0
+    for image in _registered(model):
+        camera = model.camera(image.camera_id)
+        fx, fy = camera.focal_length_x, camera.focal_length_y
+        reach = max(camera.width / fx, camera.height / fy) / 2
+        worst = max(worst, abs(fx - fy) / 2 * reach)
+    if worst < 0.01:
+        return []
+    return [
+        f"{what} holds one focal length a camera: fx and fy became their mean, which moves points "
+        f"by up to {worst:.2f} px."
+    ]
+
+
 def _radial(camera: Any) -> tuple[float, float]:
     terms = [float(camera.params[i]) for i in _RADIAL[str(camera.model_name)]]
     k1, k2 = [*terms, 0.0, 0.0][:2]
@@ -169,7 +185,7 @@ def write_nvm(path: Path, model: Any) -> list[str]:
         lines.append(" ".join(parts))
     lines += ["", "0", ""]
     write_atomic(path, "\n".join(lines))
-    return []
+    return _rounded(model, path.name)
 
 
 def write_bundler(path: Path, model: Any) -> list[str]:
@@ -202,7 +218,7 @@ def write_bundler(path: Path, model: Any) -> list[str]:
         lines.append(f"{len(views)} " + " ".join(views))
     write_atomic(path, "\n".join(lines) + "\n")
     write_atomic(path.with_name("list.txt"), "".join(f"{image.name}\n" for image in images))
-    return []
+    return _rounded(model, path.name)
 
 
 def write_nerfstudio(path: Path, model: Any, images: Path | None) -> list[str]:

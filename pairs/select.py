@@ -134,7 +134,9 @@ def plan(options: PairOptions, names: Sequence[str]) -> Plan:
         if component not in components:
             continue
         if options.model is None:
-            raise InputError(f"Pairs from {component} need a COLMAP model (option model)")
+            raise InputError(
+                f"Pairs from {component} need a COLMAP model (--pair.model, in gim-pairs --model)."
+            )
         if not options.model.is_dir():
             raise InputError(f"There is no COLMAP model folder '{options.model}'")
     searches = "retrieval" in components or ("sequential" in components and options.loop_every > 0)
@@ -398,7 +400,9 @@ def _from_model(
 
     model = options.model
     if model is None:  # plan() reports this first
-        raise InputError(f"Pairs from {component} need a COLMAP model (option model)")
+        raise InputError(
+            f"Pairs from {component} need a COLMAP model (--pair.model, in gim-pairs --model)."
+        )
 
     wanted = set(names)
     if component == "poses":

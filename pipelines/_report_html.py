@@ -101,13 +101,17 @@ _STATUS_WORDS = {"registered": "registered"} | {
 
 _STAGES = {
     "scan": "Scan images",
+    "import": "Import features",
     "encode": "Encode images",
     "pairs": "Choose pairs",
     "match": "Match pairs",
-    "tracks": "Link tracks",
+    "link": "Link tracks",
     "verify": "Verify pairs",
     "map": "Map",
+    "refine": "Refine keypoints",
+    "reread": "Read warps again",
     "export": "Export",
+    "dense": "Dense model",
 }
 
 
@@ -626,6 +630,7 @@ def _camera_row(camera: dict[str, Any]) -> str:
 
 def _timings(full: dict[str, Any]) -> str:
     known = {k: v for k, v in full["timings"].items() if isinstance(v, (int, float))}
+    known = {k: known[k] for k in sorted(known, key=lambda k: [*_STAGES, k].index(k))}
     total, longest = sum(known.values()), max(known.values(), default=0.0)
     if not longest:
         return ""
@@ -635,7 +640,8 @@ def _timings(full: dict[str, Any]) -> str:
         f"<td class=n>{_duration(value)}<td class=n>{value / total:.0%}"
         for stage, value in known.items()
     )
-    matched = full["summary"]["pairs"]
+    # Pairs that an earlier run matched cost this one nothing.
+    matched = full.get("counts", {}).get("pairs_matched_now", full["summary"]["pairs"])
     speed = ""
     if matched and known.get("match"):
         speed = f"<p class=caption>{matched / known['match']:,.1f} pairs matched per second.</p>"

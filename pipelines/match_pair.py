@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from gim_hloc.errors import InputError, OutputError
+from gim_hloc.errors import InputError, OutputError, check_numbers
 from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
 
@@ -55,9 +55,13 @@ class FitOptions:
     homography_iterations: int = 10_000  # at most
 
     def __post_init__(self) -> None:
-        for name in ("fundamental_px", "homography_px"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be positive.")
+        check_numbers(
+            self,
+            group="fit.",
+            positive=("fundamental_px", "homography_px"),
+            share=("fundamental_confidence", "homography_confidence"),
+            at_least={"fundamental_iterations": 1, "homography_iterations": 1},
+        )
 
 
 @dataclass(kw_only=True)

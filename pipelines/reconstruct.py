@@ -1579,12 +1579,16 @@ class _Run:
         loaded = [colmap.read_model(path) for path in models]
         with self._timed("export"):
             for index, model in enumerate(loaded):
-                self.notes += export_model(
+                said = export_model(
                     model,
                     self.output / "export" / str(index),
                     formats=self.options.export,
                     images=self.root,
                 )
+                for sentence in said:
+                    if sentence not in self.notes:
+                        logger.warning("%s", sentence)
+                        self.notes.append(sentence)
         if self.options.dense and models:
             with self._timed("dense"):
                 _, sentence = colmap.run_dense(

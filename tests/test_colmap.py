@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from gim_hloc import colmap
 from gim_hloc.colmap import CameraOptions, MapOptions, VerifyOptions
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.export import export_model
+from gim_hloc.tracks.photometric import PhotometricOptions
 
 
 def build(scene: Scene, folder: Path, *, threads: int = 1, **camera: object):
@@ -472,6 +476,46 @@ def test_formats_that_cannot_hold_a_camera_say_so(tmp_path: Path) -> None:
     assert len(notes) == 2
     assert all("OPENCV" in note for note in notes)
     assert not (tmp_path / "e" / "bundle.out").exists()
+
+
+def test_formats_with_one_focal_length_say_what_becomes_of_two(tmp_path: Path) -> None:
+    scene = make_scene(images=3, arc_deg=50)
+    camera = f"PINHOLE,{FOCAL - 1},{FOCAL + 1},{WIDTH / 2},{HEIGHT / 2}"
+    result = run(scene, tmp_path, intrinsics=camera)
+    loaded = colmap.read_model(result.paths[0])
+    notes = export_model(loaded, tmp_path / "e", formats=("nvm", "bundler"))
+    # The focal lengths are 1 px off their mean, at most at half the image's longer side.
+    expected = f"by up to {WIDTH / 2 / (FOCAL - 1):.2f} px"
+    assert [note.split()[0] for note in notes] == ["model.nvm", "bundle.out"]
+    assert all(expected in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VerifyOptions(max_error=-1), "--verify.max-error is -1, it must be positive"),
+        (lambda: VerifyOptions(confidence=2), "--verify.confidence is 2, it must lie between"),
+        (lambda: MapOptions(init_min_num_inliers=0), "--map.init-min-num-inliers is 0"),
+        (lambda: PhotometricOptions(radius=0), "--refine.radius is 0, it must be at least 1"),
+    ],
+)
+def test_thresholds_that_mean_nothing_are_refused(make, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_importing_pycolmap_leaves_sigterm_as_it_was() -> None:
+    script = (
+        "import os, signal, sys{}; import gim_hloc.colmap; "
+        "os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(5)"
+    )
+    handler = "; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
+    for before, code in (("", -signal.SIGTERM), (handler, 7)):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(before)], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (code, "")
 
 
 def test_no_model_is_explained(tmp_path: Path) -> None:

@@ -313,6 +313,9 @@ def test_turned_images_are_found_and_matched_upright(room: Path, tmp_path: Path)
         ({"nope": 1}, "Unknown option"),
         ({"matcher_options": ("nope",)}, "NAME=VALUE"),
         ({"export": ("dxf",)}, "Unknown export"),
+        ({"workers": -1}, "--workers is -1, it must be at least 0"),
+        ({"mask_erode": -5}, "--mask-erode is -5"),
+        ({"cache_gb": float("nan")}, "--cache-gb is nan, it must be positive"),
         ({"masks": Path("no/such/folder")}, "no/such/folder"),
     ],
 )

@@ -341,6 +341,24 @@ def test_page_has_every_part(tmp_path):
     assert sum(page.data["tracks"]["counts"]) == 1200
 
 
+def test_steps_have_names_in_their_order_and_speed_counts_this_run_only(tmp_path):
+    report = make_report()
+    report["timings"] = {"match": 2.0, "pairs": 1.0, "refine": 3.0, "map": 0.5, "other": 0.1}
+    report["counts"] = {"pairs_matched_now": 0}
+    write(report, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    table = page[page.index("<table class=timings>") :]
+    table = table[: table.index("</table>")]
+    assert re.findall("<th scope=row>([^<]+)", table) == [
+        "Choose pairs", "Match pairs", "Map", "Refine keypoints", "other",
+    ]  # fmt: skip
+    assert "pairs matched per second" not in page
+    report["counts"] = {"pairs_matched_now": 5}
+    write(report, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "2.5 pairs matched per second" in page
+
+
 def test_notes_and_settings_are_shown(tmp_path):
     report = make_report()
     report["notes"] = ["mapping was repeated with relaxed values"]

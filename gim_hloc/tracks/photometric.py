@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gim_hloc.errors import check_numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhotometricOptions:
@@ -33,6 +35,22 @@ class PhotometricOptions:
     min_share: float = 0.35  # of observations confirmed; below, pictures and model do not fit
     min_confirmed: int = 60  # observations; images with fewer confirmed ones keep all of theirs
     rounds: int = 2  # refinement and bundle adjustment in turn
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            group="refine.",
+            positive=("max_shift",),
+            share=("min_correlation", "min_share"),
+            at_least={
+                "radius": 1,
+                "iterations": 1,
+                "max_scale": 1,
+                "neighbours": 3,
+                "min_confirmed": 0,
+                "rounds": 1,
+            },
+        )
 
 
 @dataclass(kw_only=True)
