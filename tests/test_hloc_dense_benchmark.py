@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 import time
 from pathlib import Path
 
@@ -44,20 +46,50 @@ def test_files_are_compared(tmp_path: Path) -> None:
     )
 
 
-def test_only_work_counts_as_time_in_the_network() -> None:
+def spin(seconds: float) -> None:
+    """Use the processor in this thread."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_network_is_not_charged_for_what_the_program_does_beside_it() -> None:
     class Network:
         def work(self, seconds: float) -> None:
-            end = time.thread_time() + seconds
-            while time.thread_time() < end:
-                pass
-            time.sleep(0.3)  # another process has the core
+            reading = threading.Thread(target=spin, args=(seconds,))
+            reading.start()
+            spin(seconds)
+            reading.join()
+
+        def wait(self) -> None:
+            time.sleep(0.2)  # a stranger has the core
 
     busy = driver.Busy()
     busy.watch(Network, "work")
+    busy.watch(Network, "wait")
     for _ in range(2):
-        Network().work(0.05)
+        Network().work(0.2)
     assert busy.calls == {"work": 2}
-    assert 0.1 <= busy.seconds < 0.3
+    assert 0.4 <= busy.processor_s < 0.5
+    elapsed = busy.wall_s
+    assert elapsed >= busy.processor_s
+    Network().wait()
+    assert busy.wall_s >= elapsed + 0.19
+    assert busy.processor_s < 0.5
+
+
+def test_loaders_of_other_processes_are_told_apart() -> None:
+    child = multiprocessing.get_context("fork").Process(target=spin, args=(0.1,), daemon=True)
+    before = driver.processor_seconds()
+    child.start()
+    start = driver.clocks()[2]
+    while child.is_alive():
+        last = driver.clocks()[2]
+        time.sleep(0.01)
+    child.join()
+    assert driver.processor_seconds() - before >= 0.1
+    if Path("/proc/self/schedstat").exists():
+        assert last - start >= 0.05
 
 
 def test_hloc_must_be_given(

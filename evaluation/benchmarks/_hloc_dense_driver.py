@@ -4,8 +4,9 @@
 
     _hloc_dense_driver.py SCENE_FOLDER hloc|quantized|anchored OUTPUT CONF_JSON DESCRIBER
 
-``OUTPUT/timings.json`` gets the wall seconds of ``main`` and the seconds that the network (the
-synthetic matcher, and the detector of anchors) takes of them.
+``OUTPUT/timings.json`` gets the wall seconds of ``main`` and those that the network (the synthetic
+matcher, and the detector of anchors) takes of them, and the same in processor seconds of all
+processes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import copy
 import functools
 import importlib
 import json
+import multiprocessing
+import resource
 import sys
 import time
 import types
@@ -28,13 +31,20 @@ KNOWN = "gim_hloc_known"
 
 
 class Busy:
-    """Processor seconds of the threads that are in a function that is watched.
+    """Time spent in functions that are watched, called one after the other.
 
-    Not wall seconds: what else runs on the machine, hloc's loaders for one, would count as network.
+    Of the wall seconds, what other threads and processes of this program compute meanwhile is taken
+    off, down to the processor seconds of the call: reading images ahead is not network, be it on
+    the same core. What strangers on the machine do to the call is no work of ours and stays in.
+
+    Attributes:
+        wall_s: wall seconds.
+        processor_s: processor seconds of the calling threads.
+        calls: by name.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.wall_s = self.processor_s = 0.0
         self.calls: dict[str, int] = {}
 
     def watch(self, owner: Any, name: str) -> None:
@@ -44,13 +54,33 @@ class Busy:
         @functools.wraps(plain)
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.calls[name] = self.calls.get(name, 0) + 1
-            start = time.thread_time()
+            before = clocks()
             try:
                 return plain(*args, **kwargs)
             finally:
-                self.seconds += time.thread_time() - start
+                wall, own, others = (b - a for a, b in zip(before, clocks(), strict=True))
+                self.processor_s += own
+                self.wall_s += max(own, wall - others)
 
         setattr(owner, name, timed)
+
+
+def clocks() -> tuple[float, float, float]:
+    """Wall seconds, processor seconds of this thread, and of the rest of this program."""
+    own, own_children = time.thread_time(), 0.0
+    for child in multiprocessing.active_children():
+        try:  # first number: nanoseconds on a processor
+            for file in Path(f"/proc/{child.pid}/task").glob("*/schedstat"):
+                own_children += int(file.read_text().split()[0]) / 1e9
+        except (OSError, ValueError, IndexError):  # it has just ended, or this is not Linux
+            continue
+    return time.perf_counter(), own, time.process_time() - own + own_children
+
+
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def known_model(folder: Path, preprocessing: Mapping[str, Any]) -> Any:
@@ -123,6 +153,7 @@ def main(argv: list[str]) -> None:
     busy = Busy()
     images, pairs = folder / "images", folder / "pairs.txt"
     arguments = (pairs, images, output)
+    processor = processor_seconds()
     if side == "hloc":
         theirs = registration.import_hloc("match_dense")
         model = known_model(images, conf["preprocessing"])
@@ -145,7 +176,9 @@ def main(argv: list[str]) -> None:
     wall = time.perf_counter() - start
     result = {
         "wall_s": wall,
-        "network_s": busy.seconds,
+        "network_s": busy.wall_s,
+        "processor_s": processor_seconds() - processor,
+        "network_processor_s": busy.processor_s,
         "calls": busy.calls,
         "features": str(features),
         "matches": str(matches),
