@@ -498,6 +498,16 @@ def test_files_hold_what_memory_holds(
     assert table[0].startswith("start,target,from,to,distance,hops,joined,labels")
 
 
+def test_when_nothing_is_propagated_the_line_says_why(
+    tmp_path: Path, stores: list[LabelStore]
+) -> None:
+    options = dataclasses.replace(SMALL, min_joined=100_000)
+    line = propagate_video(rounds_by_step(stores), tmp_path / "p.h5", options).line()
+    assert "walk: 0 of " in line
+    assert "reached no farther than the smallest step" in line
+    assert "100000 needed" in line
+
+
 class Killed(Exception):
     pass
 

@@ -84,6 +84,21 @@ def frame(index: int) -> np.ndarray:
     return np.full((SIZE[1], SIZE[0], 3), index % 200, dtype=np.uint8)
 
 
+# ------------------------------------------------------------------------------------------ page
+
+
+@pytest.mark.parametrize(("made", "failed"), [(0, 2), (1, 0), (1, 1), (9, 1)])
+def test_the_legend_names_colours_that_are_there(tmp_path: Path, made: int, failed: int) -> None:
+    """With 0 or 1 pairs too; and a failure's cause is counted with it."""
+    with PropagatedStore(make_store(tmp_path / "p.h5", made, failed)) as store:
+        page = show(store, frame, tmp_path / "show").sheet.read_text()
+    assert "0 or more" not in page
+    assert "fewer than 0" not in page
+    assert page.count("■") == min(made, 3)
+    cause = "fewer than 64 fit one motion"
+    assert ("the chain ended: a segment without labels" in page and cause in page) == (failed > 0)
+
+
 # ------------------------------------------------------------------------------------- pictures
 
 

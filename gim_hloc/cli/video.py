@@ -421,7 +421,7 @@ def _show(command: Show) -> int:
             failed.append(video.id)
             continue
         sys.stdout.write(
-            f"{report.sheet}: {len(report.figures)} pairs drawn"
+            f"{report.sheet}: {len(report.figures)} pair{'s' * (len(report.figures) != 1)} drawn"
             + (f", failures in {report.contact}" if report.contact else "")
             + "\n"
         )

@@ -285,12 +285,7 @@ def _timeline(data: SheetData) -> str:
             f'<line class=axis x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{tall - bottom}"/>'
             f'<text x="{x:.1f}" y="{tall - 8:.1f}" text-anchor=middle>{frame:,}</text>',
         )
-    legend = [
-        f'<span style="color:{_COLOURS[0]}">■</span> fewer than {thirds[0]:,} labels',
-        f'<span style="color:{_COLOURS[1]}">■</span> {thirds[0]:,} or more',
-        f'<span style="color:{_COLOURS[2]}">■</span> {thirds[1]:,} or more',
-        '<span style="color:var(--bad)">●</span> failed',
-    ]
+    legend = [*_tones(counts, thirds), '<span style="color:var(--bad)">●</span> failed']
     shown = (
         f" {len(records):,} of {len(data.records):,} starts are shown."
         if len(records) < len(data.records)
@@ -302,6 +297,17 @@ def _timeline(data: SheetData) -> str:
         f'<svg viewBox="0 0 {across} {tall:.0f}" role=img>{"".join(parts)}</svg>'
         "<p class=caption>Frame indices.</p>"
     )
+
+
+def _tones(counts: Sequence[int], thirds: Sequence[int]) -> list[str]:
+    """What the colours of the lines mean; those that no line has are left out."""
+    texts = (
+        f"fewer than {thirds[0]:,} labels",
+        f"{thirds[0]:,} labels or more",
+        f"{thirds[1]:,} labels or more",
+    )
+    used = sorted({sum(count >= limit for limit in thirds) for count in counts})
+    return [f'<span style="color:{_COLOURS[k]}">■</span> {texts[k]}' for k in used]
 
 
 def _coverage(data: SheetData) -> str:
@@ -327,7 +333,10 @@ def _ends(data: SheetData) -> str:
     reasons: dict[str, Counter[str]] = {"made": Counter(), "failed": Counter()}
     for record in data.records:
         kind = "failed" if record.failure else "made"
-        reasons[kind][reason_kind(record.failure or record.ended)] += 1
+        text = reason_kind(record.failure or record.ended)
+        if record.failure and record.ended:  # what kept it from going on is the cause
+            text += f"; the chain ended: {reason_kind(record.ended)}"
+        reasons[kind][text] += 1
     rows = "".join(
         f"<tr><td class=n>{number:,}</td><td>{kind}</td><td class=wide>{_esc(text)}</td></tr>"
         for kind, counter in (("with labels", reasons["made"]), ("failed", reasons["failed"]))

@@ -24,6 +24,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import statistics
 import time
 from collections import OrderedDict, deque
@@ -54,6 +55,7 @@ _COLUMNS = (
     *("start", "target", "from", "to", "distance", "hops", "joined", "labels"),
     *("ended", "failure"),
 )
+_REACHED = "the target was reached"
 _BLOCK = 16  # starts that a worker gets at a time: neighbours, which share their sub-chains
 
 
@@ -466,7 +468,7 @@ class Propagator:
             segments = deque([shorter] if shorter[1] > p else [])
         if link is None:
             return None
-        ended = ended or "the target was reached"
+        ended = ended or _REACHED
         return _Chain(rows=link.rows(), start=begin, end=end, hops=hops, ended=ended)
 
     def _candidate(self, p: int, q: int, level: int) -> _Segment | None:
@@ -625,6 +627,21 @@ class PropagationSummary:
         """Starts with labels."""
         return [record for record in self.records if not record.failure]
 
+    @property
+    def most_failed(self) -> str:
+        """The most frequent failure, in the words of the first start that met it."""
+        kinds: dict[str, list[StartRecord]] = {}
+        for record in self.records:
+            if record.failure:
+                kinds.setdefault(re.sub(r"\d+", "#", record.failure), []).append(record)
+        if not kinds:
+            return ""
+        most = max(kinds.values(), key=len)
+        text = f"{len(most)} of them: {most[0].failure}"
+        if most[0].ended and most[0].ended != _REACHED:
+            text += f" (start {most[0].start}: {most[0].ended})"
+        return text
+
     def line(self) -> str:
         """One line for the log."""
         made = self.made
@@ -639,6 +656,8 @@ class PropagationSummary:
                 f"; labels {min(counts)} to {max(counts)}, median {statistics.median(counts):g}; "
                 f"distance median {middle:g} frames{seconds}, longest {max(distances)}"
             )
+        elif self.records:
+            text += f"; {self.most_failed}"
         if self.resumed:
             text += f"; {self.resumed} from an earlier run"
         return f"{text}; {self.seconds:.1f} s"
@@ -803,7 +822,7 @@ def _fill(
         initial=len(records),
         desc=facts.video,
         unit="start",
-        disable=not progress,
+        disable=None if progress else True,
     ) as bar:
         for result in results:
             writer.put(result.record, result.labels)
