@@ -77,6 +77,19 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert "Traceback" not in error
 
 
+def test_a_table_in_an_impossible_format_writes_nothing(
+    dumps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(next(dumps.glob("*KITTI*")))
+    written = tmp_path / "a.md"
+    for other in (["x.xlsx", "--thresholds", "3", "7"], ["x.pdf"]):
+        assert main(["table", path, "--out", str(written), *other]) == 2
+    assert not written.exists()
+    error = capsys.readouterr().err
+    assert "keep 5 among the thresholds" in error
+    assert "x.pdf: tables are written as" in error
+
+
 def test_run_check_and_table_on_the_miniature(
     mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,44 @@ def test_bad_inputs_are_named(zeb: Path, write: Write, tmp_path: Path) -> None:
     # One of the two has no matches: nothing to compare, and the reason is told.
     with pytest.raises(InputError, match="setting of none"):
         draw_worst(zeb, [folder], tmp_path / "out", matchers=("a", "none"))
+
+
+def test_matchers_without_common_pairs_or_dumps_are_told(
+    zeb: Path, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("a", [1, 2, 3, 4])
+    path = write("b", [1, 2, 3, 4])
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *lines[3:]]) + "\n")
+    first = next(path.parent.glob("* a *"))
+    first.write_text("\n".join(lines[:3]) + "\n")
+    command = ["worst", str(zeb), str(path.parent), "--out", str(tmp_path / "out"), "--matchers"]
+    assert main([*command, "a", "b"]) == 1
+    assert capsys.readouterr().err.count("a (base) and b (base) share no pair") == 1
+    assert "share no pair" in (tmp_path / "out" / "index.html").read_text()
+    assert main([*command, "a"]) == 0
+    assert main([*command, "a", "ab"]) == 1  # a slip of the pen is not the wish for one matcher
+    assert "There is no dump of ab" in capsys.readouterr().err
+
+
+def test_dumps_of_two_runs(zeb: Path, write: Write, tmp_path: Path) -> None:
+    path = write("a", [1, 2, 3, 4])
+    second = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", second)
+    report = draw_worst(zeb, [path, second / "dump" / "gim"], tmp_path / "out")
+    assert len({entry.title for entry in report.lists}) == 4
+    # Too near to the root for a run to lie above it.
+    assert pictures._run_folder(Path("/tmp/[T] a GL3D v.txt")) == Path("/")
+    assert pictures._run_folder(path) == tmp_path / "run"
+
+
+def test_titles_are_not_cut(zeb: Path) -> None:
+    for text in ("WWWW MMMM @@@@", "2015-02-03-08-45-10#1422953130110959#1422953132610959"):
+        panel = np.full((40, 10, 3), 255, np.uint8)
+        sheet = pictures._sheet([panel], text * 3, 5.0)
+        ink = np.flatnonzero((sheet[: panel.shape[0]] < 128).any((0, 2)))
+        assert ink.max() < sheet.shape[1] - 2
+        assert ink.max() > 0.9 * sheet.shape[1]
 
 
 def test_a_pair_that_one_matcher_could_not_match_is_drawn(

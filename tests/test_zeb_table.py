@@ -398,6 +398,36 @@ def test_the_same_matcher_twice(dumps: Path, tmp_path: Path):
     np.testing.assert_array_equal(row.dumps["KITTI"].pose_errors, expected)
 
 
+def test_a_file_spelt_twice_is_one(dumps: Path):
+    path = dump_path(dumps, "good", "KITTI")
+    other = dumps.parent / "x" / ".." / "dumps"
+    (dumps.parent / "x").mkdir()
+    found = table.make_table([path, dumps, other, other / path.name], TableOptions(bootstrap=0))
+    assert found.problems == ()
+    assert len(found.own) == 2
+
+
+def test_protocols_of_a_run_are_rows_beside_each_other(tmp_path: Path):
+    run = tmp_path / "run" / "dump"
+    for factor, protocol in ((2.0, "gim"), (1.0, "poselib-1px")):
+        write_dump(run / protocol, random_dump("good", "KITTI", factor=factor))
+    write_dump(run / "gim", random_dump("good", "GL3D"))
+    write_dump(run / "gim", random_dump("poor", "KITTI", factor=3.0))
+    options = TableOptions(bootstrap=0, published=False)
+    found = table.make_table([run / "gim", run / "poselib-1px"], options)
+    assert found.problems == ()
+    rows = {row.name: row.auc[5.0] for row in found.own}
+    assert set(rows) == {"good (v1, gim)", "good (v1, poselib-1px)", "poor (v1)"}
+    # A mean over sets that two protocols judged would be of neither.
+    assert set(rows["good (v1, gim)"]) == {"KITTI", "GL3D"}
+    assert set(rows["good (v1, poselib-1px)"]) == {"KITTI"}
+    assert rows["good (v1, poselib-1px)"]["KITTI"] > rows["good (v1, gim)"]["KITTI"]
+    assert [row.name for row in table.make_table([run / "gim"], options).own] == [
+        "good (v1)",
+        "poor (v1)",
+    ]
+
+
 def test_rows_on_other_pairs_are_told(dumps: Path):
     write_dump(dumps, random_dump("third", "KITTI", count=12))
     found = table.make_table([dumps], TableOptions(bootstrap=0, published=False))

@@ -74,23 +74,24 @@ def find_dumps(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Return the dumps among files and folders, each once, sorted by name within a folder.
 
     A file given by name is taken as it is. Of a folder, files ``*.txt`` whose name holds ``]`` are
-    taken, not those of its subfolders.
+    taken, not those of its subfolders. A file named twice, however it is spelt, is one.
 
     Raises:
         InputError: a path does not exist, or a folder holds no dump.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # where it really is -> as it was named
     for path in map(Path, paths):
         if path.is_dir():
             dumps = sorted(file for file in path.glob("*.txt") if "]" in file.name)
             if not dumps:
                 raise InputError(f"{path} holds no dump: no file named like '[T] … .txt'.")
-            found.update(dict.fromkeys(dumps))
+            for dump in dumps:
+                found.setdefault(dump.resolve(), dump)
         elif path.exists():
-            found[path] = None
+            found.setdefault(path.resolve(), path)
         else:
             raise InputError(f"{path} does not exist: give dump files or folders of them.")
-    return list(found)
+    return list(found.values())
 
 
 def exit_code(checks: Iterable[SetCheck]) -> int:

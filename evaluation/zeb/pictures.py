@@ -129,6 +129,9 @@ def draw_worst(
     options = options or PictureOptions()
     root, output = find_root(folder), Path(output)
     by_set, problems = _columns(dumps, matchers, sets, run)
+    for dataset, columns in by_set.items():
+        if len(columns) == 2 and columns[0].records.keys().isdisjoint(columns[1].records):
+            problems.append(f"{dataset}: {' and '.join(c.title for c in columns)} share no pair")
     output.mkdir(parents=True, exist_ok=True)
     lists: list[PictureList] = []
     captions: dict[Path, list[str]] = {}
@@ -190,6 +193,8 @@ def _columns(
         raise InputError(
             "There is no dump of these matchers and sets" + "".join(f"; {p}" for p in problems[:3])
         )
+    having = {dump.matcher for own in found.values() for dump in own}
+    problems += [f"There is no dump of {name}" for name in matchers if name not in having]
     result: dict[str, list[_Column]] = {}
     for dataset, own in found.items():
         # In the order asked for: "A is better" then means the first.
@@ -202,19 +207,24 @@ def _columns(
             )
         titles = [f"{dump.matcher} ({dump.version})" for dump in own]
         if len(set(titles)) < len(titles):
-            titles = [
-                f"{title}, {dump.path.parent.name if dump.path else ''}"
-                for title, dump in zip(titles, own, strict=True)
-            ]
+            places = [dump.path.resolve().parent for dump in own if dump.path]
+            folders = [place.name for place in places]
+            if len(set(folders)) < len(folders):  # by one protocol, but of two runs
+                folders = [str(place) for place in places]
+            titles = [f"{title}, {name}" for title, name in zip(titles, folders, strict=True)]
         columns = []
         for title, dump in zip(titles, own, strict=True):
             assert dump.path is not None  # it was read
-            # <run>/dump/<protocol>/<file>
-            home = Path(run) if run is not None else dump.path.resolve().parents[2]
+            home = Path(run) if run is not None else _run_folder(dump.path.resolve())
             records = {record.identifier: record for record in dump.unique}
             columns.append(_Column(title=title, dump=dump, records=records, run=home))
         result[dataset] = columns
     return result, problems
+
+
+def _run_folder(path: Path) -> Path:
+    """Of <run>/dump/<protocol>/<file>; the root where the path is shorter."""
+    return path.parents[min(2, len(path.parents) - 1)]
 
 
 def _chosen(columns: Sequence[_Column], options: PictureOptions) -> list[tuple[str, list[str]]]:
@@ -226,8 +236,7 @@ def _chosen(columns: Sequence[_Column], options: PictureOptions) -> list[tuple[s
             gaps = metrics.most_different(
                 first.dump, second.dump, count=len(first.records), limit=options.limit
             )
-        except InputError as error:
-            logger.warning("%s", error)
+        except InputError:  # no pair in common, which is told
             gaps = []
         for column, sign in ((first, -1), (second, 1)):
             better = [gap.identifier for gap in gaps if gap.gap * sign > 0][: options.count]
@@ -389,8 +398,8 @@ def _panel(
         scales.append(np.array([size[0] / width, size[1] / height]))
     (h0, w0), (h1, w1) = (picture.shape[:2] for picture in pictures)
     top = _LEADING * len(lines) + _GAP
-    # As wide as the text at least, by the font's mean letter.
-    width = max(w0, w1, *(round(0.6 * _TEXT * len(line)) for line in lines))
+    # As wide as the text at least.
+    width = max(w0, w1, *(_width(line, bold=k == 0) for k, line in enumerate(lines)))
     canvas = np.full((top + h0 + _GAP + h1, width, 3), 255, np.uint8)
     origins = [np.array([0, top]), np.array([0, top + h0 + _GAP])]
     for picture, (x, y) in zip(pictures, origins, strict=True):
@@ -423,7 +432,7 @@ def _sheet(panels: Sequence[np.ndarray], title: str, limit: float) -> np.ndarray
     """Panels side by side under a title, above what the colours mean."""
     height = max(panel.shape[0] for panel in panels)
     width = sum(panel.shape[1] for panel in panels) + _MARGIN * (len(panels) - 1)
-    width = max(width, round(0.6 * _TEXT * len(title)), _BAR + 330)
+    width = max(width, _width(title, bold=True), _BAR + 330)
     top = _MARGIN + _LEADING + _GAP
     canvas = np.full((top + height + 2 * _MARGIN + _LEADING, width + 2 * _MARGIN, 3), 255, np.uint8)
     x = _MARGIN
@@ -449,6 +458,11 @@ def _write(canvas: np.ndarray, texts: Sequence[tuple[int, int, str, bool]]) -> n
     for x, y, text, bold in texts:
         draw.text((x, y), text, fill=(28, 33, 38), font=_font(bold))
     return np.asarray(picture)
+
+
+def _width(text: str, *, bold: bool) -> int:
+    """Pixels that a line takes."""
+    return math.ceil(_font(bold).getlength(text)) + 1
 
 
 def _font(bold: bool) -> FreeTypeFont:

@@ -839,7 +839,10 @@ def find_predictions(
     ]
     if len(folders) != 1:
         found = ", ".join(path.name for path in folders) or "none"
-        raise InputError(f"Predictions of one setting of {matcher} are needed in {base}: {found}.")
+        raise InputError(
+            f"Predictions of one setting of {matcher} are needed in {base}, the matches that "
+            f"gim-zeb run keeps: {found}."
+        )
     # Not find_set alone: it knows other sets than the twelve only by their folder of images.
     return read_folder(folders[0] / set_folder(dataset), identifiers)
 

@@ -36,14 +36,9 @@ def write_sheet(table: Table, path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: openpyxl is not installed, or the table has no AUC@5.
     """
-    if 5.0 not in table.options.thresholds:
-        raise InputError("the spreadsheet holds AUC@5°: keep 5 among the thresholds")
-    try:
-        from openpyxl import Workbook
-    except ImportError as error:
-        raise InputError(
-            "writing .xlsx needs openpyxl: pip install 'gim-hloc[zeb]', or write .csv"
-        ) from error
+    check_sheet(table)
+    from openpyxl import Workbook
+
     book = Workbook()
     book.remove(book.active)
     names = [column.name for column in COLUMNS]
@@ -66,6 +61,18 @@ def write_sheet(table: Table, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     write_atomic(path, buffer.getvalue())
     return path
+
+
+def check_sheet(table: Table) -> None:
+    """Raise InputError where `write_sheet` would, without writing."""
+    if 5.0 not in table.options.thresholds:
+        raise InputError("the spreadsheet holds AUC@5°: keep 5 among the thresholds")
+    try:
+        import openpyxl  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "writing .xlsx needs openpyxl: pip install 'gim-hloc[zeb]', or write .csv"
+        ) from error
 
 
 def _lines(table: Table, names: Sequence[str]) -> list[tuple[str, list[float]]]:

@@ -59,7 +59,7 @@ class Row:
     """One matcher: computed from dumps, or published."""
 
     matcher: str
-    version: str
+    version: str  # with the protocol behind it where the table has several of the matcher
     # AUC as a fraction: threshold in degrees -> set -> value.
     auc: dict[float, dict[str, float]]
     # Threshold -> mean over all columns of the table; NaN where the row lacks one: means over
@@ -129,7 +129,8 @@ def make_table(
 ) -> Table:
     """Compute the table of dumps.
 
-    A dump that cannot be used is left out and named in ``problems``.
+    A dump that cannot be used is left out and named in ``problems``. Dumps of one matcher by
+    several protocols, told by the folders of a run (``dump/<protocol>``), are rows of their own.
 
     Args:
         paths: dump files or folders of them.
@@ -145,11 +146,20 @@ def make_table(
     dumps, problems = load_dumps(paths)
     names = {dump.dataset for dump in dumps}
     sets = (*(name for name in NAMES if name in names), *sorted(names - set(NAMES)))
+    protocols: dict[tuple[str, str], set[str]] = {}
+    for dump in dumps:
+        protocols.setdefault((dump.matcher, dump.version), set()).add(_protocol(dump))
     rows: dict[tuple[str, str], dict[str, Dump]] = {}
     for dump in dumps:
-        rows.setdefault((dump.matcher, dump.version), {})[dump.dataset] = dump
+        version = dump.version
+        if len(protocols[dump.matcher, dump.version]) > 1:
+            version = f"{version}, {_protocol(dump) or 'no protocol'}"
+        rows.setdefault((dump.matcher, version), {})[dump.dataset] = dump
     table = [_own_row(key, by_set, sets, options) for key, by_set in rows.items()]
-    problems += _different_pairs(table, sets)
+    different = _different_pairs(table, sets)
+    for problem in different:
+        logger.warning("%s", problem)
+    problems += different
     if options.published and 5.0 in options.thresholds and set(sets) <= set(NAMES):
         for line in PUBLISHED:
             values = {name: line.values[name] for name in sets}
@@ -173,14 +183,14 @@ def load_dumps(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Dump], lis
     Raises:
         InputError: a path does not exist, or no dump is usable.
     """
-    dumps: dict[tuple[str, str, str], Dump] = {}
+    dumps: dict[tuple[str, str, str, str], Dump] = {}
     problems = []
     for path in find_dumps(paths):
         try:
             dump = read_pose_dump(path)
             if not dump.records:
                 raise InputError(f"{path} holds no pair: the run was cut off or found none.")
-            key = (dump.matcher, dump.version, dump.dataset)
+            key = (dump.matcher, dump.version, dump.dataset, _protocol(dump))
             if key in dumps:
                 raise InputError(
                     f"{path} is left out: {dumps[key].path} is of the same matcher, set and version"
@@ -197,6 +207,26 @@ def load_dumps(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Dump], lis
     return list(dumps.values()), problems
 
 
+def _protocol(dump: Dump) -> str:
+    """By which protocol a run made a dump; empty where its folder is not of a run."""
+    assert dump.path is not None  # it was read
+    folder = dump.path.resolve().parent
+    return folder.name if folder.parent.name == "dump" else ""
+
+
+def check_formats(table: Table, paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise InputError, before anything is written, for a file that `write_table` would refuse."""
+    for path in map(Path, paths):
+        if path.suffix.lower() not in FORMATS:
+            raise InputError(
+                f"{path}: tables are written as {', '.join(FORMATS)}, by the file's suffix"
+            )
+        if path.suffix.lower() == ".xlsx":
+            from gim_hloc.evaluation.zeb.sheet import check_sheet
+
+            check_sheet(table)
+
+
 def write_table(table: Table, path: str | os.PathLike[str]) -> Path:
     """Write a table in the format of the file's suffix: md, csv, xlsx or html.
 
@@ -204,11 +234,8 @@ def write_table(table: Table, path: str | os.PathLike[str]) -> Path:
         InputError: another suffix, or xlsx without openpyxl.
     """
     path = Path(path)
+    check_formats(table, [path])
     suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise InputError(
-            f"{path}: tables are written as {', '.join(FORMATS)}, by the file's suffix"
-        )
     path.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".xlsx":
         from gim_hloc.evaluation.zeb.sheet import write_sheet

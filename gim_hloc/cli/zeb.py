@@ -369,8 +369,7 @@ def _table(command: Table) -> int:
 
     options = table.TableOptions(thresholds=command.thresholds, published=command.published)
     made = table.make_table(command.dumps, options)
-    for problem in made.problems:
-        logger.warning("%s", problem)
+    table.check_formats(made, command.out)
     if not command.out:
         sys.stdout.write(table.to_markdown(made) + "\n")
     for path in command.out:
