@@ -93,7 +93,12 @@ def test_dry_run_tells_the_plan(
         (["--config", "nothing.yaml"], "There is no file nothing.yaml"),
         (["--model-options", "corse=3"], "no option 'corse'. Did you mean 'coarse'?"),
         (["--model-options", "coarse"], "is no NAME=VALUE"),
+        (["--model-options", "coarse=wide"], "coarse of gim_loftr is 'wide'; it must be a whole"),
+        (["--model-options", "blocks=3", "--dry-run"], "blocks of gim_loftr is 3; it must be a li"),
+        (["--model-options", "threshold=7"], "threshold is 7.0; a confidence is between 0 and 1"),
+        (["--optimiser.weight-decay", "-1"], "optimiser.weight_decay is -1.0; it must be 0 or mo"),
         (["--initial", "nothing.pth"], "There is no file nothing.pth"),
+        (["--initial", "nothing.pth", "--dry-run"], "There is no file nothing.pth"),
         (["--weights", "nothing.ckpt"], "There is no file nothing.ckpt"),
         (["--precision", "16"], "'32' or 'bf16'"),
         (["--epochs", "0"], "epochs is 0"),
@@ -112,6 +117,22 @@ def test_errors_are_one_line(
     assert message in error
     assert "Traceback" not in error
     assert error.count("error: ") == 1
+
+
+def test_wrong_values_of_sources_are_one_line(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sources.yaml"
+    for augment, message in (
+        ("{zoom0: 3}", "augment.zoom0 is 3; it must be a list of 2"),
+        ("{tries: many}", "augment.tries is 'many'; it must be a whole number"),
+        ("{photometric: blue}", "augment.photometric is 'blue'; it must be"),
+    ):
+        path.write_text(f"train: [{{type: rendered, scenes: 1, augment: {augment}}}]")
+        assert main(arguments(scenes, tmp_path / "run", "--data", str(path))) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("error: ") == 1
 
 
 def test_unknown_flags_name_the_nearest(

@@ -48,16 +48,18 @@ def test_paper_presets_have_the_published_numbers() -> None:
         assert o.warmup_steps is None
         found.check_world(40)
         assert (found.validation.threshold, found.validation.confidence) == (0.5, 0.999999)
-    # training.md §3: ScanNet's share of images that only fill the box, and glue's labels.
+    # training.md §3: ScanNet's share of images that only fill the box.
     for model, usual in (
         ("gim_loftr", {"scannet": {"augment": {"keep_scale": 0.2}}}),
         ("gim_roma", {"scannet": {"augment": {"keep_scale": 0.2}}}),
         ("gim_dkm", {}),
-        ("gim_lightglue", {"video": {"augment": {"max_labels": 2048}}}),
+        ("gim_lightglue", {}),  # 2048 of the labels, drawn by the model
     ):
         assert preset(f"paper-{model}").config.data.defaults == usual
     for model in ("aliked_lightglue", "disk_lightglue"):
-        same = dataclasses.replace(preset("paper-gim_lightglue").config, model=model)
+        same = dataclasses.replace(
+            preset("paper-gim_lightglue").config, model=model, initial=Path(f"{model}.pth")
+        )
         assert preset(f"paper-{model}").config == same
 
 
@@ -116,6 +118,16 @@ def test_values_that_make_no_run() -> None:
         ("data", {"maxlen": (3, 3)}, "2 numbers for 0 training"),
         ("optimiser", {"lr": 0.0}, "positive"),
         ("optimiser", {"min_lr": 1.0}, "between 0 and lr"),
+        ("optimiser", {"weight_decay": -1.0}, r"optimiser\.weight_decay"),
+        ("optimiser", {"lr": float("inf")}, r"optimiser\.lr"),
+        ("optimiser", {"warmup_start": 2.0}, r"optimiser\.warmup_start"),
+        ("optimiser", {"constant_epochs": -1}, r"optimiser\.constant_epochs"),
+        ("optimiser", {"decay": 0.0}, r"optimiser\.decay"),
+        ("validation", {"threshold": 0.0}, r"validation\.threshold"),
+        ("validation", {"confidence": 1.0}, r"validation\.confidence"),
+        ("validation", {"max_iterations": 0}, r"validation\.max_iterations"),
+        ("data", {"valid_pairs": 0}, r"data\.valid_pairs"),
+        ("log", {"pictures": -1}, r"log\.pictures"),
         ("log", {"every": 0}, r"log\.every"),
         ("runtime", {"devices": "two"}, "a number or auto"),
     ):
@@ -158,6 +170,8 @@ def test_sources_get_what_is_usual_for_their_type() -> None:
     from gim_hloc.training.loader import source_settings
 
     paper = preset("paper-gim_lightglue").config
+    usual = {"video": {"augment": {"max_labels": 2048}}}
+    paper = dataclasses.replace(paper, data=dataclasses.replace(paper.data, defaults=usual))
     video = {"type": "video", "labels": "v", "augment": {"keep_scale": 1.0}}
     found = source_settings(paper, video, split="train")
     assert found["box"] == (1024, 1024)
@@ -242,6 +256,9 @@ def test_a_run_keeps_its_settings(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"epochs: 10 -> 3; optimiser\.lr: 0\.0003 -> 1\.0"):
         c.write_config(other, tmp_path / "run")
     assert c.read_config(path) == faster
+    # Where a first try never came to a state, correcting a setting is no other run.
+    c.write_config(other, tmp_path / "run", begun=False)
+    assert c.read_config(path) == other
 
 
 def test_sources_are_compared_as_a_whole() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,7 +159,8 @@ class TrainConfig:
     model_options: dict[str, Any] = field(default_factory=dict)
     """Options of the model, as in the file: {name: value}."""
     initial: Path | None = None
-    """File that the training starts from by the recipe (an ImageNet encoder, a detector, ...)."""
+    """What the training starts from by the recipe (an ImageNet encoder, LightGlue, ...): a file, or
+    a name of gim-weights list."""
     weights: Path | None = None
     """Trained weights of this model, or a checkpoint of an earlier run, to go on learning from."""
     epochs: int = 10
@@ -192,7 +194,17 @@ class TrainConfig:
             ("data.defaults", data.defaults,
              all(isinstance(v, Mapping) for v in data.defaults.values()),
              "settings by type of source"),
-            ("optimiser.lr", optimiser.lr, optimiser.lr > 0, "positive"),
+            ("data.valid_pairs", data.valid_pairs, data.valid_pairs is None or data.valid_pairs > 0,
+             "at least 1, or null for all"),
+            ("optimiser.lr", optimiser.lr, 0 < optimiser.lr < math.inf, "positive"),
+            ("optimiser.weight_decay", optimiser.weight_decay,
+             0 <= optimiser.weight_decay < math.inf, "0 or more"),
+            ("optimiser.warmup_start", optimiser.warmup_start, 0 <= optimiser.warmup_start <= 1,
+             "between 0 and 1"),
+            ("optimiser.constant_epochs", optimiser.constant_epochs,
+             optimiser.constant_epochs >= 0, "0 or more"),
+            ("optimiser.decay", optimiser.decay, 0 < optimiser.decay <= 1,
+             "above 0 and at most 1"),
             ("optimiser.min_lr", optimiser.min_lr, 0 <= optimiser.min_lr <= optimiser.lr,
              "between 0 and lr"),
             ("optimiser.warmup_steps", optimiser.warmup_steps,
@@ -204,11 +216,18 @@ class TrainConfig:
              "at least 1"),
             ("validation.per_epoch", self.validation.per_epoch, self.validation.per_epoch >= 0,
              "0 or more"),
+            ("validation.threshold", self.validation.threshold,
+             0 < self.validation.threshold < math.inf, "positive"),
+            ("validation.confidence", self.validation.confidence,
+             0 < self.validation.confidence < 1, "between 0 and 1"),
+            ("validation.max_iterations", self.validation.max_iterations,
+             self.validation.max_iterations > 0, "at least 1"),
             ("validation.keep", self.validation.keep, self.validation.keep > 0, "at least 1"),
             ("log.every", self.log.every, self.log.every > 0, "at least 1"),
             ("log.save_every", self.log.save_every, self.log.save_every >= 0, "0 or more"),
             ("log.pictures_every", self.log.pictures_every, self.log.pictures_every >= 0,
              "0 or more"),
+            ("log.pictures", self.log.pictures, self.log.pictures >= 0, "0 or more"),
             ("runtime.nodes", self.runtime.nodes, self.runtime.nodes > 0, "at least 1"),
             ("runtime.devices", self.runtime.devices,
              self.runtime.devices == "auto"
@@ -295,7 +314,7 @@ def from_mapping(
                 prefix=f"{name}.",
             )
         else:
-            changes[key] = _convert(value, hint, name=name, where=where)
+            changes[key] = convert(value, hint, f"{where}: {name}")
     return dataclasses.replace(current, **changes)  # type: ignore[type-var]
 
 
@@ -318,12 +337,22 @@ def _all_keys(kind: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def _convert(value: Any, hint: Any, *, name: str, where: str) -> Any:
+def convert(value: Any, hint: Any, name: str) -> Any:
+    """Return a value of YAML, JSON or a flag as the type of an option.
+
+    Args:
+        value: as it was read.
+        hint: the type.
+        name: of the option and where it stands, for the message.
+
+    Raises:
+        InputError: it is of another type.
+    """
     for option in _options(hint):
         converted = _as(value, option)
         if converted is not _NO:
             return converted
-    raise InputError(f"{where}: {name} is {value!r}; it must be {_describe(hint)}.")
+    raise InputError(f"{name} is {value!r}; it must be {_describe(hint)}.")
 
 
 _NO = object()
@@ -359,8 +388,13 @@ def _as(value: Any, hint: Any) -> Any:
         return str(value) if isinstance(value, (str, int)) and value is not True else _NO
     if hint is Path:
         return Path(value) if isinstance(value, (str, Path)) else _NO
-    if origin is dict:
-        return dict(value) if isinstance(value, Mapping) else _NO
+    if origin in (dict, Mapping):
+        fits = isinstance(value, Mapping) and all(
+            _as(v, arguments[1]) is not _NO for v in value.values()
+        )
+        return dict(value) if fits else _NO
+    if origin is Sequence:
+        origin, arguments = tuple, (arguments[0], ...)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             return _NO
@@ -378,11 +412,11 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(a) for a in arguments)
     if origin is Literal:
         return " or ".join(repr(a) for a in arguments)
+    if origin is Sequence or (origin is tuple and arguments[-1] is Ellipsis):
+        return f"a list, each entry {_describe(arguments[0])}"
     if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"a list of {_describe(arguments[0])}"
         return f"a list of {len(arguments)} of {_describe(arguments[0])}"
-    if origin is dict or hint is dict:
+    if origin in (dict, Mapping) or hint is dict:
         return "a mapping"
     return {
         type(None): "null", bool: "true or false", int: "a whole number", float: "a number",
@@ -474,16 +508,22 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def write_config(config: TrainConfig, folder: Path) -> Path:
+def write_config(config: TrainConfig, folder: Path, *, begun: bool = True) -> Path:
     """Store a run's configuration in its folder.
 
+    Args:
+        config: the settings.
+        folder: of the run.
+        begun: there is a state to go on from. Without one, as after a first try that ended with a
+            message about a source, nothing was learnt with the settings that stand there.
+
     Raises:
-        OutputError: the folder holds a run with other settings.
+        OutputError: the folder holds a run with other settings, or cannot be written.
     """
     path = folder / CONFIG_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if begun and path.exists():
             changed = differences(read_config(path), config)
             if changed:
                 raise OutputError(

@@ -1,8 +1,10 @@
 """Named settings: the published trainings, and the same for one consumer GPU.
 
 ``paper-*`` are the numbers of the reference's four branches; LightGlue on other detectors than
-SuperPoint was not published, those take its recipe. ``small-*`` shrink images, epochs and the
-canonical batch; their rates are scaled with the root of the canonical batch, as Adam wants it.
+SuperPoint was not published, those take its recipe. They name the files that they start from, which
+``gim_hloc.weights`` finds. ``small-*`` start from random numbers unless told otherwise; they shrink
+images, epochs and the canonical batch; their rates are scaled with the root of the canonical batch,
+as Adam wants it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from gim_hloc.errors import InputError
 from gim_hloc.training.config import (
@@ -34,11 +37,13 @@ _MAXLEN = 938_240  # pairs an epoch of each source: 23 456 for each of 40 GPUs
 
 # How often an image only fills the box, where it differs from the sources' own half.
 _SCANNET = {"scannet": {"augment": {"keep_scale": 0.2}}}
-# LightGlue sees a video's first 2048 labels, in the order of their rows.
-_VIDEO = {"video": {"augment": {"max_labels": 2048}}}
+
+# LightGlue's authors' weights for other detectors than SuperPoint, whose file stands in _GLUE.
+_STARTS = {name: Path(f"{name}.pth") for name in ("aliked_lightglue", "disk_lightglue")}
 
 _LOFTR = TrainConfig(
     model="gim_loftr",
+    initial=Path("resnet50-0676ba61.pth"),
     epochs=10,
     data=DataConfig(
         box=(840, 840), maxlen=(_MAXLEN,), batch_size=1, valid_batch_size=2, defaults=_SCANNET
@@ -50,6 +55,7 @@ _LOFTR = TrainConfig(
 )
 _DKM = TrainConfig(
     model="gim_dkm",
+    initial=Path("resnet50-0676ba61.pth"),
     epochs=10,
     data=DataConfig(box=(896, 672), maxlen=(_MAXLEN,), batch_size=1, valid_batch_size=2),
     optimiser=OptimiserConfig(
@@ -59,6 +65,7 @@ _DKM = TrainConfig(
 )
 _ROMA = TrainConfig(
     model="gim_roma",
+    initial=Path("vgg19_bn-c79401a0.pth"),
     epochs=370,
     data=DataConfig(
         box=(672, 672), maxlen=(25_600,), batch_size=1, valid_batch_size=2, defaults=_SCANNET
@@ -70,16 +77,17 @@ _ROMA = TrainConfig(
 )
 _GLUE = TrainConfig(
     model="gim_lightglue",
+    initial=Path("superpoint_lightglue.pth"),
     model_options={"keypoints": 2048, "recompute": True},
     epochs=50,
     data=DataConfig(
         box=(1024, 1024), valid_box=(1280, 1280), maxlen=(_MAXLEN,), batch_size=1,
-        valid_batch_size=2, defaults=_VIDEO,
+        valid_batch_size=2,
     ),
     optimiser=OptimiserConfig(
         name="adam", weight_decay=0.0, lr=1e-4, rule="epoch", canonical_batch=None
     ),
-    validation=ValidationConfig(per_epoch=5),
+    validation=ValidationConfig(per_epoch=5, before=True),
 )  # fmt: skip
 
 
@@ -97,6 +105,7 @@ def _small(
 ) -> TrainConfig:
     return replace(
         paper,
+        initial=None,
         epochs=epochs,
         data=replace(
             paper.data, box=box, valid_box=None, maxlen=(maxlen,), batch_size=batch_size,
@@ -172,7 +181,7 @@ def _presets() -> Mapping[str, Preset]:
             what="the published training, made for 5 machines of 8 GPUs with 80 GB"
             if published
             else "the published training of gim_lightglue on another detector",
-            config=replace(paper, model=model),
+            config=replace(paper, model=model, initial=_STARTS.get(model, paper.initial)),
         )
         found[f"small-{model}"] = Preset(
             name=f"small-{model}",

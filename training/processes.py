@@ -31,6 +31,8 @@ def processes(config: TrainConfig) -> tuple[str, int, int]:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("runtime.accelerator is 'cuda', but PyTorch finds no CUDA device here.")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError("runtime.accelerator is 'mps', but PyTorch finds no such device here.")
     if _under_torchrun():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return kind, local, int(os.environ["WORLD_SIZE"]) // local

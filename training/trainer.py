@@ -192,6 +192,10 @@ def train(
         NotFiniteError: too many steps in a row were not finite.
     """
     config.check()
+    if build is None:
+        from gim_hloc.training.models import fitting
+
+        fitting(config.model, config.model_options)
     fabric = make_fabric(config)
     fabric.launch()
     if fabric.global_rank:
@@ -241,11 +245,11 @@ class _Run:
         self.saved = False  # last.ckpt is of the last step
         self._examples: list[PairBatch] = []
 
+        self.last = folder / checkpoints.FOLDER / checkpoints.LAST
         if self.main:
-            write_config(config, folder)
+            write_config(config, folder, begun=self.last.exists())
             checkpoints.clean(folder / checkpoints.FOLDER)
         fabric.barrier()
-        self.last = folder / checkpoints.FOLDER / checkpoints.LAST
         self.best = Best(folder / checkpoints.FOLDER, config.validation.keep)
         state = checkpoints.load(self.last) if self.last.exists() else None
         resume = (
@@ -294,18 +298,14 @@ class _Run:
             torch.backends.cudnn.allow_tf32 = runtime.tf32
 
     def _weights(self, model: TrainingModel, state: Mapping[str, Any] | None) -> None:
-        if self.config.initial is not None and not self.config.initial.is_file():
-            raise InputError(f"There is no file {self.config.initial} (--initial).")
         trained = None
         if state is not None:
             trained = state["state_dict"]
         elif self.config.weights is not None:
             trained = checkpoints.load_weights(self.config.weights)
-        # Also where trained weights follow: frozen parts are not in them. Then the advice about
-        # better files to start from is beside the point.
-        with _quiet("gim_hloc.training.models") if trained else contextlib.nullcontext():
-            model.initialise(self.config.initial)
-        if trained is not None:
+        if trained is None:
+            model.initialise(initial_file(self.config))
+        else:
             model.load_checkpoint(trained)
 
     def _place(self, model: TrainingModel) -> TrainingModel:
@@ -683,22 +683,32 @@ def _deterministic() -> Iterator[None]:
         settings.fill_uninitialized_memory = filled
 
 
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    named = logging.getLogger(name)
-    before = named.level
-    named.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        named.setLevel(before)
-
-
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's global generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+def initial_file(config: TrainConfig, *, download: bool = True) -> Path | None:
+    """Return the file that a training starts from: a path as it stands, a known name looked up.
+
+    Args:
+        config: with ``initial``.
+        download: whether a known file that no folder has may be fetched.
+
+    Raises:
+        InputError: there is no such file, and none is known by that name.
+        WeightsError: a known file cannot be had.
+    """
+    path = config.initial
+    if path is None or path.is_file():
+        return path
+    if weights.find(str(path)) is None:
+        raise InputError(
+            f"There is no file {path} (--initial), and gim-weights list knows none of that name."
+        )
+    return weights.locate(str(path), download=download)
 
 
 def build_from(config: TrainConfig) -> TrainingModel:
@@ -722,9 +732,13 @@ def describe(config: TrainConfig, *, data: Callable[[TrainConfig], PairData] | N
     kind, devices, nodes = processes(config)
     world = devices * nodes
     config.check_world(world)
-    for path in (config.initial, config.weights):
-        if path is not None and not path.is_file():
-            raise InputError(f"There is no file {path}.")
+    from gim_hloc.training.models import fitting
+
+    fitting(config.model, config.model_options)
+    if config.weights is not None and not config.weights.is_file():
+        raise InputError(f"There is no file {config.weights} (--weights).")
+    if config.weights is None:
+        initial_file(config, download=False)
     opened = (data or open_sources)(config)
     pairs = len(opened.keys(0, 0, world))
     batches = -(-pairs // config.data.batch_size)

@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from gim_hloc.errors import InputError
 from gim_hloc.training.batch import PairSample
+from gim_hloc.training.config import convert
 from gim_hloc.training.data.augment import AugmentOptions, RawPair, TooFewLabelsError, make_sample
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,9 @@ class SourceOptions:
         fields = {f.name for f in dataclasses.fields(AugmentOptions)} - {"box", "train"}
         require_known(self.augment, fields, "augment")
         values = {**self.AUGMENT, **self.augment}
+        hints = get_type_hints(AugmentOptions)
         for name, value in values.items():
-            if isinstance(value, list):  # as YAML and JSON give it
-                values[name] = tuple(value)
+            values[name] = convert(value, hints[name], f"augment.{name}")
         return AugmentOptions(box=self.box, train=self.split == "train", **values)
 
 

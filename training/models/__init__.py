@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
 
 from gim_hloc.errors import InputError
+from gim_hloc.training.config import convert
 from gim_hloc.training.models.base import TrainingModel
 
 _BUILDERS = {
@@ -34,8 +35,40 @@ def build_model(name: str, **options: Any) -> TrainingModel:
         **options: keyword arguments of the model's ``build``.
 
     Raises:
-        InputError: there is no such model, or it has no such option.
+        InputError: there is no such model, it has no such option, or a value does not fit.
     """
+    return _builder(name)(name, **fitting(name, options))
+
+
+def fitting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a model in the types that it wants; nothing is built.
+
+    Args:
+        name: one of ``names()``.
+        options: keyword arguments of the model's ``build``, as a file or the command line has them.
+
+    Raises:
+        InputError: there is no such model, it has no such option, or a value is of another type.
+    """
+    build = _builder(name)
+    hints = get_type_hints(build)
+    known = [
+        p.name
+        for p in inspect.signature(build).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    found = {}
+    for key, value in options.items():
+        if key not in known:
+            raise InputError(
+                f"The model {name} has no option {key!r}.{_hint(key, known)} "
+                f"Its options: {', '.join(known)}."
+            )
+        found[key] = convert(value, hints[key], f"The option {key} of {name}")
+    return found
+
+
+def _builder(name: str) -> Callable[..., TrainingModel]:
     if name not in _BUILDERS:
         raise InputError(
             f"No model named {name!r} can be trained.{_hint(name, names())} "
@@ -43,18 +76,7 @@ def build_model(name: str, **options: Any) -> TrainingModel:
         )
     module, _, attribute = _BUILDERS[name].partition(":")
     build: Callable[..., TrainingModel] = getattr(importlib.import_module(module), attribute)
-    known = [
-        p.name
-        for p in inspect.signature(build).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    for key in options:
-        if key not in known:
-            raise InputError(
-                f"The model {name} has no option {key!r}.{_hint(key, known)} "
-                f"Its options: {', '.join(known)}."
-            )
-    return build(name, **options)
+    return build
 
 
 def _hint(word: str, known: list[str]) -> str:

@@ -442,6 +442,8 @@ def build(
             f"LoFTR needs coarse ({coarse}) and fine ({fine}) channels that are multiples of "
             f"{HEADS}, an even number of layers ({layers}) and blocks of three layers ({blocks})."
         )
+    if not 0 < threshold < 1:
+        raise InputError(f"LoFTR's threshold is {threshold}; a confidence is between 0 and 1.")
     widths = Widths(
         encoder=encoder,
         blocks=tuple(blocks),
