@@ -12,6 +12,7 @@ On a GPU one thread feeds batches while another decodes images.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -218,16 +219,17 @@ def match_pairs(
         chunk = pairs[start : start + batch_size]
         try:
             results = matcher.match_batch([(get(a), get(b)) for a, b in chunk])
-        except torch.cuda.OutOfMemoryError:
-            if batch_size == 1:
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not is_out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
             batch_size = max(1, batch_size // 2)
-            logger.warning("GPU memory ran out: %d pairs a batch from here on.", batch_size)
+            logger.warning("Memory ran out: %d pairs a batch from here on.", batch_size)
+        else:
+            for pair, result in zip(chunk, results, strict=True):
+                done(pair, result)
+            start += len(chunk)
             continue
-        for pair, result in zip(chunk, results, strict=True):
-            done(pair, result)
-        start += len(chunk)
+        release_memory(matcher.device)
 
 
 @dataclass(kw_only=True)
@@ -282,8 +284,6 @@ def match_scheduled(
         except (RuntimeError, MemoryError) as error:  # torch raises several classes
             if not is_out_of_memory(error):
                 raise
-            if matcher.device.type == "cuda":
-                torch.cuda.empty_cache()
             if report.batch_size > 1:
                 report.batch_size //= 2
                 note = f"Memory ran out: {report.batch_size} pairs a batch from here on."
@@ -299,14 +299,33 @@ def match_scheduled(
                 raise
             logger.warning("%s", note)
             report.notes.append(note)
+        else:
+            continue
+        release_memory(matcher.device)
     return report
+
+
+# Words of errors that are no OutOfMemoryError: CUDA's own (for pinned memory and contexts), those
+# of its libraries (CUBLAS_STATUS_ALLOC_FAILED, ...), and those of main memory.
+_NO_MEMORY = ("out of memory", "_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that device or main memory ran out."""
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
+
+
+def release_memory(device: torch.device) -> None:
+    """Free what an error held; to be called when the ``except`` block is left.
+
+    An error holds the frames that it passed, and these the tensors of the work that failed. Futures
+    that hold the error in turn make a circle of it, which only the collector opens.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _run_schedule(

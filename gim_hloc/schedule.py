@@ -140,7 +140,9 @@ def encoding_bytes(value: Any) -> int:
 def move_encoding(value: Any, device: torch.device) -> Any:
     """The same encoding with its tensors on another device."""
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
+        # Towards main memory it would come in pinned pages, rounded up to powers of two and never
+        # given back, and could be read before it is there.
+        return value.to(device, non_blocking=device.type != "cpu")
     if isinstance(value, Mapping):
         return {key: move_encoding(v, device) for key, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -177,6 +179,8 @@ def memory_budget(device: torch.device, gigabytes: float | None) -> Budget:
         share = _free_host_bytes() // 2 if gigabytes is None else int(gigabytes * 1e9)
         return Budget(device=share)
     free, _ = torch.cuda.mem_get_info(device)
+    # PyTorch keeps what it freed; the driver counts that as taken.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if gigabytes is None:
         return Budget(device=free // 2, host=_free_host_bytes() // 3)
     on_device = min(int(gigabytes * 1e9), free // 2)
