@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gim_hloc import weights
-from gim_hloc.errors import WeightsError
+from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.weight_files import WeightFile
 
 
@@ -68,6 +68,10 @@ _LOFTR_BASELINE = NetworkPart(
     unwrapping="loftr",
 )
 
+_SUPERGLUE = NetworkPart(
+    network="SuperPoint and SuperGlue", made_by="gim_hloc.matchers.superglue:published_shapes"
+)
+
 NETWORKS: Mapping[str, tuple[NetworkPart, ...]] = {
     "aliked-n16.pth": (
         NetworkPart(
@@ -102,6 +106,8 @@ NETWORKS: Mapping[str, tuple[NetworkPart, ...]] = {
     "dinov2_vitl14_pretrain.pth": (_DINOV2,),
     "loftr_outdoor.ckpt": (_LOFTR_BASELINE,),
     "loftr_indoor_ds_new.ckpt": (_LOFTR_BASELINE,),
+    "superglue_outdoor.safetensors": (_SUPERGLUE,),
+    "superglue_indoor.safetensors": (_SUPERGLUE,),
     "encoder_epoch_20.pth": (_segmentation("encoder"),),
     "decoder_epoch_20.pth": (_segmentation("decoder"),),
 }
@@ -112,7 +118,7 @@ def expected_shapes(part: NetworkPart) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a network's weights, by making it without memory for them.
 
     Raises:
-        ImportError, AttributeError: the network is not part of this installation.
+        ImportError, AttributeError, InputError: the network is not part of this installation.
     """
     module, _, attribute = part.made_by.partition(":")
     maker = getattr(importlib.import_module(module), attribute)
@@ -131,7 +137,7 @@ def check_part(part: NetworkPart, state: Mapping[str, torch.Tensor], *, path: Pa
 
     Raises:
         WeightsError: they differ.
-        ImportError, AttributeError: the network is not part of this installation.
+        ImportError, AttributeError, InputError: the network is not part of this installation.
     """
     expected = expected_shapes(part)
     if part.unwrapping is not None:
@@ -207,7 +213,7 @@ def _judge(path: Path, file: WeightFile | None, blob: str) -> tuple[bool | None,
         count = sum(check_part(part, state, path=path) for part in parts)
     except WeightsError as error:
         return False, str(error), name
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, InputError) as error:
         return None, f"{len(state)} tensors; their network cannot be made here ({error})", name
     networks = " and ".join(part.network for part in parts)
     return True, f"names and shapes of all {count} tensors of {networks}", name

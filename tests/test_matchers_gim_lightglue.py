@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from gim_hloc import weight_checks
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.evaluation import filled
 from gim_hloc.matchers import registry
@@ -223,9 +224,37 @@ def test_superglue_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None
         registry.load("superglue_indoor", device="cpu")
 
 
-@pytest.mark.skipif(
+needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
+
+
+@needs_transformers
+def test_superglue_from_a_file_of_transformers(folder: Path, tmp_path: Path) -> None:
+    """The file as the package writes it: what the published one was made with."""
+    from gim_hloc.matchers import superglue
+
+    torch.manual_seed(0)
+    network = superglue.make_network(superglue.SuperGlueOptions())
+    network.save_pretrained(tmp_path)
+    path = folder / "superglue_outdoor.safetensors"
+    (tmp_path / "model.safetensors").rename(path)
+    options = {"detection_threshold": 0.0, "filter_threshold": 1e-9}
+    matcher = load("superglue_outdoor", **options)
+    a, b = (matcher.encode(data(texture(96, 128, seed), str(seed))) for seed in (0, 1))
+    assert len(matcher.match(a, b)) > 5
+    assert matcher.weights_hashes.keys() == {path.name}
+    verdict = weight_checks.verify(path)
+    assert verdict.good is True, verdict.detail
+    assert "SuperGlue" in verdict.detail
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert weight_checks.verify(path).good is False
+    with pytest.raises(WeightsError, match=f"{path.name}.*cut off"):
+        load("superglue_outdoor", **options)
+    path.unlink()
+
+
+@needs_transformers
 def test_superglue_through_transformers() -> None:
     from gim_hloc.matchers import superglue
 

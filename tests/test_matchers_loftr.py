@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gim_hloc import weight_checks
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.evaluation import filled
 from gim_hloc.matchers import registry
 from gim_hloc.matchers.base import ImageData, Matches
-from gim_hloc.matchers.loftr import LoFTRMatcher, LoFTROptions, make_network
+from gim_hloc.matchers.loftr import LoFTRMatcher, LoFTROptions
 from gim_hloc.networks.loftr import LoFTR
 
 IDENTITY = np.eye(2, 3)
@@ -219,18 +220,44 @@ def test_flat_files_and_other_prefixes(folder: Path) -> None:
         registry.load("gim_loftr", device="cpu")
 
 
-def test_the_published_networks(folder: Path) -> None:
-    for name, file, positional in (
-        ("loftr_outdoor", "loftr_outdoor.ckpt", "published"),
-        ("loftr_indoor", "loftr_indoor_ds_new.ckpt", "corrected"),
-    ):
-        torch.manual_seed(0)
-        torch.save({"state_dict": make_network(name).state_dict()}, folder / file)
-        one: Any = registry.load(name, device="cpu", threshold=1e-6)
-        assert one.network.positional == positional
-        assert one.image_options.grayscale
-        gray = one.encode(data(pattern(96, 128, channels=1)))
-        assert len(one.match(gray, gray)) > 10
+@pytest.mark.parametrize(
+    ("name", "file", "corrected"),
+    [
+        ("loftr_outdoor", "loftr_outdoor.ckpt", False),
+        ("loftr_indoor", "loftr_indoor_ds_new.ckpt", True),
+    ],
+)
+def test_the_published_networks(name: str, file: str, corrected: bool, folder: Path) -> None:
+    """Files with the names of kornia's network, which reads the authors', give its matches."""
+    import copy
+
+    from kornia.feature import LoFTR as KorniaLoFTR
+    from kornia.feature.loftr.loftr import default_cfg
+
+    config = copy.deepcopy(default_cfg)
+    config["coarse"]["temp_bug_fix"] = corrected
+    torch.manual_seed(0)
+    theirs = KorniaLoFTR(pretrained=None, config=config).eval()
+    theirs.coarse_matching.thr = 1e-6
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.7, 1.3)
+    torch.save({"state_dict": theirs.state_dict()}, folder / file)
+    ours: Any = registry.load(name, device="cpu", threshold=1e-6)
+    assert ours.network.positional == ("corrected" if corrected else "published")
+    assert ours.image_options.grayscale
+    assert weight_checks.verify(folder / file).good
+
+    images = torch.rand(1, 128, 160), torch.rand(1, 112, 144)
+    a, b = (ours.encode(data(image, str(k))) for k, image in enumerate(images))
+    found = ours.match(a, b)
+    with torch.inference_mode():
+        expected = theirs({"image0": images[0][None], "image1": images[1][None]})
+    assert len(found) == len(expected["confidence"]) > 5
+    assert torch.equal(found.keypoints0, expected["keypoints0"])
+    assert (found.keypoints1 - expected["keypoints1"]).abs().max() < 0.01
+    assert (found.scores - expected["confidence"]).abs().max() < 1e-4
 
 
 def test_bad_input() -> None:

@@ -105,6 +105,16 @@ def make_network(options: SuperGlueOptions, name: str = "superglue_outdoor") -> 
     )
 
 
+def published_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in the published files.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    state = make_network(SuperGlueOptions()).state_dict()
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
 class SuperGlueMatcher(SparseMatcher):
     """SuperPoint and SuperGlue.
 
