@@ -350,7 +350,7 @@ def _page(report: PairReport, sections: Sequence[str]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}</title><style>{_STYLE}</style></head><body>\n"
-        f"<h1>{name}: {len(report.pair_list)} pairs without ground truth</h1>\n"
+        f"<h1>{name}: {len(sections)} pairs without ground truth</h1>\n"
         "<p>Inliers are matches that agree with a fundamental matrix estimated from them. Green: "
         "inliers of OpenCV's USAC; orange: all matches, where no geometry fits. Few wrong matches "
         "always agree with some geometry: about 15 inliers mean nothing, and alike buildings give "

@@ -46,7 +46,8 @@ _SINGULAR = 1e-9  # smallest over largest singular value
 
 def _escape(name: str) -> str:
     """A name as it can stand in identifiers: different names stay different."""
-    return re.sub(r"[\s#%]", lambda found: f"%{ord(found[0]):02X}", name)
+    # Bytes of a file's name that are no text are lone surrogates here; files are written in UTF-8.
+    return re.sub(r"[\s#%\udc80-\udcff]", lambda found: f"%{ord(found[0]) & 0xFF:02X}", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ def read_list(
     Args:
         path: file or folder, see the module.
         images: folder that names are relative to. By default the one of the list's folder, its
-            ``images`` or ``scannet_test_1500`` and the folder above in which the first pair is.
+            ``images`` or ``scannet_test_1500`` and the folder above that has most of the images.
         format: by default found out from the content.
         name: of the set; by default that of the file or folder.
         intrinsics: of format scannet; by default ``intrinsics.npz`` beside the list.
@@ -178,7 +179,8 @@ def read_list(
         The list. Entries that cannot be used are named in it, not raised.
 
     Raises:
-        InputError: the list cannot be read, is none of these formats, or has no usable pair.
+        InputError: the list cannot be read, is none of these formats, has no usable pair, or no
+            folder has any of its images.
     """
     path = Path(path)
     if not path.exists():
@@ -198,7 +200,7 @@ def read_list(
     return PairList(
         name=_set_name(path) if name is None else _clean(name),
         format=format,
-        root=_find_root(path, images, collected.pairs[0]),
+        root=_find_root(path, images, collected.pairs),
         pairs=tuple(last.values()),
         bad=tuple(faults_by_name.values()),
         lost=tuple(collected.lost),
@@ -259,17 +261,28 @@ def _clean(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name).lstrip(".") or "pairs"
 
 
-def _find_root(path: Path, images: str | os.PathLike[str] | None, first: ListedPair) -> Path:
-    if images is not None:
-        root = Path(images)
-        if not root.is_dir():
-            raise InputError(f"The image folder {root} does not exist.")
-        return root
+def _find_root(
+    path: Path, images: str | os.PathLike[str] | None, pairs: Sequence[ListedPair]
+) -> Path:
     folder = path if path.is_dir() else path.parent
-    for root in (folder, folder / "images", folder / "scannet_test_1500", folder.parent):
-        if (root / first.files[0].name).is_file():
+    roots = [folder, folder / "images", folder / "scannet_test_1500", folder.parent]
+    if images is not None:
+        roots = [Path(images)]
+        if not roots[0].is_dir():
+            raise InputError(f"The image folder {roots[0]} does not exist.")
+    names = list(dict.fromkeys(file.name for pair in pairs for file in pair.files))
+    counts = []
+    for root in roots:
+        if (root / names[0]).is_file() and (root / names[-1]).is_file():
             return root
-    return folder
+        counts.append(sum((root / name).is_file() for name in names))
+    if not any(counts):
+        looked = ", ".join(str(root) for root in roots if root.is_dir())
+        raise InputError(
+            f"None of the {len(names)} images that {path} names, such as {names[0]}, is in "
+            f"{looked}: say which folder the names are relative to (--images)."
+        )
+    return roots[counts.index(max(counts))]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import pickle
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -566,6 +568,42 @@ def test_damaged_image_is_named(
     (tmp_path / "i3.png").write_bytes(b"no image")
     assert command(superglue, tmp_path / "out") == 1
     assert "i3.png" in capsys.readouterr().err
+
+
+def test_images_are_looked_for_by_all_names_not_by_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data" / "list.txt"
+    for i in (1, 2, 3):  # the first image of the list is missing
+        make_image(path.parent / "images" / f"i{i}.png")
+    path.write_text("\n".join(superglue_line(i, i + 1) for i in range(3)))
+    assert command(path, tmp_path / "out") == 1
+    [row] = json.loads((tmp_path / "out/results/list/results.json").read_text())["rows"]
+    assert (row["pairs"], row["failures"]) == (3, 1)
+    # All of them missing is no list of failures but a wrong folder.
+    (path.parent / "images").rename(tmp_path / "elsewhere")
+    assert command(path, tmp_path / "none") == 2
+    assert "None of the 4 images" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert command(path, tmp_path / "none", "--images", str(path.parent)) == 2
+    assert "--images" in capsys.readouterr().err
+    assert command(path, tmp_path / "some", "--images", str(tmp_path / "elsewhere")) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+def test_folders_whose_names_are_no_text(tmp_path: Path, oracle: type[Oracle]) -> None:
+    oracle.scene = PLANE
+    folder = tmp_path / "planes"
+    for name in (b"one\xff", b"one\xfe"):
+        scene = Path(os.fsdecode(os.fsencode(folder) + b"/" + name))
+        for i in (1, 2):
+            make_image(scene / f"{i}.png")
+        (scene / "H_1_2").write_text(text(plane_homography(1, 2)))
+    report = judged(folder, tmp_path)
+    assert report.rows[0].pairs == 2
+    assert report.rows[0].auc[1] > 0.9
+    identifiers = [record.identifier for record in report.run.results[0].records]
+    assert identifiers[0] == "one%FE#one%FE/1.png#one%FE/2.png"
 
 
 @pytest.mark.parametrize(

@@ -430,8 +430,8 @@ def _pairs(command: Pairs) -> int:
     for path in report.files:
         sys.stdout.write(f"{path}\n")
     sys.stdout.write(
-        f"{report.pair_list.format}, {len(report.pair_list)} pairs; {run.matched} matched and "
-        f"{run.encoded} images encoded in {run.seconds['total']:.1f} s\n"
+        f"{report.pair_list.format}, a list of {len(report.pair_list)} pairs; {run.matched} "
+        f"matched and {run.encoded} images encoded in {run.seconds['total']:.1f} s\n"
     )
     return report.exit_code
 
