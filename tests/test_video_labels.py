@@ -454,6 +454,15 @@ def test_masked_frames_give_no_labels_there(
         assert store.read(4, 6)[:, [0, 2]].min() >= WIDTH // 2 + 1.5
     with pytest.raises(InputError, match="--masks"):
         prepare_masks([], tmp_path, MaskOptions(masks=str(tmp_path / "nothing")))
+    # One that does not fit is told before the labels that are there are begun anew.
+    before = stored(other.folder)
+    (masks / "odd").mkdir()
+    Image.fromarray(np.full((9, 9), 255, np.uint8)).save(masks / "odd" / "00000004.png.png")
+    for odd in (masks / "odd", masks / "odd" / "00000004.png.png"):
+        options = small(masks=MaskOptions(masks=str(odd)), overwrite=True)
+        with pytest.raises(InputError, match="9 x 9"):
+            run(clip, tmp_path / "single", options)
+    assert stored(other.folder) == before
 
 
 def test_zoom_rounds_follow_their_base(

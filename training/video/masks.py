@@ -93,7 +93,8 @@ def prepare_masks(
         device: of the segmentation.
 
     Raises:
-        InputError: the folder or image does not exist, or a class is unknown.
+        InputError: the folder or image does not exist, or the first mask does not fit its frame; a
+            class is unknown.
         WeightsError: masks were asked for by name and the weights cannot be had.
     """
     choice = options.masks
@@ -117,7 +118,10 @@ def prepare_masks(
     path = Path(choice)
     if path.is_file():
         settings["masks"] = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-        return FrameMasks(settings=settings, single=path, erode_px=options.erode_px)
+        single = FrameMasks(settings=settings, single=path, erode_px=options.erode_px)
+        for record in records[:1]:  # one that does not fit is told now, not pair by pair
+            single.load(record)
+        return single
     if not path.is_dir():
         raise InputError(
             f"--masks is {choice!r}: give auto, segment, none, a folder of masks named as the "
@@ -129,7 +133,11 @@ def prepare_masks(
     for file in sorted(path.rglob("*.png")):
         digest.update(file.relative_to(path).as_posix().encode() + b"\0" + file.read_bytes())
     settings["masks"] = f"sha256:{digest.hexdigest()}"
-    return FrameMasks(settings=settings, folder=path, erode_px=options.erode_px)
+    masks = FrameMasks(settings=settings, folder=path, erode_px=options.erode_px)
+    for record in (r for r in records if MaskFolder(path).find(r.name) is not None):
+        masks.load(record)
+        break
+    return masks
 
 
 def _have_weights() -> bool:
