@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from gim_hloc.errors import OutputError
 from gim_hloc.training import checkpoints, logs, schedules, validation
 from gim_hloc.training.batch import PairBatch, collate
 from gim_hloc.training.optimiser import Step, make_optimiser, scale_loss
+from gim_hloc.training.processes import PeerError, lost_peers_are_named
 from gim_hloc.training.trainer import NotFiniteError, TrainReport, learning_rate, make_plan, train
 
 DRIVER = Path(__file__).with_name("training_driver.py")
@@ -260,6 +262,51 @@ def test_two_processes_stopped_and_resumed_equal_uninterrupted(tmp_path: Path) -
     assert 0 < read(tmp_path / "parts")["train_step"] < 12
     assert drive(tmp_path / "parts", processes=2) == 0
     assert_same(read(tmp_path / "whole"), read(tmp_path / "parts"))
+
+
+@pytest.mark.slow
+def test_a_machine_that_dies_ends_the_others_with_one_message(tmp_path: Path) -> None:
+    """Two launchers that find each other by address; all of the second machine is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRIVER.parent)}
+
+    def machines(*arguments: str) -> list[subprocess.Popen[str]]:
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                 f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}",
+                 "--max-restarts=0", str(DRIVER), str(tmp_path / "parts"), *arguments],
+                env=environment, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+
+    both = machines("kill_at=9", "kill_rank=1", "signal=SIGKILL")
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    found = next(line for line in errors[0].splitlines() if "PeerError: " in line)
+    assert "Another process of this run has ended" in found
+    assert "goes on from the state in" in found
+    assert 0 < read(tmp_path / "parts")["train_step"] < 12
+    again = machines()
+    for process in again:
+        process.communicate(timeout=120)
+    assert [process.returncode for process in again] == [0, 0]
+    assert drive(tmp_path / "whole", processes=2) == 0
+    assert_same(read(tmp_path / "whole"), read(tmp_path / "parts"))
+
+
+def test_only_lost_connections_are_lost_processes(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    with pytest.raises(PeerError, match="no state was stored yet"), lost_peers_are_named(last):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: reset")
+    last.touch()
+    with pytest.raises(PeerError, match=r"the state in .*last\.ckpt"), lost_peers_are_named(last):
+        raise torch.distributed.DistNetworkError("the store is gone")
+    with pytest.raises(RuntimeError, match="shapes"), lost_peers_are_named(last):
+        raise RuntimeError("shapes do not fit")
 
 
 # ------------------------------------------------------------------------------- what is not finite

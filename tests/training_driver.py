@@ -160,9 +160,10 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     given = {k: yaml.safe_load(v) for k, v in (a.split("=", 1) for a in arguments[1:])}
     at, number = given.pop("kill_at", 0), getattr(signal, given.pop("signal", "SIGTERM"))
+    rank = given.pop("kill_rank", None)
     norm, dropout = given.pop("norm", True), given.pop("dropout", 0.1)
     data = make_data()
-    if at:
+    if at and (rank is None or str(rank) == os.environ["RANK"]):
         data = dataclasses.replace(data, train=Interrupted(12, at, number))
     report = train(
         make_config(**given),

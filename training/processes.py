@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gim_hloc.errors import InputError
+from gim_hloc.errors import GimError, InputError
 from gim_hloc.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -17,6 +20,44 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 """Signals after which a run stores its state and ends; SIGUSR1 is what Slurm can send early."""
+
+
+_CONNECTION = ("gloo/transport", "Connection closed by peer", "Connection reset", "Broken pipe")
+
+
+class PeerError(GimError):
+    """Another process of the run is gone."""
+
+    exit_code = 6
+
+
+@contextlib.contextmanager
+def lost_peers_are_named(last: Path) -> Iterator[None]:
+    """Turn the failure of a collective operation into one message.
+
+    Whichever operation comes first after another process died finds it out, most often the mean of
+    gradients, and what gloo and NCCL raise then is a plain RuntimeError of their sockets.
+
+    Args:
+        last: state that the run goes on from.
+
+    Raises:
+        PeerError: a connection to another process ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, torch.distributed.DistError) and not any(
+            word in text for word in _CONNECTION
+        ):
+            raise
+        state = f"the state in {last}" if last.exists() else "the start: no state was stored yet"
+        raise PeerError(
+            "Another process of this run has ended, on this machine or another one; what it wrote "
+            "last says why. The same command on all machines goes on from "
+            f"{state}. ({text.splitlines()[0]})"
+        ) from None
 
 
 def _under_torchrun() -> bool:

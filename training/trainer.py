@@ -37,6 +37,7 @@ from gim_hloc.training.optimiser import Step, make_optimiser, scale_loss
 from gim_hloc.training.processes import (
     Signals,
     Together,
+    lost_peers_are_named,
     make_fabric,
     processes,
     synchronises,
@@ -190,6 +191,7 @@ def train(
         InputError: a setting makes no run, or a source cannot be opened.
         OutputError: the folder holds another run, or cannot be written.
         NotFiniteError: too many steps in a row were not finite.
+        PeerError: another process of the run has ended.
     """
     config.check()
     if build is None:
@@ -201,15 +203,17 @@ def train(
     if fabric.global_rank:
         logging.getLogger("gim_hloc").setLevel(logging.ERROR)
     config.check_world(fabric.world_size)
-    run = _Run(config, Path(folder), fabric, build=build, data=data, progress=progress)
-    # Processors too have kernels that add in the order in which threads come (index_put_).
-    same = config.runtime.deterministic or fabric.device.type == "cpu"
-    with Signals() as signals, _deterministic() if same else contextlib.nullcontext():
-        run.signals = signals
-        try:
-            return run.run()
-        finally:
-            run.close()
+    last = Path(folder) / checkpoints.FOLDER / checkpoints.LAST
+    with lost_peers_are_named(last) if fabric.world_size > 1 else contextlib.nullcontext():
+        run = _Run(config, Path(folder), fabric, build=build, data=data, progress=progress)
+        # Processors too have kernels that add in the order in which threads come (index_put_).
+        same = config.runtime.deterministic or fabric.device.type == "cpu"
+        with Signals() as signals, _deterministic() if same else contextlib.nullcontext():
+            run.signals = signals
+            try:
+                return run.run()
+            finally:
+                run.close()
 
 
 # ---------------------------------------------------------------------------------------------- run
