@@ -846,5 +846,9 @@ def test_command_run(
     fake.encoded.clear()
     assert main(arguments) == 0
     assert fake.encoded == []
+    assert main([*arguments, "--min-final", "100000"]) == 0
+    with PropagatedStore(folder.root / "propagated.h5") as store:
+        assert len(store) == 0
+        assert "100000 are needed" in store.failures()[0][2]
     assert main([*arguments, "--shard", "0/2"]) == 2
     assert "all labels" in capsys.readouterr().err

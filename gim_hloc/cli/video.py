@@ -165,6 +165,8 @@ class Run(Label):
     """Labelling rounds that must have labelled all pairs around a start: all, any or a number."""
     min_joined: int | None = None
     """Labels that must be left after a join; 512 (paper: 1024)."""
+    min_final: int | None = None
+    """Labels that must be left after the last robust fit; 64."""
     workers: int = 1
     """Processes that propagate."""
 
@@ -332,6 +334,7 @@ def _run(command: Run) -> int:
                 preset=command.preset,
                 require=command.require,
                 min_joined=command.min_joined,
+                min_final=command.min_final,
                 workers=command.workers,
                 overwrite=command.overwrite,
             )
