@@ -167,6 +167,10 @@ class PairOptions:
     pictures: bool = True  # draw the pairs of a list without truth
     progress: bool = False  # show progress bars
 
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise InputError(f"samples is {self.samples}, it must not be negative.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairRow:
@@ -273,6 +277,9 @@ def evaluate(
             "%s names %d pairs more than once; the last of each counts.", path, pair_list.repeated
         )
     kind = kind_of(pair_list)
+    if options.thresholds:  # now, and not after hours of matching
+        unit = "pixels" if kind == "homography" else "degrees"
+        metrics.check_thresholds(options.thresholds, unit=unit)
     output = Path(output)
     resize = options.resize or _DEFAULT_RESIZE[pair_list.format]
     run_options = RunOptions(

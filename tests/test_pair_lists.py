@@ -570,6 +570,29 @@ def test_damaged_image_is_named(
     assert "i3.png" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--thresholds", "5", "0"], "threshold 0.0 is not in (0, 180] degrees"),
+        (["--samples", "-1"], "samples is -1"),
+        (["--seed", "-1"], "seed is -1"),
+    ],
+)
+def test_options_that_cannot_be_stop_before_work(
+    superglue: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert command(superglue, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not Oracle.encoded
+    folder = write_homographies(tmp_path / "planes")
+    with pytest.raises(InputError, match="pixels"):
+        judged(folder, tmp_path, thresholds=(200.0,))
+
+
 def test_images_are_looked_for_by_all_names_not_by_the_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -381,6 +381,8 @@ def test_bad_inputs_are_named(images: Path, model: Path, tmp_path: Path) -> None
         make_set(tmp_path, images, tmp_path / "out", OPTIONS)
     with pytest.raises(InputError, match="does not exist"):
         make_set(model, tmp_path / "nowhere", tmp_path / "out", OPTIONS)
+    with pytest.raises(InputError, match="seed is -1"):
+        MakeOptions(name="mine", seed=-1)
     high = MakeOptions(name="mine", min_overlap=0.95)
     with pytest.raises(InputError, match=r"None of the 6 pairs .* largest is that of a\.png and"):
         make_set(model, images, tmp_path / "out", high)

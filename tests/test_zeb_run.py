@@ -456,6 +456,8 @@ def test_wrong_names_stop_before_work(zeb: Path, tmp_path: Path, oracle: type[Or
         run.run(zeb, tmp_path / "out", replace(OPTIONS, matchers=(NAME, "zeb_orakel")))
     with pytest.raises(InputError, match="KITTI is not unpacked"):
         run.run(zeb, tmp_path / "out", replace(OPTIONS, sets=("GL3D", "KITTI")))
+    with pytest.raises(InputError, match="seed is -1"):
+        replace(OPTIONS, seed=-1)
     with pytest.raises(InputError, match="Shard 4 of 4"):
         replace(OPTIONS, shard=(4, 4))
     with pytest.raises(InputError, match="no folder of a ZEB set"):

@@ -91,6 +91,8 @@ class MakeOptions:
             raise InputError(f"max_size is {self.max_size}, it must be {_SMALLEST} at least.")
         if self.depth is not None and not 0 < self.depth[0] <= self.depth[1]:
             raise InputError(f"Depths from {self.depth[0]:g} to {self.depth[1]:g} are no range.")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}, it must not be negative.")
 
     @property
     def scene_name(self) -> str:

@@ -58,13 +58,18 @@ def auc(errors: np.ndarray | Sequence[float], thresholds: Sequence[float]) -> li
     return pose.auc(errors, thresholds)
 
 
-def check_thresholds(thresholds: Sequence[float]) -> None:
-    """Raise InputError unless thresholds are given and lie in (0, 180] degrees."""
+def check_thresholds(thresholds: Sequence[float], *, unit: str = "degrees") -> None:
+    """Raise InputError unless thresholds are given and lie in (0, 180].
+
+    Args:
+        thresholds: of AUC.
+        unit: in the message; errors of homographies are pixels, of which a failure has 180 too.
+    """
     if not thresholds:
         raise InputError("no AUC threshold given: give at least one, such as 5")
     for threshold in thresholds:
         if not 0 < threshold <= FAILED:
-            raise InputError(f"AUC threshold {threshold} is not in (0, 180] degrees")
+            raise InputError(f"AUC threshold {threshold} is not in (0, 180] {unit}")
 
 
 def bootstrap_auc(

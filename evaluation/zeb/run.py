@@ -112,6 +112,8 @@ class RunOptions:
             raise InputError("No protocol was named.")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit is {self.limit}, it must be positive.")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}, it must not be negative.")
         if self.part_pairs < 1:
             raise InputError(f"part_pairs is {self.part_pairs}, it must be positive.")
         for name in ("matchers", "protocols"):  # named twice, still run once
