@@ -7,8 +7,9 @@
 ``room`` renders a walk through the example room (needs open3d), where the true place of every label
 is known: the depth of the pixel and the poses of both frames carry it over. ``orbit`` goes on an
 arc before a wall of that room, from 60 degrees on one side of it to 60 degrees on the other;
-``approach`` walks up to a picture on it until it is nine times as large; ``roll`` turns the camera
-about its axis by half a turn. These three are made to be too much for matching the two ends.
+``roll`` is the same arc while the camera is turned from landscape to upright; ``approach`` walks up
+to a picture until it is nine times as large. These three are made to be too much for matching the
+two ends.
 ``fox`` is a video of a hand-held telephone with reference poses from COLMAP, which tell how far a
 label is from its epipolar line, not where on it. All are labelled and propagated as ``gim-video``
 does it. The same labellers then match the very pairs of frames that propagation reached, directly,
@@ -61,6 +62,7 @@ _LIMITS = (1.0, 2.0, 5.0)  # px
 _ROOM_VIEWS = 240  # of the closed walk: 1.5 degrees a frame
 _WALL = 2.6  # m: where the wall with the pictures is
 _ORBIT_DEG = 120.0
+_ROLL_DEG = 90.0  # on the way
 _FAR, _NEAR = 4.8, 0.53  # m before the wall: nine times as large
 _EDGE = 0.02  # share by which depths around a point may differ before it counts as an edge
 
@@ -427,7 +429,7 @@ def reach_pairs(options: VideoLabels) -> list[tuple[int, int]]:
             raise InputError(f"apart is {distance}; the video has frames 0 to {last}.")
         if distance <= smallest:
             continue
-        start = (last - distance) // 2 if options.scene == "orbit" else 0
+        start = (last - distance) // 2 if options.scene in ("orbit", "roll") else 0
         pairs.append((start, start + distance))
     return pairs
 
@@ -544,12 +546,6 @@ def camera_poses(room: Any, scene: str, frames: int) -> list[np.ndarray]:
     poses: list[np.ndarray]
     if scene == "room":
         poses = room.camera_path(_ROOM_VIEWS)[:frames]
-    elif scene == "orbit":
-        angles = np.radians(_ORBIT_DEG) * (share - 0.5)
-        poses = [
-            room.look_at((0.6 + 2 * np.sin(a), _WALL - 2 * np.cos(a), 1.5), (0.6, _WALL, 1.5))
-            for a in angles
-        ]
     elif scene == "approach":
         # Each frame is nearer by the same factor.
         distances = _FAR * (_NEAR / _FAR) ** share
@@ -558,9 +554,12 @@ def camera_poses(room: Any, scene: str, frames: int) -> list[np.ndarray]:
             for d in distances
         ]
     else:
+        roll = np.radians(_ROLL_DEG) if scene == "roll" else 0.0
         poses = [
-            room.look_at((0.1 + t, _WALL - 2.2, 1.5), (0.1 + t, _WALL, 1.5), roll=np.pi * t)
-            for t in share
+            room.look_at(
+                (0.6 + 2 * np.sin(a), _WALL - 2 * np.cos(a), 1.5), (0.6, _WALL, 1.5), roll=roll * t
+            )
+            for a, t in zip(np.radians(_ORBIT_DEG) * (share - 0.5), share - 0.5, strict=True)
         ]
     return poses
 
