@@ -335,6 +335,23 @@ def test_rgbd_overlap_is_that_of_the_views(tmp_path: Path, views: list[View]) ->
     assert (np.diag(overlap) == 0).all()
 
 
+def test_damaged_files_of_posed_images_cost_their_pairs_only(
+    tmp_path: Path, views: list[View], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rgbd(tmp_path, views, DEPTHS["npy"])
+    spec = {"type": "rgbd", "root": tmp_path, "box": BOX, "overlap": [0.05, 1.0]}
+    every = sorted(path.name for path in (tmp_path / "color").iterdir())
+    before = build_source(spec)
+    (tmp_path / "color" / every[0]).write_bytes(b"no image")
+    after = build_source(spec)
+    assert 0 < len(after) < len(before)
+    assert f"{every[0]} cannot be read" in caplog.text
+    for name in every:
+        (tmp_path / "color" / name).write_bytes(b"")
+    with pytest.raises(InputError, match="No two of the"):
+        build_source(spec)
+
+
 def test_rgbd_says_what_is_missing(tmp_path: Path, views: list[View]) -> None:
     with pytest.raises(InputError, match="color/"):
         build_source({"type": "rgbd", "root": tmp_path})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from gim_hloc.training.data.source import (
     overlap_edges,
     relative_pose,
 )
+
+logger = logging.getLogger(__name__)
 
 _GRID = 16  # points along the long side of an image that overlap is measured with
 _AGREEMENT = 0.1  # relative difference of depth of points that both images see
@@ -169,26 +172,25 @@ def view_overlaps(views: Sequence[View], depth_scale: float) -> np.ndarray:
 
     Returns:
         (N, N) float32: row i, column j: the share of view i's points that view j shows unhidden. 0
-        for views without a pose.
+        for views without a pose, and for those whose files are damaged, with a warning.
     """
     from tqdm import tqdm
 
-    grids = []
-    for view in tqdm(views, desc="depth", leave=False, disable=len(views) < 100):
-        depth = read_depth(view.depth, scale=depth_scale)
+    grids: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int], int]] = {}
+    for i, view in enumerate(tqdm(views, desc="depth", leave=False, disable=len(views) < 100)):
+        try:
+            depth = read_depth(view.depth, scale=depth_scale)
+            size = view.size or _stored_size(view.image)
+        except InputError as error:
+            logger.warning("%s is left out: %s", view.name, error)
+            continue
         height, width = depth.shape
         step = max(1, max(width, height) // _GRID)
         y, x = np.mgrid[step // 2 : height : step, step // 2 : width : step]
-        size = view.size
-        if size is None:
-            from gim_hloc.images import open_stored
-
-            image = open_stored(view.image.read_bytes())
-            size = (image.width, image.height)
         K = scale_intrinsics(view.K, size, (width, height))
-        grids.append((depth[y, x], np.stack([x, y], -1).reshape(-1, 2), K, (width, height), step))
+        grids[i] = (depth[y, x], np.stack([x, y], -1).reshape(-1, 2), K, (width, height), step)
     overlap = np.zeros((len(views), len(views)), dtype=np.float32)
-    for i, (depth, xy, K, _, _) in enumerate(grids):
+    for i, (depth, xy, K, _, _) in grids.items():
         z = depth.reshape(-1)
         usable = np.isfinite(z) & (z > 0)
         pose = views[i].world_to_camera
@@ -197,7 +199,7 @@ def view_overlaps(views: Sequence[View], depth_scale: float) -> np.ndarray:
         local = np.c_[xy[usable], np.ones(usable.sum())] @ np.linalg.inv(K).T * z[usable, None]
         to_world = np.linalg.inv(pose)
         world = local @ to_world[:3, :3].T + to_world[:3, 3]
-        for j, (other, _, K1, (width, height), step) in enumerate(grids):
+        for j, (other, _, K1, (width, height), step) in grids.items():
             pose = views[j].world_to_camera
             if i == j or not np.isfinite(pose).all():
                 continue
@@ -213,3 +215,18 @@ def view_overlaps(views: Sequence[View], depth_scale: float) -> np.ndarray:
             seen = np.abs(there - expected) < _AGREEMENT * expected
             overlap[i, j] = seen.sum() / len(z)
     return overlap
+
+
+def _stored_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image file, which is not decoded.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    from gim_hloc.images import open_stored
+
+    try:
+        image = open_stored(path.read_bytes())
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"The image {path} cannot be read: {error}.") from None
+    return image.width, image.height

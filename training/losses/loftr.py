@@ -39,7 +39,8 @@ def log_confidence(
         x1: (S, C).
         index0: (P,) int64 cells of image 0.
         index1: (P,) int64 cells of image 1.
-        mask0: (L,) bool, True where a cell takes part; None: all do.
+        mask0: (L,) bool, True where a cell takes part; None: all do, which saves a copy of the
+            matrix.
         mask1: (S,) the same.
         temperature: of the softmax.
 
@@ -50,10 +51,10 @@ def log_confidence(
         dtype = torch.promote_types(x0.dtype, torch.float32)
         similarity = (x0.to(dtype) / (x0.shape[1] * temperature)) @ x1.to(dtype).T
         rows = similarity
-        if mask1 is not None and not bool(mask1.all()):
+        if mask1 is not None:
             rows = similarity.masked_fill(~mask1, -torch.inf)
         columns = similarity
-        if mask0 is not None and not bool(mask0.all()):
+        if mask0 is not None:
             columns = similarity.masked_fill(~mask0[:, None], -torch.inf)
         by_row, by_column = rows.logsumexp(1), columns.logsumexp(0)
         return 2 * similarity[index0, index1] - by_row[index0] - by_column[index1]
@@ -88,9 +89,9 @@ def fine_loss(expectation: torch.Tensor, target: torch.Tensor, valid: torch.Tens
         valid: (W,) bool, False where the target means nothing.
     """
     inside = valid & (target.abs().amax(1) < 1)
-    if not bool(inside.any()):
-        return expectation[:0].sum()
     certainty = 1 / expectation[:, 2].detach().clamp(min=1e-10)
     weight = certainty / certainty.mean()
-    error = (expectation[inside, :2] - target[inside]).square().sum(1)
-    return (weight[inside] * error).mean()
+    # Multiplied and not chosen: how many they are is known on the device alone.
+    true = torch.where(inside[:, None], target, expectation[:, :2].detach())
+    error = (expectation[:, :2] - true).square().sum(1)
+    return (weight * error).sum() / inside.sum().clamp(min=1)

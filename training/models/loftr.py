@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,19 +98,28 @@ class LoFTRTraining(TrainingModel):
             tokens0.detach(), tokens1.detach(), self.threshold, mask0=a.mask, mask1=b.mask
         )
         found = drop_border(found, a, b, self.border, "mask")
+        facts = _facts(batch, a, b, found)
         coarse, fine = [], []
-        for row in range(len(batch)):
+        first = 0
+        for row, fact in enumerate(facts):
             generator = torch.Generator().manual_seed(seeds[row])
             terms, windows = [], []
             sides = (tokens0[row], tokens1[row])
-            masks = {"mask0": _row(a.mask, row), "mask1": _row(b.mask, row)}
-            if bool(batch.has_depth[row]):
+            length = tokens0.shape[1]
+            masks = {
+                "mask0": _row(a.mask, row) if fact.valid0 < length else None,
+                "mask1": _row(b.mask, row) if fact.valid1 < length else None,
+            }
+            if fact.has_depth:
                 index0, index1 = truth.pairs(row)
                 terms.append(focal_loss(log_confidence(*sides, index0, index1, **masks)))
-                cells = self._choose(found, row, (index0, index1), masks, generator)
+                candidates = min(fact.valid0, fact.valid1)
+                mine = range(first, first + fact.found)
+                cells = self._choose(found, row, mine, (index0, index1), candidates, generator)
                 windows.append(self._fine_by_depth(a, b, (tokens0, tokens1), cells, truth.there))
-            if bool(batch.has_labels[row]):
-                xy0, xy1 = self._draw_labels(batch, row, a.grid, generator)
+            first += fact.found
+            if fact.has_labels:
+                xy0, xy1 = self._draw_labels(batch, row, fact.labels, a.grid, generator)
                 terms.append(_coarse_by_labels(sides, masks, xy0, xy1, a.grid))
                 windows.append(self._fine_by_labels(a, b, (tokens0, tokens1), row, xy0, xy1))
             zero = tokens0.new_zeros((), dtype=torch.float32)
@@ -128,17 +137,19 @@ class LoFTRTraining(TrainingModel):
         self,
         found: Cells,
         row: int,
+        places: range,
         true: tuple[torch.Tensor, torch.Tensor],
-        masks: Mapping[str, torch.Tensor | None],
+        candidates: int,
         generator: torch.Generator,
     ) -> Cells:
-        """Pairs of cells whose windows the fine stage is trained on: predicted, then true ones."""
-        candidates = min(int(mask.sum()) for mask in masks.values() if mask is not None)
+        """Pairs of cells whose windows the fine stage is trained on: predicted, then true ones.
+
+        ``places`` are those of the sample in ``found``.
+        """
         total = max(int(self.fine_share * candidates), 1)
         reserved = min(self.fine_truth, total)
-        mine = (found.batch == row).nonzero()[:, 0].cpu()
-        mine = mine[torch.randperm(len(mine), generator=generator)[: total - reserved]]
-        mine = mine.to(found.batch.device)
+        drawn = torch.randperm(len(places), generator=generator)[: total - reserved]
+        mine = (drawn + places.start).to(found.batch.device)
         index0, index1 = true
         padding = index0.new_zeros(0)
         if len(index0):
@@ -179,6 +190,7 @@ class LoFTRTraining(TrainingModel):
         index0, offset0 = _nearest_cell(xy0, a.grid)
         index1, offset1 = _nearest_cell(xy1, b.grid)
         inside = (offset0.abs().amax(1) <= 1) & (offset1.abs().amax(1) <= 1)
+        inside = inside.nonzero()[:, 0]  # once: a GPU is waited for each time a mask is an index
         index0, offset0, index1, offset1 = (t[inside] for t in (index0, offset0, index1, offset1))
         batch = torch.full_like(index0, row)
         cells = Cells(batch, index0, index1, batch.float())
@@ -198,14 +210,19 @@ class LoFTRTraining(TrainingModel):
         return windows
 
     def _draw_labels(
-        self, batch: PairBatch, row: int, grid: tuple[int, int], generator: torch.Generator
+        self,
+        batch: PairBatch,
+        row: int,
+        count: int,
+        grid: tuple[int, int],
+        generator: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels (P, 2), (P, 2) of a sample that lie between valid coarse cells."""
-        labels = batch.labels[row, : int(batch.label_count[row])]
+        labels = batch.labels[row, :count]
         last = labels.new_tensor([grid[1] - 1, grid[0] - 1, grid[1] - 1, grid[0] - 1]) * CELL
-        labels = labels[((labels >= 0) & (labels <= last)).all(1)]
-        keep = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        for xy, valid in ((labels[:, :2], batch.valid0[row]), (labels[:, 2:], batch.valid1[row])):
+        keep = ((labels >= 0) & (labels <= last)).all(1)
+        near = torch.minimum(labels.clamp(min=0), last)  # the others need a pixel, too
+        for xy, valid in ((near[:, :2], batch.valid0[row]), (near[:, 2:], batch.valid1[row])):
             column, line = (_round(xy / CELL) * CELL).unbind(1)
             keep &= valid[line, column]
         labels = labels[keep]
@@ -278,6 +295,26 @@ class LoFTRTraining(TrainingModel):
         part = {key: value for key, value in state.items() if not key.startswith(heads)}
         counters = [key for key in encoder.state_dict() if key.endswith("num_batches_tracked")]
         weights.load_into(encoder, part, path=path, optional=counters)
+
+
+class _Facts(NamedTuple):
+    """Numbers of a sample that decide which code runs."""
+
+    has_depth: int
+    has_labels: int
+    labels: int
+    valid0: int  # coarse cells
+    valid1: int
+    found: int  # pairs of cells; those of one sample follow each other
+
+
+def _facts(batch: PairBatch, a: Features, b: Features, found: Cells) -> list[_Facts]:
+    """Those of all samples, read at once: each reading makes the processor wait for the GPU."""
+    whole = batch.has_depth.new_full((len(batch),), a.grid[0] * a.grid[1], dtype=torch.long)
+    masks = [whole if side.mask is None else side.mask.flatten(1).sum(1) for side in (a, b)]
+    numbers = torch.bincount(found.batch, minlength=len(batch))
+    rows = [batch.has_depth, batch.has_labels, batch.label_count, *masks, numbers]
+    return [_Facts(*row) for row in torch.stack([r.long() for r in rows], 1).tolist()]
 
 
 class _Truth:
