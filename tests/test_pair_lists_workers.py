@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -130,6 +131,32 @@ def test_workers_give_what_one_run_gives(
     assert many.run.matched == one.run.matched == 9
     assert {str(p) for p in many.run.problems} == {str(p) for p in one.run.problems}
     assert written(tmp_path / "many") == written(tmp_path / "one")
+
+
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"]])
+def test_each_problem_is_told_once(
+    pair_list: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    devices: list[str],
+) -> None:
+    def work(source: run.Source, output: str, jobs: list[run.RunOptions]) -> list[Any]:
+        logging.disable(logging.CRITICAL)  # nobody hears processes
+        try:
+            return [run._run_job(source, output, job) for job in jobs]
+        finally:
+            logging.disable(logging.NOTSET)
+
+    monkeypatch.setitem(run._MAPS, "processes", work)
+    (pair_list.parent / "5.png").unlink()
+    lines = pair_list.read_text().splitlines()
+    pair_list.write_text("\n".join(["0.png 1.png 0 0 1 2", *lines[1:]]))
+    command = ["pairs", str(pair_list), "--matchers", NAME, "--out", str(tmp_path / "out")]
+    assert main([*command, "--devices", *devices]) == 1
+    error = capsys.readouterr().err
+    assert error.count("6 tokens instead of 38") == 1
+    assert error.count("5.png does not exist") + error.count("5.png cannot be read") == 5
 
 
 def test_a_lost_worker_leaves_no_results(

@@ -419,6 +419,8 @@ def run_spread(
         report.matched += end.matched
         report.encoded += end.encoded
         report.keys.update(end.keys)
+    for problem in report.problems:  # workers have no terminal
+        logger.warning("%s", problem)
     for name in options.matchers:
         report.by_matcher[name] = _add(end.by_matcher.get(name, {}) for end in done)
         for selection in selections:

@@ -414,8 +414,8 @@ def _pairs(command: Pairs) -> int:
         intrinsics=command.intrinsics,
         calibrated_size=size,
     )
-    for problem in (*report.lost, *(p for p in report.run.problems if p.matcher is None)):
-        logger.warning("%s", problem)  # those of a matcher were told when they came
+    for problem in report.lost:  # those of pairs were told when they came
+        logger.warning("%s", problem)
     run = report.run
     for sentence in run.lost:
         logger.error("%s", sentence)
