@@ -51,6 +51,8 @@ Refine = Literal["auto", "none", "all"]
 # more forgiving of the two, but its time grows faster than linearly.
 AUTO_GLOBAL_ABOVE = 500
 
+_FOCAL_POINTS = 500  # of an image, for the focal length of several
+
 _MODEL_FILES = ("cameras", "images", "points3D")
 
 
@@ -678,7 +680,7 @@ def run_mapping(
     resolved = resolve_mapper(mapper, num_images)
     notes: list[str] = []
     temporary = output.with_name(output.name + ".tmp")
-    fixed = _fixed_cameras(cameras, refine_intrinsics)
+    fixed = fixed_cameras(cameras, refine_intrinsics)
 
     def attempt(relaxed: bool) -> list[Any]:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -746,7 +748,7 @@ def _write_models(
     return paths
 
 
-def _fixed_cameras(cameras: Sequence[CameraSpec], refine: Refine) -> set[int]:
+def fixed_cameras(cameras: Sequence[CameraSpec], refine: Refine) -> set[int]:
     """Ids of the cameras whose intrinsics must not move."""
     if refine == "all":
         return set()
@@ -1005,7 +1007,7 @@ def triangulate_known(
         MappingError: when no point can be triangulated.
     """
     num_images = sum(len(spec.names) for spec in cameras)
-    fixed = _fixed_cameras(cameras, refine_intrinsics)
+    fixed = fixed_cameras(cameras, refine_intrinsics)
     pipeline = _incremental_options(
         options, fixed, len(cameras), num_images, seed, threads, relaxed=False
     )
@@ -1285,6 +1287,62 @@ def locate(
         error_px=float(errors[inliers].mean()),
         params=tuple(float(p) for p in colmap_camera.params),
     )
+
+
+def shared_focal(
+    views: Sequence[tuple[np.ndarray, np.ndarray, Pose]], camera: CameraSpec
+) -> tuple[float, ...]:
+    """The focal length at which several images of one camera together fit their points best.
+
+    It is searched for within a factor of 1.5 around that of ``camera``; the poses follow. Each
+    image weighs as much as its points say about the focal length, unlike in a mean of its values.
+
+    Args:
+        views: of each image the inliers (N, 2), stored pixels, hloc's frame, their points (N, 3) in
+            the world, and a pose (R, t), world to camera.
+        camera: a first guess, e.g. with the median of what the images say one by one.
+
+    Returns:
+        Parameters of the camera; nothing but focal lengths is changed.
+    """
+    from scipy.optimize import minimize_scalar
+
+    refinement = pycolmap.AbsolutePoseRefinementOptions()
+    refinement.refine_focal_length = False
+    refinement.print_summary = False
+    data = []
+    for xy_px, xyz, pose in views:
+        rows = np.linspace(0, len(xy_px) - 1, min(len(xy_px), _FOCAL_POINTS)).astype(np.int64)
+        xy_colmap = np.ascontiguousarray(xy_px[rows], dtype=np.float64) + 0.5
+        data.append((xy_colmap, np.ascontiguousarray(xyz[rows], dtype=np.float64), _rigid(pose)))
+
+    def scaled(log_scale: float) -> Any:
+        found = pycolmap.Camera(
+            model=camera.model, width=camera.width, height=camera.height, params=list(camera.params)
+        )
+        params = np.array(found.params)
+        params[list(found.focal_length_idxs())] *= np.exp(log_scale)
+        found.params = params.tolist()
+        return found
+
+    def cost(log_scale: float) -> float:
+        used, total = scaled(log_scale), 0.0
+        for xy_colmap, xyz, start in data:
+            everything = np.ones(len(xyz), dtype=bool)
+            found = pycolmap.refine_absolute_pose(
+                start, xy_colmap, xyz, everything, used, refinement
+            )
+            matrix = np.asarray((start if found is None else found["cam_from_world"]).matrix())
+            local = xyz @ matrix[:, :3].T + matrix[:, 3]
+            local[:, 2] = np.maximum(local[:, 2], 1e-9)
+            residual = ((_project(used, local) - xy_colmap) ** 2).sum(1)
+            # Cauchy's loss of 1 px, which refinement minimises, too.
+            total += float(np.log1p(np.nan_to_num(residual, nan=1e12)).sum())
+        return total
+
+    limit = float(np.log(1.5))
+    best = minimize_scalar(cost, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-5})
+    return tuple(float(p) for p in scaled(float(best.x)).params)
 
 
 @dataclass(kw_only=True)
@@ -1650,6 +1708,7 @@ class ImageStatistics:
     camera_id: int
     points: int  # 3D points seen
     mean_reprojection_error_px: float | None
+    errors_px: np.ndarray  # (points,) reprojection errors of its observations
     focal_px: float
     rotation: np.ndarray  # (3, 3) world to camera
     translation: np.ndarray  # (3,)
@@ -1663,7 +1722,7 @@ def image_statistics(model: Any) -> dict[str, ImageStatistics]:
         camera = model.camera(image.camera_id)
         pose = np.asarray(image.cam_from_world().matrix())
         observed = [p for p in image.points2D if p.has_point3D()]
-        error = None
+        errors = np.zeros(0)
         if observed:
             xyz = np.array([model.point3D(p.point3D_id).xyz for p in observed])
             xy = np.array([p.xy for p in observed])
@@ -1673,11 +1732,12 @@ def image_statistics(model: Any) -> dict[str, ImageStatistics]:
                     for p in xyz @ pose[:, :3].T + pose[:, 3]
                 ]
             )
-            error = float(np.nanmean(np.linalg.norm(projected - xy, axis=1)))
+            errors = np.linalg.norm(projected - xy, axis=1)
         result[image.name] = ImageStatistics(
             camera_id=int(image.camera_id),
             points=len(observed),
-            mean_reprojection_error_px=error,
+            mean_reprojection_error_px=float(np.nanmean(errors)) if observed else None,
+            errors_px=errors,
             focal_px=float(camera.mean_focal_length()),
             rotation=pose[:, :3].copy(),
             translation=pose[:, 3].copy(),
@@ -2021,6 +2081,7 @@ __all__ = [
     "camera_spec",
     "cameras_of",
     "find_model",
+    "fixed_cameras",
     "has_cuda",
     "image_statistics",
     "inlier_matches",

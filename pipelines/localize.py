@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gim_hloc import engine
-from gim_hloc.colmap import CameraOptions
+from gim_hloc.colmap import CameraMode, CameraOptions
 from gim_hloc.errors import GimError, InputError, MappingError, check_numbers
 from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
@@ -50,7 +50,7 @@ from gim_hloc.store import (
 from gim_hloc.tracks.anchored import AnchoredOptions, Anchors, read_matches, read_pair
 
 if TYPE_CHECKING:
-    from gim_hloc.colmap import CameraSpec
+    from gim_hloc.colmap import CameraSpec, Located
     from gim_hloc.images import ImageRecord
     from gim_hloc.masks import MaskFolder
 
@@ -58,10 +58,12 @@ logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]  # (query, image of the map)
 Focal = Literal["known", "refine", "estimate"]
+_FOCAL: dict[str, Focal] = {"exif": "refine", "estimated": "estimate"}  # else known
 
 FORMAT = 1  # raised when the meaning of stored arrays changes
 
 _COVISIBLE_SEEDS = 5
+_SHARED_QUERIES = 50  # that a shared focal length is found with, those with most inliers
 _TURN_REFERENCES = 4  # images of the map that a query is turned against
 _TURN_MATCHES = 30  # a turn with fewer is none
 _HOW = {
@@ -69,6 +71,7 @@ _HOW = {
     "map": "of the map",
     "exif": "EXIF, focal length refined",
     "estimated": "estimated",
+    "shared": "estimated together",
 }
 
 
@@ -106,6 +109,11 @@ class LocalizeOptions:
     estimated with the pose."""
     camera_model: str = "SIMPLE_RADIAL"
     """Model of cameras that are guessed."""
+    camera_mode: CameraMode = "image"
+    """Queries that share one focal length where it is not known (EXIF or estimated). image: none;
+    single: all; folder: those of a sub-folder; auto: those of one size and EXIF camera. Give one of
+    the three for photographs of one camera that does not zoom: what none of them says well by
+    itself, all say together."""
     masks: Path | None = None
     """Folder of masks of the queries in COLMAP's convention; black is ignored."""
     mask_erode: int = 4
@@ -172,7 +180,7 @@ class QueryResult:
         inliers: those that agree with the pose.
         error_px: mean reprojection error of the inliers.
         camera: intrinsics, after refinement.
-        intrinsics: given, map, exif or estimated.
+        intrinsics: given, map, exif, estimated or shared (with other queries).
         references: images of the map and the inliers from each, most first.
         matches: matches with images of the map, 3D point or not.
     """
@@ -370,7 +378,7 @@ class _Localization:
         for rejected in self.image_set.rejected:
             logger.warning("Left out: %s (%s: %s)", rejected.name, rejected.reason, rejected.detail)
         self.masks = self._masks()
-        self.cameras = self._cameras()
+        self.guessed, self.sharing = self._cameras()
         self._load_matchers()
         self.mode = self._mode()
         logger.info(
@@ -486,8 +494,8 @@ class _Localization:
 
     # ---------------------------------------------------------------------------------- cameras
 
-    def _cameras(self) -> dict[str, tuple[CameraSpec, str]]:
-        """Intrinsics of every query, and where they are from."""
+    def _cameras(self) -> tuple[dict[str, tuple[CameraSpec, str]], list[list[str]]]:
+        """Intrinsics of every query and where they are from, and the queries that share them."""
         from gim_hloc import colmap
 
         options = self.options
@@ -496,7 +504,7 @@ class _Localization:
         guessed, notes = colmap.assign_cameras(
             records,
             CameraOptions(
-                camera_mode="image",
+                camera_mode=options.camera_mode,
                 camera_model=options.camera_model,
                 intrinsics=options.intrinsics,
             ),
@@ -504,23 +512,26 @@ class _Localization:
         self.notes += notes
         found: dict[str, tuple[CameraSpec, str]] = {}
         for spec in guessed:
-            (name,) = spec.names
-            if spec.given:
-                found[name] = (spec, "given")
-                continue
-            shared = shared_camera(self.map, self.records[name])
-            if shared is not None and options.camera in ("auto", "map"):
-                found[name] = (shared, "map")
-            elif options.camera == "map":
-                raise InputError(
-                    f"--camera map: {name} is {spec.width}x{spec.height}, and the map has no "
-                    "camera, or several, of that size. Give --intrinsics, or leave --camera auto."
-                )
-            elif spec.prior and options.camera in ("auto", "exif"):
-                found[name] = (spec, "exif")
-            else:
-                found[name] = (spec, "estimated")
-        return found
+            for name in spec.names:
+                found[name] = self._camera(name, spec)
+        groups = [[n for n in spec.names if found[n][1] in _FOCAL] for spec in guessed]
+        return found, [group for group in groups if len(group) > 1]
+
+    def _camera(self, name: str, spec: CameraSpec) -> tuple[CameraSpec, str]:
+        options = self.options
+        if spec.given:
+            return spec, "given"
+        shared = shared_camera(self.map, self.records[name])
+        if shared is not None and options.camera in ("auto", "map"):
+            return shared, "map"
+        if options.camera == "map":
+            raise InputError(
+                f"--camera map: {name} is {spec.width}x{spec.height}, and the map has no "
+                "camera, or several, of that size. Give --intrinsics, or leave --camera auto."
+            )
+        if spec.prior and options.camera in ("auto", "exif"):
+            return spec, "exif"
+        return spec, "estimated"
 
     # --------------------------------------------------------------------------------- matchers
 
@@ -981,18 +992,15 @@ class _Localization:
         for query, reference in pairs:
             of_query[query].append(reference)
         self.points, self.positions = self._points()
+        self.cameras = dict(self.guessed)
+        if self.sharing:
+            with self._timed("cameras"):
+                self._share_cameras(of_query)
         results: dict[str, QueryResult] = {}
         self.observed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         with self._timed("locate"), self._bar(len(self.names), "Locate", "queries") as bar:
             for name in self.names:
-                camera, how = self.cameras[name]
-                source = digest(
-                    [
-                        self._source(name),
-                        [[r, self._pair_source((name, r))] for r in of_query[name]],
-                        [camera.model, camera.width, camera.height, camera.params, how],
-                    ]
-                )
+                source = self._pose_source(name, of_query[name])
                 if not self.results.has(name, source):
                     arrays, attributes = self._locate_one(name, of_query[name])
                     self.results.put(name, arrays, source, **attributes)
@@ -1003,6 +1011,72 @@ class _Localization:
             self.results.finalize(self.names, {"map": str(self.map_folder)})
         return results
 
+    def _pose_source(self, name: str, references: Sequence[str]) -> str:
+        camera, how = self.cameras[name]
+        return digest(
+            [
+                self._source(name),
+                [[r, self._pair_source((name, r))] for r in references],
+                [camera.model, camera.width, camera.height, camera.params, how],
+            ]
+        )
+
+    def _share_cameras(self, of_query: Mapping[str, Sequence[str]]) -> None:
+        """One focal length for the queries of each group, found with those that have a pose.
+
+        They are localised one by one first. What is found is kept in a file of the output.
+        """
+        path = self.output / "cameras.json"
+        kept: dict[str, list[float]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            kept = stored if isinstance(stored, dict) else {}
+        used: dict[str, list[float]] = {}
+        for group in self.sharing:
+            sources = [self._pose_source(name, of_query[name]) for name in group]
+            key = digest([self.results.stamp, sources])
+            if key not in kept or self.options.overwrite:
+                params = self._shared_params(group, of_query)
+                kept[key] = [] if params is None else list(params)
+            used[key] = kept[key]
+            if used[key]:
+                camera = self.guessed[group[0]][0]
+                shared = dataclasses.replace(camera, params=tuple(used[key]), names=[])
+                self.cameras.update((name, (shared, "shared")) for name in group)
+        write_atomic(path, json.dumps(used, indent=1) + "\n")
+
+    def _shared_params(
+        self, group: Sequence[str], of_query: Mapping[str, Sequence[str]]
+    ) -> tuple[float, ...] | None:
+        """Parameters of the camera of some queries; None when none of them has a pose."""
+        from gim_hloc import colmap
+
+        found: list[tuple[Located, np.ndarray, np.ndarray]] = []
+        for name in group:
+            seen = self._seen(name, of_query[name])
+            best, rows = self._pose(name, of_query[name], seen)
+            if best is None:
+                continue
+            inliers = int(best.inliers.sum())
+            if self._why_not(seen, of_query[name], True, inliers)[0]:
+                continue
+            rows = rows[best.inliers]
+            found.append((best, seen.xy_px[seen.row[rows]], self._xyz(seen.point[rows])))
+        if not found:
+            return None
+        found.sort(key=lambda item: -len(item[1]))
+        camera = self.guessed[group[0]][0]
+        # The middle one by focal length; models may have two of them.
+        middle = sorted((item[0].params for item in found), key=lambda p: p[0])[len(found) // 2]
+        camera = dataclasses.replace(camera, params=middle)
+        return colmap.shared_focal(
+            [(xy, xyz, located.pose) for located, xy, xyz in found[:_SHARED_QUERIES]], camera
+        )
+
+    def _xyz(self, points: np.ndarray) -> np.ndarray:
+        """Positions (N, 3) of points of the map."""
+        return self.positions[np.searchsorted(self.points, points)]
+
     def _points(self) -> tuple[np.ndarray, np.ndarray]:
         from gim_hloc import colmap
 
@@ -1012,39 +1086,16 @@ class _Localization:
         self, name: str, references: Sequence[str]
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Localise a query; arrays and attributes for the store."""
-        from gim_hloc import colmap
-
-        camera, how = self.cameras[name]
         seen = self._seen(name, references)
         arrays: dict[str, np.ndarray] = {"keypoints": seen.xy_px.astype(np.float32)}
         attributes: dict[str, Any] = {
-            "intrinsics": how,
+            "intrinsics": self.cameras[name][1],
             "matches": seen.matches,
             "correspondences": len(seen.row),
             "reason": "",
             "status": "localized",
         }
-        focal: Focal = (
-            "known" if how in ("given", "map") else ("refine" if how == "exif" else "estimate")
-        )
-        xyz = self.positions[np.searchsorted(self.points, seen.point)]
-        best, best_rows = None, np.zeros(0, np.int64)
-        for group in self._groups(references) if self.options.cluster else [None]:
-            chosen = np.arange(len(seen.row))
-            if group is not None:
-                chosen = np.unique(seen.votes[np.isin(seen.votes[:, 1], group), 0])
-            found = colmap.locate(
-                seen.xy_px[seen.row[chosen]],
-                xyz[chosen],
-                camera,
-                max_error=self.options.max_error,
-                focal=focal,
-                confidence=self.options.confidence,
-                max_trials=self.options.max_trials,
-                seed=self.options.seed,
-            )
-            if found is not None and (best is None or found.inliers.sum() > best.inliers.sum()):
-                best, best_rows = found, chosen
+        best, best_rows = self._pose(name, references, seen)
         inliers = int(best.inliers.sum()) if best is not None else 0
         attributes["inliers"] = inliers
         status, reason = self._why_not(seen, references, best is not None, inliers)
@@ -1059,6 +1110,33 @@ class _Localization:
         arrays["votes"] = np.bincount(votes, minlength=len(references))
         attributes["error_px"] = best.error_px
         return arrays, attributes
+
+    def _pose(
+        self, name: str, references: Sequence[str], seen: _Seen
+    ) -> tuple[Located | None, np.ndarray]:
+        """The best pose of a query, and the correspondences (K,) that it was sought in."""
+        from gim_hloc import colmap
+
+        camera, how = self.cameras[name]
+        xyz = self._xyz(seen.point)
+        best, best_rows = None, np.zeros(0, np.int64)
+        for group in self._groups(references) if self.options.cluster else [None]:
+            chosen = np.arange(len(seen.row))
+            if group is not None:
+                chosen = np.unique(seen.votes[np.isin(seen.votes[:, 1], group), 0])
+            found = colmap.locate(
+                seen.xy_px[seen.row[chosen]],
+                xyz[chosen],
+                camera,
+                max_error=self.options.max_error,
+                focal=_FOCAL.get(how, "known"),
+                confidence=self.options.confidence,
+                max_trials=self.options.max_trials,
+                seed=self.options.seed,
+            )
+            if found is not None and (best is None or found.inliers.sum() > best.inliers.sum()):
+                best, best_rows = found, chosen
+        return best, best_rows
 
     def _why_not(
         self, seen: _Seen, references: Sequence[str], posed: bool, inliers: int

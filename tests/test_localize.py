@@ -254,6 +254,55 @@ def test_intrinsics_given_and_estimated(place: Path, tmp_path: Path) -> None:
     assert query.error_px is None or query.error_px > 0.5
 
 
+def noisy(monkeypatch: pytest.MonkeyPatch, names: list[str], sigma: float) -> None:
+    """Keypoints of some images that are off, so that each says something else of its camera."""
+    for i, name in enumerate(names):
+        xy = SCENE.keypoints[name]
+        off = np.random.default_rng(i).normal(0, sigma, xy.shape).astype(np.float32)
+        monkeypatch.setitem(SCENE.keypoints, name, xy + off)
+
+
+def test_one_focal_length_of_several_queries(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy(monkeypatch, SCENE.names, 2.0)
+    apart = run(place, tmp_path / "apart", place / "all", camera="estimate")
+    assert {q.intrinsics for q in apart.queries.values()} == {"estimated"}
+    focal = np.array([q.camera.params[0] for q in apart.queries.values()])  # type: ignore[union-attr]
+    together = run(place, tmp_path / "out", place / "all", camera="estimate", camera_mode="single")
+    assert together.localized == len(SCENE.names)
+    assert {q.intrinsics for q in together.queries.values()} == {"shared"}
+    (shared,) = {q.camera.params[0] for q in together.queries.values()}  # type: ignore[union-attr]
+    assert abs(shared - FOCAL) < 0.7 * np.abs(focal - FOCAL).mean()
+    assert abs(shared - FOCAL) < 0.005 * FOCAL < np.abs(focal - FOCAL).max()
+
+    def centres(result: LocalizeResult) -> float:
+        return float(np.mean([error(q.pose, SCENE.poses[n])[1] for n, q in result.queries.items()]))  # type: ignore[arg-type]
+
+    assert centres(together) < 0.7 * centres(apart)
+    assert "estimated together" in (tmp_path / "out/report.txt").read_text(encoding="utf-8")
+    assert len(colmap.read_model(tmp_path / "out").cameras) == 2  # the map's and the queries'
+    # The same again computes nothing; neither does one camera a folder, which is the same.
+    again = run(place, tmp_path / "out", place / "all", camera="estimate", camera_mode="folder")
+    assert set(again.report["counts"].values()) == {0}
+    # What is known is not estimated, and one query has nobody to share with.
+    known = run(place, tmp_path / "known", camera_mode="single")
+    assert {q.intrinsics for q in known.queries.values()} == {"map"}
+    single = tmp_path / "single"
+    single.mkdir()
+    shutil.copy(place / "new" / QUERIES[0], single)
+    alone = run(place, tmp_path / "alone", single, camera="estimate", camera_mode="auto")
+    assert alone.queries[QUERIES[0]].intrinsics == "estimated"
+
+
+def test_a_shared_camera_has_one_size(place: Path, tmp_path: Path) -> None:
+    queries = tmp_path / "queries"
+    shutil.copytree(place / "new", queries)
+    Image.new("RGB", (200, 100)).save(queries / "small.png")
+    with pytest.raises(InputError, match="Images of one camera have one size"):
+        run(place, tmp_path / "out", queries, camera="estimate", camera_mode="single")
+
+
 def test_exif_is_refined(place: Path, tmp_path: Path) -> None:
     queries = tmp_path / "queries"
     queries.mkdir()
