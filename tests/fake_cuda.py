@@ -30,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 
 DEVICE = torch.device("cuda", 0)
@@ -105,6 +106,12 @@ class CudaTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _call(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Files hold plain tensors."""
+        plain = _move(self.detach(), False, {})
+        with torch._C.DisableTorchFunction():
+            return plain.__reduce_ex__(protocol)
 
 
 class CudaParameter(CudaTensor, torch.nn.Parameter):
@@ -564,13 +571,6 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
     return tag(_run(func, args, kwargs)) if is_cuda(args[0]) else _run(func, args, kwargs)
 
 
-def _pickled(func: Any, args: Any, kwargs: Any) -> Any:
-    """Saved as CUDA tensors are: as a plain tensor."""
-    plain = _move(args[0], False, {}) if is_cuda(args[0]) else args[0]
-    with torch._C.DisableTorchFunction():
-        return plain.detach().__reduce_ex__(*args[1:])
-
-
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "numpy": _numpy,
     "__array__": _numpy,
@@ -584,7 +584,6 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "__setitem__": _set_item,
     "where": _where,
     "tensor_split": _split,
-    "__reduce_ex__": _pickled,
 }
 
 
@@ -593,7 +592,7 @@ def _no(*_: Any, **__: Any) -> bool:
 
 
 def _patches(gpu: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
-    for module in (torch.nn.functional, torch.functional, torch._tensor):
+    for module in (torch.nn.functional, torch.functional, torch._tensor, torch.autograd):
         for name in (
             "has_torch_function",
             "has_torch_function_unary",
@@ -603,6 +602,11 @@ def _patches(gpu: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
                 yield module, name, _no
 
     yield torch, "Generator", _Generator
+    # Whether recomputed tensors look like the first ones is asked inside and outside of C++.
+    checks = dict.fromkeys(
+        torch.utils.checkpoint._allowed_determinism_checks_to_fns, lambda x: (x.shape, x.dtype)
+    )
+    yield torch.utils.checkpoint, "_allowed_determinism_checks_to_fns", checks
 
     def event(name: str) -> Callable[..., None]:
         def note(*_: Any, **__: Any) -> None:

@@ -143,7 +143,9 @@ class Means:
         """Return (sum, count) of every name and start over; reads the device once."""
         if not self._sums:
             return {}
-        sums = torch.stack(list(self._sums.values())).tolist()
+        # A model may count some things on the processor.
+        device = next(iter(self._sums.values())).device
+        sums = torch.stack([value.to(device) for value in self._sums.values()]).tolist()
         found = {
             name: (total, self._counts[name]) for name, total in zip(self._sums, sums, strict=True)
         }
