@@ -98,7 +98,7 @@ class SfmScores:
     points: int
     observations: int
     track_length: float  # mean images per point; NaN without points
-    reprojection_px: float  # mean over all observations; NaN without points
+    reprojection_px: float  # mean over points of their observations' mean; NaN without points
     images: tuple[ImageScore, ...]  # in the truth's name order
     pair_errors: tuple[float, ...]  # degrees, one per pair of true images, infinite for failures
 

@@ -45,6 +45,11 @@ logger = logging.getLogger(__name__)
 SUFFIXES: frozenset[str] = frozenset(
     {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".heic", ".heif"}
 )
+# Pictures that users expect to count and that are not read: named instead of passed over.
+_UNREAD_SUFFIXES = frozenset(
+    {".gif", ".avif", ".jp2", ".jxl", ".tga"}
+    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+)
 # OpenCV's own limit. Pillow's (89 Mpx warns, 179 Mpx fails) is below today's panoramas.
 MAX_PIXELS = 2**30
 
@@ -171,7 +176,8 @@ def scan(
     """Find the images below ``root`` and decode each one once to see whether it is intact.
 
     Hidden files and folders and those of operating systems are passed over, and so are COLMAP masks
-    beside their image (``a.jpg.png`` next to ``a.jpg``).
+    beside their image (``a.jpg.png`` next to ``a.jpg``). Pictures in formats that are not read
+    (GIF, raw files of cameras) are rejected by name.
 
     Args:
         root: folder, searched at any depth; links to folders are followed.
@@ -192,7 +198,9 @@ def scan(
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise InputError(f"The image folder {root} {problem}.")
-    found = _list_images(root, exclude) if names is None else _check_names(root, names)
+    found, unread = (
+        _list_images(root, exclude) if names is None else (_check_names(root, names), [])
+    )
     results = _map_in_threads(
         partial(_inspect, root, min_size=min_size),
         found,
@@ -200,7 +208,14 @@ def scan(
         progress=progress,
     )
     images: list[ImageRecord] = []
-    rejected: list[RejectedImage] = []
+    rejected = [
+        RejectedImage(
+            name=_printable(name),
+            reason="unreadable",
+            detail=f"{Path(name).suffix[1:].upper()} is not read; save it as PNG or JPEG",
+        )
+        for name in unread
+    ]
     first_with: dict[str, str] = {}
     for result in results:
         if isinstance(result, RejectedImage):
@@ -213,6 +228,7 @@ def scan(
             rejected.append(
                 RejectedImage(name=result.name, reason="duplicate", detail=f"same bytes as {twin}")
             )
+    rejected.sort(key=lambda image: image.name)
     return ImageSet(root=root, images=tuple(images), rejected=tuple(rejected))
 
 
@@ -221,7 +237,10 @@ def require_usable(image_set: ImageSet, minimum: int = 2) -> None:
     count = len(image_set.images)
     if count >= minimum:
         return
-    message = f"{image_set.root} has {count} usable image{'s' * (count != 1)}; {minimum} are needed"
+    message = (
+        f"{image_set.root} has {count} usable image{'s' * (count != 1)}; "
+        f"{minimum} {'is' if minimum == 1 else 'are'} needed"
+    )
     if not image_set.rejected:
         suffixes = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise InputError(f"{message}. Files that count as images: {suffixes}.")
@@ -231,8 +250,13 @@ def require_usable(image_set: ImageSet, minimum: int = 2) -> None:
     raise InputError("\n".join([f"{message}. Left out:", *lines]))
 
 
-def _list_images(root: Path, exclude: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Sorted names of all files below ``root`` with an image's suffix."""
+def _list_images(
+    root: Path, exclude: Sequence[str | os.PathLike[str]]
+) -> tuple[list[str], list[str]]:
+    """Sorted names of all files below ``root`` with an image's suffix; read and unread ones.
+
+    An unread one that also exists in a format that is read (``a.nef`` with ``a.jpg``) is no loss.
+    """
     excluded = {os.path.realpath(folder) for folder in exclude}
     visited: set[str] = set()
     names: list[str] = []
@@ -248,13 +272,16 @@ def _list_images(root: Path, exclude: Sequence[str | os.PathLike[str]]) -> list[
         names += [
             (relative / name).as_posix()
             for name in files
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not _is_system_name(name)
+            if os.path.splitext(name)[1].lower() in SUFFIXES | _UNREAD_SUFFIXES
+            and not _is_system_name(name)
         ]
-    listed = set(names)
-    masks = {name for name in names if name.lower().endswith(".png") and name[:-4] in listed}
+    listed = {name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES}
+    stems = {os.path.splitext(name)[0] for name in listed}
+    unread = [n for n in names if n not in listed and os.path.splitext(n)[0] not in stems]
+    masks = {name for name in listed if name.lower().endswith(".png") and name[:-4] in listed}
     if masks:
         logger.info("%d files like %s are masks, not images.", len(masks), min(masks))
-    return sorted(listed - masks)
+    return sorted(listed - masks), sorted(unread)
 
 
 def _is_system_name(name: str) -> bool:

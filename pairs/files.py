@@ -93,6 +93,8 @@ def write_pairs(path: Path | str, pairs: Iterable[Pair]) -> None:
     separator = "\t" if blank else " "
     text = "".join(f"{a}{separator}{b}\n" for a, b in pairs)
     path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"The pair list '{path}' is a folder; give the name of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # File names need not be valid text on Linux; surrogateescape keeps their bytes.

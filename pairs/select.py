@@ -237,7 +237,8 @@ def select(
         raise InputError(f"The mode {chosen.mode} gives no pair of the {len(names)} images")
     nothing = [component for component in chosen.components if not found[component]]
     if nothing and union:
-        notes.append(f"No pair came from {' and '.join(nothing)}.")
+        others = " beyond those of the other modes" if len(chosen.components) > 1 else ""
+        notes.append(f"No pair came from {' and '.join(nothing)}{others}.")
     notes.extend(_connectivity_notes(names, union))
     selection = Selection(
         pairs=union,

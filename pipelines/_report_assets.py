@@ -60,7 +60,8 @@ h1 strong span { color: var(--soft); font-weight: 300; }
 }
 .tile { padding: .8rem .9rem; min-width: 0; }
 .tile h3 { font-size: .82rem; font-weight: 500; color: var(--soft); }
-.tile b { display: block; font-size: 1.6rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: clamp(1.2rem, 1.9vw, 1.6rem); line-height: 1.5rem;
+  white-space: nowrap; margin: .3rem 0; font-variant-numeric: tabular-nums; }
 .tile small { font-size: .95rem; font-weight: 500; color: var(--soft); margin-left: .2em; }
 .tile p { font-size: .82rem; line-height: 1.35; color: var(--soft); }
 .command {

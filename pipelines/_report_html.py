@@ -385,7 +385,8 @@ def _scene(full: dict[str, Any], packed: dict[str, Any] | None) -> str:
     shown = f"{packed['shown']:,} of {packed['total']:,} points"
     if packed["shown"] == packed["total"]:
         shown = plural(packed["total"], "point")
-    far = f"; {packed['far']:,} far points lie outside the view" if packed["far"] else ""
+    lie = "lies" if packed["far"] == 1 else "lie"
+    far = f"; {plural(packed['far'], 'far point')} {lie} outside the view" if packed["far"] else ""
     of_model = " of the largest model" if (full["summary"]["models"] or 0) > 1 else ""
     cameras = plural(len(packed["cameras"]["names"]), "camera")
     size = 2.0 if packed["shown"] < 5000 else 1.5 if packed["shown"] < 20_000 else 1.0

@@ -125,17 +125,17 @@ def build_report(
 
     largest = models[0] if models else None
     tracks: dict[str, int] = {}
-    errors = np.zeros(0)
     summary: dict[str, Any] = {}
     if largest is not None:
-        _, _, lengths, errors = colmap.points(largest)
+        _, _, lengths, _ = colmap.points(largest)
         values, counts_of = np.unique(lengths, return_counts=True)
         tracks = {str(int(v)): int(c) for v, c in zip(values, counts_of, strict=True)}
         statistics = colmap.statistics(largest)
         statistics.pop("images")
         summary.update(statistics)
     edges = np.linspace(0, 4, 41)
-    histogram, _ = np.histogram(np.clip(errors, 0, 4 - 1e-9), edges)
+    errors = [details[name].errors_px for name, index in model_of.items() if index == 0]
+    histogram, _ = np.histogram(np.clip(np.concatenate([[], *errors]), 0, 4 - 1e-9), edges)
     summary = {
         "images": len(image_set.images) + len(image_set.rejected),
         "usable": len(image_set.images),

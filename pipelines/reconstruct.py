@@ -1612,6 +1612,10 @@ class _Run:
         for row in report["images"]:
             if row["name"] in self.turns:
                 row["turned_degrees"] = 90 * self.turns[row["name"]]
+        if self.known is None or self.options.poses != "fixed":
+            kept = colmap.fixed_cameras(self.cameras, self.options.cameras.refine_intrinsics)
+            for camera in (c for m in report["models"] for c in m["cameras"]):
+                camera["refined"] = camera["id"] not in kept
         report["settings"] = _plain(
             {
                 "images": str(self.root),

@@ -91,7 +91,6 @@ def test_finds_every_suffix_at_any_depth_by_posix_name(tmp_path):
     for seed, name in enumerate(names):
         save(tmp_path / name, photo(seed=seed))
     for name in (
-        "x.gif",
         "x.txt",
         "x.mp4",
         "._a.jpg",
@@ -105,6 +104,19 @@ def test_finds_every_suffix_at_any_depth_by_posix_name(tmp_path):
     assert found.names == sorted(names)
     assert found.rejected == ()
     assert found["deep/c.png"].path == tmp_path / "deep" / "c.png"
+
+
+def test_pictures_in_formats_that_are_not_read_are_named(tmp_path):
+    save(tmp_path / "a.jpg", photo(seed=1))
+    for name in ("a.NEF", "sub/b.nef", "c.GIF"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"GIF89a")
+    found = scan(tmp_path)
+    assert found.names == ["a.jpg"]  # a.NEF is its raw file
+    assert [str(r) for r in found.rejected] == [
+        "c.GIF: unreadable (GIF is not read; save it as PNG or JPEG)",
+        "sub/b.nef: unreadable (NEF is not read; save it as PNG or JPEG)",
+    ]
 
 
 def test_bad_files_are_named_with_a_reason_and_the_rest_goes_on(tmp_path):
@@ -215,6 +227,8 @@ def test_odd_files():
     found = scan(ODD)
     rejected = {r.name: r.reason for r in found.rejected}
     assert rejected == {
+        "animated.gif": "unreadable",
+        "still.gif": "unreadable",
         "empty.jpg": "empty",
         "header_only.jpg": "unreadable",
         "identical_b.jpg": "duplicate",
@@ -227,7 +241,7 @@ def test_odd_files():
     }
     with open(ODD / "manifest.csv", encoding="utf-8") as file:
         listed = {row["file"] for row in csv.DictReader(file)}
-    not_images = {name for name in listed if name.endswith((".gif", ".mp4", ".db"))}
+    not_images = {name for name in listed if name.endswith((".mp4", ".db"))}
     not_images.add("nested/._a.jpg")
     assert set(found.names) | set(rejected) == listed - not_images
     for record in found:

@@ -159,6 +159,11 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "a b\n"
 
 
+def test_a_folder_in_the_place_of_the_list_is_an_output_error(tmp_path):
+    with pytest.raises(OutputError, match="is a folder"):
+        write_pairs(tmp_path, [("a.jpg", "b.jpg")])
+
+
 def test_writing_below_a_file_is_an_output_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):

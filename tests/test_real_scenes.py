@@ -97,7 +97,7 @@ def test_nasty_files_among_good_ones(data: Path, tmp_path: Path) -> None:
         "truncated.jpg": "unreadable", "header_only.jpg": "unreadable", "empty.jpg": "empty",
         "text.jpg": "unreadable", "one_pixel.png": "tiny", "tiny.jpg": "tiny",
         "identical_b.jpg": "duplicate", "blank_white.jpg": "no_features",
-        "huge_solid_12000x9000.png": "no_features",
+        "huge_solid_12000x9000.png": "no_features", "still.gif": "unreadable",
     }  # fmt: skip
     assert {n: rows[n]["status"] for n in expected} == expected
     with open(data / "odd" / "manifest.csv", newline="", encoding="utf-8") as file:

@@ -100,6 +100,25 @@ def test_whole_run_gives_true_poses_and_all_files(images: Path, tmp_path: Path) 
     assert set(map(tuple, rows.tolist())) == set(map(tuple, SCENE.matches(*NAMES[:2]).tolist()))
 
 
+def test_report_counts_observations_and_says_which_cameras_moved(
+    images: Path, tmp_path: Path
+) -> None:
+    result = run(images, tmp_path / "out")
+    errors = result.report["reprojection_errors"]
+    assert sum(errors["counts"]) == result.model().compute_num_observations()
+    mean = np.dot(errors["counts"], np.add(errors["edges"][1:], errors["edges"][:-1]) / 2)
+    truth = np.average(
+        [r["mean_reprojection_error_px"] for r in result.report["images"]],
+        weights=[r["points"] for r in result.report["images"]],
+    )
+    assert mean / sum(errors["counts"]) == pytest.approx(truth, abs=0.05)  # half a column
+    (camera,) = result.report["models"][0]["cameras"]
+    assert camera["refined"] is False  # its intrinsics are given
+    moved = run(images, tmp_path / "out", refine_intrinsics="all")
+    (camera,) = moved.report["models"][0]["cameras"]
+    assert camera["refined"] is True
+
+
 def test_same_command_again_computes_nothing(images: Path, tmp_path: Path) -> None:
     first = run(images, tmp_path / "out")
     before = (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns

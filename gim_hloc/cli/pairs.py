@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from gim_hloc.cli import common
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, OutputError
 from gim_hloc.pairs import PairOptions, plan, select, write_pairs
 from gim_hloc.pairs.retrieval import ImageLoader, LocalDescriptors
 
@@ -52,6 +52,8 @@ def run(arguments: Arguments) -> None:
     """
     from gim_hloc import images
 
+    if arguments.output.is_dir():  # before the descriptors take their time
+        raise OutputError(f"The pair list '{arguments.output}' is a folder; give a file's name.")
     image_set = images.scan(arguments.images)
     images.require_usable(image_set)
     for rejected in image_set.rejected:
