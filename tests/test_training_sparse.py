@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_scene import make_pairs, overfit_set, share_within, true_positions
 
 from gim_hloc import matchers, weights
@@ -118,6 +119,33 @@ def test_every_trainable_parameter_is_in_one_group(name: str) -> None:
         factors = {id(p): factor for factor, group in model.parameter_groups() for p in group}
         for key, parameter in model.named_parameters():
             assert factors[id(parameter)] == (0.1 if "encode" in key else 1.0)
+
+
+class ReadsOneByOne(TorchDispatchMode):
+    """Counts what makes the processor wait for a GPU: ``bool``, ``int``, ``item``, masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = self.masks = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.numbers += func is torch.ops.aten._local_scalar_dense.default
+        if func is torch.ops.aten.index.Tensor:
+            self.masks += any(i is not None and i.dtype == torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_loftr_reads_no_number_of_a_sample() -> None:
+    """Nor do more samples with labels need more masks than the matching of all takes."""
+    model = make("gim_loftr")
+    counts = []
+    for samples in (scene(), scene(labels=True)):
+        with ReadsOneByOne() as reads:
+            model(collate(samples))["loss"].backward()
+        assert reads.numbers == 0
+        counts.append(reads.masks)
+    # Of each sample with labels, those on an image are picked once.
+    assert counts[1] <= counts[0] + len(samples)
 
 
 def learn_a_little(model: TrainingModel, steps: int = 8) -> None:
@@ -244,10 +272,14 @@ def test_windows_are_predicted_and_true_ones() -> None:
     a, b = loftr_model._split(model.network.encode(*loftr_model._both(batch)))
     truth = loftr_model._coarse_truth(batch, a)
     predicted = torch.arange(150)
-    found = loftr_model.Cells(predicted % 2, predicted, predicted, predicted.float())
+    own_cells = predicted % 75 * 2 + predicted // 75  # even ones of the first sample
+    found = loftr_model.Cells(predicted // 75, own_cells, own_cells, predicted.float())
+    facts = loftr_model._facts(batch, a, b, found)
     for row, cells in ((0, 192), (1, 99)):  # 12 x 16 cells, 9 x 11 of them not padding
-        masks = {"mask0": a.mask[row], "mask1": b.mask[row]}
-        chosen = model._choose(found, row, truth.pairs(row), masks, torch.Generator())
+        assert (facts[row].found, min(facts[row].valid0, facts[row].valid1)) == (75, cells)
+        places = range(75 * row, 75 * row + 75)
+        pairs = truth.pairs(row)
+        chosen = model._choose(found, row, places, pairs, cells, torch.Generator())
         total = cells // 2
         assert len(chosen.batch) == total
         assert (chosen.batch == row).all()
@@ -309,14 +341,18 @@ def test_labels_on_padding_do_not_count() -> None:
     model = make("gim_loftr", labels=50)
     sample = padded(scene(True)[0])
     batch = collate([sample])
-    xy0, xy1 = model._draw_labels(batch, 0, (12, 16), torch.Generator().manual_seed(1))
+    xy0, xy1 = model._draw_labels(
+        batch, 0, int(batch.label_count[0]), (12, 16), torch.Generator().manual_seed(1)
+    )
     assert len(xy0) == 50
     assert (xy0[:, 0] < 88).all()
     assert (xy0[:, 1] < 72).all()
     assert sample.labels is not None
     rows = {tuple(row) for row in sample.labels.tolist()}
     assert {tuple(row) for row in torch.cat([xy0, xy1], 1).tolist()} <= rows
-    again = model._draw_labels(batch, 0, (12, 16), torch.Generator().manual_seed(2))
+    again = model._draw_labels(
+        batch, 0, int(batch.label_count[0]), (12, 16), torch.Generator().manual_seed(2)
+    )
     assert not torch.equal(again[0], xy0)
 
 
@@ -554,7 +590,7 @@ def test_labels_are_the_keypoints() -> None:
     assert sample.labels is not None
     sample = dataclasses.replace(sample, labels=sample.labels[:120])
     found, count = model._points(collate([sample]))
-    assert count.tolist() == [120]
+    assert count == [120]
     rows = torch.cat([found[0].xy[:120], found[1].xy[:120]], 1).tolist()
     assert sorted(rows) == sorted(sample.labels.tolist())
     for side, p in enumerate(found):
@@ -568,7 +604,7 @@ def test_labels_are_the_keypoints() -> None:
     assert float(model.glue.log_assignment[1].final_proj.weight.grad.abs().max()) > 0
     few = make("gim_lightglue", keypoints=50)
     found, count = few._points(collate([sample]))
-    assert count.tolist() == [50]
+    assert count == [50]
     assert len(found[0].xy) == 50
 
 

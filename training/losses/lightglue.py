@@ -198,16 +198,19 @@ def true_partners(
     nearest0, nearest1 = both.min(1), both.argmin(0)
     here = torch.arange(len(xy0), device=xy0.device)
     mutual = (nearest1[nearest0.indices] == here) & (nearest0.values < positive)
-    partner0[mutual] = nearest0.indices[mutual]
-    partner1[nearest0.indices[mutual]] = here[mutual]
+    # Without masks as indices, for each of which a GPU would have to be waited for.
+    partner0 = torch.where(mutual, nearest0.indices, partner0)
+    there = torch.arange(len(xy1), device=xy0.device)
+    chosen = mutual[nearest1] & (nearest0.indices[nearest1] == there)
+    partner1 = torch.where(chosen, nearest1, partner1)
 
-    partner0[known0 & (distance0.amin(1) > negative)] = UNMATCHED
-    partner1[known1 & (distance1.amin(0) > negative)] = UNMATCHED
+    partner0 = partner0.masked_fill(known0 & (distance0.amin(1) > negative), UNMATCHED)
+    partner1 = partner1.masked_fill(known1 & (distance1.amin(0) > negative), UNMATCHED)
 
     undecided = (partner0 == IGNORED)[:, None] & (partner1 == IGNORED)
     epipolar = epipolar_distance(xy0, xy1, fundamental).masked_fill(~undecided, torch.inf)
-    partner0[~known0 & (epipolar.amin(1) > negative)] = UNMATCHED
-    partner1[~known1 & (epipolar.amin(0) > negative)] = UNMATCHED
+    partner0 = partner0.masked_fill(~known0 & (epipolar.amin(1) > negative), UNMATCHED)
+    partner1 = partner1.masked_fill(~known1 & (epipolar.amin(0) > negative), UNMATCHED)
     return partner0, partner1
 
 

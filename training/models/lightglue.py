@@ -171,9 +171,10 @@ class LightGlueTraining(TrainingModel):
 
         zero = states[-1].new_zeros((), dtype=torch.float32)
         assignment, certainty, labels, positives = zero, zero, zero, zero
-        rows = batch.has_depth.nonzero()[:, 0]
-        if len(rows):
-            partner0, partner1 = _partners(batch, points, rows.tolist(), xy.shape[1])
+        deep = [row for row, counted in enumerate(count) if counted is None]
+        if deep:
+            rows = torch.tensor(deep, device=xy.device)
+            partner0, partner1 = _partners(batch, points, deep, xy.shape[1])
             positives = positives + (partner0 >= 0).sum()
             final = assign(last, rows)
             losses = [assignment_loss(final, partner0, partner1)]
@@ -187,10 +188,11 @@ class LightGlueTraining(TrainingModel):
             assignment = torch.stack(losses).mean(0).sum() / size
             if unsure:
                 certainty = torch.stack(unsure).mean(0).sum() / size
-        rows = (count > 0).nonzero()[:, 0]
-        if len(rows):
-            positives = positives + count.sum()
-            labels = label_loss(assign(last, rows), count[rows]).sum() / size
+        labelled = [(row, counted) for row, counted in enumerate(count) if counted]
+        if labelled:
+            rows, counts = torch.tensor(labelled, device=xy.device).unbind(1)
+            positives = positives + counts.sum()
+            labels = label_loss(assign(last, rows), counts).sum() / size
         return {
             "loss": keep_graph(assignment + certainty + labels, self),
             "assignment": assignment.detach(),
@@ -199,24 +201,31 @@ class LightGlueTraining(TrainingModel):
             "positives": positives / size,
         }
 
-    def _points(self, batch: PairBatch) -> tuple[list[Points], torch.Tensor]:
-        """Keypoints of all first images, then of all second ones, and (B,) number of labels."""
+    def _points(self, batch: PairBatch) -> tuple[list[Points], list[int | None]]:
+        """Keypoints of all first images, then of all second ones, and numbers of labels.
+
+        A sample with depth has None labels: it is trained by its depth.
+        """
         sides: list[list[Points]] = [[], []]
-        count = torch.zeros_like(batch.label_count)
+        count: list[int | None] = []
         seeds = sample_seeds(batch)
+        # Read at once: each reading makes the processor wait for the GPU.
+        facts = torch.stack([batch.has_depth.long(), batch.label_count.long()], 1).tolist()
         for row in range(len(batch)):
             images = (batch.image0[row], batch.image1[row])
             valid = (batch.valid0[row], batch.valid1[row])
-            if bool(batch.has_depth[row]):
+            has_depth, given = facts[row]
+            if has_depth:
                 for side in (0, 1):
                     sides[side].append(self.detect(images[side], valid[side]))
+                count.append(None)
                 continue
             generator = torch.Generator().manual_seed(seeds[row])
-            labels = batch.labels[row, : int(batch.label_count[row])]
+            labels = batch.labels[row, :given]
             # The reference takes the first of the sorted rows, which all lie on one side.
             order = torch.randperm(len(labels), generator=generator)[: self.keypoints]
             labels = labels[order.to(labels.device)]
-            count[row] = len(labels)
+            count.append(len(labels))
             for side in (0, 1):
                 xy = labels[:, 2 * side : 2 * side + 2]
                 if len(xy):
