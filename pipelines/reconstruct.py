@@ -718,7 +718,7 @@ class _Run:
             shutil.rmtree(self.output / name, ignore_errors=True)
         for name in (
             "run.yaml", "pairs.txt", "features.h5", "matches.h5", "features.h5.journal",
-            "matches.h5.journal", "database.db", "report.html", "report.json", "log.txt",
+            "matches.h5.journal", "database.db", "report.html", "report.json",
             "turns.json", "anchors.h5", "anchors.h5.journal", "readings.h5", "readings.h5.journal",
         ):  # fmt: skip
             (self.output / name).unlink(missing_ok=True)
@@ -769,7 +769,9 @@ class _Run:
     @contextlib.contextmanager
     def _log_file(self) -> Iterator[None]:
         """Append everything, single pairs included, to OUTPUT/log.txt."""
-        handler = logging.FileHandler(self.output / "log.txt", encoding="utf-8")
+        # Emptied here, not in ``_clear``: by then it is open, and would be written to unseen.
+        mode = "w" if self.options.overwrite else "a"
+        handler = logging.FileHandler(self.output / "log.txt", mode, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         package = logging.getLogger("gim_hloc")
         level = package.level

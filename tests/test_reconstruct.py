@@ -184,6 +184,9 @@ def test_overwrite_starts_over_and_keeps_other_files(images: Path, tmp_path: Pat
     run(images, tmp_path / "out")
     (tmp_path / "out/notes of mine.txt").write_text("keep")
     run(images, tmp_path / "out", overwrite=True)
+    log = (tmp_path / "out/log.txt").read_text()
+    assert log.count("run started") == 1
+    assert NAMES[0] in log
     assert encoded() == NAMES
     assert (tmp_path / "out/notes of mine.txt").read_text() == "keep"
 
