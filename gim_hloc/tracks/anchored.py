@@ -628,12 +628,14 @@ def within(
     entries = np.unique(key * len(points) + np.repeat(np.arange(len(points)), 4))
     owner, entered = entries % len(points), entries // len(points)
     begin = np.searchsorted(entered, np.arange(total + 1))
-    at = np.floor((queries - low) / side)
-    possible = (at >= 0).all(1) & (at[:, 0] < columns) & (at[:, 1] < total // columns)
-    query = np.flatnonzero(possible)
-    at = at[query].astype(np.int64)
-    home = at[:, 1] * columns + at[:, 0]
+    # By column: NumPy is slow along an axis of two.
+    column, row = (np.floor((queries[:, axis] - low[axis]) / side) for axis in (0, 1))
+    possible = (column >= 0) & (row >= 0) & (column < columns) & (row < total // columns)
+    column, row = (np.where(possible, part, 0).astype(np.int64) for part in (column, row))
+    home = row * columns + column
     position, end = begin[home], begin[home + 1]
+    query = np.flatnonzero(possible & (position < end))
+    position, end = position[query], end[query]
     results: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     while True:
         alive = position < end
@@ -641,13 +643,20 @@ def within(
         if not len(query):
             break
         point = owner[position]
-        distance = np.linalg.norm(queries[query] - points[point], axis=1)
+        distance = _length(queries[query] - points[point])
         good = distance <= radius
         results.append((query[good], point[good], distance[good]))
         position = position + 1
     if not results:
         return nothing
     return tuple(np.concatenate([r[k] for r in results]) for k in range(3))  # type: ignore[return-value]
+
+
+def _length(xy: np.ndarray) -> np.ndarray:
+    """Lengths (N,) of vectors (N, 2). NumPy's norm sums each row by itself, which is slow."""
+    x, y = xy[:, 0], xy[:, 1]
+    length: np.ndarray = np.sqrt(x * x + y * y)
+    return length
 
 
 def _guided(
@@ -810,7 +819,7 @@ def _average(
     middle = own_xy.copy()
     lone = ~has_own[group]
     middle[~has_own] = _medians(table.target[rows[lone]], group[lone])
-    residual = np.linalg.norm(target - middle[group], axis=1) / unit
+    residual = _length(target - middle[group]) / unit
     good = residual <= options.max_spread_px
     certainty = table.certainty[rows].astype(np.float64) * good
     total = np.bincount(group, certainty, len(groups))
@@ -874,8 +883,10 @@ def _reading_share(
     g = group[usable]
     around_mean = ((target[usable] - mean[g]) / unit[usable, None]) ** 2
     # A mean of n values takes up a share 1 / n of their variance.
-    readings = np.median(around_mean.sum(1) * agreeing[g] / (agreeing[g] - 1))
-    around_own = np.median((((target[usable] - own_xy[g]) / unit[usable, None]) ** 2).sum(1))
+    summed = around_mean[:, 0] + around_mean[:, 1]
+    readings = np.median(summed * agreeing[g] / (agreeing[g] - 1))
+    from_own = ((target[usable] - own_xy[g]) / unit[usable, None]) ** 2
+    around_own = np.median(from_own[:, 0] + from_own[:, 1])
     return float(np.clip((around_own - readings) / max(readings, 1e-12), 0.0, 1.0))
 
 
