@@ -428,6 +428,28 @@ def test_protocols_of_a_run_are_rows_beside_each_other(tmp_path: Path):
     ]
 
 
+def test_two_runs_of_a_matcher_are_rows_beside_each_other(tmp_path: Path):
+    # As before and after a training: matcher, version, set and protocol are the same.
+    folders = []
+    for name, factor in (("before", 2.0), ("after", 1.0)):
+        folders.append(tmp_path / name / "dump" / "gim")
+        write_dump(folders[-1], random_dump("mine", "KITTI", factor=factor))
+    options = TableOptions(bootstrap=0, published=False)
+    found = table.make_table(folders, options)
+    assert found.problems == ()
+    assert [row.name for row in found.own] == ["mine (v1, after)", "mine (v1, before)"]
+    assert found.own[0].auc[5.0]["KITTI"] > found.own[1].auc[5.0]["KITTI"]
+    # Runs with one name are told apart by their paths; runs on different sets are one row.
+    deep = tmp_path / "x" / "after" / "dump" / "gim"
+    write_dump(deep, random_dump("mine", "KITTI", factor=3.0))
+    names = {row.version for row in table.make_table([folders[1], deep], options).own}
+    assert names == {f"v1, {tmp_path / 'after'}", f"v1, {tmp_path / 'x' / 'after'}"}
+    other = tmp_path / "other" / "dump" / "gim"
+    write_dump(other, random_dump("mine", "GL3D"))
+    (row,) = table.make_table([folders[1], other], options).own
+    assert (row.name, set(row.dumps)) == ("mine (v1)", {"KITTI", "GL3D"})
+
+
 def test_rows_on_other_pairs_are_told(dumps: Path):
     write_dump(dumps, random_dump("third", "KITTI", count=12))
     found = table.make_table([dumps], TableOptions(bootstrap=0, published=False))

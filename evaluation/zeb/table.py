@@ -59,7 +59,7 @@ class Row:
     """One matcher: computed from dumps, or published."""
 
     matcher: str
-    version: str  # with the protocol behind it where the table has several of the matcher
+    version: str  # with protocol and run behind it where the table has several of the matcher
     # AUC as a fraction: threshold in degrees -> set -> value.
     auc: dict[float, dict[str, float]]
     # Threshold -> mean over all columns of the table; NaN where the row lacks one: means over
@@ -130,7 +130,8 @@ def make_table(
     """Compute the table of dumps.
 
     A dump that cannot be used is left out and named in ``problems``. Dumps of one matcher by
-    several protocols, told by the folders of a run (``dump/<protocol>``), are rows of their own.
+    several protocols, told by the folders of a run (``<run>/dump/<protocol>``), are rows of their
+    own, and so are those of several runs on the same set.
 
     Args:
         paths: dump files or folders of them.
@@ -146,14 +147,8 @@ def make_table(
     dumps, problems = load_dumps(paths)
     names = {dump.dataset for dump in dumps}
     sets = (*(name for name in NAMES if name in names), *sorted(names - set(NAMES)))
-    protocols: dict[tuple[str, str], set[str]] = {}
-    for dump in dumps:
-        protocols.setdefault((dump.matcher, dump.version), set()).add(_protocol(dump))
     rows: dict[tuple[str, str], dict[str, Dump]] = {}
-    for dump in dumps:
-        version = dump.version
-        if len(protocols[dump.matcher, dump.version]) > 1:
-            version = f"{version}, {_protocol(dump) or 'no protocol'}"
+    for dump, version in zip(dumps, _row_versions(dumps), strict=True):
         rows.setdefault((dump.matcher, version), {})[dump.dataset] = dump
     table = [_own_row(key, by_set, sets, options) for key, by_set in rows.items()]
     different = _different_pairs(table, sets)
@@ -183,14 +178,14 @@ def load_dumps(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Dump], lis
     Raises:
         InputError: a path does not exist, or no dump is usable.
     """
-    dumps: dict[tuple[str, str, str, str], Dump] = {}
+    dumps: dict[tuple[object, ...], Dump] = {}
     problems = []
     for path in find_dumps(paths):
         try:
             dump = read_pose_dump(path)
             if not dump.records:
                 raise InputError(f"{path} holds no pair: the run was cut off or found none.")
-            key = (dump.matcher, dump.version, dump.dataset, _protocol(dump))
+            key = (dump.matcher, dump.version, dump.dataset, _place(dump))
             if key in dumps:
                 raise InputError(
                     f"{path} is left out: {dumps[key].path} is of the same matcher, set and version"
@@ -207,11 +202,31 @@ def load_dumps(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Dump], lis
     return list(dumps.values()), problems
 
 
-def _protocol(dump: Dump) -> str:
-    """By which protocol a run made a dump; empty where its folder is not of a run."""
+def _place(dump: Dump) -> tuple[str, Path | None]:
+    """Protocol and folder of the run that made a dump; ("", None) elsewhere."""
     assert dump.path is not None  # it was read
     folder = dump.path.resolve().parent
-    return folder.name if folder.parent.name == "dump" else ""
+    return (folder.name, folder.parent.parent) if folder.parent.name == "dump" else ("", None)
+
+
+def _row_versions(dumps: Sequence[Dump]) -> list[str]:
+    """What each dump's row calls its version: with protocol and run where these differ."""
+    places: dict[tuple[str, str], list[tuple[str, str, Path | None]]] = {}
+    for dump in dumps:
+        places.setdefault((dump.matcher, dump.version), []).append((dump.dataset, *_place(dump)))
+    versions = []
+    for dump in dumps:
+        (protocol, run), own = _place(dump), places[dump.matcher, dump.version]
+        parts = [dump.version]
+        if len({other for _, other, _ in own}) > 1:
+            parts.append(protocol or "no protocol")
+        # Runs on different sets complete each other.
+        if len({entry[:2] for entry in own}) < len(own) and run is not None:
+            runs = {other for *_, other in own if other is not None}
+            alike = len({other.name for other in runs}) < len(runs)
+            parts.append(str(run) if alike else run.name)
+        versions.append(", ".join(parts))
+    return versions
 
 
 def check_formats(table: Table, paths: Iterable[str | os.PathLike[str]]) -> None:
