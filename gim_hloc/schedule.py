@@ -8,6 +8,7 @@ optimal for a known order).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -15,6 +16,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,14 +190,47 @@ def memory_budget(device: torch.device, gigabytes: float | None) -> Budget:
 
 
 def _free_host_bytes() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            for line in stream:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 8 << 30  # unknown system: what a small machine has
+    free = 8 << 30  # unknown system: what a small machine has
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as stream:
+        for line in stream:
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    return min(free, *_free_in_control_groups())
+
+
+def _free_in_control_groups(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """Free bytes under each limit on this process: containers and batch systems set them.
+
+    Args:
+        root: where control groups are mounted.
+        own: file that names the groups of this process, lines of number:controllers:path.
+    """
+    found = [1 << 62]
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2
+                base, names = root, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                base = root / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            inner = base / path.strip("/")
+            for folder in (inner, *inner.parents):
+                if folder != base and base not in folder.parents:
+                    break
+                # Inside a container the path may be the host's: what is missing is passed over.
+                with contextlib.suppress(OSError, ValueError):
+                    limit, used = (int((folder / name).read_text()) for name in names[:2])
+                    statistics = dict(
+                        row.split() for row in (folder / "memory.stat").read_text().splitlines()
+                    )
+                    # Files that are held only because there was room make place when asked to.
+                    found.append(max(0, limit - used + int(statistics.get(names[2], 0))))
+    return found
 
 
 class EncodingPool:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gim_hloc import engine
+from gim_hloc import engine, schedule
 from gim_hloc.matchers.base import Encoding
 from gim_hloc.schedule import (
     Budget,
@@ -221,3 +222,30 @@ def test_moving_an_encoding_keeps_everything():
     assert moved.name == "007"
     assert torch.equal(moved.features["x"], encoding.features["x"])
     assert encoding_bytes(moved) == BYTES
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_containers_and_batch_systems_count(version: int, tmp_path: Path) -> None:
+    base = tmp_path / "memory" if version == 1 else tmp_path
+    limit, used, cache = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if version == 1
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    none = str((1 << 63) - 4096) if version == 1 else "max"
+    job = base / "slurm/job_7/step_0"
+    job.mkdir(parents=True)
+    for folder, most in ((job, none), (job.parent, "8000000000"), (job.parent.parent, none)):
+        (folder / limit).write_text(most + "\n")
+        (folder / used).write_text("3000000000\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{cache} 1000000000\n")
+    own = tmp_path / "own"
+    own.write_text(f"4:cpu:/x\n{'9:memory' if version == 1 else '0:'}:/slurm/job_7/step_0\n")
+    assert min(schedule._free_in_control_groups(tmp_path, own)) == 6_000_000_000
+    # In a container the path is the host's, and its own limit lies at the mount's root.
+    for name in (limit, used, "memory.stat"):
+        (base / name).write_bytes((job.parent / name).read_bytes())
+    own.write_text(f"{'9:memory' if version == 1 else '0:'}:/docker/0123\n")
+    assert min(schedule._free_in_control_groups(tmp_path, own)) == 6_000_000_000
+    assert min(schedule._free_in_control_groups(tmp_path, tmp_path / "none")) == 1 << 62
+    assert 0 < schedule._free_host_bytes() < 1 << 50
