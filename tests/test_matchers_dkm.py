@@ -13,6 +13,7 @@ from torch import nn
 from gim_hloc import matchers
 from gim_hloc.errors import WeightsError
 from gim_hloc.evaluation.filled import fill_state_dict
+from gim_hloc.geometry import sampling
 from gim_hloc.geometry.warp import Warp, cell_centres
 from gim_hloc.images import orientation_affine
 from gim_hloc.matchers import ImageData
@@ -340,3 +341,16 @@ def test_registry_knows_the_family() -> None:
     for name, file in files.items():
         info = matchers.describe(name)
         assert (info.kind, info.colour, info.checkpoint) == ("dense", "rgb", (file,))
+
+
+def test_warps_of_any_size_can_be_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.multinomial`` refuses more than 2^24 categories; beyond, the same draw is our own."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(5000, 4, generator=generator) * 0.2
+    certainty = torch.rand(5000, generator=generator) * 0.05
+    certainty[::2] = 0
+    expected = sampling.balanced_sample(rows, certainty, 200, seed=3)
+    monkeypatch.setattr(sampling, "_MOST_CATEGORIES", 4999)
+    found = sampling.balanced_sample(rows, certainty, 200, seed=3)
+    assert torch.equal(found, expected)
+    assert (certainty[found] > 0).all()

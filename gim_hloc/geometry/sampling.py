@@ -7,6 +7,7 @@ import hashlib
 import torch
 
 _ROWS = {"cpu": 256, "cuda": 4096}  # of the N x N matrix that exist at a time
+_MOST_CATEGORIES = 1 << 24  # that ``torch.multinomial`` takes; a warp of 2048 x 4096 has as many
 
 
 def pair_seed(seed: int, *names: str) -> int:
@@ -45,6 +46,15 @@ def balance_weights(density: torch.Tensor) -> torch.Tensor:
     return weights
 
 
+def _draw(chance: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:
+    """``torch.multinomial`` without replacement, for more than its 2^24 categories as well."""
+    if len(chance) <= _MOST_CATEGORIES:
+        return torch.multinomial(chance, number, generator=generator)
+    # What it does itself: the first to happen of events that happen at these rates.
+    times = torch.empty_like(chance).exponential_(generator=generator)
+    return torch.div(chance, times.clamp_min_(1e-30)).topk(number).indices
+
+
 def balanced_sample(
     matches: torch.Tensor,
     certainty: torch.Tensor,
@@ -70,7 +80,7 @@ def balanced_sample(
     possible = int((chance > 0).sum())
     if possible == 0 or number < 1:
         return torch.empty(0, dtype=torch.long, device=certainty.device)
-    drawn = torch.multinomial(chance, min(4 * number, possible), generator=generator)
+    drawn = _draw(chance, min(4 * number, possible), generator)
     weights = balance_weights(kernel_density(matches[drawn]))
     kept = torch.multinomial(weights, min(number, len(drawn)), generator=generator)
     return drawn[kept]
