@@ -19,6 +19,7 @@ from gim_hloc.evaluation.synthetic_dense import (
     simulated_keypoints,
 )
 from gim_hloc.geometry.warp import Warp, cell_centres, normalised_frame
+from gim_hloc.tracks import anchored
 from gim_hloc.tracks.anchored import (
     AnchoredOptions,
     Anchors,
@@ -515,3 +516,22 @@ def test_within_finds_all_pairs(seed: int, radius: float) -> None:
     found = np.stack([query, point], 1)
     np.testing.assert_array_equal(found[np.lexsort((point, query))], expected)
     np.testing.assert_allclose(distance, every[query, point], rtol=1e-6)
+
+
+def test_quick_ways_to_sort_agree_with_plain_ones() -> None:
+    rng = np.random.default_rng(0)
+    for key in (
+        rng.integers(0, 50, 1000),
+        rng.integers(0, 50, 1000) + (1 << 61),  # numbers too large to be numbered
+        np.zeros(0, np.int64),
+    ):
+        np.testing.assert_array_equal(anchored._order(key), np.argsort(key, kind="stable"))
+    group = np.sort(rng.integers(0, 60, 400))
+    values = rng.normal(0, 100, (400, 2)).astype(np.float32)  # of both signs
+    values[:5] = -0.0
+    plain = [np.median(values[group == g].astype(np.float64), axis=0) for g in np.unique(group)]
+    np.testing.assert_array_equal(anchored._medians(values, group), plain)
+    distance = rng.integers(0, 4, 400).astype(np.float32)  # ties: the first counts
+    plain_rows = [np.flatnonzero(group == g)[distance[group == g].argmin()] for g in set(group)]
+    np.testing.assert_array_equal(anchored._nearest(group, distance), sorted(plain_rows))
+    assert not len(anchored._nearest(group[:0], distance[:0]))
