@@ -135,7 +135,8 @@ class MatchResult:
         if self.fit is None:
             return None
         if self.fit.problem is not None:
-            return f"No geometry: {self.fit.problem}. All matches are drawn, in orange."
+            drawn = " All matches are drawn, in orange." if len(self) else ""
+            return f"No geometry: {self.fit.problem}.{drawn}"
         count = int(self.fit.inliers.sum())
         if count < max(FEW_INLIERS, FEW_OF_ALL * len(self)):
             return (

@@ -455,6 +455,7 @@ def test_nothing_in_common(
     assert command.main([str(pair[0]), str(blank), "--out", str(out), "--matcher", "sift"]) == 0
     told = capsys.readouterr().out
     assert "0 matches, and a fundamental matrix needs 8" in told
+    assert "are drawn" not in told  # there is nothing to draw
     assert not (out / "a_b_sift_warp.png").exists()
     with Image.open(out / "a_b_sift_match.png") as picture:
         assert picture.size == (2 * WIDTH + 6, 2 * HEIGHT + 6)
