@@ -739,7 +739,8 @@ def test_single_images(tmp_path: Path, views: list[View], truth: str) -> None:
 class TestDescriptions:
     def test_every_type_is_there(self) -> None:
         assert set(source_types()) == {
-            "megadepth", "scannet", "video", "zeromatch", "rgbd", "colmap", "rendered", "homography",
+            "megadepth", "scannet", "video", "zeromatch", "rgbd", "colmap", "rendered",
+            "homography",
         }  # fmt: skip
 
     @pytest.mark.parametrize(
