@@ -54,6 +54,30 @@ def digest(value: Any) -> str:
 # ---------------------------------------------------------------------------------------- locking
 
 
+_PRODUCTS = ("sparse", "database.db", "features.h5", "matches.h5", "report.html", "report.json")
+
+
+def refuse_foreign(folder: Path, *, other: str) -> None:
+    """Refuse an output folder that holds what a run would replace, but that no such run made.
+
+    A scene's own folder, with a COLMAP model in ``sparse/``, is easily given as the output.
+
+    Args:
+        folder: output folder; it need not exist.
+        other: a file that only the other command leaves.
+
+    Raises:
+        OutputError: names what is in the way.
+    """
+    ours = any((folder / name).exists() for name in (".lock", "log.txt", "run.yaml"))
+    found = [name for name in _PRODUCTS if (folder / name).exists()]
+    if found and (not ours or (folder / other).exists()):
+        raise OutputError(
+            f"{folder} holds {' and '.join(found)} of something else, which would be replaced: "
+            "choose another output folder, or move that away."
+        )
+
+
 class OutputLock:
     """Holds an output folder for one run. The system releases it when the process ends.
 

@@ -45,6 +45,7 @@ from gim_hloc.store import (
     encoding_to_arrays,
     matches_to_arrays,
     pair_keys,
+    refuse_foreign,
     rows_from_matches0,
 )
 from gim_hloc.tracks.anchored import AnchoredOptions, Anchors, read_matches, read_pair
@@ -153,11 +154,12 @@ class LocalizeOptions:
         check_numbers(
             self,
             positive=("max_error", "max_spread", "cache_gb"),
-            share=("min_inlier_ratio", "confidence"),
+            share=("confidence",),
             at_least={
                 "neighbours": 1,
                 "mask_erode": 0,
                 "min_inliers": 4,
+                "min_inlier_ratio": 0,
                 "max_trials": 1,
                 "workers": 0,
                 "batch_size": 0,
@@ -440,6 +442,7 @@ class _Localization:
         for folder, what in ((self.map_folder, "map"), (self.root, "folder of queries")):
             if self.output.resolve() == folder.resolve():
                 raise InputError(f"The output folder must not be the {what} ({folder}).")
+        refuse_foreign(self.output, other="run.yaml")
 
     def _masks(self) -> MaskFolder | None:
         if self.options.masks is None:

@@ -45,6 +45,7 @@ from gim_hloc.store import (
     encoding_to_arrays,
     matches_to_arrays,
     pair_keys,
+    refuse_foreign,
     rows_from_matches0,
 )
 from gim_hloc.tracks.anchored import AnchoredOptions
@@ -569,6 +570,7 @@ class _Run:
             )
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"{self.output} is a file; give a folder for the output.")
+        refuse_foreign(self.output, other="poses.h5")
 
     def _matcher_overrides(self) -> dict[str, Any]:
         from gim_hloc import matchers

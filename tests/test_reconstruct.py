@@ -30,7 +30,7 @@ from synthetic import INTRINSICS, camera_errors, make_scene
 import gim_hloc
 from gim_hloc import colmap, store
 from gim_hloc.cli.reconstruct import main
-from gim_hloc.errors import InputError, LockedError, MappingError
+from gim_hloc.errors import InputError, LockedError, MappingError, OutputError
 from gim_hloc.pairs import read_pairs
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 
@@ -348,6 +348,26 @@ def test_bad_options_are_found_before_any_work(
         run(images, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     assert FakeMatcher.calls == []
+
+
+def test_what_no_run_made_is_not_replaced(images: Path, tmp_path: Path) -> None:
+    scene = tmp_path / "scene"  # as many data sets are: images/ and a model in sparse/
+    (scene / "sparse" / "0").mkdir(parents=True)
+    model = scene / "sparse" / "0" / "cameras.txt"
+    model.write_text("truth")
+    (scene / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="holds sparse of something else"):
+            run(images, scene, overwrite=overwrite)
+    assert model.read_text() == "truth"
+    assert FakeMatcher.calls == []
+    shutil.rmtree(scene / "sparse")
+    run(images, scene)
+    run(images, scene, overwrite=True)
+    assert (scene / "notes.txt").read_text() == "mine"
+    (scene / "poses.h5").touch()  # of gim-localize
+    with pytest.raises(OutputError, match="choose another output folder"):
+        run(images, scene)
 
 
 def test_colliding_names_stay_apart(tmp_path: Path) -> None:
