@@ -42,6 +42,15 @@ run.run(sys.argv[3], sys.argv[4], options)
 """
 
 
+_TWO_WORKERS = """
+import sys
+from gim_hloc.evaluation.zeb import run
+if __name__ == "__main__":
+    options = run.RunOptions(matchers=("root_sift",), version="v")
+    run.run_workers(sys.argv[1], sys.argv[2], options, ["cpu", "cpu"])
+"""
+
+
 @pytest.fixture(autouse=True)
 def oracles() -> None:
     register(SPARSE)
@@ -118,6 +127,37 @@ def test_a_worker_that_dies_is_named_and_the_others_finish(gl3d: Path, tmp_path:
     assert again.exit_code == 0
     assert again.matched == 15 - report.matched
     assert len(only_dump(again)) == 15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_with_a_caller_that_is_killed(gl3d: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", _TWO_WORKERS, str(gl3d), str(out)])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers: list[str] = []
+    try:
+        end = time.monotonic() + 120
+        while len(workers) < 3:  # two and the tracker of multiprocessing
+            assert process.poll() is None
+            assert time.monotonic() < end
+            workers = children.read_text().split()
+            time.sleep(0.005)
+    finally:
+        process.kill()  # while the workers still start
+    process.wait()
+    end = time.monotonic() + 120
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    # Left alone they would have matched all pairs.
+    assert not list(out.glob("predictions/*/*/*.npz"))
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------ workers

@@ -475,11 +475,20 @@ def _work(
     connection: Connection, source: Source, output: str, job: RunOptions, threads: int
 ) -> None:
     """Body of a local process."""
+    threading.Thread(target=_leave_with_caller, daemon=True).start()
     import torch
 
     if threads:
         torch.set_num_threads(threads)
     connection.send(_run_job(source, output, job))
+
+
+def _leave_with_caller() -> None:
+    """End this worker when its caller was killed: nobody would take its report."""
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        caller.join()
+        os._exit(1)  # files are complete or absent
 
 
 def _map_processes(source: Source, output: str, jobs: Sequence[RunOptions]) -> list[_End]:
@@ -903,7 +912,7 @@ class _Encoder:
         self.device = matcher.device
 
     def encode(self, image: Any) -> Any:
-        from gim_hloc.engine import is_out_of_memory
+        from gim_hloc.engine import spoils_the_rest
 
         if isinstance(image, _Unreadable):
             return image
@@ -911,7 +920,7 @@ class _Encoder:
             try:
                 return self._matcher.encode(image)
             except Exception as error:
-                if is_out_of_memory(error):
+                if spoils_the_rest(error):
                     raise
                 logger.exception("%s cannot be encoded", image.name)
                 return _Unreadable(f"{image.name} cannot be encoded ({_words(error)})")
@@ -1115,12 +1124,12 @@ class _SetRun:
         return results
 
     def _match_batch(self, pairs: list[tuple[Any, Any]]) -> list[Matches | str]:
-        from gim_hloc.engine import is_out_of_memory
+        from gim_hloc.engine import spoils_the_rest
 
         try:
             return [*self.matcher.match_batch(pairs)]
         except Exception as error:
-            if is_out_of_memory(error):
+            if spoils_the_rest(error):
                 raise
             if len(pairs) == 1:
                 logger.exception("%s and %s cannot be matched", pairs[0][0].name, pairs[0][1].name)
