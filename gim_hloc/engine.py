@@ -317,6 +317,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def spoils_the_rest(error: BaseException) -> bool:
+    """Whether an error is no fault of the image or pair in work, and others would fail likewise.
+
+    Memory ran out, or CUDA reported an error: most of these last until the process ends.
+    """
+    return is_out_of_memory(error) or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+
+
 def release_memory(device: torch.device) -> None:
     """Free what an error held; to be called when the ``except`` block is left.
 

@@ -145,6 +145,14 @@ def test_many_errors_mean_that_memory_ran_out(error) -> None:
     assert not engine.is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
 
 
+def test_a_device_that_failed_is_no_fault_of_the_pair() -> None:
+    """Otherwise a benchmark goes on, and counts all pairs left as ones that cannot be matched."""
+    assert engine.spoils_the_rest(RuntimeError("CUDA error: an illegal memory access"))
+    assert engine.spoils_the_rest(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    assert not engine.spoils_the_rest(RuntimeError("shape mismatch"))
+    assert not engine.spoils_the_rest(ValueError("CUDA error"))
+
+
 def test_encodings_wait_in_main_memory_and_come_back() -> None:
     matcher = Matcher()
     pairs = order_pairs(pairs_of(8), 4)

@@ -46,6 +46,7 @@ class Oracle:
     matched: list[tuple[str, str]] = []  # noqa: RUF012
     stop_after: int | None = None  # pairs after which it is interrupted
     poison: str = ""  # images on which it fails
+    error: Exception = ValueError("poisoned")
 
     def __init__(self) -> None:
         self.info = matchers.describe(NAME)
@@ -79,7 +80,7 @@ class Oracle:
             if self.stop_after is not None and len(self.matched) >= self.stop_after:
                 raise KeyboardInterrupt
             if self.poison and self.poison in (a.name, b.name):
-                raise ValueError("poisoned")
+                raise self.error
             self.matched.append((a.name, b.name))
             rows = torch.arange(len(a)).repeat(2, 1).T
             results.append(Matches.from_indices(a, b, rows, torch.ones(len(a))))
@@ -385,6 +386,20 @@ def test_predictions_are_found_for_pictures(zeb: Path, tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- bad inputs
+
+
+def test_a_device_that_failed_stops_the_run(
+    zeb: Path, tmp_path: Path, oracle: type[Oracle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise all pairs after it would count as ones that cannot be matched."""
+    monkeypatch.setattr(Oracle, "poison", "b_0005.png")
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(Oracle, "error", error)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run.run(zeb, tmp_path / "out", OPTIONS)
+    monkeypatch.setattr(Oracle, "poison", "")
+    again = run.run(zeb, tmp_path / "out", replace(OPTIONS, resume=True))
+    assert again.results[0].failures == 0
 
 
 def test_bad_inputs_fail_by_name_and_the_rest_goes_on(

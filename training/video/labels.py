@@ -296,7 +296,7 @@ class _Encoder:
         self.device = matcher.device
 
     def encode(self, image: Any) -> Any:
-        from gim_hloc.engine import is_out_of_memory
+        from gim_hloc.engine import spoils_the_rest
 
         if isinstance(image, _Unusable):
             return image
@@ -305,7 +305,7 @@ class _Encoder:
         try:
             return self._matcher.encode(image)
         except Exception as error:
-            if is_out_of_memory(error):
+            if spoils_the_rest(error):
                 raise
             _tell(f"{image.name} cannot be encoded", error)
             return _Unusable(f"{_ERROR} {image.name} cannot be encoded ({_words(error)})")
@@ -442,7 +442,7 @@ class LabelRound:
 
     def _match_batch(self, encodings: list[tuple[Any, Any]]) -> list[Any]:
         """Match a batch; what cannot be matched gives the reason."""
-        from gim_hloc.engine import is_out_of_memory
+        from gim_hloc.engine import spoils_the_rest
 
         results: list[Any] = [_unusable(a, b) for a, b in encodings]
         rows = [row for row, result in enumerate(results) if result is None]
@@ -451,7 +451,7 @@ class LabelRound:
         try:
             found = self.matcher.match_batch([encodings[row] for row in rows])
         except Exception as error:
-            if is_out_of_memory(error):
+            if spoils_the_rest(error):
                 raise
             if len(rows) > 1:  # one of them spoils the batch
                 return [self._match_batch([pair])[0] for pair in encodings]
