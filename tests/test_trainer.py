@@ -22,12 +22,20 @@ pytest.importorskip("lightning.fabric")
 from training_driver import Interrupted, Shift, make_config, make_data
 from training_scene import make_pairs
 
-from gim_hloc.errors import OutputError
+from gim_hloc import weights
+from gim_hloc.errors import InputError, OutputError, WeightsError
 from gim_hloc.training import checkpoints, logs, schedules, validation
 from gim_hloc.training.batch import PairBatch, collate
 from gim_hloc.training.optimiser import Step, make_optimiser, scale_loss
 from gim_hloc.training.processes import PeerError, lost_peers_are_named
-from gim_hloc.training.trainer import NotFiniteError, TrainReport, learning_rate, make_plan, train
+from gim_hloc.training.trainer import (
+    NotFiniteError,
+    TrainReport,
+    initial_file,
+    learning_rate,
+    make_plan,
+    train,
+)
 
 DRIVER = Path(__file__).with_name("training_driver.py")
 
@@ -262,6 +270,27 @@ def test_two_processes_stopped_and_resumed_equal_uninterrupted(tmp_path: Path) -
     assert 0 < read(tmp_path / "parts")["train_step"] < 12
     assert drive(tmp_path / "parts", processes=2) == 0
     assert_same(read(tmp_path / "whole"), read(tmp_path / "parts"))
+
+
+def test_initial_weights_are_a_path_or_a_known_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "resnet50-0676ba61.pth").touch()
+    (tmp_path / "mine.pth").touch()
+    monkeypatch.setenv(weights.ENVIRONMENT, str(folder))
+    for given, found in (
+        (None, None),
+        (tmp_path / "mine.pth", tmp_path / "mine.pth"),
+        (Path("resnet50-0676ba61.pth"), folder / "resnet50-0676ba61.pth"),
+    ):
+        config = dataclasses.replace(make_config(), initial=given)
+        assert initial_file(config, download=False) == found
+    for missing, kind in (("unknown.pth", InputError), ("vgg19_bn-c79401a0.pth", WeightsError)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        with pytest.raises(kind, match=missing):
+            initial_file(dataclasses.replace(make_config(), initial=Path(missing)), download=False)
 
 
 @pytest.mark.slow
