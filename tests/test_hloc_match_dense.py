@@ -297,6 +297,12 @@ def test_what_cannot_be_used_is_said_at_once(
         setup.run(pair, tmp_path, conf=setup.conf | {"model": model})
     with pytest.raises(InputError, match=r"no option 'sizes'\. Did you mean 'size'"):
         setup.run(pair, tmp_path, conf=setup.conf | {"model": setup.conf["model"] | {"sizes": 1}})
+    with pytest.raises(InputError, match="lists no pair"):
+        setup.run([], tmp_path)
+    with pytest.raises(InputError, match="no model and no max_error and no cell_size"):
+        setup.run(pair, tmp_path, conf={"output": "x"})
+    with pytest.raises(InputError, match="no name of a model"):
+        setup.run(pair, tmp_path, conf=setup.conf | {"model": {}})
     monkeypatch.setitem(__import__("sys").modules, "hloc", None)
     with pytest.raises(InputError, match="hloc is not installed"):
         setup.run(pair, tmp_path, conf=setup.conf | {"model": {"name": "loftr"}})

@@ -107,9 +107,17 @@ def main(
     """
     if tracks not in get_args(Kind):
         raise InputError(f"tracks is {tracks!r}; choose {' or '.join(get_args(Kind))}.")
+    lacking = [key for key in ("output", "model", "max_error", "cell_size") if key not in conf]
+    if lacking or "name" not in conf["model"]:
+        raise InputError(
+            f"The configuration has no {' and no '.join(lacking or ['name of a model'])}. Copy "
+            'one of hloc\'s or ours, e.g. dict(match_dense.confs["gim_dkm"], max_error=1).'
+        )
     feature_path, match_path = _paths(conf, Path(pairs), export_dir, matches, features)
     references = _reference_files(features_ref)
     wanted = _unique(read_pairs(pairs, directed=True))
+    if not wanted:
+        raise InputError(f"{pairs} lists no pair: there is nothing to match.")
     _check_keys(wanted, match_path)
     if not overwrite:
         wanted = _missing(wanted, match_path)
