@@ -248,3 +248,22 @@ def test_resizing_aligns_edges() -> None:
     expected = start_flow(1, (12, 18), torch.device("cpu"))
     torch.testing.assert_close(larger[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1])
     assert resize(grid, (6, 9)) is grid
+
+
+def test_every_refiner_is_compiled() -> None:
+    """PyTorch compiles a function for eight shapes; the largest of nine ran as it stood."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    with torch.device("meta"), torch.inference_mode():
+        for features in range(9):
+            refiner = ConvRefiner(features=1 + features, embedding=4, hidden=0).eval()
+            refiner.compile(backend=backend)
+            folded = refiner.folded(torch.float32)
+            for height in (4, 8):
+                refiner._run(torch.zeros(1, height, 4, folded.out.shape[1]), folded.blocks)
+    torch._dynamo.reset()
+    assert len(compiled) == 18

@@ -15,6 +15,7 @@ processor in blocks of rows that stay in its cache. None of it changes numbers b
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -464,7 +465,12 @@ class ConvRefiner(nn.Module):
         Args:
             **options: of ``torch.compile``.
         """
-        self._run = torch.compile(_run_blocks, **{"dynamic": False, **options})
+        # Compiled versions are counted by code object, and from the ninth on nothing is compiled:
+        # five refiners in two passes need nine, and more where the last batch is smaller.
+        own = types.FunctionType(
+            _run_blocks.__code__.replace(co_name=f"_run_blocks_{id(self)}"), globals()
+        )
+        self._run = torch.compile(own, **{"dynamic": False, **options})
 
     def train(self, mode: bool = True) -> ConvRefiner:
         """Switch mode; weights may have changed, so what was folded is dropped."""
