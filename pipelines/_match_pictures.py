@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _MARGIN = 2  # white pixels between and around images
 _RADIUS = 3  # of a match's dot, pixels
-_MOST_LINES = 400  # more would hide the images; every match has its dots all the same
+_MOST_LINES = 100  # more would hide the images; every match has its dots all the same
 _MATCH_SIDE = 1600  # longest side of an image in the picture of matches, pixels
 _SMALL_SIDE = 320  # smaller images are enlarged to it, and to half the other's side
 _WARP_SIDE = 1200  # of a panel of the projection
