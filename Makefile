@@ -31,8 +31,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py examples/room $(DEMO_OUTPUT)
 
+# One thread each: two processes with two threads each get in each other's way on two cores.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 # Longer cases: whole runs on real photographs, killed runs, the built wheel.
 test-slow: $(VENV)/.installed-test
