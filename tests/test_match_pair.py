@@ -169,7 +169,7 @@ def test_degenerate_matches(points: np.ndarray) -> None:
 
 
 def test_thresholds_are_checked() -> None:
-    with pytest.raises(InputError, match="--fit.fundamental-px is 0"):
+    with pytest.raises(InputError, match=r"--fit\.fundamental-px is 0"):
         FitOptions(fundamental_px=0)
 
 
