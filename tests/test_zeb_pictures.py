@@ -222,7 +222,7 @@ def test_dumps_of_two_runs(zeb: Path, write: Write, tmp_path: Path) -> None:
     report = draw_worst(zeb, [path, second / "dump" / "gim"], tmp_path / "out")
     assert len({entry.title for entry in report.lists}) == 4
     # Too near to the root for a run to lie above it.
-    assert pictures._run_folder(Path("/tmp/[T] a GL3D v.txt")) == Path("/")
+    assert pictures._run_folder(Path("/[T]/[T] a GL3D v.txt")) == Path("/")
     assert pictures._run_folder(path) == tmp_path / "run"
 
 

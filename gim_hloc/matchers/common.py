@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 import torch
 import yaml
 
 from gim_hloc.errors import InputError
 from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches, Quality
+from gim_hloc.option_values import convert
 
 Options = TypeVar("Options")
 AnyEncoding = TypeVar("AnyEncoding", bound=Encoding)
@@ -60,6 +59,7 @@ def resolve_options(
     """
     valid = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     hints = get_type_hints(kind)
+    values = {}
     for key, value in overrides.items():
         if key not in valid:
             close = difflib.get_close_matches(key, valid, n=1)
@@ -67,42 +67,8 @@ def resolve_options(
             raise InputError(
                 f"{matcher} has no option {key!r}.{hint} Its options: {', '.join(valid)}."
             )
-        if not _fits(value, hints[key]):
-            raise InputError(
-                f"The option {key} of {matcher} is {value!r}; it must be {_described(hints[key])}."
-            )
-    return kind(**{**presets[quality], **overrides})
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type; numbers of NumPy and lists for tuples are."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is Literal:
-        return value in parts
-    if origin is tuple:
-        if not isinstance(value, (tuple, list)):
-            return False
-        if parts[1:] == (...,):
-            parts = parts[:1] * len(value)
-        return len(value) == len(parts) and all(map(_fits, value, parts))
-    if hint in (int, float):
-        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
-
-
-def _described(hint: Any) -> str:
-    """A field's type in words."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_described, parts))
-    if origin is Literal:
-        return " or ".join(map(str, parts))
-    if origin is tuple:
-        return f"[{', '.join(map(_described, parts))}]"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return "null" if hint is type(None) else words.get(hint, str(hint))
+        values[key] = convert(value, hints[key], f"The option {key} of {matcher}")
+    return kind(**{**presets[quality], **values})
 
 
 def parse_matcher_options(texts: Sequence[str]) -> dict[str, Any]:

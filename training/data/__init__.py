@@ -15,10 +15,10 @@ import dataclasses
 import importlib
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gim_hloc.errors import InputError
+from gim_hloc.option_values import convert
 from gim_hloc.training.data.source import PairSource, SourceOptions, require_known
 
 # Type -> module, options, what opens them.
@@ -69,7 +69,7 @@ def source_options(spec: Mapping[str, Any]) -> SourceOptions:
     if needed:
         raise InputError(f"The source {kind!r} needs {', '.join(needed)}.")
     hints = typing.get_type_hints(cls)
-    values = {key: _convert(value, hints[key], f"{kind}.{key}") for key, value in given.items()}
+    values = {key: convert(value, hints[key], f"{kind}.{key}") for key, value in given.items()}
     result: SourceOptions = cls(**values)
     return result
 
@@ -87,45 +87,3 @@ def build_source(spec: Mapping[str, Any]) -> PairSource:
     module, _, opener = _TYPES[spec["type"]]
     source: PairSource = getattr(importlib.import_module(f"{__name__}.{module}"), opener)(options)
     return source
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """A value of YAML or JSON as the type of a field."""
-    arguments = typing.get_args(hint)
-    if value is None and type(None) in arguments:
-        return None
-    choices = [a for a in arguments if a is not type(None)] if type(None) in arguments else [hint]
-    if len(choices) != 1:
-        return value
-    (wanted,) = choices
-    origin = typing.get_origin(wanted)
-    if wanted is Path and isinstance(value, str):
-        return Path(value)
-    if origin is tuple:
-        items = typing.get_args(wanted)
-        if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise InputError(f"{where} is {value!r}, it must be a list.")
-        if items[-1:] != (Ellipsis,) and len(items) != len(value):
-            raise InputError(f"{where} is {value!r}, it must have {len(items)} entries.")
-        return tuple(_convert(v, items[0], where) for v in value)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if wanted in (int, float, str, bool, Path) and (
-        not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))
-    ):
-        raise InputError(f"{where} is {value!r}, it must be {_KINDS[wanted]}.")
-    if origin is typing.Literal and value not in typing.get_args(wanted):
-        known = ", ".join(map(repr, typing.get_args(wanted)))
-        raise InputError(f"{where} is {value!r}; known are {known}.")
-    if origin is Mapping and not isinstance(value, Mapping):
-        raise InputError(f"{where} is {value!r}, it must be a mapping.")
-    return value
-
-
-_KINDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    Path: "a path",
-}

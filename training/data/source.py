@@ -17,8 +17,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from gim_hloc.errors import InputError
+from gim_hloc.option_values import convert
 from gim_hloc.training.batch import PairSample
-from gim_hloc.training.config import convert
 from gim_hloc.training.data.augment import AugmentOptions, RawPair, TooFewLabelsError, make_sample
 
 logger = logging.getLogger(__name__)

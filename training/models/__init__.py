@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from gim_hloc.errors import InputError
-from gim_hloc.training.config import convert
+from gim_hloc.option_values import convert
 from gim_hloc.training.models.base import TrainingModel
 
 _BUILDERS = {
