@@ -9,7 +9,7 @@ stored frames are much faster.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,7 +79,46 @@ class Frames:
         return {**self.__dict__, "_source": None}
 
 
-class VideoLabels(PairSource):
+class VideoPairs(PairSource):
+    """Pairs of frames of videos; each video is a scene."""
+
+    def _take(self, videos: Sequence[str], pairs: Sequence[np.ndarray]) -> None:
+        """Keep what there is: names of videos, and of each one (P, 2) frames asked for."""
+        self._videos = list(videos)
+        self._lengths = np.array([len(p) for p in pairs], dtype=np.int64)
+        self._pairs = np.concatenate(
+            [np.c_[np.full(len(p), k), p] for k, p in enumerate(pairs)]
+        ).astype(np.int64)
+
+    def scene_lengths(self) -> np.ndarray:
+        """Pairs of each video."""
+        return self._lengths
+
+    def describe(self, index: int) -> str:
+        """Video and frames asked for."""
+        video, start, target = self._pairs[index]
+        return f"{self.name} {self._videos[video]} {start} - {target}"
+
+
+def wanted_videos(videos: tuple[str, ...] | None, listing: Path | None) -> tuple[str, ...] | None:
+    """Ids of the videos to use; None: all.
+
+    Args:
+        videos: ids.
+        listing: file with an id per line, in place of them.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if listing is None:
+        return videos
+    try:
+        return tuple(Path(listing).read_text(encoding="utf-8").split())
+    except OSError as error:
+        raise InputError(f"{listing} cannot be read: {error.strerror}.") from None
+
+
+class VideoLabels(VideoPairs):
     """Pairs of frames with labels; each video is a scene.
 
     Raises:
@@ -88,14 +127,7 @@ class VideoLabels(PairSource):
 
     def __init__(self, options: VideoOptions) -> None:
         super().__init__(options.name or "video", options.augmentation(), options.failures)
-        wanted = options.videos
-        if options.video_list is not None:
-            try:
-                wanted = tuple(Path(options.video_list).read_text(encoding="utf-8").split())
-            except OSError as error:
-                raise InputError(
-                    f"{options.video_list} cannot be read: {error.strerror}."
-                ) from None
+        wanted = wanted_videos(options.videos, options.video_list)
         stores: dict[str, PropagatedStore] = {}
         for path in _label_files(Path(options.labels)):
             store = PropagatedStore(path)
@@ -115,21 +147,9 @@ class VideoLabels(PairSource):
         self._stores = [stores[name] for name in sorted(stores)]
         self._frames = [Frames(_find_frames(store, options)) for store in self._stores]
         pairs = [store.pairs() for store in self._stores]
-        self._lengths = np.array([len(p) for p in pairs], dtype=np.int64)
-        self._pairs = np.concatenate(
-            [np.c_[np.full(len(p), k), p] for k, p in enumerate(pairs)]
-        ).astype(np.int64)
+        self._take([store.facts.video for store in self._stores], pairs)
         if not len(self._pairs):
             raise InputError(f"{options.labels} holds no pair with labels; all starts failed.")
-
-    def scene_lengths(self) -> np.ndarray:
-        """Pairs of each video."""
-        return self._lengths
-
-    def describe(self, index: int) -> str:
-        """Video and frames asked for."""
-        video, start, target = self._pairs[index]
-        return f"{self.name} {self._stores[video].facts.video} {start} - {target}"
 
     def load(self, index: int) -> RawPair:
         """Read labels and the two frames that they belong to."""

@@ -27,8 +27,8 @@ import numpy as np
 from gim_hloc.errors import InputError
 from gim_hloc.images import read_rgb
 from gim_hloc.training.data.augment import RawPair
-from gim_hloc.training.data.source import PairSource, SourceOptions
-from gim_hloc.training.data.video_labels import VideoOptions
+from gim_hloc.training.data.source import SourceOptions
+from gim_hloc.training.data.video_labels import VideoOptions, VideoPairs, wanted_videos
 
 _NAME = re.compile(r"(\d+)_(\d+)\.npy")
 _LATE = 1e-6  # s: rounding of a time stamp
@@ -49,7 +49,7 @@ class ZeroMatchOptions(SourceOptions):
     AUGMENT: ClassVar[Mapping[str, Any]] = VideoOptions.AUGMENT
 
 
-class ZeroMatch(PairSource):
+class ZeroMatch(VideoPairs):
     """Pairs of frames with labels; each video is a scene.
 
     Raises:
@@ -62,14 +62,7 @@ class ZeroMatch(PairSource):
         labels = Path(options.labels) if options.labels is not None else _only_folder(root)
         if not labels.is_dir():
             raise InputError(f"{labels} does not exist: it should hold a folder of labels a video.")
-        wanted = options.videos
-        if options.video_list is not None:
-            try:
-                wanted = tuple(Path(options.video_list).read_text(encoding="utf-8").split())
-            except OSError as error:
-                raise InputError(
-                    f"{options.video_list} cannot be read: {error.strerror}."
-                ) from None
+        wanted = wanted_videos(options.videos, options.video_list)
         there = sorted(p.name for p in labels.iterdir() if p.is_dir())
         missing = [name for name in wanted or () if name not in there]
         if missing:
@@ -81,22 +74,12 @@ class ZeroMatch(PairSource):
             found = _pairs(labels / name)
             if not len(found):
                 continue
-            pairs.append(np.c_[np.full(len(found), len(self._folders)), found])
+            pairs.append(found)
             self._folders.append(labels / name)
             self._frames.append(_find_frames(root, name, options))
         if not pairs:
             raise InputError(f"{labels} holds no labels: <video>/<a>_<b>.npy was looked for.")
-        self._lengths = np.array([len(p) for p in pairs], dtype=np.int64)
-        self._pairs = np.concatenate(pairs).astype(np.int64)
-
-    def scene_lengths(self) -> np.ndarray:
-        """Pairs of each video."""
-        return self._lengths
-
-    def describe(self, index: int) -> str:
-        """Video and frames asked for."""
-        video, a, b = self._pairs[index]
-        return f"{self.name} {self._folders[video].name} {a} - {b}"
+        self._take([folder.name for folder in self._folders], pairs)
 
     def load(self, index: int) -> RawPair:
         """Read labels and the two frames that they belong to."""
