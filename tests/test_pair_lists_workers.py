@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from zeb_oracle import calibration, pose, register
+from zeb_oracle import calibration, pose, register, run_and_kill
 
 from gim_hloc.cli.zeb import main
 from gim_hloc.errors import InputError, OutputError
@@ -176,17 +172,8 @@ def test_a_lost_worker_leaves_no_results(
 def test_killed_and_resumed_gives_the_same(pair_list: Path, tmp_path: Path) -> None:
     judged(pair_list, tmp_path / "whole")
     out = tmp_path / "killed"
-    arguments = [str(Path(__file__).parent), NAME, str(pair_list), str(out)]
-    process = subprocess.Popen([sys.executable, "-c", _SLOW, *arguments])
-    try:
-        end = time.monotonic() + 120
-        while len(list(out.glob("predictions/*/*/*.npz"))) < 2:
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < end
-            time.sleep(0.005)
-    finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
+    files = "predictions/*/*/*.npz"
+    run_and_kill(_SLOW, NAME, str(pair_list), str(out), out=out, files=files)
     assert not written(out)
     report = judged(pair_list, out, resume=True)
     assert 0 < report.run.matched < 15  # neither all nor none were done before

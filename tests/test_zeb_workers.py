@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from zeb_oracle import calibration, pose, project, register, write_set
+from zeb_oracle import calibration, pose, project, register, run_and_kill, write_set
 
 from gim_hloc.errors import GimError, InputError
 from gim_hloc.evaluation import synthetic_dense
@@ -77,17 +77,8 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_dump(gl3d: Path, tmp_pat
     whole = run.run(gl3d, tmp_path / "whole", options).results[0].dump
     assert whole is not None
     out = tmp_path / "killed"
-    arguments = [str(Path(__file__).parent), SPARSE, str(gl3d), str(out)]
-    process = subprocess.Popen([sys.executable, "-c", _SLOW, *arguments])
-    try:
-        end = time.monotonic() + 120
-        while len(list(out.glob("predictions/*/gl3d/*.npz"))) < 2:
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < end
-            time.sleep(0.005)
-    finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
+    files = "predictions/*/gl3d/*.npz"
+    run_and_kill(_SLOW, SPARSE, str(gl3d), str(out), out=out, files=files)
     assert not list(out.glob("dump/*/*"))
     report = run.run(gl3d, out, replace(options, resume=True))
     assert 0 < report.matched < 15  # neither all nor none were done before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from zeb_scene import turned
 
 from gim_hloc import matchers
 from gim_hloc.matchers.base import ImageOptions, MatcherInfo, Matches
@@ -21,13 +24,7 @@ POINTS = np.random.default_rng(3).uniform([-2, -1.2, 4], [2, 1.2, 8], (150, 3))
 
 def pose(i: int) -> np.ndarray:
     """World to camera i: steps to the right with turns."""
-    angle = 0.05 * i
-    matrix = np.eye(4)
-    matrix[:3, :3] = [
-        [math.cos(angle), 0, math.sin(angle)], [0, 1, 0], [-math.sin(angle), 0, math.cos(angle)],
-    ]  # fmt: skip
-    matrix[:3, 3] = [-0.35 * i, 0.03 * i, 0.04 * i]
-    return matrix
+    return turned(0.05 * i, (-0.35 * i, 0.03 * i, 0.04 * i))
 
 
 def calibration(size: tuple[int, int]) -> np.ndarray:
@@ -111,3 +108,24 @@ def write_set(
             text = " ".join(repr(float(v)) for v in truth.ravel())
             label = path / f"a{separator}{i}{separator}{j}.txt"
             label.write_text(f"{i}{suffix} {j}{suffix} 0.5 0.5 {K} {K} {text}\n")
+
+
+def run_and_kill(code: str, *arguments: str, out: Path, files: str) -> None:
+    """Run Python code as a process of its own, killed when it has written two files.
+
+    Args:
+        code: the first argument that it gets is the folder of this module.
+        arguments: further ones.
+        out: folder in which the files are looked for.
+        files: pattern of them.
+    """
+    process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), *arguments])
+    try:
+        end = time.monotonic() + 120
+        while len(list(out.glob(files))) < 2:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < end
+            time.sleep(0.005)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
