@@ -1,0 +1,125 @@
+"""Everything that touches COLMAP. The only package of the project that imports ``pycolmap``.
+
+Pixel frames: everything that comes in is in hloc's frame (integer = pixel centre); COLMAP's origin
+is the corner of the first pixel. The half pixel is added here and nowhere else. Poses are world to
+camera throughout, as in COLMAP's files.
+
+Supported: pycolmap 4.0 to 4.2 (rigs and frames in the database; see ``tests/test_colmap.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+
+from gim_hloc.colmap.cameras import (
+    CameraMode,
+    CameraOptions,
+    CameraSpec,
+    assign_cameras,
+    camera_param_count,
+    camera_spec,
+    fixed_cameras,
+    parse_intrinsics,
+)
+from gim_hloc.colmap.database import (
+    PairVerification,
+    VerifyOptions,
+    build_database,
+    inlier_matches,
+    read_verification,
+)
+from gim_hloc.colmap.improve import refine_by_warps, refine_tracks
+from gim_hloc.colmap.localization import Located, locate, shared_focal
+from gim_hloc.colmap.mapping import (
+    AUTO_GLOBAL_ABOVE,
+    MapOptions,
+    Mapper,
+    MappingResult,
+    resolve_mapper,
+    run_mapping,
+    sift_baseline,
+    triangulate_known,
+)
+from gim_hloc.colmap.model import (
+    ImageStatistics,
+    MapView,
+    NewImage,
+    add_images,
+    cameras_of,
+    find_model,
+    has_cuda,
+    image_statistics,
+    map_views,
+    model_cameras,
+    model_observations,
+    model_statistics,
+    point_positions,
+    points,
+    poses_and_cameras,
+    read_model,
+    set_seed,
+    statistics,
+    version,
+    write_model,
+)
+from gim_hloc.colmap.undistort import pinhole, run_dense, undistort
+
+# pycolmap's import puts a stack trace in the place of whatever SIGTERM was to do: ending at once,
+# or storing the state of a training. Python still knows what that was.
+if threading.current_thread() is threading.main_thread():
+    with contextlib.suppress(TypeError):  # a handler that was not set from Python
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+__all__ = [
+    "AUTO_GLOBAL_ABOVE",
+    "CameraMode",
+    "CameraOptions",
+    "CameraSpec",
+    "ImageStatistics",
+    "Located",
+    "MapOptions",
+    "MapView",
+    "Mapper",
+    "MappingResult",
+    "NewImage",
+    "PairVerification",
+    "VerifyOptions",
+    "add_images",
+    "assign_cameras",
+    "build_database",
+    "camera_param_count",
+    "camera_spec",
+    "cameras_of",
+    "find_model",
+    "fixed_cameras",
+    "has_cuda",
+    "image_statistics",
+    "inlier_matches",
+    "locate",
+    "map_views",
+    "model_cameras",
+    "model_observations",
+    "model_statistics",
+    "parse_intrinsics",
+    "pinhole",
+    "point_positions",
+    "points",
+    "poses_and_cameras",
+    "read_model",
+    "read_verification",
+    "refine_by_warps",
+    "refine_tracks",
+    "resolve_mapper",
+    "run_dense",
+    "run_mapping",
+    "set_seed",
+    "shared_focal",
+    "sift_baseline",
+    "statistics",
+    "triangulate_known",
+    "undistort",
+    "version",
+    "write_model",
+]

@@ -1,0 +1,287 @@
+"""COLMAP databases: images, keypoints, matches and verified geometries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pycolmap
+
+from gim_hloc.colmap.cameras import CameraSpec, unproject
+from gim_hloc.errors import InputError, check_numbers
+
+if TYPE_CHECKING:
+    from gim_hloc.poses import Pose
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Two-view geometric verification (COLMAP's ``TwoViewGeometryOptions``)."""
+
+    max_error: float = 4.0  # px, largest epipolar error of an inlier
+    min_num_inliers: int = 15  # fewer: the pair is dropped
+    min_inlier_ratio: float = 0.1  # share assumed by RANSAC's stopping rule
+    confidence: float = 0.999  # of having drawn one outlier-free sample
+    max_num_trials: int = 20000  # RANSAC iterations at most
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            group="verify.",
+            positive=("max_error",),
+            share=("min_inlier_ratio", "confidence"),
+            at_least={"min_num_inliers": 1, "max_num_trials": 1},
+        )
+
+
+@dataclass(kw_only=True)
+class PairVerification:
+    """What verification left of a pair."""
+
+    name0: str
+    name1: str
+    matches: int
+    inliers: int
+
+
+def build_database(
+    path: Path,
+    *,
+    cameras: Sequence[CameraSpec],
+    names: Sequence[str],
+    keypoints: Callable[[str], np.ndarray],
+    matches: Iterable[tuple[str, str, np.ndarray]],
+    verify: VerifyOptions,
+    seed: int = 0,
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+    poses: Mapping[str, Pose] | None = None,
+    priors: Mapping[str, np.ndarray] | None = None,
+    prior_stddev: float = 1.0,
+) -> list[PairVerification]:
+    """Write a COLMAP database: images, cameras, keypoints, matches and verified geometries.
+
+    Verification runs here rather than through COLMAP's ``verify_matches``: that reads names from a
+    blank-separated file, shows no progress, and draws its random numbers per thread. Each pair has
+    its own seed, so the result does not depend on the number of threads.
+
+    Args:
+        path: database to write; written under a temporary name, then renamed.
+        cameras: every image of ``names`` belongs to exactly one.
+        names: images in the order of their ids.
+        keypoints: name -> (N, 2) float32 x, y in stored pixels, hloc's frame.
+        matches: (name0, name1, (M, 2) rows into the two images' keypoints).
+        verify: thresholds of the two-view estimation.
+        seed: base of the pairs' seeds.
+        threads: pairs verified at a time.
+        progress: called with the number of pairs just finished.
+        poses: name -> (R, t), world to camera, exact ones. A pair with two of them is not
+            estimated: its inliers are the matches that fit the known relative pose.
+        priors: name -> (3,) camera centre that the mapper is to stay near.
+        prior_stddev: standard deviation of priors, in their unit.
+
+    Returns:
+        One entry for each pair of ``matches``, in its order.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    for stale in (temporary, *(Path(f"{temporary}{end}") for end in ("-wal", "-shm", "-journal"))):
+        stale.unlink(missing_ok=True)
+    results: list[PairVerification] = []
+    with pycolmap.Database.open(temporary) as database:
+        ids, camera_of = _write_images(database, cameras, names)
+        points: dict[str, np.ndarray] = {}
+        for name in names:
+            xy_colmap = np.asarray(keypoints(name), dtype=np.float32).reshape(-1, 2) + 0.5
+            points[name] = xy_colmap
+            database.write_keypoints(ids[name], xy_colmap)
+            if priors is not None and name in priors:
+                _write_prior(database, ids[name], priors[name], prior_stddev)
+
+        def estimate(index: int, name0: str, name1: str, rows: np.ndarray) -> Any:
+            if poses is not None and name0 in poses and name1 in poses:
+                ends = [
+                    (camera_of[name], points[name].astype(np.float64), poses[name])
+                    for name in (name0, name1)
+                ]
+                return _known_geometry(ends[0], ends[1], rows, verify.max_error)
+            options = _two_view_options(verify, seed + index)
+            return pycolmap.estimate_two_view_geometry(
+                camera_of[name0],
+                points[name0].astype(np.float64),
+                camera_of[name1],
+                points[name1].astype(np.float64),
+                rows,
+                options,
+            )
+
+        for name0, name1, rows, geometry in _ordered_map(estimate, matches, threads):
+            if ids[name0] > ids[name1]:
+                raise InputError(
+                    f"Pair {name0} {name1} is not in the order of the image list; sort it."
+                )
+            if len(rows):
+                database.write_matches(ids[name0], ids[name1], rows)
+            inliers = 0
+            if geometry is not None:
+                config = _config_name(geometry.config)
+                inliers = len(geometry.inlier_matches)
+                # A pair below the bound is left out: the mapper must not trust it.
+                if inliers >= verify.min_num_inliers and config not in ("UNDEFINED", "DEGENERATE"):
+                    database.write_two_view_geometry(ids[name0], ids[name1], geometry)
+                else:
+                    inliers = 0
+            results.append(
+                PairVerification(name0=name0, name1=name1, matches=len(rows), inliers=inliers)
+            )
+            if progress is not None:
+                progress(1)
+    os.replace(temporary, path)
+    return results
+
+
+def _write_prior(database: Any, image_id: int, centre: np.ndarray, stddev: float) -> None:
+    prior = pycolmap.PosePrior()
+    prior.corr_data_id = database.read_image(image_id).data_id
+    prior.position = np.asarray(centre, dtype=np.float64)
+    prior.position_covariance = np.eye(3) * stddev**2
+    prior.coordinate_system = pycolmap.PosePriorCoordinateSystem.CARTESIAN
+    database.write_pose_prior(prior)
+
+
+_End = tuple[Any, np.ndarray, "Pose"]  # camera, keypoints (N, 2) corner origin, pose
+
+
+def _known_geometry(end0: _End, end1: _End, rows: np.ndarray, max_error: float) -> Any:
+    """Two-view geometry of a known relative pose: matches within ``max_error`` px of their lines.
+
+    As in hloc's triangulation, the distance to the epipolar line counts in both images.
+    """
+    (camera0, xy0, (r0, t0)), (camera1, xy1, (r1, t1)) = end0, end1
+    turn = r1 @ r0.T
+    shift = t1 - turn @ t0
+    cross = np.array([[0, -shift[2], shift[1]], [shift[2], 0, -shift[0]], [-shift[1], shift[0], 0]])
+    essential = cross @ turn
+    rays0, rays1 = (
+        unproject(camera, xy[rows[:, side]])
+        for side, (camera, xy) in enumerate(((camera0, xy0), (camera1, xy1)))
+    )
+    lines0, lines1 = rays1 @ essential, rays0 @ essential.T
+    residual = np.abs((rays0 * lines0).sum(1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error0 = residual / np.linalg.norm(lines0[:, :2], axis=1)
+        error1 = residual / np.linalg.norm(lines1[:, :2], axis=1)
+        good = (error0 <= camera0.cam_from_img_threshold(max_error)) & (
+            error1 <= camera1.cam_from_img_threshold(max_error)
+        )
+    geometry = pycolmap.TwoViewGeometry()
+    geometry.config = int(pycolmap.TwoViewGeometryConfiguration.CALIBRATED)
+    geometry.inlier_matches = np.ascontiguousarray(rows[good], dtype=np.uint32)
+    geometry.cam2_from_cam1 = pycolmap.Rigid3d(np.column_stack([turn, shift]))
+    geometry.E = essential
+    return geometry
+
+
+def _ordered_map(
+    estimate: Callable[..., Any],
+    matches: Iterable[tuple[str, str, np.ndarray]],
+    threads: int,
+) -> Iterator[tuple[str, str, np.ndarray, Any]]:
+    """Run ``estimate`` over pairs in threads (it releases the GIL), yielding in input order."""
+    pending: list[tuple[str, str, np.ndarray, Future[Any] | None]] = []
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        for index, (name0, name1, rows) in enumerate(matches):
+            rows = np.ascontiguousarray(np.asarray(rows).reshape(-1, 2), dtype=np.uint32)
+            future = pool.submit(estimate, index, name0, name1, rows) if len(rows) else None
+            pending.append((name0, name1, rows, future))
+            while len(pending) > 4 * threads:  # bound the memory of what waits
+                head = pending.pop(0)
+                yield (*head[:3], head[3].result() if head[3] else None)
+        for head in pending:
+            yield (*head[:3], head[3].result() if head[3] else None)
+
+
+def _config_name(config: Any) -> str:
+    value = int(config)
+    for name, member in pycolmap.TwoViewGeometryConfiguration.__members__.items():
+        if int(member) == value:
+            return str(name)
+    return str(config)
+
+
+def _two_view_options(verify: VerifyOptions, seed: int) -> Any:
+    options = pycolmap.TwoViewGeometryOptions()
+    options.min_num_inliers = verify.min_num_inliers
+    options.ransac.max_error = verify.max_error
+    options.ransac.min_inlier_ratio = verify.min_inlier_ratio
+    options.ransac.confidence = verify.confidence
+    options.ransac.max_num_trials = verify.max_num_trials
+    options.ransac.random_seed = seed % (2**31 - 1)
+    return options
+
+
+def _write_images(
+    database: Any, cameras: Sequence[CameraSpec], names: Sequence[str]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Write cameras with one-sensor rigs, and images with one-image frames, as COLMAP's import."""
+    camera_of: dict[str, Any] = {}
+    rig_of: dict[str, int] = {}
+    for spec in cameras:
+        camera = pycolmap.Camera(
+            model=spec.model, width=spec.width, height=spec.height, params=list(spec.params)
+        )
+        camera.has_prior_focal_length = spec.prior
+        camera.camera_id = database.write_camera(camera)
+        rig = pycolmap.Rig()
+        rig.add_ref_sensor(camera.sensor_id)
+        rig_id = database.write_rig(rig)
+        for name in spec.names:
+            camera_of[name] = camera
+            rig_of[name] = rig_id
+    ids: dict[str, int] = {}
+    for name in names:
+        image = pycolmap.Image(name=name, camera_id=camera_of[name].camera_id)
+        image.image_id = ids[name] = database.write_image(image)
+        frame = pycolmap.Frame()
+        frame.rig_id = rig_of[name]
+        frame.add_data_id(image.data_id)
+        database.write_frame(frame)
+    return ids, camera_of
+
+
+def inlier_matches(database: Path, pairs: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+    """Verified matches (M, 2) of some pairs, in their order; empty where there are none."""
+    with pycolmap.Database.open(database) as db:
+        ids = {image.name: image.image_id for image in db.read_all_images()}
+        result = []
+        for name0, name1 in pairs:
+            if not db.exists_two_view_geometry(ids[name0], ids[name1]):
+                result.append(np.zeros((0, 2), np.uint32))
+                continue
+            geometry = db.read_two_view_geometry(ids[name0], ids[name1])
+            result.append(np.asarray(geometry.inlier_matches))
+        return result
+
+
+def read_verification(database: Path, pairs: Sequence[tuple[str, str]]) -> list[PairVerification]:
+    """What verification left of each pair, from a database that ``build_database`` wrote."""
+    with pycolmap.Database.open(database) as db:
+        ids = {image.name: image.image_id for image in db.read_all_images()}
+        matches = dict(zip(*db.read_num_matches(), strict=True))
+        inliers = dict(zip(*db.read_two_view_geometry_num_inliers(), strict=True))
+    result = []
+    for name0, name1 in pairs:
+        pair_id = pycolmap.image_pair_to_pair_id(ids[name0], ids[name1])
+        result.append(
+            PairVerification(
+                name0=name0,
+                name1=name1,
+                matches=int(matches.get(pair_id, 0)),
+                inliers=int(inliers.get(pair_id, 0)),
+            )
+        )
+    return result

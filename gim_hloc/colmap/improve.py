@@ -1,0 +1,326 @@
+"""Improving a finished model: patches compared, warps read again, bundle adjustment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pycolmap
+
+from gim_hloc.colmap.cameras import project, size_of
+from gim_hloc.colmap.model import statistics
+
+if TYPE_CHECKING:
+    from gim_hloc.geometry.warp import Warp
+    from gim_hloc.tracks.photometric import PhotometricOptions
+    from gim_hloc.tracks.refine import RefineOptions
+
+
+def bundle_adjust(model: Any, fixed: set[int], threads: int, held: Collection[str] = ()) -> None:
+    """Bundle-adjust a whole model, but not the poses of the images ``held``."""
+    options = pycolmap.BundleAdjustmentOptions()
+    options.print_summary = False
+    options.ceres.solver_options.num_threads = threads
+    config = pycolmap.BundleAdjustmentConfig()
+    used = set()
+    for image_id in model.reg_image_ids():
+        config.add_image(image_id)
+        image = model.image(image_id)
+        used.add(int(image.camera_id))
+        if image.name in held:
+            config.set_constant_rig_from_world_pose(image.frame_id)
+    for camera_id in fixed & used:
+        config.set_constant_cam_intrinsics(camera_id)
+    if config.num_constant_rig_from_world_poses() < 2:  # the world is not held in place otherwise
+        config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+    pycolmap.create_default_bundle_adjuster(options, config, model).solve()
+
+
+def refine_tracks(
+    model: Any,
+    gray: Callable[[str], np.ndarray],
+    *,
+    options: PhotometricOptions,
+    fixed: set[int],
+    threads: int = -1,
+    progress: Callable[[], None] | None = None,
+    held: Collection[str] = (),
+) -> str:
+    """Move a model's observations by comparing patches, and adjust poses and points to them.
+
+    Observations that no patch confirms are dropped from their track, but an image that would be
+    left with fewer than ``options.min_confirmed`` keeps all of its own. A model that would lose
+    more than half of its points is left as it was.
+
+    Args:
+        model: ``pycolmap.Reconstruction``, changed in place.
+        gray: name -> (H, W) float32 grey values of the stored image.
+        options: see ``gim_hloc.tracks.photometric``.
+        fixed: ids of the cameras whose intrinsics must not move.
+        threads: of the bundle adjustment, and images at a time; -1 takes all cores.
+        progress: called after each image of each round.
+        held: images whose poses must not move.
+
+    Returns:
+        A sentence for the log.
+    """
+    import copy
+
+    from gim_hloc.tracks import photometric
+
+    before = statistics(model)
+    if not before["points"]:
+        return "no points to refine"
+    original = copy.deepcopy(model)
+    confirmed_share = 0.0
+    for round_ in range(options.rounds):
+        if not model.num_points3D():
+            break  # nothing was confirmed: the original is put back below
+        images = [model.image(i) for i in sorted(model.reg_image_ids())]
+        ids = np.array(sorted(model.point3D_ids()))
+        views, rows = _views(model, images, ids)
+        reference, shapes = _patch_shapes(model, images, ids, views, options)
+
+        def read(index: int, names: list[str] = [i.name for i in images]) -> np.ndarray:  # noqa: B006
+            if progress is not None:
+                progress()
+            return gray(names[index])
+
+        xy_px, confirmed = photometric.refine_positions(
+            views,
+            reference,
+            shapes,
+            read,
+            len(images),
+            options,
+            workers=threads if threads > 0 else os.cpu_count() or 1,
+        )
+        confirmed_share = float(confirmed.mean())
+        others = np.ones(len(confirmed), dtype=bool)
+        others[reference] = False
+        if round_ == 0 and confirmed[others].mean() < options.min_share:
+            return (
+                "kept as it was: patches confirm only "
+                f"{confirmed[others].mean():.0%} of the observations"
+            )
+        for index, image in enumerate(images):
+            mine = np.flatnonzero(views.image == index)
+            for k in mine[confirmed[mine]]:
+                image.points2D[rows[k]].xy = xy_px[k] + 0.5
+            if confirmed[mine].sum() < options.min_confirmed:
+                continue
+            for k in mine[~confirmed[mine]]:
+                point_id = int(ids[views.track[k]])
+                if model.exists_point3D(point_id):  # goes with its last but one observation
+                    model.delete_observation(image.image_id, int(rows[k]))
+        bundle_adjust(model, fixed, threads, held)
+        # Refined observations agree far better than COLMAP's 4 px ask.
+        limit = 4.0 if round_ == 0 else 2.0
+        pycolmap.ObservationManager(model).filter_all_points3D(limit, 1.5)
+        bundle_adjust(model, fixed, threads, held)
+    model.update_point_3d_errors()
+    after = statistics(model)
+    if after["points"] < 0.5 * before["points"]:
+        _restore(model, original)
+        return (
+            f"kept as it was: patches confirm only {after['points']:.0f} of "
+            f"{before['points']:.0f} points"
+        )
+    return (
+        f"refined by patches: {before['mean_reprojection_error_px']:.2f} -> "
+        f"{after['mean_reprojection_error_px']:.2f} px, {confirmed_share:.0%} of "
+        f"{after['observations']:.0f} observations confirmed, "
+        f"{before['points']:.0f} -> {after['points']:.0f} points"
+    )
+
+
+def _restore(model: Any, original: Any) -> None:
+    """Put positions, poses, cameras and points of ``original`` back into ``model``."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        original.write(folder)
+        model.read(folder)
+
+
+def _views(model: Any, images: Sequence[Any], ids: np.ndarray) -> tuple[Any, np.ndarray]:
+    """All observations, and the row of each among its image's keypoints."""
+    from gim_hloc.tracks.photometric import TrackViews
+
+    index_of = {int(point_id): i for i, point_id in enumerate(ids)}
+    track, image_index, xy, rows = [], [], [], []
+    for index, image in enumerate(images):
+        for row, point in enumerate(image.points2D):
+            if point.has_point3D():
+                track.append(index_of[point.point3D_id])
+                image_index.append(index)
+                xy.append(point.xy)
+                rows.append(row)
+    views = TrackViews(track=np.array(track), image=np.array(image_index), xy_px=np.array(xy) - 0.5)
+    return views, np.array(rows, dtype=np.int64)
+
+
+def _patch_shapes(
+    model: Any,
+    images: Sequence[Any],
+    ids: np.ndarray,
+    views: Any,
+    options: PhotometricOptions,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reference row of each track, and (K, 2, 2) shape of its patch in every observation."""
+    from gim_hloc.tracks import photometric
+
+    xyz = np.array([model.points3D[int(i)].xyz for i in ids])
+    poses = [np.asarray(image.cam_from_world().matrix()) for image in images]
+    centres = np.array([-pose[:, :3].T @ pose[:, 3] for pose in poses])
+    rays = centres[views.image] - xyz[views.track]
+    rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+    towards = np.zeros_like(xyz)
+    np.add.at(towards, views.track, rays)
+    towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+    normals = photometric.local_normals(xyz, towards, neighbours=options.neighbours)
+    axes = photometric.tangents(normals)
+    jacobian = np.zeros((len(views.track), 2, 2))  # pixels for a unit along each tangent
+    for index, image in enumerate(images):
+        mine = np.flatnonzero(views.image == index)
+        camera, pose = model.camera(image.camera_id), poses[index]
+        points_here = xyz[views.track[mine]]
+        depth = points_here @ pose[2, :3] + pose[2, 3]
+        step = (depth / camera.mean_focal_length())[:, None]  # about a pixel
+        for column, axis in enumerate(axes):
+            offset = step * axis[views.track[mine]]
+            ahead, behind = (
+                project(camera, (points_here + sign * offset) @ pose[:, :3].T + pose[:, 3])
+                for sign in (1, -1)
+            )
+            jacobian[mine, :, column] = (ahead - behind) / (2 * step)
+    determinant = np.linalg.det(jacobian)
+    footprint = np.sqrt(np.abs(determinant))
+    reference = photometric.pick_references(views, footprint, len(ids))
+    # A plane seen edge-on has no inverse; such tracks are then found not comparable.
+    own = jacobian[reference].copy()
+    own[np.abs(np.linalg.det(own)) < 1e-9] = np.eye(2)
+    shapes = jacobian @ np.linalg.inv(own)[views.track]
+    return reference, np.nan_to_num(shapes)
+
+
+def refine_by_warps(
+    model: Any,
+    warp: Callable[[str, str], Warp],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    options: RefineOptions,
+    fixed: set[int],
+    threads: int = -1,
+    progress: Callable[[], None] | None = None,
+    held: Collection[str] = (),
+) -> str:
+    """Read the warps of a dense matcher again at a model's points, and adjust the model to them.
+
+    Observations move to the mean of what the warps from all other images of their track say;
+    those that the warps deny are dropped; images that two or more warps find a point in join its
+    track. A model that would lose more than half of its points is left as it was.
+
+    Args:
+        model: ``pycolmap.Reconstruction``, changed in place.
+        warp: (name0, name1) of a pair -> its warp; called once a pair and round.
+        pairs: all pairs that can be asked for.
+        options: see ``gim_hloc.tracks.refine``.
+        fixed: ids of the cameras whose intrinsics must not move.
+        threads: of the bundle adjustment; -1 takes all cores.
+        progress: called after each pair of each round.
+        held: images whose poses must not move.
+
+    Returns:
+        A sentence for the log.
+    """
+    import copy
+
+    from gim_hloc.tracks.refine import read_again
+
+    before = statistics(model)
+    if not before["points"]:
+        return "no points to read the warps at"
+    original = copy.deepcopy(model)
+    joined = dropped = 0
+    for round_ in range(options.rounds):
+        if not model.num_points3D():
+            break  # the warps deny everything: the original is put back below
+        images = [model.image(i) for i in sorted(model.reg_image_ids())]
+        ids = np.array(sorted(model.point3D_ids()))
+        views, rows = _views(model, images, ids)
+        found = read_again(
+            [image.name for image in images],
+            [size_of(model.camera(image.camera_id)) for image in images],
+            [views.track[views.image == index] for index in range(len(images))],
+            _projection(model, images, ids),
+            pairs,
+            warp,
+            options,
+            progress,
+        )
+        row_of = dict(
+            zip((views.track * len(images) + views.image).tolist(), rows.tolist(), strict=True)
+        )
+        for point, index, xy, agreeing, against in zip(
+            ids[found.point].tolist(),
+            found.image.tolist(),
+            found.xy_px + 0.5,
+            found.agreeing.tolist(),
+            found.against.tolist(),
+            strict=True,
+        ):
+            image = images[index]
+            row = row_of.get(int(np.searchsorted(ids, point)) * len(images) + index)
+            if row is not None and agreeing:
+                image.points2D[row].xy = xy
+            elif row is not None and against and model.exists_point3D(point):
+                model.delete_observation(image.image_id, row)
+                dropped += 1
+            elif row is None and agreeing >= options.min_readings and model.exists_point3D(point):
+                image.points2D.append(pycolmap.Point2D(xy))
+                element = pycolmap.TrackElement(image.image_id, len(image.points2D) - 1)
+                model.add_observation(point, element)
+                joined += 1
+        bundle_adjust(model, fixed, threads, held)
+        pycolmap.ObservationManager(model).filter_all_points3D(4.0 if round_ == 0 else 2.0, 1.5)
+        bundle_adjust(model, fixed, threads, held)
+    model.update_point_3d_errors()
+    after = statistics(model)
+    if after["points"] < 0.5 * before["points"]:
+        _restore(model, original)
+        return (
+            f"kept as it was: the warps agree with only {after['points']:.0f} of "
+            f"{before['points']:.0f} points"
+        )
+    return (
+        f"refined by the warps: {before['mean_reprojection_error_px']:.2f} -> "
+        f"{after['mean_reprojection_error_px']:.2f} px, images a point "
+        f"{before['mean_track_length']:.1f} -> {after['mean_track_length']:.1f}, {joined} "
+        f"observations added and {dropped} dropped, "
+        f"{before['points']:.0f} -> {after['points']:.0f} points"
+    )
+
+
+def _projection(
+    model: Any, images: Sequence[Any], ids: np.ndarray
+) -> Callable[[int, np.ndarray], np.ndarray]:
+    """(index of an image, indices of points) -> pixels in hloc's frame, NaN for points unseen."""
+    xyz = np.array([model.points3D[int(i)].xyz for i in ids])
+    cameras = [model.camera(image.camera_id) for image in images]
+    poses = [np.asarray(image.cam_from_world().matrix()) for image in images]
+
+    def project(index: int, points: np.ndarray) -> np.ndarray:
+        local = xyz[points] @ poses[index][:, :3].T + poses[index][:, 3]
+        xy = np.full((len(points), 2), np.nan)
+        ahead = local[:, 2] > 0
+        if ahead.any():
+            xy[ahead] = project(cameras[index], local[ahead])
+        with np.errstate(invalid="ignore"):
+            inside = (xy > 0).all(1) & (xy < size_of(cameras[index])).all(1)
+        xy[~inside] = np.nan
+        return xy - 0.5
+
+    return project

@@ -1,0 +1,386 @@
+"""Reading, writing and describing COLMAP models."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pycolmap
+
+from gim_hloc.colmap.cameras import CameraSpec, camera_key, camera_spec, image_names
+from gim_hloc.errors import InputError
+
+if TYPE_CHECKING:
+    from gim_hloc.poses import Pose
+
+logger = logging.getLogger(__name__)
+
+_MODEL_FILES = ("cameras", "images", "points3D")
+
+
+def read_model(path: Path | str) -> Any:
+    """Read a COLMAP model, binary or text.
+
+    Args:
+        path: folder with cameras, images and points3D as ``.bin`` or ``.txt``, or an output folder
+            of ``gim-reconstruct`` (then ``sparse/0``).
+
+    Returns:
+        A ``pycolmap.Reconstruction``.
+
+    Raises:
+        InputError: when there is no model or it cannot be read.
+    """
+    folder = find_model(path)
+    try:
+        model = pycolmap.Reconstruction(folder)
+    except Exception as error:
+        raise InputError(f"{folder} is not a readable COLMAP model: {error}") from None
+    if not (folder / "images.bin").is_file():
+        # COLMAP's text reader ends a name at its first blank; its writer does not.
+        for image_id, name in image_names(folder / "images.txt").items():
+            if model.exists_image(image_id) and " " in name:
+                model.image(image_id).name = name
+    return model
+
+
+def find_model(path: Path | str) -> Path:
+    """The folder at or below ``path`` (``sparse/0``, ``sparse``, ``0``) that holds a model."""
+    root = Path(path)
+    for folder in (root, root / "sparse" / "0", root / "sparse", root / "0"):
+        for suffix in (".bin", ".txt"):
+            if all((folder / f"{stem}{suffix}").is_file() for stem in _MODEL_FILES):
+                return folder
+    raise InputError(
+        f"{root} holds no COLMAP model (cameras, images and points3D as .bin or .txt; also looked "
+        "in sparse/0)."
+    )
+
+
+def poses_of(model: Any) -> dict[str, Pose]:
+    """Poses of the registered images, world to camera, by name."""
+    poses: dict[str, Pose] = {}
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        matrix = np.asarray(image.cam_from_world().matrix())
+        poses[image.name] = (matrix[:, :3].copy(), matrix[:, 3].copy())
+    return poses
+
+
+def rigid(pose: Pose) -> Any:
+    """A pose as ``pycolmap.Rigid3d``."""
+    return pycolmap.Rigid3d(np.column_stack(pose))
+
+
+def poses_and_cameras(path: Path | str) -> tuple[dict[str, Pose], dict[str, CameraSpec]]:
+    """Poses and cameras of the registered images of a model, by name."""
+    model = read_model(path)
+    images = [model.image(i) for i in model.reg_image_ids()]
+    return poses_of(model), {i.name: camera_spec(model.camera(i.camera_id)) for i in images}
+
+
+def model_cameras(path: Path | str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Poses of a model: name -> (R (3, 3), t (3,)), world to camera, in model units."""
+    return poses_of(read_model(path))
+
+
+def model_observations(path: Path | str) -> dict[str, np.ndarray]:
+    """Points that each registered image sees: name -> int64 ids of 3D points, unsorted."""
+    model = read_model(path)
+    observations = {}
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        observations[image.name] = np.array(
+            [p.point3D_id for p in image.points2D if p.has_point3D()], dtype=np.int64
+        )
+    return observations
+
+
+def model_statistics(path: Path | str) -> dict[str, float]:
+    """Size and quality of a model.
+
+    Returns:
+        ``images`` registered, ``points``, ``observations``, ``mean_track_length`` (views a point)
+        and ``mean_reprojection_error_px``.
+    """
+    return statistics(read_model(path))
+
+
+def statistics(model: Any) -> dict[str, float]:
+    """As ``model_statistics``, for a model already read."""
+    points = model.num_points3D()
+    return {
+        "images": model.num_reg_images(),
+        "points": points,
+        "observations": model.compute_num_observations(),
+        "mean_track_length": model.compute_mean_track_length() if points else 0.0,
+        "mean_reprojection_error_px": model.compute_mean_reprojection_error() if points else 0.0,
+    }
+
+
+@dataclass(kw_only=True)
+class ImageStatistics:
+    """What the model knows about one registered image."""
+
+    camera_id: int
+    points: int  # 3D points seen
+    mean_reprojection_error_px: float | None
+    errors_px: np.ndarray  # (points,) reprojection errors of its observations
+    focal_px: float
+    rotation: np.ndarray  # (3, 3) world to camera
+    translation: np.ndarray  # (3,)
+
+
+def image_statistics(model: Any) -> dict[str, ImageStatistics]:
+    """Per-image figures of a model; errors are measured in this image, not per point."""
+    result = {}
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        camera = model.camera(image.camera_id)
+        pose = np.asarray(image.cam_from_world().matrix())
+        observed = [p for p in image.points2D if p.has_point3D()]
+        errors = np.zeros(0)
+        if observed:
+            xyz = np.array([model.point3D(p.point3D_id).xyz for p in observed])
+            xy = np.array([p.xy for p in observed])
+            projected = np.array(
+                [
+                    q if (q := camera.img_from_cam(p)) is not None else (np.nan, np.nan)
+                    for p in xyz @ pose[:, :3].T + pose[:, 3]
+                ]
+            )
+            errors = np.linalg.norm(projected - xy, axis=1)
+        result[image.name] = ImageStatistics(
+            camera_id=int(image.camera_id),
+            points=len(observed),
+            mean_reprojection_error_px=float(np.nanmean(errors)) if observed else None,
+            errors_px=errors,
+            focal_px=float(camera.mean_focal_length()),
+            rotation=pose[:, :3].copy(),
+            translation=pose[:, 3].copy(),
+        )
+    return result
+
+
+def points(model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Points of a model.
+
+    Returns:
+        xyz (M, 3) float64, rgb (M, 3) uint8, views a track (M,) int64, reprojection errors (M,) px.
+    """
+    all_points = [model.points3D[i] for i in sorted(model.point3D_ids())]
+    if not all_points:
+        return np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0, np.int64), np.zeros(0)
+    return (
+        np.array([p.xyz for p in all_points]),
+        np.array([p.color for p in all_points], dtype=np.uint8),
+        np.array([p.track.length() for p in all_points]),
+        np.array([p.error for p in all_points]),
+    )
+
+
+def point_positions(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (M,) int64, sorted, and positions (M, 3) of a model's points."""
+    ids = np.array(sorted(model.point3D_ids()), dtype=np.int64)
+    xyz = np.array([model.points3D[int(i)].xyz for i in ids], dtype=np.float64).reshape(-1, 3)
+    return ids, xyz
+
+
+def cameras_of(model: Any) -> list[dict[str, Any]]:
+    """Cameras of a model that registered images use, as plain dictionaries for the report."""
+    used: dict[int, int] = {}
+    for image_id in model.reg_image_ids():
+        camera_id = int(model.image(image_id).camera_id)
+        used[camera_id] = used.get(camera_id, 0) + 1
+    return [
+        {
+            "id": camera_id,
+            "model": str(model.camera(camera_id).model_name),
+            "width": int(model.camera(camera_id).width),
+            "height": int(model.camera(camera_id).height),
+            "params": [float(p) for p in model.camera(camera_id).params],
+            "images": count,
+        }
+        for camera_id, count in sorted(used.items())
+    ]
+
+
+@dataclass(kw_only=True)
+class MapView:
+    """A registered image of a model.
+
+    Attributes:
+        xy_px: (N, 2) float64 keypoints in stored pixels, hloc's frame.
+        points: (N,) int64 id of the 3D point of each keypoint, -1 for none.
+        camera: its intrinsics.
+        pose: (R, t), world to camera.
+    """
+
+    xy_px: np.ndarray
+    points: np.ndarray
+    camera: CameraSpec
+    pose: Pose
+
+
+def map_views(model: Any) -> dict[str, MapView]:
+    """Registered images of a model, by name."""
+    poses = poses_of(model)
+    views = {}
+    for image_id in sorted(model.reg_image_ids()):
+        image = model.image(image_id)
+        rows = image.points2D
+        views[image.name] = MapView(
+            xy_px=np.array([p.xy for p in rows], dtype=np.float64).reshape(-1, 2) - 0.5,
+            points=np.array(
+                [p.point3D_id if p.has_point3D() else -1 for p in rows], dtype=np.int64
+            ),
+            camera=camera_spec(model.camera(image.camera_id)),
+            pose=poses[image.name],
+        )
+    return views
+
+
+@dataclass(kw_only=True)
+class NewImage:
+    """An image to be added to a model.
+
+    Attributes:
+        name: not yet in the model.
+        camera: intrinsics.
+        pose: (R, t), world to camera.
+        xy_px: (N, 2) keypoints in stored pixels, hloc's frame.
+        points: (N,) int64 id of the 3D point that a keypoint sees, -1 for none.
+    """
+
+    name: str
+    camera: CameraSpec
+    pose: Pose
+    xy_px: np.ndarray
+    points: np.ndarray
+
+
+def add_images(model: Any, images: Sequence[NewImage], *, share: bool = True) -> None:
+    """Add images with their observations to a model, in place.
+
+    Args:
+        model: ``pycolmap.Reconstruction``.
+        images: in the order of their new ids.
+        share: use a camera of the model that has exactly the same intrinsics.
+    """
+    cameras: dict[tuple[Any, ...], int] = {}
+    if share:
+        for camera_id in sorted(model.cameras.keys(), reverse=True):
+            # A rig of several cameras would want all of its images.
+            if model.exists_rig(camera_id) and model.rig(camera_id).num_sensors() == 1:
+                cameras[camera_key(camera_spec(model.camera(camera_id)))] = camera_id
+    next_camera = max((*model.cameras.keys(), *model.rigs.keys()), default=0) + 1
+    next_image = max((*model.images.keys(), *model.frames.keys()), default=0) + 1
+    for new in images:
+        key = camera_key(new.camera)
+        if key not in cameras:
+            camera = pycolmap.Camera(
+                model=new.camera.model,
+                width=new.camera.width,
+                height=new.camera.height,
+                params=list(new.camera.params),
+                camera_id=next_camera,
+            )
+            camera.has_prior_focal_length = new.camera.prior
+            model.add_camera_with_trivial_rig(camera)
+            cameras[key] = next_camera
+            next_camera += 1
+        image = pycolmap.Image(name=new.name, camera_id=cameras[key], image_id=next_image)
+        image.points2D = pycolmap.Point2DList(
+            [pycolmap.Point2D(xy) for xy in np.asarray(new.xy_px) + 0.5]
+        )
+        model.add_image_with_trivial_frame(image, rigid(new.pose))
+        for row in np.flatnonzero(new.points >= 0):
+            element = pycolmap.TrackElement(next_image, int(row))
+            model.add_observation(int(new.points[row]), element)
+        next_image += 1
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """Write a model in binary form, replacing what is there once it is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def align(model: Any, poses: Mapping[str, Pose]) -> None:
+    """Move a model as a whole to where known poses are."""
+    from gim_hloc.poses import similarity
+
+    found = similarity(poses_of(model), poses)
+    if found is not None:
+        scale, rotation, translation = found
+        model.transform(
+            pycolmap.Sim3d(scale, pycolmap.Rotation3d(rotation), np.asarray(translation))
+        )
+
+
+def extract_colours(model: Any, colours: Callable[[str], np.ndarray]) -> None:
+    """Colour each point with the mean over its observations, nearest pixel of the stored image."""
+    total: dict[int, np.ndarray] = {}
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        try:
+            pixels = colours(image.name)
+        except Exception as error:  # a picture that went away must not lose the model
+            logger.warning("%s could not be read for colours: %s", image.name, error)
+            continue
+        observed = [p for p in image.points2D if p.has_point3D()]
+        if not observed:
+            continue
+        xy = np.array([p.xy for p in observed])
+        columns = np.clip(xy[:, 0].astype(int), 0, pixels.shape[1] - 1)  # corner origin: floor
+        rows = np.clip(xy[:, 1].astype(int), 0, pixels.shape[0] - 1)
+        values = pixels[rows, columns].astype(np.float64)
+        for point, value in zip(observed, values, strict=True):
+            entry = total.setdefault(point.point3D_id, np.zeros(4))
+            entry[:3] += value
+            entry[3] += 1
+    for point_id, entry in total.items():
+        model.points3D[point_id].color = np.round(entry[:3] / entry[3]).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def colmap_log(folder: Path | None) -> Iterator[None]:
+    """Send COLMAP's log to ``folder`` instead of the terminal."""
+    log = pycolmap.logging
+    before = (log.alsologtostderr, log.logtostderr, log.stderrthreshold)
+    log.alsologtostderr = False
+    log.logtostderr = False
+    log.stderrthreshold = int(log.FATAL)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        log.set_log_destination(log.INFO, folder / "colmap.")
+    try:
+        yield
+    finally:
+        log.alsologtostderr, log.logtostderr, log.stderrthreshold = before
+
+
+def version() -> str:
+    """Version of the installed pycolmap."""
+    return str(pycolmap.__version__)
+
+
+def has_cuda() -> bool:
+    """Whether this pycolmap was built with CUDA (needed by PatchMatch stereo)."""
+    return bool(pycolmap.has_cuda)
+
+
+def set_seed(seed: int) -> None:
+    """Seed COLMAP's global random numbers."""
+    pycolmap.set_random_seed(seed)
