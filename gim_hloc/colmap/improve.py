@@ -312,7 +312,7 @@ def _projection(
     cameras = [model.camera(image.camera_id) for image in images]
     poses = [np.asarray(image.cam_from_world().matrix()) for image in images]
 
-    def project(index: int, points: np.ndarray) -> np.ndarray:
+    def pixels(index: int, points: np.ndarray) -> np.ndarray:
         local = xyz[points] @ poses[index][:, :3].T + poses[index][:, 3]
         xy = np.full((len(points), 2), np.nan)
         ahead = local[:, 2] > 0
@@ -323,4 +323,4 @@ def _projection(
         xy[~inside] = np.nan
         return xy - 0.5
 
-    return project
+    return pixels
