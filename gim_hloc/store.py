@@ -507,6 +507,13 @@ def rows_from_matches0(matches0: np.ndarray) -> np.ndarray:
     return np.stack([rows0, matches0[rows0]], axis=1).astype(np.uint32)
 
 
+def scored_rows(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows (M, 2) of a pair's matches and their confidences (M,), None where there are none."""
+    rows = rows_from_matches0(arrays["matches0"])
+    scores = arrays.get("matching_scores0")
+    return rows, None if scores is None else scores[rows[:, 0]].astype(np.float32)
+
+
 # ---------------------------------------------------------------------------------- reading hloc's
 
 

@@ -456,7 +456,7 @@ def _graph(full: dict[str, Any], data: dict[str, Any]) -> str:
         f"Of {plural(summary['pairs'], 'pair')}, {_number(summary['pairs_matched'])} have matches"
         f" and {_number(summary['pairs_verified'])} are verified."
     )
-    text = f"<p>{''.join(words).replace('.. ', '. ')}</p>"
+    text = f"<p>{''.join(words).replace('.. ', '. ')}</p>{_confidences(full)}"
     if "graph" in data:
         return (
             f"{text}<div class=chart id=chart-graph></div>"
@@ -467,6 +467,30 @@ def _graph(full: dict[str, Any], data: dict[str, Any]) -> str:
     if len(full["images"]) > MAX_GRAPH_IMAGES:
         text += f"<p class=caption>The matrix is drawn for up to {MAX_GRAPH_IMAGES:,} images.</p>"
     return text if full["pairs"] else ""
+
+
+def _confidences(full: dict[str, Any]) -> str:
+    sums = full.get("confidence_sums")
+    if not sums:
+        return ""
+    head = "".join(f"<th scope=col class=n>{_quantile(q)}" for q in sums["quantiles"])
+    rows = "".join(
+        f"<tr><td>{kind} ({_number(sums[kind]['pairs'])})"
+        + "".join(f"<td class=n>{_number(value, 1)}" for value in sums[kind]["values"])
+        + "</tr>"
+        for kind in ("verified", "dropped")
+        if sums[kind]["pairs"]
+    )
+    bound = f"at least {sums['bound']:g}" if sums["bound"] else "not bounded"
+    return (
+        f"<p>Sum of the inliers' confidences of a pair, {bound}. {_esc(sums['meaning'])} "
+        f"{_esc(sums['advice'] or '')}</p><div class=scroll><table>"
+        f"<thead><tr><th scope=col>Pairs{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _quantile(share: float) -> str:
+    return {0.0: "least", 0.5: "median", 1.0: "most"}.get(share, f"{share:.0%}")
 
 
 def _pairs(full: dict[str, Any], thumbnails: Thumbnails, pair_matches: PairMatches | None) -> str:

@@ -63,6 +63,7 @@ def build_report(
     models: Sequence[Any],
     paths: Sequence[str],
     notes: Sequence[str],
+    confidence: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Numbers of a run: what happened to each image and pair, and why.
 
@@ -74,11 +75,18 @@ def build_report(
         models: ``pycolmap.Reconstruction`` objects, largest first.
         paths: where they are, relative to the output.
         notes: sentences for the user.
+        confidence: of ``confidence_sums``.
     """
     from gim_hloc import colmap
 
     of_image: dict[str, dict[str, int]] = {
-        record.name: {"pairs": 0, "matches": 0, "verified_pairs": 0, "inliers": 0}
+        record.name: {
+            "pairs": 0,
+            "matches": 0,
+            "verified_pairs": 0,
+            "doubtful_pairs": 0,
+            "inliers": 0,
+        }
         for record in image_set.images
     }
     for pair in verified:
@@ -87,6 +95,7 @@ def build_report(
             entry["pairs"] += 1
             entry["matches"] += pair.matches
             entry["verified_pairs"] += pair.inliers > 0
+            entry["doubtful_pairs"] += pair.doubtful
             entry["inliers"] += pair.inliers
     model_of: dict[str, int] = {}
     details: dict[str, Any] = {}
@@ -161,9 +170,16 @@ def build_report(
         "summary": summary,
         "images": rows,
         "pairs": [
-            {"name0": v.name0, "name1": v.name1, "matches": v.matches, "inliers": v.inliers}
+            {
+                "name0": v.name0,
+                "name1": v.name1,
+                "matches": v.matches,
+                "inliers": v.inliers,
+                "confidence_sum": v.confidence,
+            }
             for v in verified
         ],
+        "confidence_sums": confidence,
         "models": described,
         "track_lengths": tracks,
         "reprojection_errors": {"edges": edges.tolist(), "counts": histogram.tolist()},
@@ -173,6 +189,48 @@ def build_report(
             "counts": selection.counts,
         },
         "notes": list(notes),
+    }
+
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def confidence_sums(
+    verified: Sequence[PairVerification], bound: float | None, meaning: str
+) -> dict[str, Any] | None:
+    """How the sums of the inliers' confidences spread over verified and dropped pairs.
+
+    Args:
+        verified: what verification left of each pair.
+        bound: below which a pair was dropped, or None.
+        meaning: what a match's confidence is.
+
+    Returns:
+        None where no pair has confidences.
+    """
+    kinds: dict[str, list[float]] = {"verified": [], "dropped": []}
+    for pair in verified:
+        if pair.confidence is not None and pair.matches:
+            kinds["verified" if pair.inliers else "dropped"].append(pair.confidence)
+    if not any(kinds.values()):
+        return None
+    advice = (
+        "A bound can be set from one folder with photographs of two places: pairs across the two "
+        'show in "pairs" of report.json how far unrelated images reach; '
+        "--verify.min-confidence-sum a third above that keeps them out."
+    )
+    return {
+        "meaning": meaning,
+        "bound": bound,
+        "doubtful_pairs": sum(v.doubtful for v in verified),
+        "quantiles": list(QUANTILES),
+        **{
+            kind: {"pairs": len(sums), "values": np.quantile(sums, QUANTILES).round(1).tolist()}
+            if sums
+            else {"pairs": 0, "values": []}
+            for kind, sums in kinds.items()
+        },
+        "advice": None if bound else advice,
     }
 
 
@@ -189,9 +247,11 @@ def _status(record: ImageRecord, row: Mapping[str, Any], mapped: bool) -> tuple[
     if row["matches"] == 0:
         return "no_matches", f"no match in any of its {row['pairs']} pairs"
     if row["verified_pairs"] == 0:
+        doubt = " with enough confidence (--verify.min-confidence-sum)"
         return (
             "no_verified_matches",
-            f"{row['matches']} matches in {row['pairs']} pairs, none geometrically consistent",
+            f"{row['matches']} matches in {row['pairs']} pairs, none geometrically consistent"
+            + (doubt if row["doubtful_pairs"] else ""),
         )
     what = "COLMAP could not place it" if mapped else "COLMAP built no model"
     return (

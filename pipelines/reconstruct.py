@@ -35,7 +35,7 @@ from gim_hloc.pairs.select import PairOptions
 from gim_hloc.pipelines import linking, turns
 from gim_hloc.pipelines.extension import Extension, gather
 from gim_hloc.pipelines.imported import ImportedMatcher
-from gim_hloc.pipelines.outcome import build_report, scene_view, versions
+from gim_hloc.pipelines.outcome import build_report, confidence_sums, scene_view, versions
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
 from gim_hloc.store import (
     H5Store,
@@ -47,6 +47,7 @@ from gim_hloc.store import (
     pair_keys,
     refuse_foreign,
     rows_from_matches0,
+    scored_rows,
 )
 from gim_hloc.tracks.anchored import AnchoredOptions
 from gim_hloc.tracks.photometric import PhotometricOptions
@@ -1307,6 +1308,14 @@ class _Run:
 
     # --------------------------------------------------------------------------------- database
 
+    def _verify_options(self) -> VerifyOptions:
+        """The verification's numbers, with the matcher's own bound where the user set none."""
+        verify = self.options.verify
+        if verify.min_confidence_sum is None:
+            own = self.matcher.info.min_confidence_sum.get(self.options.quality)
+            verify = dataclasses.replace(verify, min_confidence_sum=own)
+        return verify
+
     def _threads(self) -> int:
         return 1 if self.options.deterministic else engine.usable_cores()
 
@@ -1314,12 +1323,13 @@ class _Run:
         from gim_hloc import colmap
 
         path = self.output / "database.db"
+        verify = self._verify_options()
         key = digest(
             {
                 "matches": self.matches.stamp,
                 "pairs": digest([[_pair_name(p), self._pair_source(p)] for p in pairs]),
                 "cameras": [dataclasses.asdict(spec) for spec in self.cameras],
-                "verify": dataclasses.asdict(self.options.verify),
+                "verify": dataclasses.asdict(verify),
                 "seed": self.options.seed,
                 "pycolmap": colmap.version(),
                 "poses": self._poses_key(),
@@ -1331,12 +1341,12 @@ class _Run:
             if self._stage_done("database", key) and path.exists():
                 verified = colmap.read_verification(path, pairs)
                 logger.info("Database reused: %s", path)
+                self._tell_doubtful(verified)
                 return verified
 
-            def rows() -> Iterator[tuple[str, str, np.ndarray]]:
+            def scored() -> Iterator[tuple[str, str, np.ndarray, np.ndarray | None]]:
                 for a, b in pairs:
-                    arrays, _ = self.matches.get(_pair_name((a, b)))
-                    yield a, b, rows_from_matches0(arrays["matches0"])
+                    yield a, b, *scored_rows(self.matches.get(_pair_name((a, b)))[0])
 
             with self._bar(len(pairs), "Verify", "pairs") as bar:
                 verified = colmap.build_database(
@@ -1344,8 +1354,8 @@ class _Run:
                     cameras=self.cameras,
                     names=self.names,
                     keypoints=self.keypoints.__getitem__,
-                    matches=rows(),
-                    verify=self.options.verify,
+                    matches=scored(),
+                    verify=verify,
                     seed=self.options.seed,
                     threads=self._threads(),
                     progress=bar.update,
@@ -1358,7 +1368,29 @@ class _Run:
         self._write_state()
         good = sum(v.inliers > 0 for v in verified)
         logger.info("Verified %d of %d pairs", good, len(pairs))
+        self._tell_doubtful(verified)
         return verified
+
+    def _tell_doubtful(self, verified: Sequence[PairVerification]) -> None:
+        doubtful = sum(v.doubtful for v in verified)
+        if doubtful:
+            self._note(
+                f"{doubtful} of {len(verified)} pairs had enough inliers but too little confidence "
+                "and were left out, as pairs of unrelated places: a sum below "
+                f"{self._verify_options().min_confidence_sum:g} (--verify.min-confidence-sum)."
+            )
+
+    def _confidence_meaning(self) -> str:
+        """What the confidence of a match is, for the report."""
+        if self.imported:
+            said = "Confidences are those of the imported file, 1 where it has none."
+        elif self.linked:
+            said = f"Confidences are those of the {self.options.tracks} tracks' readings."
+        else:
+            said = f"Confidences are those that {self.matcher.info.name} gives its matches."
+        if self._poses_if("fixed") is not None:
+            said += " Pairs whose poses are known are judged by these alone."
+        return said
 
     def _judge_poses(self, verified: Sequence[PairVerification]) -> None:
         """Warn when hardly a match agrees with fixed poses."""
@@ -1612,6 +1644,9 @@ class _Run:
             models=loaded,
             paths=[str(path.relative_to(self.output)) for path in models],
             notes=list(dict.fromkeys(self.notes)),
+            confidence=confidence_sums(
+                verified, self._verify_options().min_confidence_sum, self._confidence_meaning()
+            ),
         )
         for row in report["images"]:
             if row["name"] in self.turns:

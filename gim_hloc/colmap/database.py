@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ class VerifyOptions:
 
     max_error: float = 4.0  # px, largest epipolar error of an inlier
     min_num_inliers: int = 15  # fewer: the pair is dropped
+    # Smallest sum of the inliers' confidences, below which the pair is dropped; 0: none.
+    # None: the matcher's own number at its operating point, none where it has no such number.
+    min_confidence_sum: float | None = None
     min_inlier_ratio: float = 0.1  # share assumed by RANSAC's stopping rule
     confidence: float = 0.999  # of having drawn one outlier-free sample
     max_num_trials: int = 20000  # RANSAC iterations at most
@@ -35,18 +40,33 @@ class VerifyOptions:
             group="verify.",
             positive=("max_error",),
             share=("min_inlier_ratio", "confidence"),
-            at_least={"min_num_inliers": 1, "max_num_trials": 1},
+            at_least={"min_num_inliers": 1, "max_num_trials": 1, "min_confidence_sum": 0},
         )
 
 
 @dataclass(kw_only=True)
 class PairVerification:
-    """What verification left of a pair."""
+    """What verification left of a pair.
+
+    Attributes:
+        name0: first image.
+        name1: second image.
+        matches: before verification.
+        inliers: of the verified geometry; 0 for a dropped pair.
+        confidence: sum of the confidences of the inliers, those of a dropped pair included; of all
+            matches where that was too little already. None for matches without scores.
+        doubtful: dropped for too little confidence alone, with inliers (or matches) enough.
+    """
 
     name0: str
     name1: str
     matches: int
     inliers: int
+    confidence: float | None = None
+    doubtful: bool = False
+
+
+_Entry = tuple[str, str, np.ndarray] | tuple[str, str, np.ndarray, np.ndarray | None]
 
 
 def build_database(
@@ -55,7 +75,7 @@ def build_database(
     cameras: Sequence[CameraSpec],
     names: Sequence[str],
     keypoints: Callable[[str], np.ndarray],
-    matches: Iterable[tuple[str, str, np.ndarray]],
+    matches: Iterable[_Entry],
     verify: VerifyOptions,
     seed: int = 0,
     threads: int = 1,
@@ -75,13 +95,15 @@ def build_database(
         cameras: every image of ``names`` belongs to exactly one.
         names: images in the order of their ids.
         keypoints: name -> (N, 2) float32 x, y in stored pixels, hloc's frame.
-        matches: (name0, name1, (M, 2) rows into the two images' keypoints).
+        matches: (name0, name1, (M, 2) rows into the two images' keypoints), and as a fourth entry
+            their confidences (M,), which ``verify.min_confidence_sum`` needs.
         verify: thresholds of the two-view estimation.
         seed: base of the pairs' seeds.
         threads: pairs verified at a time.
         progress: called with the number of pairs just finished.
         poses: name -> (R, t), world to camera, exact ones. A pair with two of them is not
-            estimated: its inliers are the matches that fit the known relative pose.
+            estimated: its inliers are the matches that fit the known relative pose, whatever
+            their confidences.
         priors: name -> (3,) camera centre that the mapper is to stay near.
         prior_stddev: standard deviation of priors, in their unit.
 
@@ -102,46 +124,81 @@ def build_database(
             if priors is not None and name in priors:
                 _write_prior(database, ids[name], priors[name], prior_stddev)
 
-        def estimate(index: int, name0: str, name1: str, rows: np.ndarray) -> Any:
-            if poses is not None and name0 in poses and name1 in poses:
+        least = verify.min_confidence_sum or 0.0
+
+        def known_pose(name0: str, name1: str) -> bool:
+            return poses is not None and name0 in poses and name1 in poses
+
+        def estimate(pair: _Pair) -> Any:
+            if not len(pair.rows):
+                return None
+            if poses is not None and known_pose(pair.name0, pair.name1):
                 ends = [
                     (camera_of[name], points[name].astype(np.float64), poses[name])
-                    for name in (name0, name1)
+                    for name in (pair.name0, pair.name1)
                 ]
-                return _known_geometry(ends[0], ends[1], rows, verify.max_error)
-            options = _two_view_options(verify, seed + index)
+                return _known_geometry(ends[0], ends[1], pair.rows, verify.max_error)
+            if pair.confidence(pair.rows) < least:
+                return None  # all the trials could not change that
             return pycolmap.estimate_two_view_geometry(
-                camera_of[name0],
-                points[name0].astype(np.float64),
-                camera_of[name1],
-                points[name1].astype(np.float64),
-                rows,
-                options,
+                camera_of[pair.name0],
+                points[pair.name0].astype(np.float64),
+                camera_of[pair.name1],
+                points[pair.name1].astype(np.float64),
+                pair.rows,
+                _two_view_options(verify, seed + pair.index),
             )
 
-        for name0, name1, rows, geometry in _ordered_map(estimate, matches, threads):
+        for pair, geometry in _ordered_map(estimate, matches, threads):
+            name0, name1, rows = pair.name0, pair.name1, pair.rows
             if ids[name0] > ids[name1]:
                 raise InputError(
                     f"Pair {name0} {name1} is not in the order of the image list; sort it."
                 )
             if len(rows):
                 database.write_matches(ids[name0], ids[name1], rows)
-            inliers = 0
+            # A pair below a bound is left out: the mapper must not trust it.
+            found, sane = rows, True
             if geometry is not None:
-                config = _config_name(geometry.config)
-                inliers = len(geometry.inlier_matches)
-                # A pair below the bound is left out: the mapper must not trust it.
-                if inliers >= verify.min_num_inliers and config not in ("UNDEFINED", "DEGENERATE"):
-                    database.write_two_view_geometry(ids[name0], ids[name1], geometry)
-                else:
-                    inliers = 0
+                found = geometry.inlier_matches
+                sane = _config_name(geometry.config) not in ("UNDEFINED", "DEGENERATE")
+            enough = sane and len(found) >= verify.min_num_inliers
+            confidence = pair.confidence(found)
+            doubtful = enough and confidence < least and not known_pose(name0, name1)
+            verified = geometry is not None and enough and not doubtful
+            if verified:
+                database.write_two_view_geometry(ids[name0], ids[name1], geometry)
             results.append(
-                PairVerification(name0=name0, name1=name1, matches=len(rows), inliers=inliers)
+                PairVerification(
+                    name0=name0,
+                    name1=name1,
+                    matches=len(rows),
+                    inliers=len(found) if verified else 0,
+                    confidence=None if pair.scores is None else confidence,
+                    doubtful=doubtful,
+                )
             )
             if progress is not None:
                 progress(1)
+    _write_results(temporary, ids, results)
     os.replace(temporary, path)
     return results
+
+
+# COLMAP's tables have no place for confidences, and none for pairs that were dropped.
+_RESULTS = "gim_hloc_verification"
+
+
+def _write_results(path: Path, ids: Mapping[str, int], results: list[PairVerification]) -> None:
+    rows = [
+        (pycolmap.image_pair_to_pair_id(ids[r.name0], ids[r.name1]), r.confidence, r.doubtful)
+        for r in results
+    ]
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(
+            f"CREATE TABLE {_RESULTS} (pair_id INTEGER PRIMARY KEY, confidence REAL, doubtful)"
+        )
+        database.executemany(f"INSERT INTO {_RESULTS} VALUES (?, ?, ?)", rows)
 
 
 def _write_prior(database: Any, image_id: int, centre: np.ndarray, stddev: float) -> None:
@@ -186,23 +243,38 @@ def _known_geometry(end0: _End, end1: _End, rows: np.ndarray, max_error: float) 
     return geometry
 
 
+@dataclass(frozen=True)
+class _Pair:
+    index: int
+    name0: str
+    name1: str
+    rows: np.ndarray  # (M, 2) uint32
+    scores: np.ndarray | None  # (M,)
+
+    def confidence(self, rows: np.ndarray) -> float:
+        """Sum over some of the rows; unbounded without scores, so that no bound drops the pair."""
+        if self.scores is None:
+            return np.inf
+        key = np.array([1 << 32, 1], dtype=np.uint64)
+        mine, asked = (some.astype(np.uint64) @ key for some in (self.rows, rows))
+        return float(self.scores[np.isin(mine, asked)].sum(dtype=np.float64))
+
+
 def _ordered_map(
-    estimate: Callable[..., Any],
-    matches: Iterable[tuple[str, str, np.ndarray]],
-    threads: int,
-) -> Iterator[tuple[str, str, np.ndarray, Any]]:
+    estimate: Callable[[_Pair], Any], matches: Iterable[_Entry], threads: int
+) -> Iterator[tuple[_Pair, Any]]:
     """Run ``estimate`` over pairs in threads (it releases the GIL), yielding in input order."""
-    pending: list[tuple[str, str, np.ndarray, Future[Any] | None]] = []
+    pending: list[tuple[_Pair, Future[Any]]] = []
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        for index, (name0, name1, rows) in enumerate(matches):
+        for index, (name0, name1, rows, *scores) in enumerate(matches):
             rows = np.ascontiguousarray(np.asarray(rows).reshape(-1, 2), dtype=np.uint32)
-            future = pool.submit(estimate, index, name0, name1, rows) if len(rows) else None
-            pending.append((name0, name1, rows, future))
+            pair = _Pair(index, name0, name1, rows, scores[0] if scores else None)
+            pending.append((pair, pool.submit(estimate, pair)))
             while len(pending) > 4 * threads:  # bound the memory of what waits
-                head = pending.pop(0)
-                yield (*head[:3], head[3].result() if head[3] else None)
-        for head in pending:
-            yield (*head[:3], head[3].result() if head[3] else None)
+                pair, future = pending.pop(0)
+                yield pair, future.result()
+        for pair, future in pending:
+            yield pair, future.result()
 
 
 def _config_name(config: Any) -> str:
@@ -273,15 +345,20 @@ def read_verification(database: Path, pairs: Sequence[tuple[str, str]]) -> list[
         ids = {image.name: image.image_id for image in db.read_all_images()}
         matches = dict(zip(*db.read_num_matches(), strict=True))
         inliers = dict(zip(*db.read_two_view_geometry_num_inliers(), strict=True))
+    with contextlib.closing(sqlite3.connect(database)) as own:
+        kept = {row[0]: row[1:] for row in own.execute(f"SELECT * FROM {_RESULTS}")}
     result = []
     for name0, name1 in pairs:
         pair_id = pycolmap.image_pair_to_pair_id(ids[name0], ids[name1])
+        confidence, doubtful = kept[pair_id]
         result.append(
             PairVerification(
                 name0=name0,
                 name1=name1,
                 matches=int(matches.get(pair_id, 0)),
                 inliers=int(inliers.get(pair_id, 0)),
+                confidence=confidence,
+                doubtful=bool(doubtful),
             )
         )
     return result

@@ -8,7 +8,7 @@ COLMAP reads. ``network`` pixels are those of the upright, resized tensor that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -32,6 +32,9 @@ class MatcherInfo:
     default_size: int  # long side in pixels at the ``base`` operating point
     summary: str  # one line for ``describe()``
     rotation_invariant: bool = False  # whether images may be turned against each other at will
+    # Sum of the inliers' confidences that no pair of unrelated images reaches, by operating point;
+    # calibrated (docs/accuracy.md), and empty where it is not.
+    min_confidence_sum: Mapping[Quality, float] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
