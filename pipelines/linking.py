@@ -30,6 +30,7 @@ Arrays = dict[str, np.ndarray]
 
 __all__ = [
     "choose_describer",
+    "confidence",
     "count",
     "link",
     "make_anchors",
@@ -105,6 +106,17 @@ def count(arrays: Mapping[str, np.ndarray]) -> int:
     if "keypoints0" in arrays:
         return len(arrays["keypoints0"])
     return len(PairReading.from_arrays(arrays))
+
+
+def confidence(arrays: Mapping[str, np.ndarray]) -> float:
+    """Sum of the confidences of a stored pair's matches, whichever matcher it is from."""
+    for name in ("matching_scores0", "scores"):
+        if name in arrays:
+            return float(arrays[name].sum(dtype=np.float64))
+    reading = PairReading.from_arrays(arrays)
+    return float(
+        sum(c.sum(dtype=np.float64) for c in (reading.certainty0, reading.certainty1)) / 255
+    )
 
 
 def link(

@@ -66,7 +66,7 @@ FORMAT = 1  # raised when the meaning of stored arrays changes
 _COVISIBLE_SEEDS = 5
 _SHARED_QUERIES = 50  # that a shared focal length is found with, those with most inliers
 _TURN_REFERENCES = 4  # images of the map that a query is turned against
-_TURN_MATCHES = 30  # a turn with fewer is none
+_TURN_LEAST = 30  # a turn with a smaller sum of confidences is none, if the matcher has no bound
 _HOW = {
     "given": "given",
     "map": "of the map",
@@ -552,6 +552,7 @@ class _Localization:
                 "(and --features, if they are in another file)."
             )
         quality: Quality = options.quality or made.get("quality") or "base"
+        self.quality = quality
         same = name == theirs
         overrides: dict[str, Any] = {}
         if same:
@@ -975,15 +976,18 @@ class _Localization:
         return bool(found)
 
     def _best_turn(self, name: str, references: Sequence[str]) -> int:
-        """Quarter turns that bring far more matches than the query has as it is; 0 for none."""
-        counts = {
-            r: int((self.matches.get(f"{name}\t{r}")[0]["matches0"] >= 0).sum()) for r in references
-        }
-        chosen = sorted(references, key=lambda r: -counts[r])[:_TURN_REFERENCES]
-        best, most = 0, max(_TURN_MATCHES, 2 * sum(counts[r] for r in chosen))
+        """Quarter turns that bring far more confidence than the query has as it is; 0 for none."""
+        sums = {r: linking.confidence(self.matches.get(f"{name}\t{r}")[0]) for r in references}
+        chosen = sorted(references, key=lambda r: -sums[r])[:_TURN_REFERENCES]
+        # A wrong turn is found out by the pose, so one good pair is enough to try.
+        least = self.matcher.info.min_confidence_sum.get(self.quality, _TURN_LEAST)
+        best, most = 0, max(least, 2 * sum(sums[r] for r in chosen))
         for turn in (1, 2, 3):
             encoding = self.matcher.encode(self._read_query(name, self.matcher, turn))
-            total = sum(len(self.matcher.match(encoding, self._encoding(f"m{r}"))) for r in chosen)
+            total = sum(
+                float(self.matcher.match(encoding, self._encoding(f"m{r}")).scores.sum())
+                for r in chosen
+            )
             if total > most:
                 best, most = turn, total
         return best

@@ -1102,21 +1102,24 @@ class _Run:
         return bool(found)
 
     def _find_turns(self, pairs: Sequence[Pair]) -> dict[str, int]:
-        counts = {pair: linking.count(self.readings.get(_pair_name(pair))[0]) for pair in pairs}
+        matcher = self.describer
+        bound = matcher.info.min_confidence_sum.get(self.options.quality)
+        sums = {pair: linking.confidence(self.readings.get(_pair_name(pair))[0]) for pair in pairs}
         groups = turns.weak_groups(
-            self.names, counts, {name: len(k) for name, k in self.keypoints.items()}
+            self.names, sums, {name: len(k) for name, k in self.keypoints.items()}, bound
         )
 
-        def count_matches(name: str, turn: int, others: Sequence[str]) -> int:
+        def confidence(name: str, turn: int, others: Sequence[str]) -> float:
             shown = self._read_image(name, (self.turns.get(name, 0) + turn) % 4)
-            matcher = self.describer
             encoding = matcher.encode(shown)
-            return sum(len(matcher.match(encoding, self._cache.get(o))) for o in others)
+            return sum(
+                float(matcher.match(encoding, self._cache.get(o)).scores.sum()) for o in others
+            )
 
         found: dict[str, int] = {}
         with self._bar(len(groups), "Turn", "groups") as bar:
             for group in groups:
-                turn = turns.best_turn(group, count_matches)
+                turn = turns.best_turn(group, confidence, bound)
                 found.update(dict.fromkeys(group.members, turn) if turn else {})
                 bar.update()
         return found

@@ -23,10 +23,11 @@ Pair = tuple[str, str]
 # A pair with this share of the fewer keypoints matched shows both images the same way up. Images
 # below it are only candidates, so too high a share costs time, not correctness.
 STRONG_SHARE = 0.15
-STRONG_LEAST = 30  # matches
-# A turn is believed when it gives so many matches, and so many times those of the image as it is.
-BELIEVED_LEAST = 60
+# A turn is believed when it gives so many times the confidence of the image as it is.
 BELIEVED_GAIN = 2.5
+# The least for matchers that have no bound for a pair of their own.
+STRONG_LEAST = 30
+BELIEVED_LEAST = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +36,26 @@ class WeakGroup:
 
     Attributes:
         members: their names.
-        links: member -> image of the largest group -> matches, for the pairs between the two.
+        links: member -> image of the largest group -> sum of the confidences of their matches.
     """
 
     members: tuple[str, ...]
-    links: Mapping[str, Mapping[str, int]]
+    links: Mapping[str, Mapping[str, float]]
 
 
 def weak_groups(
-    names: Sequence[str], counts: Mapping[Pair, int], keypoints: Mapping[str, int]
+    names: Sequence[str],
+    sums: Mapping[Pair, float],
+    keypoints: Mapping[str, int],
+    bound: float | None = None,
 ) -> list[WeakGroup]:
     """Split images by their strong pairs and return all groups but the largest.
 
     Args:
         names: all images.
-        counts: pair -> matches.
+        sums: pair -> sum of the confidences of its matches.
         keypoints: image -> keypoints; images with fewer than 50 are left alone.
+        bound: a sum that pairs of unrelated images do not reach, where the matcher has one.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -58,8 +63,8 @@ def weak_groups(
     index = {name: i for i, name in enumerate(names)}
     strong = [
         (index[a], index[b])
-        for (a, b), count in counts.items()
-        if count >= max(STRONG_LEAST, STRONG_SHARE * min(keypoints[a], keypoints[b]))
+        for (a, b), total in sums.items()
+        if total >= max(bound or STRONG_LEAST, STRONG_SHARE * min(keypoints[a], keypoints[b]))
     ]
     rows, columns = np.array(strong, dtype=np.int64).reshape(-1, 2).T
     graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(names), len(names)))
@@ -67,12 +72,12 @@ def weak_groups(
     main = int(np.bincount(label).argmax())
     if (label == main).sum() < 2:
         return []
-    links: dict[int, dict[str, dict[str, int]]] = {}
-    for (a, b), count in counts.items():
+    links: dict[int, dict[str, dict[str, float]]] = {}
+    for (a, b), total in sums.items():
         for name, other in ((a, b), (b, a)):
             group = int(label[index[name]])
             if group != main and label[index[other]] == main and keypoints[name] >= 50:
-                links.setdefault(group, {}).setdefault(name, {})[other] = count
+                links.setdefault(group, {}).setdefault(name, {})[other] = total
     return [
         WeakGroup(
             members=tuple(names[int(i)] for i in np.flatnonzero(label == group)),
@@ -82,24 +87,30 @@ def weak_groups(
     ]
 
 
-def best_turn(group: WeakGroup, count_matches: Callable[[str, int, Sequence[str]], int]) -> int:
+def best_turn(
+    group: WeakGroup,
+    confidence: Callable[[str, int, Sequence[str]], float],
+    bound: float | None = None,
+) -> int:
     """Quarter turns clockwise that make a group match the largest one; 0 when none does.
 
     Args:
         group: of ``weak_groups``.
-        count_matches: (image, quarter turns, other images) -> matches with all of them;
-            ``InputError`` for an image that cannot be turned.
+        confidence: (image, quarter turns, other images) -> sum of the confidences of its matches
+            with all of them; ``InputError`` for an image that cannot be turned.
+        bound: as for ``weak_groups``; the pairs with the others must reach it on average.
     """
     name = max(sorted(group.links), key=lambda n: sum(group.links[n].values()))
     linked = group.links[name]
     others = sorted(linked, key=lambda n: (-linked[n], n))[:3]
     before = sum(linked[other] for other in others)
-    totals: dict[int, int] = {}
+    least = bound * len(others) if bound else BELIEVED_LEAST
+    totals: dict[int, float] = {}
     try:
         for turn in (1, 2, 3):
-            totals[turn] = count_matches(name, turn, others)
-            logger.debug("%s turned by %d degrees: %d matches", name, 90 * turn, totals[turn])
+            totals[turn] = confidence(name, turn, others)
+            logger.debug("%s turned by %d degrees: %.1f", name, 90 * turn, totals[turn])
     except InputError:  # stored mirrored
         return 0
     best = max(totals, key=lambda turn: totals[turn])
-    return best if totals[best] >= max(BELIEVED_LEAST, BELIEVED_GAIN * before) else 0
+    return best if totals[best] >= max(least, BELIEVED_GAIN * before) else 0

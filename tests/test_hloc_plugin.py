@@ -471,6 +471,16 @@ def test_sparse_models_use_hlocs_shapes(
     # Files without scores (GIM's own) match alike.
     del data["scores0"], data["scores1"]
     assert torch.equal(matcher._forward(data)["matches0"], result["matches0"])
+    # Each match is sure (1): pairs below the bound have none, in the same layout.
+    for bound, left in ((matched.sum(), True), (matched.sum() + 1, False)):
+        bounded = models.SparseMatcherModel()
+        bounded._init(
+            {"name": "gim_hloc_sparse", "matcher": fake_matcher.NAME, "min_confidence_sum": bound}
+        )
+        found = bounded._forward(data)
+        expected = result["matches0"] if left else torch.full_like(result["matches0"], -1)
+        assert torch.equal(found["matches0"], expected)
+        assert found["matching_scores0"].bool().any() == left
 
 
 def _blank(name: str, shape: tuple[int, ...]) -> ImageData:

@@ -49,6 +49,20 @@ def test_small_gains_are_not_believed() -> None:
     assert best_turn(group(a=1, b=2), lambda *_: 50) == 0  # too few to tell
 
 
+def test_a_turn_must_reach_the_matchers_bound_for_a_pair() -> None:
+    weak = group(a=1, b=2)  # unrelated images: many matches in some turn, but unsure ones
+    assert best_turn(weak, lambda *_: 99.0, bound=50) == 0
+    assert best_turn(weak, lambda *_: 100.0, bound=50) == 1
+
+
+def test_unsure_pairs_do_not_connect() -> None:
+    sums = {("a", "b"): 500.0, ("b", "c"): 49.0}
+    keypoints = dict.fromkeys("abc", 100)
+    assert weak_groups("abc", sums, keypoints) == []
+    (alone,) = weak_groups("abc", sums, keypoints, bound=50)
+    assert alone.members == ("c",)
+
+
 def test_images_that_cannot_be_turned_are_left() -> None:
     def count(*_: object) -> int:
         raise InputError("stored mirrored")

@@ -42,7 +42,8 @@ def load_matcher(model: Mapping[str, Any], default: str | None = None) -> Any:
     """
     from gim_hloc import matchers
 
-    options = {k: v for k, v in model.items() if k not in ("name", "matcher", "cache_gb")}
+    ours = ("name", "matcher", "cache_gb", "min_confidence_sum")
+    options = {k: v for k, v in model.items() if k not in ours}
     return matchers.load(matcher_name(model, default), **options)
 
 
@@ -150,7 +151,12 @@ class ExtractorModel(MatcherModel):
 
 
 class SparseMatcherModel(MatcherModel):
-    """Matches the keypoints of two images."""
+    """Matches the keypoints of two images.
+
+    hloc verifies by the number of inliers alone, which unrelated images reach. Pairs whose matches
+    all together are less sure than ``min_confidence_sum`` (the matcher's own number unless the
+    configuration has one) are therefore left without matches.
+    """
 
     required_inputs: ClassVar[list[str]] = [
         "image0",
@@ -161,6 +167,14 @@ class SparseMatcherModel(MatcherModel):
         "descriptors1",
     ]
     kinds = ("sparse",)
+
+    def _init(self, conf: dict[str, Any]) -> None:
+        super()._init(conf)
+        bound = conf.get("min_confidence_sum")
+        if bound is None:
+            own = self.matcher.info.min_confidence_sum
+            bound = own.get(conf.get("quality", "base"), 0.0)
+        self.bound = float(bound)
 
     def _forward(self, data: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Match two images.
@@ -179,8 +193,9 @@ class SparseMatcherModel(MatcherModel):
         rows = found.indices.to(device)
         matches0 = torch.full((1, len(a)), -1, dtype=torch.int64, device=device)
         scores0 = torch.zeros((1, len(a)), device=device)
-        matches0[0, rows[:, 0]] = rows[:, 1]
-        scores0[0, rows[:, 0]] = found.scores.to(device)
+        if float(found.scores.sum()) >= self.bound:
+            matches0[0, rows[:, 0]] = rows[:, 1]
+            scores0[0, rows[:, 0]] = found.scores.to(device)
         return {"matches0": matches0, "matching_scores0": scores0}
 
     def _encoding(self, data: Mapping[str, torch.Tensor], side: str) -> SparseEncoding:
