@@ -25,7 +25,7 @@ import yaml
 from tqdm import tqdm
 
 from gim_hloc import __version__, engine
-from gim_hloc.colmap import CameraOptions, MapOptions, Mapper, VerifyOptions
+from gim_hloc.colmap import CameraOptions, MapOptions, Mapper, PoseUse, VerifyOptions
 from gim_hloc.errors import GimError, InputError, MappingError, check_numbers
 from gim_hloc.export import EXPORTS, export_model
 from gim_hloc.files import write_atomic
@@ -55,7 +55,7 @@ from gim_hloc.tracks.quantized import QuantizedOptions
 from gim_hloc.tracks.refine import RefineOptions
 
 if TYPE_CHECKING:
-    from gim_hloc.colmap import CameraSpec, PairVerification
+    from gim_hloc.colmap import CameraSpec, MapJob, PairVerification
     from gim_hloc.images import ImageSet
     from gim_hloc.masks import MaskFolder
     from gim_hloc.pairs.select import Selection
@@ -64,8 +64,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
-
-PoseUse = Literal["fixed", "refine", "prior"]
 
 # Raised when the meaning of a stored array changes, so that older files are not reused.
 FORMAT = 1
@@ -275,7 +273,6 @@ class _Run:
         self._file_hashes: dict[str, str] = {}
         self.turns: dict[str, int] = {}  # image -> quarter turns clockwise to show it upright
         self._map_notes: list[str] = []  # kept, so that a reused model tells them again
-        self._warp_notes: list[str] = []
         self._turns_decided = False
         self._turn_rounds = 0
         self._encoded: set[str] = set()  # in this run, not reused
@@ -1412,10 +1409,34 @@ class _Run:
     # -------------------------------------------------------------------------------------- map
 
     def _map(self, verified: Sequence[PairVerification]) -> tuple[MappingError | None, list[Path]]:
+        """Models of the verified pairs: mapped, improved, aligned, coloured and written."""
         from gim_hloc import colmap
-        from gim_hloc import images as image_module
 
-        key = digest(
+        self.mapper = self._mapper_name()
+        self.stages["sparse"] = self._map_key()
+        sparse = self.output / "sparse"
+        if self._stage_done("sparse", self.stages["sparse"]) and (sparse / "0").is_dir():
+            return None, self._reused_models(sparse)
+        job = self._map_job()
+        try:
+            models = self._build(job, verified)
+            self._improve(job, models)
+        except MappingError as error:
+            shutil.rmtree(sparse, ignore_errors=True)
+            self.stages.pop("sparse")
+            return error, []
+        with self._timed("map"):
+            self._align(models)
+            self._colour(models)
+            paths = colmap.write_models(models, sparse)
+        self.notes += self._map_notes
+        return None, paths
+
+    def _map_key(self) -> str:
+        """What a stored model is reused for."""
+        from gim_hloc import colmap
+
+        return digest(
             {
                 "database": self.stages["database"],
                 "map": dataclasses.asdict(self.options.map),
@@ -1429,20 +1450,35 @@ class _Run:
                 "poses": self._poses_key(),
             }
         )
-        self.stages["sparse"] = key
-        self.mapper = self._mapper_name()
-        sparse = self.output / "sparse"
-        if self._stage_done("sparse", key) and (sparse / "0").is_dir():
-            self._map_notes = list(self.state.get("map_notes", []))
-            self.notes += self._map_notes
-            logger.info("Model reused: %s", sparse)
-            return None, sorted(
-                (p for p in sparse.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
-            )
+
+    def _reused_models(self, sparse: Path) -> list[Path]:
+        self._map_notes = list(self.state.get("map_notes", []))
+        self.notes += self._map_notes
+        logger.info("Model reused: %s", sparse)
+        return sorted((p for p in sparse.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+
+    def _map_job(self) -> MapJob:
+        from gim_hloc import colmap
+
+        return colmap.MapJob(
+            database=self.output / "database.db",
+            cameras=self.cameras,
+            options=self.options.map,
+            mapper="incremental" if self._poses_if("prior") else self.options.mapper,
+            refine_intrinsics=self.options.cameras.refine_intrinsics,
+            poses=self._poses_if("fixed", "refine", "prior"),
+            pose_use=self.options.poses,
+            seed=self.options.seed,
+            threads=1 if self.options.deterministic else -1,
+            log_dir=self.output / "logs",
+        )
+
+    def _build(self, job: MapJob, verified: Sequence[PairVerification]) -> list[Any]:
+        """COLMAP's models, largest first."""
+        from gim_hloc import colmap
+
         if not any(pair.inliers for pair in verified):
-            shutil.rmtree(sparse, ignore_errors=True)
-            self.stages.pop("sparse")
-            return self._nothing_matched(verified), []
+            raise self._nothing_matched(verified)
         with self._timed("map"), self._bar(len(self.names), "Map", "images") as bar:
 
             def registered(model: int, count: int) -> None:
@@ -1450,45 +1486,45 @@ class _Run:
                 bar.n = count
                 bar.refresh()
 
-            settings: dict[str, Any] = {
-                "options": self.options.map,
-                "cameras": self.cameras,
-                "refine_intrinsics": self.options.cameras.refine_intrinsics,
-                "seed": self.options.seed,
-                "threads": 1 if self.options.deterministic else -1,
-                "log_dir": self.output / "logs",
-                "progress": registered,
-                "colours": lambda name: image_module.read_rgb(self.records[name], upright=False),
-                "refine": self._refine
-                if self.options.refine_keypoints or self._reads_again()
-                else None,
-            }
-            known = self._poses_if("fixed", "refine")
-            try:
-                if known is not None:
-                    result = colmap.triangulate_known(
-                        self.output / "database.db",
-                        sparse,
-                        poses=known,
-                        adjust=self.options.poses == "refine",
-                        **settings,
-                    )
-                else:
-                    result = colmap.run_mapping(
-                        self.output / "database.db",
-                        sparse,
-                        mapper="incremental" if self._poses_if("prior") else self.options.mapper,
-                        priors=self._poses_if("prior"),
-                        **settings,
-                    )
-            except MappingError as error:
-                shutil.rmtree(sparse, ignore_errors=True)
-                self.stages.pop("sparse")
-                return error, []
-        self.mapper = self._mapper_name()
-        self._map_notes = result.notes + self._warp_notes
-        self.notes += self._map_notes
-        return None, result.paths
+            job = dataclasses.replace(job, progress=registered)
+            known = self._poses_if("fixed", "refine") is not None
+            mapped = colmap.triangulate_known(job) if known else colmap.run_mapping(job)
+        self._map_notes += mapped.notes
+        return mapped.models
+
+    def _improve(self, job: MapJob, models: Sequence[Any]) -> None:
+        """What follows mapping: warps read again, then patches compared."""
+        from gim_hloc import colmap
+
+        for index, model in enumerate(models):
+            with colmap.colmap_log(job.log_dir):
+                if self._reads_again():
+                    with self._timed("reread"):
+                        sentence = self._refine_by_warps(model, job.fixed)
+                    self._map_notes.append(f"The model was {sentence}.")
+                    logger.info("Model %d: %s", index, sentence)
+                if self.options.refine_keypoints:
+                    with self._timed("refine"):
+                        sentence = self._refine_by_patches(model, job.fixed)
+                    logger.info("Model %d: %s", index, sentence)
+
+    def _align(self, models: Sequence[Any]) -> None:
+        """Put models that could move back into the world of the known poses."""
+        from gim_hloc import colmap
+
+        known = self._poses_if("refine", "prior")
+        if known is not None:
+            for model in models:
+                colmap.align(model, known)
+
+    def _colour(self, models: Sequence[Any]) -> None:
+        from gim_hloc import colmap
+        from gim_hloc import images as image_module
+
+        for model in models:
+            colmap.extract_colours(
+                model, lambda name: image_module.read_rgb(self.records[name], upright=False)
+            )
 
     def _mapper_name(self) -> str:
         from gim_hloc import colmap
@@ -1513,15 +1549,6 @@ class _Run:
     def _reads_again(self) -> bool:
         return self.options.refine_warps and self.matcher.info.kind == "dense"
 
-    def _refine(self, model: Any, fixed: set[int]) -> str:
-        """What follows mapping: warps read again, then patches compared."""
-        sentences = []
-        if self._reads_again():
-            sentences.append(self._refine_by_warps(model, fixed))
-        if self.options.refine_keypoints:
-            sentences.append(self._refine_by_patches(model, fixed))
-        return "; ".join(sentences)
-
     def _refine_by_warps(self, model: Any, fixed: set[int]) -> str:
         from gim_hloc import colmap
 
@@ -1533,7 +1560,6 @@ class _Run:
         size = max(1, encoding_bytes(first))
         order = order_pairs(pairs, max(2, budget.total // size))
         rounds = self.options.warps.rounds
-        watch = engine.Stopwatch()
         with (
             EncodingPool(
                 lambda name: self._read_image(name, dense=True),
@@ -1567,9 +1593,6 @@ class _Run:
                 held=self._held(),
             )
             self._dense_encodings += len(pool.encoded)
-        self.timings["reread"] = self.timings.get("reread", 0.0) + watch.seconds
-        self.timings["map"] = self.timings.get("map", 0.0) - watch.seconds
-        self._warp_notes.append(f"The model was {sentence}.")
         return sentence
 
     def _refine_by_patches(self, model: Any, fixed: set[int]) -> str:
@@ -1582,9 +1605,7 @@ class _Run:
             rgb = image_module.read_rgb(self.records[name], upright=False)
             return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).astype(np.float32)
 
-        # Mapping's clock runs around this; the stages must add up.
         total = 2 * self.options.refine.rounds * model.num_reg_images()
-        watch = engine.Stopwatch()
         with self._bar(total, "Refine", "views") as bar:
             sentence = colmap.refine_tracks(
                 model,
@@ -1597,8 +1618,6 @@ class _Run:
             )
             bar.total = bar.n
             bar.refresh()
-        self.timings["refine"] = self.timings.get("refine", 0.0) + watch.seconds
-        self.timings["map"] = self.timings.get("map", 0.0) - watch.seconds
         return sentence
 
     # ----------------------------------------------------------------------------------- report

@@ -9,7 +9,7 @@ import pytest
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, camera_errors, make_scene
 
 from gim_hloc import colmap
-from gim_hloc.colmap import CameraOptions, MapOptions, VerifyOptions
+from gim_hloc.colmap import CameraOptions, VerifyOptions
 from gim_hloc.tracks.photometric import (
     PhotometricOptions,
     TrackViews,
@@ -164,10 +164,9 @@ def plane(tmp_path_factory: pytest.TempPathFactory):
         folder / "database.db", cameras=cameras, names=scene.names,
         keypoints=scene.keypoints.__getitem__, matches=scene.all_matches(), verify=VerifyOptions(),
     )  # fmt: skip
-    result = colmap.run_mapping(
-        folder / "database.db", folder / "sparse", options=MapOptions(), cameras=cameras, threads=1
-    )
-    return scene, pictures, result.paths[0]
+    job = colmap.MapJob(database=folder / "database.db", cameras=cameras, threads=1)
+    paths = colmap.write_models(colmap.run_mapping(job).models, folder / "sparse")
+    return scene, pictures, paths[0]
 
 
 def test_refinement_improves_a_whole_model(plane, tmp_path: Path) -> None:

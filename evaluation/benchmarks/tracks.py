@@ -484,19 +484,18 @@ def poses(row: Row, tracks: Tracks, inputs: Inputs, folder: Path, refine: Any = 
         verify=colmap.VerifyOptions(),
     )
     try:
-        colmap.run_mapping(
-            folder / "database.db",
-            folder / "sparse",
-            options=colmap.MapOptions(),
-            cameras=[camera],
-            threads=1,
-            log_dir=folder / "log",
-            refine=refine,
+        job = colmap.MapJob(
+            database=folder / "database.db", cameras=[camera], threads=1, log_dir=folder / "log"
         )
+        models = colmap.run_mapping(job).models
     except GimError as error:
         _say(f"{row.method}: {error}")
         row.registered = 0
         return
+    if refine is not None:
+        with colmap.colmap_log(job.log_dir):
+            refine(models[0], job.fixed)
+    colmap.write_model(models[0], folder / "sparse" / "0")
     scores = sfm.evaluate(folder / "sparse" / "0", inputs.scene.poses)
     row.registered = scores.registered
     row.rotation_deg = scores.rotation.mean

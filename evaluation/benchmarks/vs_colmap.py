@@ -92,14 +92,16 @@ def compare(scene: Path, options: BenchmarkOptions, work: Path) -> list[str]:
     total = len(image_set.images)
     lines = []
     watch = Stopwatch()
-    baseline = colmap.sift_baseline(
+    models = colmap.sift_baseline(
         scene / "images",
         work / "colmap",
         cameras=cameras,
         max_features=options.max_features,
         log_dir=work / "logs",
     )
-    lines.append(row(scene.name, "COLMAP SIFT", baseline.paths[0], truth, total, watch.seconds))
+    seconds = watch.seconds
+    path = colmap.write_models(models, work / "colmap" / "sparse")[0]
+    lines.append(row(scene.name, "COLMAP SIFT", path, truth, total, seconds))
     for matcher in options.matchers:
         watch = Stopwatch()
         result = reconstruct(

@@ -13,6 +13,7 @@ import contextlib
 import signal
 import threading
 
+from gim_hloc.colmap.baseline import sift_baseline
 from gim_hloc.colmap.cameras import (
     CameraMode,
     CameraOptions,
@@ -34,12 +35,13 @@ from gim_hloc.colmap.improve import refine_by_warps, refine_tracks
 from gim_hloc.colmap.localization import Located, locate, shared_focal
 from gim_hloc.colmap.mapping import (
     AUTO_GLOBAL_ABOVE,
+    MapJob,
     MapOptions,
+    Mapped,
     Mapper,
-    MappingResult,
+    PoseUse,
     resolve_mapper,
     run_mapping,
-    sift_baseline,
     triangulate_known,
 )
 from gim_hloc.colmap.model import (
@@ -47,7 +49,10 @@ from gim_hloc.colmap.model import (
     MapView,
     NewImage,
     add_images,
+    align,
     cameras_of,
+    colmap_log,
+    extract_colours,
     find_model,
     has_cuda,
     image_statistics,
@@ -63,6 +68,7 @@ from gim_hloc.colmap.model import (
     statistics,
     version,
     write_model,
+    write_models,
 )
 from gim_hloc.colmap.undistort import pinhole, run_dense, undistort
 
@@ -79,19 +85,24 @@ __all__ = [
     "CameraSpec",
     "ImageStatistics",
     "Located",
+    "MapJob",
     "MapOptions",
     "MapView",
+    "Mapped",
     "Mapper",
-    "MappingResult",
     "NewImage",
     "PairVerification",
+    "PoseUse",
     "VerifyOptions",
     "add_images",
+    "align",
     "assign_cameras",
     "build_database",
     "camera_param_count",
     "camera_spec",
     "cameras_of",
+    "colmap_log",
+    "extract_colours",
     "find_model",
     "fixed_cameras",
     "has_cuda",
@@ -122,4 +133,5 @@ __all__ = [
     "undistort",
     "version",
     "write_model",
+    "write_models",
 ]

@@ -317,6 +317,18 @@ def write_model(model: Any, folder: Path) -> None:
     os.replace(temporary, folder)
 
 
+def write_models(models: Sequence[Any], folder: Path) -> list[Path]:
+    """Write models to ``folder/0``, ``1``, …, replacing the folder as a whole at the end."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for index, model in enumerate(models):
+        (temporary / str(index)).mkdir(parents=True)
+        model.write(temporary / str(index))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return [folder / str(index) for index in range(len(models))]
+
+
 def align(model: Any, poses: Mapping[str, Pose]) -> None:
     """Move a model as a whole to where known poses are."""
     from gim_hloc.poses import similarity
