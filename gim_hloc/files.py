@@ -1,9 +1,14 @@
-"""Files that are complete or absent."""
+"""Files that are complete or absent, and text that users bring."""
 
 from __future__ import annotations
 
+import codecs
 import os
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
+
+from gim_hloc.errors import InputError
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -24,3 +29,41 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_text(path: Path | str, what: str) -> str:
+    """Text that a user brought, with bytes that are no UTF-8 kept (file names need not be text).
+
+    Args:
+        path: a regular file: UTF-8, or UTF-16 with its mark (what Windows PowerShell writes).
+        what: it is, for messages: "pair list".
+
+    Raises:
+        InputError: it is missing, a folder or a device, not readable, or no text.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "is no file"
+            problem = problem if path.exists() else "does not exist"
+            raise InputError(f"The {what} '{path}' {problem}.")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise InputError(f"The {what} '{path}' cannot be read: {error}.") from None
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            return data.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise InputError(f"The {what} '{path}' is not text: {error}.") from None
+    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+
+
+def by_unicode_form(names: Iterable[str]) -> dict[str, str]:
+    """Composed form (NFC) of each name -> the name, where it is that of one name only.
+
+    macOS writes "ä" as two characters where others write one; look-ups try the exact name first.
+    """
+    forms: dict[str, set[str]] = {}
+    for name in names:
+        forms.setdefault(unicodedata.normalize("NFC", name), set()).add(name)
+    return {form: next(iter(own)) for form, own in forms.items() if len(own) == 1}

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.files import read_text
 from gim_hloc.pairs.base import natural_key
 
 if TYPE_CHECKING:
@@ -26,6 +28,12 @@ Pose = tuple[np.ndarray, np.ndarray]  # R (3, 3), t (3,): x_camera = R x_world +
 
 # Seconds by which the timestamps of a trajectory and of an image may differ, as in TUM's tools.
 MAX_TIME_DIFFERENCE = 0.02
+
+# Rounding to two decimals moves the length of a quaternion by as much.
+_QUATERNION_ERROR = 0.01
+
+# Whole numbers below this count frames; above, they are times in some unit.
+_MAX_COUNTER = 1e7
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -93,7 +101,8 @@ def match_names(given: Iterable[str], names: Iterable[str]) -> dict[str, str]:
     """Which image each given name means: itself, else by the longest end of its path.
 
     ``./images/a/0001.jpg`` means ``a/0001.jpg``, or ``0001.jpg``; suffixes are looked past last
-    (nerfstudio's synthetic scenes have none). An end that fits several images means none.
+    (nerfstudio's synthetic scenes have none). An end that fits several images means none. Unicode
+    forms are looked past, too, where one image is left.
 
     Returns:
         given name -> image name, for those that have one.
@@ -102,7 +111,7 @@ def match_names(given: Iterable[str], names: Iterable[str]) -> dict[str, str]:
     ends: dict[str, set[str]] = {}
     for name in names:
         for form in (name, PurePosixPath(name).with_suffix("").as_posix()):
-            parts = form.split("/")
+            parts = normalize("NFC", form).split("/")
             for start in range(len(parts)):
                 ends.setdefault("/".join(parts[start:]), set()).add(name)
     known = set(names)
@@ -111,7 +120,7 @@ def match_names(given: Iterable[str], names: Iterable[str]) -> dict[str, str]:
         if text in known:
             found[text] = text
             continue
-        clean = PurePosixPath(text.replace("\\", "/")).as_posix()
+        clean = normalize("NFC", PurePosixPath(text.replace("\\", "/")).as_posix())
         forms = (clean, PurePosixPath(clean).with_suffix("").as_posix()) if clean != "." else ()
         for form in forms:
             parts = form.split("/")
@@ -159,6 +168,13 @@ def checked_rotation(matrix: np.ndarray, where: str) -> np.ndarray:
     return rotation
 
 
+def check_quaternion(quaternion: Sequence[float], where: str) -> None:
+    """Refuse a quaternion whose length is not 1 within rounding; ``InputError`` names where."""
+    length = float(np.linalg.norm(quaternion))
+    if not abs(length - 1) <= _QUATERNION_ERROR:
+        raise InputError(f"{where}: the quaternion has length {length:.4g} instead of 1.")
+
+
 # ---------------------------------------------------------------------------------------- COLMAP
 
 
@@ -169,6 +185,9 @@ def _read_colmap(path: Path, names: Sequence[str]) -> KnownPoses:
     given, cameras = colmap.poses_and_cameras(model)
     poses, notes = _assigned(given, names, model)
     known, _ = _assigned({n: cameras[n] for n in given}, names, model)
+    for name, camera in known.items():
+        size = (camera.width, camera.height)
+        colmap.check_params(camera.model, camera.params, f"{model}, camera of {name}", size)
     return KnownPoses(poses=poses, cameras=known, source=str(model), notes=notes)
 
 
@@ -176,16 +195,19 @@ def _read_colmap(path: Path, names: Sequence[str]) -> KnownPoses:
 
 _FISHEYE = {"OPENCV_FISHEYE", "FISHEYE", "EQUIDISTANT"}
 _PERSPECTIVE = {"OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE", "RADIAL", "SIMPLE_RADIAL"}
+_DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 
 
 def _read_nerfstudio(
     path: Path, names: Sequence[str], sizes: Mapping[str, tuple[int, int]]
 ) -> KnownPoses:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path, "transforms.json"))
         frames = content["frames"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a transforms.json with frames: {error!r}.") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not a transforms.json with frames: {error!r:.200}.") from None
+    if not isinstance(frames, list):
+        raise InputError(f"{path} is not a transforms.json with frames: they are no list.")
     shared = {key: value for key, value in content.items() if key != "frames"}
     given: dict[str, tuple[Pose, dict[str, Any]]] = {}
     for number, frame in enumerate(frames, 1):
@@ -193,19 +215,22 @@ def _read_nerfstudio(
         try:
             text = str(frame["file_path"])
             matrix = np.array(frame["transform_matrix"], dtype=np.float64)
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"{where}: file_path or transform_matrix is missing.") from None
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise InputError(
+                f"{where}: file_path or transform_matrix is missing, or the matrix is not one of "
+                "numbers."
+            ) from None
         if matrix.shape not in ((3, 4), (4, 4)) or not np.isfinite(matrix).all():
             raise InputError(f"{where}: transform_matrix is not a finite 4x4 matrix.")
         if text in given:
             raise InputError(f"{where}: {text} comes twice.")
         # Camera to world with OpenGL's camera axes: y up, z back.
         turn = checked_rotation(matrix[:3, :3], where) * [1.0, -1.0, -1.0]
-        given[text] = ((turn.T, -turn.T @ matrix[:3, 3]), {**shared, **frame})
+        given[text] = ((turn.T, -turn.T @ matrix[:3, 3]), frame)
     assigned, notes = _assigned(given, names, path)
     cameras = {}
-    for name, (_, values) in assigned.items():
-        spec = _nerfstudio_camera(values, sizes.get(name), f"{path}, {name}")
+    for name, (_, frame) in assigned.items():
+        spec = _nerfstudio_camera(frame, shared, sizes.get(name), f"{path}, {name}")
         if spec is not None:
             cameras[name] = spec
     return KnownPoses(
@@ -217,50 +242,77 @@ def _read_nerfstudio(
 
 
 def _nerfstudio_camera(
-    values: Mapping[str, Any], size: tuple[int, int] | None, where: str
+    frame: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    size: tuple[int, int] | None,
+    where: str,
 ) -> CameraSpec | None:
-    """Intrinsics of a frame; None when it has none."""
-    from gim_hloc.colmap import CameraSpec
+    """Intrinsics of a frame, its own before those of the whole file; None when there are none."""
+    from gim_hloc.colmap import CameraSpec, check_params
 
-    def number(key: str, otherwise: float) -> float:
+    def number(values: Mapping[str, Any], key: str, otherwise: float) -> float:
         try:
             return float(values.get(key, otherwise))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"{where}: {key} is not a number.") from None
 
-    if "w" in values and "h" in values:
-        width, height = round(number("w", 0)), round(number("h", 0))
+    def holder(*keys: str) -> Mapping[str, Any]:
+        """The frame or the file, whichever says something; what belongs together is not mixed."""
+        return next((v for v in (frame, shared) if any(key in v for key in keys)), {})
+
+    place = holder("w", "h")
+    if "w" in place and "h" in place:
+        sides = (number(place, "w", 0), number(place, "h", 0))
+        if not (np.isfinite(sides).all() and min(sides) >= 1):
+            raise InputError(f"{where}: w and h are no size of an image.")
+        width, height = (round(side) for side in sides)
     elif size is not None:
         width, height = size
     else:
         return None
-    if "fl_x" in values or "fl_y" in values:
-        fx = number("fl_x", number("fl_y", 0))
-        fy = number("fl_y", fx)
-    elif "camera_angle_x" in values:  # Blender's scenes and older files
-        fx = 0.5 * width / math.tan(0.5 * number("camera_angle_x", 1))
+    lens = holder("fl_x", "fl_y", "camera_angle_x")
+    if "fl_x" in lens or "fl_y" in lens:
+        fx = number(lens, "fl_x", number(lens, "fl_y", 0))
+        fy = number(lens, "fl_y", fx)
+    elif "camera_angle_x" in lens:  # Blender's scenes and older files
+        fx = 0.5 * width / math.tan(0.5 * number(lens, "camera_angle_x", 1))
         fy = fx
-        if "camera_angle_y" in values:
-            fy = 0.5 * height / math.tan(0.5 * number("camera_angle_y", 1))
+        if "camera_angle_y" in lens:
+            fy = 0.5 * height / math.tan(0.5 * number(lens, "camera_angle_y", 1))
     else:
         return None
-    if not (math.isfinite(fx) and math.isfinite(fy) and fx > 0 and fy > 0):
-        raise InputError(f"{where}: focal lengths must be positive.")
-    centre = (number("cx", width / 2), number("cy", height / 2))
-    k1, k2, k3, k4 = (number(f"k{i}", 0) for i in range(1, 5))
-    p1, p2 = number("p1", 0), number("p2", 0)
-    kind = str(values.get("camera_model", "OPENCV")).upper()
+    place = holder("cx", "cy")
+    focal = (fx, fy, number(place, "cx", width / 2), number(place, "cy", height / 2))
+    kind = str(holder("camera_model").get("camera_model", "OPENCV")).upper()
+    fisheye = kind in _FISHEYE or bool(holder("is_fisheye").get("is_fisheye"))
+    values = holder(*_DISTORTION, "distortion_params")
+    if "distortion_params" in values:  # nerfstudio's order; counts before k1, ...
+        listed = values["distortion_params"]
+        if not isinstance(listed, list) or len(listed) not in (6, 4 if fisheye else 6):
+            raise InputError(f"{where}: distortion_params are not [k1, k2, k3, k4, p1, p2].")
+        values = dict(zip(("k1", "k2", "k3", "k4", "p1", "p2"), listed, strict=False))
+    k1, k2, k3, k4, k5, k6, p1, p2 = (number(values, key, 0) for key in _DISTORTION)
     params: tuple[float, ...]
-    if kind in _FISHEYE or values.get("is_fisheye"):
-        model, params = "OPENCV_FISHEYE", (fx, fy, *centre, k1, k2, k3, k4)
+    if fisheye:
+        model, params = "OPENCV_FISHEYE", (*focal, k1, k2, k3, k4)
+    elif kind == "FULL_OPENCV":
+        model, params = kind, (*focal, k1, k2, p1, p2, k3, k4, k5, k6)
     elif kind not in _PERSPECTIVE:
         raise InputError(f"{where}: camera_model {kind} has no COLMAP camera to stand for it.")
-    elif k3 or k4:
-        model, params = "FULL_OPENCV", (fx, fy, *centre, k1, k2, p1, p2, k3, k4, 0.0, 0.0)
+    elif k4 or k5 or k6:
+        # nerfstudio's k4 is the fourth radial term; COLMAP's FULL_OPENCV divides by its k4.
+        raise InputError(
+            f"{where}: no COLMAP camera has the radial terms k4, k5 or k6 of the perspective "
+            f"camera_model {kind}. Undistort the images, or say FULL_OPENCV if k4 to k6 are "
+            "OpenCV's, which divide."
+        )
+    elif k3:
+        model, params = "FULL_OPENCV", (*focal, k1, k2, p1, p2, k3, 0.0, 0.0, 0.0)
     elif k1 or k2 or p1 or p2:
-        model, params = "OPENCV", (fx, fy, *centre, k1, k2, p1, p2)
+        model, params = "OPENCV", (*focal, k1, k2, p1, p2)
     else:
-        model, params = "PINHOLE", (fx, fy, *centre)
+        model, params = "PINHOLE", focal
+    check_params(model, params, where, (width, height))
     return CameraSpec(
         model=model, width=width, height=height, params=params, prior=True, given=True
     )
@@ -273,11 +325,7 @@ def _read_tum(path: Path, names: Sequence[str]) -> KnownPoses:
     """Read a trajectory and match its timestamps to file names, or in order."""
     times: list[float] = []
     poses: list[Pose] = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a readable text file: {error}.") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "trajectory").splitlines(), 1):
         fields = line.replace(",", " ").split()
         if not fields or fields[0].startswith("#"):
             continue
@@ -286,16 +334,14 @@ def _read_tum(path: Path, names: Sequence[str]) -> KnownPoses:
             time, *values = (float(value) for value in fields)
         except ValueError:
             values = []
-        if len(values) != 7 or not np.isfinite(values).all():
+        if len(values) != 7 or not np.isfinite([time, *values]).all():
             raise InputError(
                 f"{where}: expected 'timestamp tx ty tz qx qy qz qw' (a TUM trajectory); other "
                 "pose files are COLMAP models (folders) and transforms.json."
             )
+        check_quaternion(values[3:], where)
         quaternion = np.array(values[3:])
-        length = float(np.linalg.norm(quaternion))
-        if not 0.9 < length < 1.1:
-            raise InputError(f"{where}: the quaternion has length {length:.3g} instead of 1.")
-        turn = _rotation(quaternion / length)
+        turn = _rotation(quaternion / np.linalg.norm(quaternion))
         times.append(time)
         poses.append((turn.T, -turn.T @ np.array(values[:3])))
     if not poses:
@@ -344,21 +390,35 @@ def _match_times(times: np.ndarray, names: Sequence[str], path: Path) -> tuple[d
         found = found if len(set(found.values())) == len(found) else {}
         if len(found) > len(best):
             best, unit = found, scale
-    # Numbers that happen to be near some timestamps are not timestamps.
-    if len(best) >= max(1, min(len(names), len(times)) / 2):
-        scaled = "" if unit == 1 else f" (numbers in names times {unit:g})"
-        return best, f"by the timestamps in file names{scaled}, {len(best)} of {len(names)} images"
+    scaled = "" if unit == 1 else f" (numbers in names times {unit:g})"
+    by_time = f"by the timestamps in file names{scaled}, {len(best)} of {len(names)} images"
+    if len(best) == len(names):
+        return best, by_time
+    counted = bool((ordered % 1 == 0).all()) and ordered[0] >= 0 and ordered[-1] < _MAX_COUNTER
+    span = f"{ordered[0]:.6f} to {ordered[-1]:.6f}"
     if len(times) == len(names):
-        in_order = sorted(names, key=natural_key)
-        return (
-            {name: int(order[i]) for i, name in enumerate(in_order)},
-            "in order, since file names hold no timestamps of it: first line to the first file "
-            "name and so on",
+        in_order = {name: int(order[i]) for i, name in enumerate(sorted(names, key=natural_key))}
+        agree = all(in_order[name] == row for name, row in best.items())
+        # Numbers that happen to be near some timestamps are not timestamps.
+        if counted or agree or len(best) < len(names) / 2:
+            return in_order, (
+                f"in order, since the numbers in file names are the stamps of {len(best)} of "
+                f"{len(names)} only ({span}): first line to the first file name and so on"
+            )
+        raise InputError(
+            f"{path} has as many poses as there are images, {len(times)}, but its timestamps "
+            f"({span}) fit the names of {len(best)} images, and not in order: which pose belongs "
+            "to which image cannot be told. Name images by timestamp, or take out the lines of "
+            "other images."
         )
+    # Counters that miss some lines and some images may be counted from another start.
+    enough = len(times) if counted else max(1, min(len(names), len(times)) / 2)
+    if len(best) >= enough:
+        return best, by_time
     raise InputError(
         f"{path} has {len(times)} poses for {len(names)} images, and the numbers in file names are "
-        f"not its timestamps ({ordered[0]:.6f} to {ordered[-1]:.6f}). Name images by timestamp, or "
-        "give one pose an image."
+        f"not its timestamps ({span}; {len(best)} fit). Name images by timestamp, or give one pose "
+        "an image."
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from unicodedata import normalize
 
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.files import write_atomic
+from gim_hloc.files import by_unicode_form, read_text, write_atomic
 from gim_hloc.pairs.base import Pair
 
 _SHOWN = 5  # names listed in an error
@@ -27,7 +27,8 @@ def read_pairs(
 
     A tab separates names that hold blanks. Without a tab a line is split at its blank; if it has
     several, ``names`` decides, provided that exactly one split gives two known names. Empty lines,
-    a byte order mark, Windows line ends and UTF-16 are accepted.
+    a byte order mark, Windows line ends and UTF-16 are accepted. A name that differs from one of
+    ``names`` in its Unicode form only means that one.
 
     Args:
         path: text file.
@@ -43,13 +44,18 @@ def read_pairs(
             is paired with itself, or an image is unknown.
     """
     known = None if names is None else set(names) | set(skip)
+    forms = by_unicode_form(known or ())
     skipped = set(skip)
     pairs: set[Pair] = set()
     unknown: dict[str, int] = {}
-    for number, line in enumerate(_lines(path), start=1):
+    # Not splitlines(): names may hold its rarer separators.
+    for number, line in enumerate(read_text(path, "pair list").split("\n"), start=1):
+        line = line.removesuffix("\r")
         if not line.strip():
             continue
         a, b = _split(line, known, f"{path}, line {number}")
+        if known is not None:
+            a, b = (n if n in known else forms.get(normalize("NFC", n), n) for n in (a, b))
         if a == b:
             raise InputError(f"{path}, line {number}: '{a}' is paired with itself")
         if known is not None:
@@ -103,29 +109,12 @@ def write_pairs(path: Path | str, pairs: Iterable[Pair]) -> None:
         raise OutputError(f"Cannot write the pair list '{path}': {error}") from error
 
 
-def _lines(path: Path | str) -> list[str]:
-    """The lines of a text file without their ends."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"Cannot read the pair list '{path}': {error}") from error
-    try:
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            text = data.decode("utf-16")  # what Windows PowerShell writes with ">"
-        else:
-            text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-    except UnicodeDecodeError as error:
-        raise InputError(f"The pair list '{path}' is not text: {error}") from error
-    # Not splitlines(): names may hold its rarer separators.
-    return [line.removesuffix("\r") for line in text.split("\n")]
-
-
 def _split(line: str, known: set[str] | None, where: str) -> Pair:
     """The two names of a line."""
     if "\t" in line:
         fields = line.split("\t")
         if len(fields) != 2 or not all(fields):
-            raise InputError(f"{where}: expected two names separated by one tab, got {line!r}")
+            raise InputError(f"{where}: expected two names separated by one tab, got {line!r:.80}")
         return fields[0], fields[1]
     tokens = line.split(" ")
     filled = [token for token in tokens if token]
@@ -138,10 +127,10 @@ def _split(line: str, known: set[str] | None, where: str) -> Pair:
             return fitting[0]
         if len(fitting) > 1:
             raise InputError(
-                f"{where}: {line!r} can be split into known names in several ways; "
+                f"{where}: {line!r:.80} can be split into known names in several ways; "
                 "separate the two names by a tab"
             )
     raise InputError(
-        f"{where}: expected two image names, got {line!r}. "
+        f"{where}: expected two image names, got {line!r:.80}. "
         "Separate names that hold blanks by a tab."
     )

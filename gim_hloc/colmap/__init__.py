@@ -21,6 +21,7 @@ from gim_hloc.colmap.cameras import (
     assign_cameras,
     camera_param_count,
     camera_spec,
+    check_params,
     fixed_cameras,
     parse_intrinsics,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "camera_param_count",
     "camera_spec",
     "cameras_of",
+    "check_params",
     "colmap_log",
     "extract_colours",
     "find_model",

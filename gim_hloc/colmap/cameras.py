@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 import pycolmap
 
+from gim_hloc.colmap.model_files import binary_cameras, image_cameras
 from gim_hloc.errors import InputError
+from gim_hloc.files import by_unicode_form, read_text
 
 if TYPE_CHECKING:
     from gim_hloc.images import ImageRecord
@@ -32,8 +37,8 @@ class CameraOptions:
     camera_mode: CameraMode = "auto"
     # Any COLMAP model; one focal length and one radial term suit an unknown camera.
     camera_model: str = "SIMPLE_RADIAL"
-    # "PINHOLE,fx,fy,cx,cy" (pixels, COLMAP's corner origin), a COLMAP cameras.txt, or a text file
-    # of lines "GLOB MODEL width height params...".
+    # "PINHOLE,fx,fy,cx,cy" (pixels, COLMAP's corner origin), COLMAP's cameras.txt or cameras.bin or
+    # the folder of one, or a text file of lines "GLOB MODEL width height params...".
     intrinsics: str | None = None
     # auto: refine what was guessed, keep what was given; none: keep all; all: refine all.
     refine_intrinsics: Refine = "auto"
@@ -82,19 +87,42 @@ def parse_intrinsics(text: str) -> tuple[str, tuple[float, ...]]:
             f"--intrinsics {text!r}: expected MODEL,number,number,... such as "
             '"PINHOLE,fx,fy,cx,cy".'
         ) from None
-    return model, _checked_params(model, params, f"--intrinsics {text!r}")
+    check_params(model, params, f"--intrinsics {text!r}")
+    return model, params
 
 
-def _checked_params(model: str, params: tuple[float, ...], where: str) -> tuple[float, ...]:
+def check_params(
+    model: str, params: Sequence[float], where: str, size: tuple[int, int] | None = None
+) -> None:
+    """Refuse parameters of no camera, and a principal point outside the image of (w, h) pixels.
+
+    Raises:
+        InputError: begins with ``where``.
+    """
     camera = _create_camera(model, 1.0, 2, 2)
     if len(params) != len(camera.params):
         raise InputError(
             f"{where}: {model} takes {len(camera.params)} parameters ({camera.params_info}), "
             f"got {len(params)}."
         )
-    if not np.isfinite(params).all() or min(params[i] for i in camera.focal_length_idxs()) <= 0:
+    focal = [params[i] for i in camera.focal_length_idxs()]
+    if not np.isfinite(params).all() or min(focal, default=1.0) <= 0:
         raise InputError(f"{where}: parameters must be finite and focal lengths positive.")
-    return params
+    if min(focal, default=1.0) < 1:
+        raise InputError(
+            f"{where}: a focal length of {min(focal):g} px is none: focal lengths and principal "
+            "points are in pixels, not in shares of the image."
+        )
+    if size is None:
+        return
+    if min(size) < 1:
+        raise InputError(f"{where}: an image of {size[0]}x{size[1]} px is none.")
+    centre = [params[i] for i in camera.principal_point_idxs()]
+    if any(not 0 <= value <= side for value, side in zip(centre, size, strict=False)):
+        raise InputError(
+            f"{where}: the principal point ({centre[0]:g}, {centre[1]:g}) lies outside the image "
+            f"of {size[0]}x{size[1]} px. Are these the intrinsics of another size?"
+        )
 
 
 def assign_cameras(
@@ -191,121 +219,190 @@ def _guessed_camera(record: ImageRecord, model: str) -> CameraSpec:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    """A line of an intrinsics file."""
+
+    head: str  # the name or glob of images, or COLMAP's number of the camera
+    where: str
+    model: str
+    width: int
+    height: int
+    params: tuple[float, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+
 def _given_cameras(images: Sequence[ImageRecord], text: str) -> dict[str, CameraSpec]:
-    path = Path(text)
-    if path.is_dir() and (path / "cameras.txt").is_file():
-        path = path / "cameras.txt"
-    if not path.is_file():
-        if "," not in text:
-            raise InputError(
-                f"--intrinsics {text!r} is neither a file nor MODEL,params (such as "
-                '"PINHOLE,fx,fy,cx,cy").'
-            )
-        model, params = parse_intrinsics(text)
-        sizes = {(record.width, record.height) for record in images}
-        if len(sizes) > 1:
-            shown = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:4])
-            raise InputError(
-                f"--intrinsics {text!r} is one camera but the images have {len(sizes)} sizes "
-                f"({shown}). Give a file of lines 'GLOB MODEL width height params...' instead."
-            )
-        return {
-            record.name: CameraSpec(
-                model=model,
-                width=record.width,
-                height=record.height,
-                params=params,
-                prior=True,
-                given=True,
-            )
-            for record in images
-        }
-    return _camera_file(images, path)
+    path = _table(text)
+    if path is not None:
+        rules = _rules(path)
+        if path.name in ("cameras.bin", "cameras.txt") and all(r.head.isdigit() for r in rules):
+            found = _by_camera_id(images, path, rules)
+        else:
+            found = _by_name(images, rules)
+        if not found:
+            raise InputError(_fits_none(images, path, rules))
+        return {r.name: _fitting(r, found[r.name]) for r in images if r.name in found}
+    if "," not in text:
+        raise InputError(
+            f"--intrinsics {text!r} is neither a file nor MODEL,params (such as "
+            '"PINHOLE,fx,fy,cx,cy").'
+        )
+    model, params = parse_intrinsics(text)
+    sizes = {record.size for record in images}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:4])
+        raise InputError(
+            f"--intrinsics {text!r} is one camera but the images have {len(sizes)} sizes "
+            f"({shown}). Give a file of lines 'GLOB MODEL width height params...' instead."
+        )
+    (size,) = sizes
+    check_params(model, params, f"--intrinsics {text!r}", size)
+    rule = _Rule(head="", where="", model=model, width=size[0], height=size[1], params=params)
+    return {record.name: _fitting(record, rule) for record in images}
 
 
-def _camera_file(images: Sequence[ImageRecord], path: Path) -> dict[str, CameraSpec]:
-    """Read a COLMAP cameras.txt (numeric first field) or a glob file."""
-    rules: list[tuple[str | None, str, int, int, tuple[float, ...], int]] = []
-    ids: dict[int, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        where = f"{path}, line {number}"
-        head, *fields = line.split("\t") if "\t" in line else line.split()
-        if len(fields) == 1:
-            fields = fields[0].split()
-        try:
-            model, width, height = fields[0], int(fields[1]), int(fields[2])
-            params = tuple(float(value) for value in fields[3:])
-        except (IndexError, ValueError):
-            raise InputError(
-                f"{where}: expected 'CAMERA_ID MODEL width height params...' (COLMAP) or "
-                "'GLOB MODEL width height params...'."
-            ) from None
-        params = _checked_params(model, params, where)
-        is_id = head.isdigit() and path.name == "cameras.txt"
-        if is_id:
-            ids[int(head)] = len(rules)
-        rules.append((None if is_id else head, model, width, height, params, number))
+def _table(text: str) -> Path | None:
+    """The file that ``--intrinsics`` means; None for a camera written out."""
+    if os.path.isdir(text):
+        for folder in ("", "sparse/0", "sparse", "0"):
+            for name in ("cameras.bin", "cameras.txt"):
+                if (Path(text) / folder / name).is_file():
+                    return Path(text) / folder / name
+        raise InputError(
+            f"--intrinsics {text}: the folder holds no cameras.bin or cameras.txt of COLMAP."
+        )
+    return Path(text) if os.path.isfile(text) else None  # a long text is no file name
+
+
+def _rules(path: Path) -> list[_Rule]:
+    """Cameras of a COLMAP model, or of a file of globs."""
+    rules = []
+    if path.suffix == ".bin":
+        for camera_id, (model, width, height, params) in binary_cameras(path).items():
+            where = f"{path}, camera {camera_id}"
+            rules.append(
+                _Rule(
+                    head=str(camera_id),
+                    where=where,
+                    model=model,
+                    width=width,
+                    height=height,
+                    params=params,
+                )
+            )
+    else:
+        for number, line in enumerate(read_text(path, "file of intrinsics").split("\n"), 1):
+            line = line.strip()
+            if line and not line.startswith("#"):
+                rules.append(_rule(line, f"{path}, line {number}"))
     if not rules:
         raise InputError(f"{path} holds no camera.")
-    by_name = _image_cameras(path.with_name("images.txt")) if ids else {}
+    for rule in rules:
+        check_params(rule.model, rule.params, rule.where, rule.size)
+    return rules
 
-    cameras: dict[str, CameraSpec] = {}
+
+def _rule(line: str, where: str) -> _Rule:
+    head, *fields = line.split("\t") if "\t" in line else line.split()
+    if len(fields) == 1:
+        fields = fields[0].split()
+    try:
+        model, width, height = fields[0], int(fields[1]), int(fields[2])
+        params = tuple(float(value) for value in fields[3:])
+    except (IndexError, ValueError):
+        raise InputError(
+            f"{where}: expected 'CAMERA_ID MODEL width height params...' (COLMAP) or "
+            "'GLOB MODEL width height params...'."
+        ) from None
+    return _Rule(head=head, where=where, model=model, width=width, height=height, params=params)
+
+
+def _by_camera_id(
+    images: Sequence[ImageRecord], path: Path, rules: Sequence[_Rule]
+) -> dict[str, _Rule]:
+    """COLMAP's cameras: by the list of images beside them, else by size."""
+    by_id = {int(rule.head): rule for rule in rules}
+    camera_of = image_cameras(path.parent)
+    forms = by_unicode_form(camera_of)
+    found: dict[str, _Rule] = {}
     for record in images:
-        rule = None
-        if record.name in by_name:
-            index = ids.get(by_name[record.name])
-            rule = None if index is None else rules[index]
-        elif ids:
-            fitting = [r for r in rules if (r[2], r[3]) == (record.width, record.height)]
+        name = record.name
+        if name not in camera_of:
+            name = forms.get(normalize("NFC", name), name)
+        if name in camera_of:
+            rule = by_id.get(camera_of[name])
+        else:
+            fitting = [rule for rule in rules if rule.size == record.size]
             if len(fitting) > 1:
                 raise InputError(
                     f"{path}: {len(fitting)} cameras have the size of {record.name} "
                     f"({record.width}x{record.height}) and no images.txt beside it says which "
                     "one it is. Use a file of lines 'GLOB MODEL width height params...'."
                 )
-            rule = fitting[0] if fitting else None
-            if rule is None and len(rules) == 1:
-                rule = rules[0]  # one camera for all: the size check below tells the user
+            # One camera for all: its size is checked.
+            rule = fitting[0] if fitting else (rules[0] if len(rules) == 1 else None)
+        if rule is not None:
+            found[record.name] = rule
+    return found
+
+
+def _by_name(images: Sequence[ImageRecord], rules: Sequence[_Rule]) -> dict[str, _Rule]:
+    """A line that is the name of an image is for that image; others are globs, the first counts."""
+    names = {record.name for record in images}
+    forms = by_unicode_form(names)
+    found: dict[str, _Rule] = {}
+    globs: list[_Rule] = []
+    for rule in rules:
+        name = rule.head if rule.head in names else forms.get(normalize("NFC", rule.head))
+        if name is None:
+            globs.append(rule)
         else:
-            rule = next((r for r in rules if fnmatch.fnmatchcase(record.name, str(r[0]))), None)
-        if rule is None:
-            continue
-        if (rule[2], rule[3]) != (record.width, record.height):
-            raise InputError(
-                f"{path}, line {rule[5]}: the camera is {rule[2]}x{rule[3]} but {record.name} is "
-                f"{record.width}x{record.height}. Intrinsics belong to one image size."
-            )
-        cameras[record.name] = CameraSpec(
-            model=rule[1], width=rule[2], height=rule[3], params=rule[4], prior=True, given=True
+            found.setdefault(name, rule)
+    for rule in globs:
+        for name in filter(partial(fnmatch.fnmatchcase, pat=rule.head), names):
+            found.setdefault(name, rule)
+    return found
+
+
+def _fitting(record: ImageRecord, rule: _Rule) -> CameraSpec:
+    if rule.size != record.size:
+        raise InputError(
+            f"{rule.where}: the camera is {rule.width}x{rule.height} but {record.name} is "
+            f"{record.width}x{record.height}. Intrinsics belong to one image size."
         )
-    return cameras
+    return CameraSpec(
+        model=rule.model,
+        width=rule.width,
+        height=rule.height,
+        params=rule.params,
+        prior=True,
+        given=True,
+    )
 
 
-def _image_cameras(path: Path) -> dict[str, int]:
-    """Image name -> camera id from a COLMAP images.txt; empty when there is none."""
-    return {fields[9]: int(fields[8]) for fields in _image_lines(path)}
-
-
-def image_names(path: Path) -> dict[int, str]:
-    """Image id -> name from a COLMAP images.txt."""
-    return {int(fields[0]): fields[9] for fields in _image_lines(path)}
-
-
-def _image_lines(path: Path) -> list[list[str]]:
-    """The ten fields of each image in an images.txt; names may hold blanks."""
-    if not path.is_file():
-        return []
-    lines = [
-        line
-        for line in path.read_text(encoding="utf-8-sig").splitlines()
-        if not line.startswith("#")
-    ]
-    # Every second line holds the observations, and may be empty.
-    found = [line.strip().split(maxsplit=9) for line in lines[::2]]
-    return [fields for fields in found if len(fields) == 10]
+def _fits_none(images: Sequence[ImageRecord], path: Path, rules: Sequence[_Rule]) -> str:
+    """Why a file of intrinsics names none of the images."""
+    first = images[0]
+    message = (
+        f"--intrinsics {path} names no camera of the {len(images)} images (first: {first.name}, "
+        f"{first.width}x{first.height})."
+    )
+    if not all(rule.head.isdigit() for rule in rules):
+        return (
+            f"{message} Its first line is for {rules[0].head!r}; names are paths relative to the "
+            "image folder."
+        )
+    if path.name not in ("cameras.bin", "cameras.txt"):
+        return (
+            f"{message} Are its first fields COLMAP's camera numbers? Such a file has the name "
+            "cameras.txt."
+        )
+    sizes = ", ".join(dict.fromkeys(f"{rule.width}x{rule.height}" for rule in rules))
+    return f"{message} Its cameras are of {sizes}; intrinsics belong to one image size."
 
 
 def camera_spec(camera: Any) -> CameraSpec:

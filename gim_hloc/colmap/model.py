@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pycolmap
 
-from gim_hloc.colmap.cameras import CameraSpec, camera_key, camera_spec, image_names
+from gim_hloc.colmap.cameras import CameraSpec, camera_key, camera_spec
+from gim_hloc.colmap.model_files import check_model, image_lines
 from gim_hloc.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,25 +41,46 @@ def read_model(path: Path | str) -> Any:
         InputError: when there is no model or it cannot be read.
     """
     folder = find_model(path)
-    try:
-        model = pycolmap.Reconstruction(folder)
-    except Exception as error:
-        raise InputError(f"{folder} is not a readable COLMAP model: {error}") from None
-    if not (folder / "images.bin").is_file():
-        # COLMAP's text reader ends a name at its first blank; its writer does not.
-        for image_id, name in image_names(folder / "images.txt").items():
-            if model.exists_image(image_id) and " " in name:
-                model.image(image_id).name = name
+    if _has(folder, ".bin"):
+        check_model(folder)
+        return _read(folder, folder)
+    images = image_lines(folder / "images.txt")
+    if any(below is None for _, below in images):
+        # COLMAP's reader wants two lines an image.
+        with tempfile.TemporaryDirectory(prefix="gim-hloc-") as temporary:
+            for path in folder.resolve().glob("*.txt"):
+                (Path(temporary) / path.name).symlink_to(path)
+            lines = [f"{' '.join(fields)}\n{below or ''}\n" for fields, below in images]
+            copy = Path(temporary) / "images.txt"
+            copy.unlink()
+            copy.write_bytes("".join(lines).encode("utf-8", "surrogateescape"))
+            model = _read(Path(temporary), folder)
+    else:
+        model = _read(folder, folder)
+    # COLMAP's text reader ends a name at its first blank; its writer does not.
+    for fields, _ in images:
+        if " " in fields[9] and model.exists_image(int(fields[0])):
+            model.image(int(fields[0])).name = fields[9]
     return model
+
+
+def _read(folder: Path, source: Path) -> Any:
+    try:
+        return pycolmap.Reconstruction(folder)
+    except Exception as error:
+        raise InputError(f"{source} is not a readable COLMAP model: {error}") from None
+
+
+def _has(folder: Path, suffix: str) -> bool:
+    return all((folder / f"{stem}{suffix}").is_file() for stem in _MODEL_FILES)
 
 
 def find_model(path: Path | str) -> Path:
     """The folder at or below ``path`` (``sparse/0``, ``sparse``, ``0``) that holds a model."""
     root = Path(path)
     for folder in (root, root / "sparse" / "0", root / "sparse", root / "0"):
-        for suffix in (".bin", ".txt"):
-            if all((folder / f"{stem}{suffix}").is_file() for stem in _MODEL_FILES):
-                return folder
+        if _has(folder, ".bin") or _has(folder, ".txt"):
+            return folder
     raise InputError(
         f"{root} holds no COLMAP model (cameras, images and points3D as .bin or .txt; also looked "
         "in sparse/0)."
