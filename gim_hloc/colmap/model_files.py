@@ -24,9 +24,10 @@ class _Records:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.at = 0
+        self.size = path.stat().st_size
         with path.open("rb") as file:
-            size = path.stat().st_size
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            # An empty file cannot be mapped.
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
 
     def __enter__(self) -> _Records:
         return self
@@ -44,7 +45,7 @@ class _Records:
 
     def cut(self) -> InputError:
         return InputError(
-            f"{self.path} is cut off or damaged: it ends at byte {len(self.data)}, in the middle "
+            f"{self.path} is cut off or damaged: it ends at byte {self.size}, in the middle "
             "of what it declares. Write or fetch it again."
         )
 
@@ -65,7 +66,7 @@ class _Records:
 
     def skip(self, size: int) -> None:
         self.at += size
-        if self.at > len(self.data):
+        if self.at > self.size:
             raise self.cut()
 
 

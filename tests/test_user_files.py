@@ -1,0 +1,434 @@
+"""Files that users bring: read right, or refused by name. No image is matched here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycolmap
+import pytest
+from fake_matcher import SCENE
+from synthetic import HEIGHT, WIDTH
+from test_known_poses import PARAMS, assert_poses, write_colmap, write_nerfstudio, write_tum
+
+from gim_hloc import colmap
+from gim_hloc.colmap import CameraOptions
+from gim_hloc.errors import InputError
+from gim_hloc.images import Exif, ImageRecord
+from gim_hloc.pairs.files import read_pairs
+from gim_hloc.poses import match_names, read_poses
+
+NAMES = SCENE.names
+COMPOSED, SPLIT = (unicodedata.normalize(form, "für.jpg") for form in ("NFC", "NFD"))
+
+
+def record(name: str, width: int = WIDTH, height: int = HEIGHT) -> ImageRecord:
+    return ImageRecord(
+        name=name, path=Path(name), width=width, height=height, sha256=name, exif=Exif()
+    )
+
+
+def given(intrinsics: Path | str, *names: str, **size: int) -> dict[str, Any]:
+    """Image name -> parameters of the camera that it was given."""
+    cameras, _ = colmap.assign_cameras(
+        [record(name, **size) for name in names], CameraOptions(intrinsics=str(intrinsics))
+    )
+    return {name: c.params for c in cameras if c.given for name in c.names}
+
+
+# ------------------------------------------------------------------------------------ intrinsics
+
+
+def test_a_camera_may_be_longer_than_a_file_name() -> None:
+    params = [647.12345678901234] * 2 + [400.12345678901234, 300.12345678901234]
+    params += [-0.018671841117506566] * 8
+    text = "FULL_OPENCV," + ",".join(repr(p) for p in params)
+    assert len(text) > 255
+    assert given(text, "a.jpg") == {"a.jpg": tuple(params)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("cameras.txt", "1 PINHOLE 1600 1200 9 9 8 6\n2 PINHOLE 1200 1600 9 9 6 8\n",
+         "Its cameras are of 1600x1200, 1200x1600"),
+        ("q.txt", "query/a.jpg PINHOLE 800 600 5 5 4 3\n", "first line is for 'query/a.jpg'"),
+        ("my.txt", "1 PINHOLE 800 600 5 5 4 3\n", "has the name cameras.txt"),
+    ],
+)  # fmt: skip
+def test_intrinsics_that_fit_no_image(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"names no camera of the 2 images \(first: a.jpg") as e:
+        given(tmp_path / name, "a.jpg", "b.jpg")
+    assert message in str(e.value)
+
+
+def test_names_win_over_globs(tmp_path: Path) -> None:
+    path = tmp_path / "k.txt"
+    lines = [f"{head} PINHOLE 800 600 {f} {f} 400 300\n" for head, f in (
+        ("IMG*", 500), ("IMG[1].jpg", 501), ("IMG[2].jpg", 502), (SPLIT, 503), ("[a-c].jpg", 504),
+    )]  # fmt: skip
+    path.write_text("".join(lines), encoding="utf-8")
+    names = ("IMG[1].jpg", "IMG[2].jpg", "IMG1.jpg", COMPOSED, "b.jpg", "d.jpg")
+    assert {name: params[0] for name, params in given(path, *names).items()} == {
+        "IMG[1].jpg": 501, "IMG[2].jpg": 502, "IMG1.jpg": 500, COMPOSED: 503, "b.jpg": 504,
+    }  # fmt: skip
+
+
+def test_cameras_of_a_binary_model(tmp_path: Path) -> None:
+    model = colmap.read_model(write_colmap(tmp_path / "text", SCENE.poses))
+    folder = tmp_path / "run" / "sparse" / "0"
+    folder.mkdir(parents=True)
+    model.write(folder)
+    expected = dict.fromkeys(NAMES, PARAMS)
+    for path in (folder / "cameras.bin", folder, tmp_path / "run", tmp_path / "text"):
+        assert given(path, *NAMES) == expected
+    # Which of two cameras an image has is in images.bin.
+    other = pycolmap.Camera(
+        model="OPENCV", width=WIDTH, height=HEIGHT, params=[*PARAMS, 0.1, 0, 0, 0], camera_id=7
+    )
+    model.add_camera_with_trivial_rig(other)
+    extra = pycolmap.Image(name="new.jpg", camera_id=7, image_id=99)
+    model.add_image_with_trivial_frame(extra, pycolmap.Rigid3d())
+    model.write(folder)
+    found = given(folder, NAMES[0], "new.jpg")
+    assert found == {NAMES[0]: PARAMS, "new.jpg": (*PARAMS, 0.1, 0, 0, 0)}
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match=r"holds no cameras.bin or cameras.txt"):
+        given(tmp_path / "none", "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ("PINHOLE 800 600 700 700 900 300", r"principal point \(900, 300\) lies outside"),
+        ("PINHOLE 800 600 700 700 400 -1", "principal point"),
+        ("SIMPLE_RADIAL 800 600 700 400 601 0", "principal point"),
+        ("PINHOLE 800 600 0 700 400 300", "positive"),
+        ("PINHOLE 800 600 -700 700 400 300", "positive"),
+        ("PINHOLE 800 600 nan 700 400 300", "finite"),
+        ("PINHOLE 800 600 inf 700 400 300", "finite"),
+        ("PINHOLE 800 600 0.9 0.9 0.5 0.5", "pixels, not in shares"),
+        ("PINHOLE -800 600 700 700 0 0", "-800x600"),
+        ("PINHOLE 800 0 700 700 400 0", "800x0"),
+        ("PINHOLE 800.5 600 700 700 400 300", "expected 'CAMERA_ID MODEL"),
+        ("PINHOLE 800 600 700", "takes 4 parameters"),
+    ],
+)
+def test_absurd_cameras_are_refused_by_line(params: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "k.txt"
+    path.write_text(f"# mine\n\n*.jpg {params}\n")
+    with pytest.raises(InputError, match=message) as e:
+        given(path, "a.jpg")
+    assert str(e.value).startswith(f"{path}, line 3: ")
+
+
+def test_a_principal_point_outside_every_image() -> None:
+    with pytest.raises(InputError, match=r"principal point \(1000, 300\) lies outside"):
+        given("PINHOLE,700,700,1000,300", "a.jpg")
+    with pytest.raises(InputError, match="outside the image of 800x600"):
+        given("SIMPLE_RADIAL,700,400,3000,0", "a.jpg")
+
+
+# ----------------------------------------------------------------------------------------- poses
+
+
+@pytest.mark.parametrize(
+    ("stamps", "numbers"),
+    [
+        (range(8), range(1, 9)),  # lines counted from 0, names from 1
+        (range(1, 9), range(8)),
+        (range(0, 80, 10), range(1, 9)),
+        ([0, 1, 2, 3, 5, 6, 7, 8], range(8)),
+    ],
+)
+def test_trajectories_counted_from_another_start_go_in_order(
+    stamps: Any, numbers: Any, tmp_path: Path
+) -> None:
+    poses = [SCENE.poses[name] for name in NAMES]
+    names = [f"frame_{number:05d}.jpg" for number in numbers]
+    found = read_poses(write_tum(tmp_path / "t.txt", poses, list(stamps)), names)
+    assert_poses(found.poses, dict(zip(names, poses, strict=True)), 1e-9)
+    assert "in order" in found.notes[0]
+
+
+def test_trajectories_that_may_be_shifted_are_refused(tmp_path: Path) -> None:
+    poses = [SCENE.poses[name] for name in NAMES]
+    path = write_tum(tmp_path / "t.txt", poses, [*range(8)])
+    # One image fewer, from 1: line 0 has none, and line 7 the number of the last.
+    with pytest.raises(InputError, match=r"8 poses for 9 images.*7 fit"):
+        read_poses(path, [f"{i:04d}.jpg" for i in range(1, 10)])
+    times = [1305031102.0 + 0.1 * i for i in range(8)]
+    path = write_tum(tmp_path / "t.txt", poses, times)
+    with pytest.raises(InputError, match="fit the names of 7 images, and not in order"):
+        read_poses(path, [f"{time + 0.1:.6f}.png" for time in times])
+    # Some lines for some images is what trajectories of keyframes are.
+    path = write_tum(tmp_path / "t.txt", poses[:3], [2, 5, 7])
+    found = read_poses(path, [f"{i:04d}.jpg" for i in range(1, 9)])
+    expected = {"0002.jpg": poses[0], "0005.jpg": poses[1], "0007.jpg": poses[2]}
+    assert sorted(found.poses) == sorted(expected)
+    assert_poses(found.poses, expected, 1e-9)
+
+
+def test_images_txt_with_one_line_an_image(tmp_path: Path) -> None:
+    for count in (len(NAMES), len(NAMES) - 1):
+        folder = write_colmap(tmp_path / f"m{count}", {n: SCENE.poses[n] for n in NAMES[:count]})
+        path = folder / "images.txt"
+        path.write_text("".join(line + "\n" for line in path.read_text().split("\n") if line))
+        found = read_poses(folder, NAMES)
+        assert sorted(found.poses) == NAMES[:count]
+        assert_poses(found.poses, {n: SCENE.poses[n] for n in NAMES[:count]}, 1e-12)
+        # Without the size to go by, the list beside the cameras must be right.
+        with (folder / "cameras.txt").open("a") as file:
+            file.write(f"2 PINHOLE {WIDTH} {HEIGHT} 9 9 8 6\n")
+        assert given(folder / "cameras.txt", *NAMES[:count]) == dict.fromkeys(NAMES[:count], PARAMS)
+
+
+def test_images_txt_keeps_observations_and_blanks_in_names(tmp_path: Path) -> None:
+    folder = write_colmap(tmp_path / "m", {"a b 3.jpg": SCENE.poses[NAMES[0]]})
+    lines = (folder / "images.txt").read_text().split("\n")
+    second = lines[0].replace("1 ", "2 ", 1).replace("a b 3.jpg", "12")
+    lines[1] = "10.5 20.5 -1 30 40 -1"
+    (folder / "images.txt").write_text("\n".join([lines[0], lines[1], second]))
+    model = colmap.read_model(folder)
+    assert {model.image(i).name: len(model.image(i).points2D) for i in (1, 2)} == {
+        "a b 3.jpg": 2, "12": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [0.9, 1.05, 2.0, 0.0, float("nan")])
+def test_quaternions_of_another_length(length: float, tmp_path: Path) -> None:
+    folder = write_colmap(tmp_path / "m", SCENE.poses)
+    lines = (folder / "images.txt").read_text().split("\n")
+    fields = lines[2].split()
+    fields[1:5] = [repr(float(value) * length) for value in fields[1:5]]
+    (folder / "images.txt").write_text("\n".join([*lines[:2], " ".join(fields), *lines[3:]]))
+    with pytest.raises(InputError, match=r"images\.txt, line 3: the quaternion has length"):
+        read_poses(folder, NAMES)
+    path = write_tum(tmp_path / "t.txt", [SCENE.poses[n] for n in NAMES], [*range(8)])
+    lines = path.read_text().split("\n")
+    fields = lines[4].split()
+    fields[4:] = [repr(float(value) * length) for value in fields[4:]]
+    path.write_text("\n".join([*lines[:4], " ".join(fields), *lines[5:]]))
+    with pytest.raises(InputError, match=r"line 5: (the quaternion has length|expected)"):
+        read_poses(path, NAMES)
+
+
+def test_rounded_quaternions_are_read(tmp_path: Path) -> None:
+    path = write_tum(tmp_path / "t.txt", [SCENE.poses[n] for n in NAMES], [*range(8)])
+    lines = path.read_text().split("\n")
+    rounded = [" ".join(f"{float(v):.4f}" for v in line.split()) for line in lines[1:] if line]
+    path.write_text("\n".join(rounded))
+    assert_poses(read_poses(path, NAMES).poses, SCENE.poses, 2e-3)
+
+
+def nerfstudio(tmp_path: Path, shared: dict[str, Any], frame: dict[str, Any]) -> Any:
+    """The camera that a transforms.json gives its first image."""
+    path = write_nerfstudio(tmp_path / "transforms.json", SCENE.poses)
+    content = json.loads(path.read_text()) | shared
+    content["frames"][0] |= frame
+    path.write_text(json.dumps(content))
+    return read_poses(path, NAMES).cameras[NAMES[0]]
+
+
+FISHEYE = {"camera_model": "OPENCV_FISHEYE"}
+
+
+@pytest.mark.parametrize(
+    ("shared", "frame", "model", "distortion"),
+    [
+        ({"k1": 0.1, "k2": 0.2, "p1": 0.01, "p2": 0.02}, {}, "OPENCV", (0.1, 0.2, 0.01, 0.02)),
+        # nerfstudio's order is k1, k2, k3, k4, p1, p2.
+        ({"distortion_params": [0.1, 0.2, 0, 0, 0.01, 0.02]}, {}, "OPENCV", (0.1, 0.2, 0.01, 0.02)),
+        ({"k1": 9, "distortion_params": [0.1, 0, 0, 0, 0, 0]}, {}, "OPENCV", (0.1, 0, 0, 0)),
+        ({"distortion_params": [0.1, 0.2, 0.3, 0, 0.01, 0.02]}, {}, "FULL_OPENCV",
+         (0.1, 0.2, 0.01, 0.02, 0.3, 0, 0, 0)),
+        ({**FISHEYE, "k1": 0.1, "k2": 0.2, "k3": 0.3, "k4": 0.4}, {}, "OPENCV_FISHEYE",
+         (0.1, 0.2, 0.3, 0.4)),
+        ({**FISHEYE, "distortion_params": [0.1, 0.2, 0.3, 0.4, 0, 0]}, {}, "OPENCV_FISHEYE",
+         (0.1, 0.2, 0.3, 0.4)),
+        ({"camera_model": "FULL_OPENCV", "k3": 0.3, "k4": 0.4, "k6": 0.6}, {}, "FULL_OPENCV",
+         (0, 0, 0, 0, 0.3, 0.4, 0, 0.6)),
+        # What a frame says counts before the file, and is not mixed with it.
+        ({"k1": 0.1, "k2": 0.2}, {"k1": 0.5}, "OPENCV", (0.5, 0, 0, 0)),
+        ({"k1": 0.1}, {"distortion_params": [0.3, 0, 0, 0, 0, 0]}, "OPENCV", (0.3, 0, 0, 0)),
+        ({"distortion_params": [0.3, 0, 0, 0, 0, 0]}, {"k1": 0.5}, "OPENCV", (0.5, 0, 0, 0)),
+        ({"k1": 0.1}, FISHEYE, "OPENCV_FISHEYE", (0.1, 0, 0, 0)),
+    ],
+)  # fmt: skip
+def test_nerfstudios_distortion(
+    shared: dict[str, Any], frame: dict[str, Any], model: str, distortion: Any, tmp_path: Path
+) -> None:
+    camera = nerfstudio(tmp_path, shared, frame)
+    assert (camera.model, camera.params) == (model, (*PARAMS, *distortion))
+
+
+def test_nerfstudios_intrinsics_of_a_frame(tmp_path: Path) -> None:
+    camera = nerfstudio(tmp_path, {}, {"fl_x": 650, "cx": 390, "cy": 310})
+    assert camera.params == (650, 650, 390, 310)
+    angle = 2 * np.arctan(0.5 * WIDTH / 555)
+    camera = nerfstudio(tmp_path, {}, {"camera_angle_x": angle})  # not the file's fl_x
+    np.testing.assert_allclose(camera.params[:2], (555, 555))
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        ({"k4": 0.1}, "k4, k5 or k6"),  # COLMAP's k4 divides
+        ({"distortion_params": [0, 0, 0, 0.1, 0, 0]}, "k4, k5 or k6"),
+        ({"distortion_params": [0.1, 0.2, 0.01, 0.02]}, "distortion_params are not"),
+        ({"distortion_params": 5}, "distortion_params are not"),
+        ({"k1": "x"}, "k1 is not a number"),
+        ({"k1": 10**400}, "k1 is not a number"),
+        ({"fl_x": 0}, "focal lengths positive"),
+        ({"cx": 2 * WIDTH}, "principal point"),
+        ({"w": -800}, "no size"),
+        ({"w": float("nan")}, "no size"),
+        ({"camera_model": "EQUIRECTANGULAR"}, "has no COLMAP camera"),
+        ({"frames": 5}, "not a transforms.json with frames"),
+        ({"frames": None}, "not a transforms.json with frames"),
+        ({"frames": {"a": 1}}, "not a transforms.json with frames"),
+        ({"frames": [5]}, "frame 1: file_path or transform_matrix"),
+        ({"frames": [{"file_path": "a", "transform_matrix": [[10**400]]}]}, "frame 1"),
+    ],
+)
+def test_nerfstudio_files_that_mean_nothing(
+    shared: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write_nerfstudio(tmp_path / "transforms.json", SCENE.poses)
+    path.write_text(json.dumps(json.loads(path.read_text()) | shared))
+    with pytest.raises(InputError, match=message) as e:
+        read_poses(path, NAMES)
+    assert str(path) in str(e.value)
+    assert len(str(e.value)) < 500
+
+
+def test_names_in_another_unicode_form(tmp_path: Path) -> None:
+    assert COMPOSED != SPLIT
+    assert match_names([SPLIT], [COMPOSED]) == {SPLIT: COMPOSED}
+    assert match_names([f"images/{COMPOSED}"], [f"a/{SPLIT}"]) == {
+        f"images/{COMPOSED}": f"a/{SPLIT}"
+    }
+    # Both forms are there: each is itself.
+    assert match_names([SPLIT, COMPOSED], [COMPOSED, SPLIT]) == {SPLIT: SPLIT, COMPOSED: COMPOSED}
+    assert match_names([f"x/{COMPOSED}"], [COMPOSED, SPLIT]) == {}
+    (tmp_path / "p.txt").write_text(f"a.jpg {SPLIT}\n", encoding="utf-8")
+    assert read_pairs(tmp_path / "p.txt", ["a.jpg", COMPOSED]) == [("a.jpg", COMPOSED)]
+    with pytest.raises(InputError, match="not in the image folder"):
+        read_pairs(tmp_path / "p.txt", ["a.jpg", "fur.jpg"])
+
+
+# ---------------------------------------------------------------------------- files that are none
+
+
+def hostile(path: Path, kind: str) -> Path:
+    """A file of a user that is not what it should be."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "link to itself":
+        path.symlink_to(path)
+    elif kind == "nested":
+        path.write_text("[" * 100_000)
+    else:
+        path.write_bytes(
+            {"empty": b"", "zeros": b"\0" * 100, "not UTF-8": b"\xff\x00\xfe\x81"}[kind]
+        )
+    return path
+
+
+KINDS = ["empty", "zeros", "not UTF-8", "folder", "device", "link to itself", "nested"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_of_poses_intrinsics_or_pairs(kind: str, tmp_path: Path) -> None:
+    for name in ("t.txt", "t.json"):
+        with pytest.raises(InputError, match=r"t\.(txt|json)"):
+            read_poses(hostile(tmp_path / name, kind), NAMES)
+    with pytest.raises(InputError, match=r"k\.txt"):
+        given(hostile(tmp_path / "k.txt", kind), "a.jpg")
+    pairs = hostile(tmp_path / "p.txt", kind)
+    if kind == "empty":
+        assert read_pairs(pairs, ["a"]) == []
+    else:
+        with pytest.raises(InputError, match=r"p\.txt"):
+            read_pairs(pairs, ["a"])
+    model = write_colmap(tmp_path / "m", SCENE.poses)
+    (model / "images.txt").unlink()
+    hostile(model / "images.txt", kind)
+    with pytest.raises(InputError, match="m"):
+        read_poses(model, NAMES)
+
+
+# --------------------------------------------------------------------------------- COLMAP's files
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A binary model with points, written by COLMAP."""
+    folder = tmp_path_factory.mktemp("binary")
+    options = pycolmap.SyntheticDatasetOptions()
+    options.num_points3D = 20
+    pycolmap.set_random_seed(0)
+    pycolmap.synthesize_dataset(options).write(folder)
+    return folder
+
+
+def test_a_whole_binary_model_is_read(binary: Path) -> None:
+    assert colmap.read_model(binary).num_points3D() == 20
+
+
+@pytest.mark.parametrize("name", ["cameras", "rigs", "frames", "images", "points3D"])
+@pytest.mark.parametrize("left", [0, 4, 0.5, -1])
+def test_a_binary_file_that_is_cut(name: str, left: float, binary: Path, tmp_path: Path) -> None:
+    """COLMAP reads some of them without end, and others without a word."""
+    shutil.copytree(binary, tmp_path / "m")
+    path = tmp_path / "m" / f"{name}.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(left * len(data)) if left == 0.5 else int(left)])
+    with pytest.raises(InputError, match=rf"{name}\.bin is cut off or damaged"):
+        colmap.read_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["cameras", "rigs", "frames", "images", "points3D"])
+@pytest.mark.parametrize("count", [10**6, 10**15, 2**64 - 1])
+def test_a_count_beyond_the_file(name: str, count: int, binary: Path, tmp_path: Path) -> None:
+    shutil.copytree(binary, tmp_path / "m")
+    path = tmp_path / "m" / f"{name}.bin"
+    path.write_bytes(struct.pack("<Q", count) + path.read_bytes()[8:])
+    with pytest.raises(InputError, match=rf"{name}\.bin"):
+        colmap.read_model(tmp_path / "m")
+
+
+def test_the_case_that_was_read_without_end() -> None:
+    folder = Path(__file__).resolve().parents[2] / "shared" / "cases" / "faults" / "trunc_points3D"
+    if not folder.is_dir():
+        pytest.skip("../shared is not here")
+    with pytest.raises(InputError, match=r"points3D\.bin is cut off"):
+        colmap.read_model(folder)
+
+
+def test_quaternions_in_binary_models(binary: Path, tmp_path: Path) -> None:
+    shutil.copytree(binary, tmp_path / "m")
+    path = tmp_path / "m" / "frames.bin"
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<4d", data, 16, 2.0, 0.0, 0.0, 0.0)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"frames\.bin, frame \d+: the quaternion has length 2"):
+        colmap.read_model(tmp_path / "m")
+    # Models from before frames.bin have poses in images.bin.
+    for name in ("frames.bin", "rigs.bin"):
+        (tmp_path / "m" / name).unlink()
+    colmap.read_model(tmp_path / "m")
+    path = tmp_path / "m" / "images.bin"
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<4d", data, 12, 0.5, 0.0, 0.0, 0.0)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"images\.bin, image \d+ .*has length 0.5"):
+        colmap.read_model(tmp_path / "m")
