@@ -20,7 +20,13 @@ import numpy as np
 from gim_hloc import weights
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
-from gim_hloc.images import ImageRecord, open_stored, read_rgb, upright_to_stored_pixels
+from gim_hloc.images import (
+    ImageRecord,
+    open_stored,
+    read_file,
+    read_rgb,
+    upright_to_stored_pixels,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +122,15 @@ class MaskFolder:
             disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
             keep = cv2.erode(keep, disk)  # OpenCV's default leaves the image's borders alone
         return keep.astype(bool)
+
+    def nothing_left(self, record: ImageRecord) -> str | None:
+        """Say that the mask of an image leaves nothing of it, or None."""
+        keep = self.load(record)
+        if keep is None or keep.any():
+            return None
+        eroded = f" after erosion by {self.erode_px} px" if self.erode_px else ""
+        path = self.find(record.name)
+        return f"the mask {path} leaves nothing of it{eroded}; black is what is ignored"
 
     def sha(self, name: str) -> str | None:
         """Hash of what ``load`` depends on: the file's bytes and the erosion. None without a mask.
@@ -265,13 +280,16 @@ def _examples(names: Sequence[str]) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise InputError(f"The mask {path} cannot be read: {error.strerror}.") from error
 
 
 def _read_nonzero(path: Path) -> np.ndarray:
-    """(H, W) bool: where any colour channel is not zero. Palettes count by their colours."""
+    """(H, W) bool: where any colour channel is not zero. Palettes count by their colours.
+
+    Where the colours say nothing, being black everywhere or nowhere, alpha is the mask.
+    """
     data = _read_bytes(path)
     try:
         image = open_stored(data)
@@ -279,10 +297,14 @@ def _read_nonzero(path: Path) -> np.ndarray:
         # 16-bit and floating point values would be cut off by a conversion to RGB.
         single = image.mode in ("I", "F", "L", "1") or image.mode.startswith("I;")
         values = np.asarray(image if single else image.convert("RGB"))
+        has_alpha = "A" in image.getbands() or "a" in image.getbands()
+        transparent = has_alpha or "transparency" in image.info
+        opaque = np.asarray(image.convert("RGBA"))[..., 3] != 0 if transparent else None
     except Exception as error:  # decoders raise nearly anything on damaged bytes
         raise InputError(f"The mask {path} cannot be read: {error}.") from error
-    nonzero = values != 0
-    return nonzero.any(axis=2) if nonzero.ndim == 3 else nonzero
+    nonzero: np.ndarray = (values != 0).any(axis=2) if values.ndim == 3 else values != 0
+    says_nothing = nonzero.all() or not nonzero.any()
+    return opaque if opaque is not None and says_nothing and not opaque.all() else nonzero
 
 
 def _check_shape(path: Path, size: tuple[int, int], record: ImageRecord) -> None:

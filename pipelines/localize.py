@@ -449,7 +449,9 @@ class _Localization:
             return None
         from gim_hloc.masks import MaskFolder
 
-        masks = MaskFolder(self.options.masks, erode_px=self.options.mask_erode)
+        masks = MaskFolder(
+            self.options.masks, erode_px=self.options.mask_erode, image_root=self.root
+        )
         for warning in masks.check(self.names):
             self._note(warning)
         return masks
@@ -856,10 +858,10 @@ class _Localization:
             view = self.map.views[name]
             if name not in originals:
                 # A twin of another image is none of scan's images, and still one of the map's.
-                single = image_module.scan(root, min_size=1, names=[name]).images
-                if not single:
-                    raise InputError(f"{root / name} is not readable.")
-                originals[name] = single[0]
+                single = image_module.scan(root, min_size=1, names=[name])
+                if not single.images:
+                    raise InputError(f"The map's image {root / str(single.rejected[0])}.")
+                originals[name] = single.images[0]
             if originals[name].size != (view.camera.width, view.camera.height):
                 raise InputError(
                     f"{root / name} is {originals[name].width}x{originals[name].height} but "
@@ -946,9 +948,7 @@ class _Localization:
         todo = [
             name
             for name, result in results.items()
-            if result.status in failed
-            and name not in self._tried
-            and self.records[name].exif.orientation in (1, 3, 6, 8)  # mirrored ones never
+            if result.status in failed and name not in self._tried
         ]
         if self.options.rotations == "none" or self.linked or not todo:
             return False
@@ -1106,6 +1106,8 @@ class _Localization:
         inliers = int(best.inliers.sum()) if best is not None else 0
         attributes["inliers"] = inliers
         status, reason = self._why_not(seen, references, best is not None, inliers)
+        nothing = self.masks.nothing_left(self.records[name]) if status and self.masks else None
+        reason = nothing or reason
         if best is None or reason:
             attributes.update(status=status, reason=reason)
             return arrays, attributes

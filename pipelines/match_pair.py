@@ -439,7 +439,10 @@ def _read_mask(
         return None
     if not Path(path).is_file():
         raise InputError(f"There is no mask {path}.")
-    return _MaskFile(Path(path), erode_px=erode_px).load(record)
+    mask = _MaskFile(Path(path), erode_px=erode_px)
+    if nothing := mask.nothing_left(record):
+        raise InputError(f"{record.name} cannot be matched: {nothing}.")
+    return mask.load(record)
 
 
 # ----------------------------------------------------------------------------------------- outputs

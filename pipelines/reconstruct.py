@@ -653,7 +653,9 @@ class _Run:
             return None
         from gim_hloc.masks import MaskFolder
 
-        masks = MaskFolder(self.options.masks, erode_px=self.options.mask_erode)
+        masks = MaskFolder(
+            self.options.masks, erode_px=self.options.mask_erode, image_root=self.root
+        )
         for warning in masks.check(self.names):
             logger.warning("%s", warning)
             self.notes.append(warning)
@@ -1543,8 +1545,14 @@ class _Run:
             f"Nothing matched: no pair of images passed the verification ({len(verified)} tried, "
             f"{found} matches in all). Are these images of one scene, and are the weights of "
             f"{self.matcher.info.name} the published ones? Features, matches and the report are "
-            "kept."
+            "kept." + "".join(f" {name}: {why}." for name, why in list(self._masked().items())[:5])
         )
+
+    def _masked(self) -> dict[str, str]:
+        """Images of which their masks leave nothing, and the sentence that says so."""
+        empty = [name for name in self.names if not len(self.keypoints[name])]
+        said = {name: self.masks.nothing_left(self.records[name]) for name in empty if self.masks}
+        return {name: why for name, why in said.items() if why}
 
     def _reads_again(self) -> bool:
         return self.options.refine_warps and self.matcher.info.kind == "dense"
@@ -1670,9 +1678,12 @@ class _Run:
                 verified, self._verify_options().min_confidence_sum, self._confidence_meaning()
             ),
         )
+        masked = self._masked()
         for row in report["images"]:
             if row["name"] in self.turns:
                 row["turned_degrees"] = 90 * self.turns[row["name"]]
+            if row["name"] in masked:
+                row["reason"] = masked[row["name"]]
         if self.known is None or self.options.poses != "fixed":
             kept = colmap.fixed_cameras(self.cameras, self.options.cameras.refine_intrinsics)
             for camera in (c for m in report["models"] for c in m["cameras"]):

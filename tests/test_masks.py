@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,54 @@ def test_mask_reaches_the_network_frame(tmp_path, orientation):
     stored = np.stack([xs, ys], 1) @ data.to_original[:, :2].T + data.to_original[:, 2]
     assert stored[:, 0].min() > 49.5
     assert len(stored) == data.mask.numel() / 2
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA"])
+@pytest.mark.parametrize("colour", [0, 255])
+def test_masks_in_alpha_alone(tmp_path, mode, colour):
+    keep = half()
+    image = Image.merge("LA", [Image.new("L", (100, 80), colour), Image.fromarray(keep)])
+    if mode != "PA":
+        image.convert(mode).save(tmp_path / "a.png")
+    else:  # a palette with a transparent entry
+        palette = Image.fromarray(keep // 255)
+        palette.putpalette([colour] * 6)
+        palette.save(tmp_path / "a.png", transparency=0)
+    got = MaskFolder(tmp_path, erode_px=0).load(record("a.jpg"))
+    np.testing.assert_array_equal(got, keep > 0)
+
+
+def test_a_cut_out_photograph_is_a_mask_by_its_alpha(tmp_path):
+    colours = np.random.default_rng(0).integers(1, 255, (80, 100, 3)).astype(np.uint8)
+    save(tmp_path / "a.png", np.dstack([colours, half()]))
+    got = MaskFolder(tmp_path, erode_px=0).load(record("a.jpg"))
+    np.testing.assert_array_equal(got, half() > 0)
+
+
+def test_a_mask_that_leaves_nothing_is_named(tmp_path):
+    save(tmp_path / "a.png", np.zeros((80, 100), np.uint8))
+    thin = np.zeros((80, 100), np.uint8)
+    thin[:, 40:44] = 255
+    save(tmp_path / "b.png", thin)
+    masks = MaskFolder(tmp_path, erode_px=4)
+    assert str(tmp_path / "a.png") in masks.nothing_left(record("a.jpg"))
+    assert "erosion by 4 px" in masks.nothing_left(record("b.jpg"))
+    assert MaskFolder(tmp_path, erode_px=1).nothing_left(record("b.jpg")) is None
+    assert masks.nothing_left(record("c.jpg")) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes a pipe")
+def test_a_pipe_is_no_mask(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg.png")
+    assert MaskFolder(tmp_path).load(record("a.jpg")) is None
+
+
+@pytest.mark.parametrize("excluded", [".", "../images", "link"])
+def test_masks_beside_the_images_leave_the_images(tmp_path, excluded):
+    folder = tmp_path / "images"
+    for i, name in enumerate(("a.jpg", "b.jpg")):
+        save(folder / name, np.random.default_rng(i).integers(0, 255, (80, 100)).astype("u1"))
+    save(folder / "a.jpg.png", half())
+    (tmp_path / "link").symlink_to(folder)
+    where = folder / excluded if excluded != "link" else tmp_path / "link"
+    assert scan(folder, exclude=[where]).names == ["a.jpg", "b.jpg"]
