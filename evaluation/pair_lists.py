@@ -428,13 +428,12 @@ class PairSelection(Selection):
         path = self.root / file.name
         if not path.is_file():
             raise InputError(f"The image {path} does not exist.")
-        found = images.scan(path.parent, names=[path.name], min_size=_MIN_SIDE)
+        found = images.scan(
+            path.parent, names=[path.name], min_size=_MIN_SIDE, upright=self.upright
+        )
         if found.rejected:
             raise InputError(f"{path} cannot be read: {found.rejected[0].detail}.")
-        record = replace(found[path.name], name=key)
-        if not self.upright:
-            record = replace(record, exif=replace(record.exif, orientation=1))
-        return images.turned(record, -file.turns)
+        return images.turned(replace(found[path.name], name=key), -file.turns)
 
     def read(self, name: str, options: ImageOptions) -> ImageData:
         """Read an image as matchers are to see it.

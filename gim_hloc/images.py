@@ -17,11 +17,13 @@ therefore decoded by one thread at a time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import logging
 import math
 import os
+import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.products import find_products
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
@@ -52,9 +55,11 @@ _UNREAD_SUFFIXES = frozenset(
 )
 # OpenCV's own limit. Pillow's (89 Mpx warns, 179 Mpx fails) is below today's panoramas.
 MAX_PIXELS = 2**30
+MAX_BYTES = 2**32  # of a file: as many pixels at four bytes
 
 _JPEG_REDUCTIONS = (8, 4, 2)
 _LARGE_PIXELS = 32 * 2**20
+_PIXELS_PER_BYTE = 4096  # no codec holds more but of pictures in one colour
 _large_image_slot = threading.Lock()
 _FULL_FRAME_DIAGONAL_MM = 43.27  # of 36 x 24 mm film, rounded as in COLMAP
 _SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir"})
@@ -106,7 +111,7 @@ class RejectedImage:
     """One image file that is left out, and why."""
 
     name: str  # as in ImageRecord; characters that cannot be printed are escaped
-    reason: Literal["unreadable", "empty", "tiny", "duplicate", "no_pose"]
+    reason: Literal["unreadable", "empty", "tiny", "mirrored", "duplicate", "no_pose"]
     detail: str  # e.g. "JPEG: image file is truncated", "same bytes as a.jpg"
 
     def __str__(self) -> str:
@@ -148,15 +153,7 @@ _QUARTER_TURNS = (1, 6, 3, 8)
 
 
 def turned(record: ImageRecord, quarter_turns: int) -> ImageRecord:
-    """The same image, shown turned clockwise by so many quarter turns more than EXIF says.
-
-    Raises:
-        InputError: the image is mirrored (EXIF orientations 2, 4, 5 and 7), which is never guessed.
-    """
-    if not quarter_turns % 4:
-        return record
-    if record.exif.orientation not in _QUARTER_TURNS:
-        raise InputError(f"{record.name} is stored mirrored and cannot be turned.")
+    """The same image, shown turned clockwise by so many quarter turns more than EXIF says."""
     index = (_QUARTER_TURNS.index(record.exif.orientation) + quarter_turns) % 4
     return replace(record, exif=replace(record.exif, orientation=_QUARTER_TURNS[index]))
 
@@ -170,20 +167,24 @@ def scan(
     min_size: int = 64,
     names: Sequence[str] | None = None,
     exclude: Sequence[str | os.PathLike[str]] = (),
+    upright: bool = True,
     progress: bool = False,
     workers: int | None = None,
 ) -> ImageSet:
     """Find the images below ``root`` and decode each one once to see whether it is intact.
 
-    Hidden files and folders and those of operating systems are passed over, and so are COLMAP masks
-    beside their image (``a.jpg.png`` next to ``a.jpg``). Pictures in formats that are not read
-    (GIF, raw files of cameras) are rejected by name.
+    Hidden files and folders and those of operating systems are passed over, and so is, with a line
+    in the log, what programs made of images that are here too (``gim_hloc.products``). Pictures in
+    formats that are not read (GIF, raw files of cameras) are rejected by name, and so are mirrored
+    ones (EXIF orientations 2, 4, 5 and 7): coordinates are those of stored pixels, and no camera
+    sees the mirror image of what the others see.
 
     Args:
         root: folder, searched at any depth; links to folders are followed.
         min_size: images with a side below this many pixels are left out as ``tiny``.
         names: take exactly these images, POSIX paths relative to ``root``, instead of searching.
-        exclude: folders that are not searched.
+        exclude: folders that are not searched; ``root`` itself always is.
+        upright: read the EXIF orientation; False takes every image as it is stored.
         progress: show a progress bar.
         workers: threads; by default the number of cores, at most 8.
 
@@ -202,7 +203,7 @@ def scan(
         _list_images(root, exclude) if names is None else (_check_names(root, names), [])
     )
     results = _map_in_threads(
-        partial(_inspect, root, min_size=min_size),
+        partial(_inspect, root, min_size=min_size, upright=upright),
         found,
         workers=workers or min(8, os.cpu_count() or 1),
         progress=progress,
@@ -257,7 +258,8 @@ def _list_images(
 
     An unread one that also exists in a format that is read (``a.nef`` with ``a.jpg``) is no loss.
     """
-    excluded = {os.path.realpath(folder) for folder in exclude}
+    # Masks may lie beside the images: the root is searched whatever is excluded.
+    excluded = {os.path.realpath(folder) for folder in exclude} - {os.path.realpath(root)}
     visited: set[str] = set()
     names: list[str] = []
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_warn_unlisted):
@@ -278,10 +280,10 @@ def _list_images(
     listed = {name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES}
     stems = {os.path.splitext(name)[0] for name in listed}
     unread = [n for n in names if n not in listed and os.path.splitext(n)[0] not in stems]
-    masks = {name for name in listed if name.lower().endswith(".png") and name[:-4] in listed}
-    if masks:
-        logger.info("%d files like %s are masks, not images.", len(masks), min(masks))
-    return sorted(listed - masks), sorted(unread)
+    for group in find_products(root, sorted(listed)):
+        logger.warning("%s", group)
+        listed.difference_update(group.names)
+    return sorted(listed), sorted(unread)
 
 
 def _is_system_name(name: str) -> bool:
@@ -327,13 +329,27 @@ def _map_in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def _inspect(root: Path, name: str, *, min_size: int) -> ImageRecord | RejectedImage:
+def read_file(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it cannot be read, is a pipe or a device, which may never end, or is too large.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a folder, pipe or device, not a file")
+    if status.st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than the limit of {MAX_BYTES:,} bytes")
+    return path.read_bytes()
+
+
+def _inspect(root: Path, name: str, *, min_size: int, upright: bool) -> ImageRecord | RejectedImage:
     """Read one file, hash it and decode it."""
     if problem := _name_problem(name):
         return RejectedImage(name=_printable(name), reason="unreadable", detail=problem)
     path = root / name
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         detail = error.strerror or type(error).__name__
         return RejectedImage(name=name, reason="unreadable", detail=detail)
@@ -346,6 +362,14 @@ def _inspect(root: Path, name: str, *, min_size: int) -> ImageRecord | RejectedI
     if min(width, height) < min_size:
         detail = f"{width} x {height} pixels, below {min_size}"
         return RejectedImage(name=name, reason="tiny", detail=detail)
+    if not upright:
+        exif = replace(exif, orientation=1)
+    if exif.orientation not in _QUARTER_TURNS:
+        detail = (
+            f"EXIF orientation {exif.orientation}: the file holds the mirror image; save it "
+            "upright, for example with ImageMagick's mogrify -auto-orient"
+        )
+        return RejectedImage(name=name, reason="mirrored", detail=detail)
     digest = hashlib.sha256(data).hexdigest()
     return ImageRecord(name=name, path=path, width=width, height=height, sha256=digest, exif=exif)
 
@@ -439,11 +463,25 @@ def open_stored(data: bytes) -> ImageFile:
     else:
         raise ValueError("the content is not JPEG, PNG, TIFF, BMP, PPM, WebP or HEIF")
     image = reader(io.BytesIO(data))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"{image.width} x {image.height} is more than the limit of {MAX_PIXELS:,} pixels"
-        )
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} is more than the limit of {MAX_PIXELS:,} pixels")
+    if width * height > max(_LARGE_PIXELS, _PIXELS_PER_BYTE * len(data)):
+        raise ValueError(f"{width} x {height} pixels cannot be in {len(data):,} bytes")
+    if codec == "TIFF":
+        _bound_tiff(image)
     return image
+
+
+def _bound_tiff(image: Any) -> None:
+    """Hold a TIFF to the bounds of other codecs: its tiles too, and without Pillow's own limit."""
+    from PIL import Image
+
+    columns, rows = image.tag_v2.get(322, 1), image.tag_v2.get(323, 1)
+    if columns * rows > max(_LARGE_PIXELS, image.width * image.height):
+        raise ValueError(f"tiles of {columns} x {rows} for {image.width} x {image.height} pixels")
+    # What its ``load`` would do after a look at that limit.
+    image.im = Image.core.new(image.mode, getattr(image, "_tile_size", image.size))
 
 
 def _tiff_orientation(data: bytes) -> tuple[int, str, int] | None:
@@ -915,7 +953,7 @@ def load(
 
 def _read(path: Path, max_size: int | None) -> _Pixels:
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     try:

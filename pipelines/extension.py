@@ -100,6 +100,8 @@ class Extension:
             raise InputError(f"The folder of the images of {self.folder} is not there any more.")
         names = sorted({*self.map.views, *self.map.sources})
         old = image_module.scan(root, min_size=1, names=names)
+        if old.rejected:
+            raise InputError(f"The map's image {root / str(old.rejected[0])}.")
         known = {record.name: record for record in old.images}
         by_content = {record.sha256: record.name for record in old.images}
         added: list[ImageRecord] = []

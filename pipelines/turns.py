@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gim_hloc.errors import InputError
-
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
@@ -97,7 +95,7 @@ def best_turn(
     Args:
         group: of ``weak_groups``.
         confidence: (image, quarter turns, other images) -> sum of the confidences of its matches
-            with all of them; ``InputError`` for an image that cannot be turned.
+            with all of them.
         bound: as for ``weak_groups``; the pairs with the others must reach it on average.
     """
     name = max(sorted(group.links), key=lambda n: sum(group.links[n].values()))
@@ -106,11 +104,8 @@ def best_turn(
     before = sum(linked[other] for other in others)
     least = bound * len(others) if bound else BELIEVED_LEAST
     totals: dict[int, float] = {}
-    try:
-        for turn in (1, 2, 3):
-            totals[turn] = confidence(name, turn, others)
-            logger.debug("%s turned by %d degrees: %.1f", name, 90 * turn, totals[turn])
-    except InputError:  # stored mirrored
-        return 0
+    for turn in (1, 2, 3):
+        totals[turn] = confidence(name, turn, others)
+        logger.debug("%s turned by %d degrees: %.1f", name, 90 * turn, totals[turn])
     best = max(totals, key=lambda turn: totals[turn])
     return best if totals[best] >= max(least, BELIEVED_GAIN * before) else 0

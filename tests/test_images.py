@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -37,6 +38,8 @@ needs_odd = pytest.mark.skipif(not ODD.is_dir(), reason="shared/data/odd is not 
 
 FULL = ImageOptions(max_size=None)
 ORIENTATIONS = range(1, 9)
+TURNS = (1, 3, 6, 8)  # orientations that do not mirror
+MIRRORED = (2, 4, 5, 7)
 
 
 def photo(width: int = 160, height: int = 120, seed: int = 0) -> np.ndarray:
@@ -404,7 +407,7 @@ def test_colmap_reads_the_same_size_focal_length_and_position(tmp_path):
     save_with_exif(tmp_path / "a.jpg", {37386: 7.0, 41989: 26}, gps)
     save(tmp_path / "b.jpg", photo(), orientation=6)
     save(tmp_path / "c.tif", photo(seed=1), orientation=8)
-    save(tmp_path / "d.png", photo(seed=2), orientation=5)
+    save(tmp_path / "d.png", photo(seed=2), orientation=3)
     for record in scan(tmp_path):
         bitmap = pycolmap.Bitmap.read(str(record.path), True)
         assert record.size == (bitmap.width, bitmap.height), record.name
@@ -430,16 +433,24 @@ def test_a_pixel_found_upright_maps_back_to_its_stored_place(tmp_path, suffix, o
         stored[y, x, channel] = 255
     path = tmp_path / f"a.{suffix}"
     save(path, stored, orientation=orientation, **({"lossless": True} if suffix == "webp" else {}))
-    record = only(tmp_path, path.name)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(read_rgb(path), upright)
+    np.testing.assert_array_equal(read_rgb(path, upright=False), stored)
+    found = scan(tmp_path)
+    if orientation in MIRRORED:
+        (rejected,) = found.rejected
+        assert rejected.reason == "mirrored"
+        assert f"EXIF orientation {orientation}" in rejected.detail
+        assert "-auto-orient" in rejected.detail
+        assert scan(tmp_path, upright=False)[path.name].exif.orientation == 1
+        return
+    record = found[path.name]
     assert record.size == (90, 70)
     assert record.exif.orientation == orientation
     data = load(record, FULL)
     assert data.network_size == record.upright_size
     np.testing.assert_array_equal(data.to_original, record.upright_to_stored)
-    with Image.open(path) as image:
-        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    np.testing.assert_array_equal(read_rgb(record), upright)
-    np.testing.assert_array_equal(read_rgb(record, upright=False), stored)
     for channel, mark in marks.items():
         y, x = np.unravel_index(int(data.image[channel].argmax()), data.image.shape[1:])
         np.testing.assert_array_equal(data.to_original @ [x, y, 1], mark)
@@ -466,7 +477,7 @@ def test_a_deep_tiff_is_turned_once(tmp_path, orientation):
     np.testing.assert_array_equal(read_rgb(record, upright=False)[..., 0], deep // 257)
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize(
     ("size", "options"),
     [
@@ -546,7 +557,7 @@ def test_network_corners_cover_the_stored_image(
         np.testing.assert_allclose(high, np.array([width, height]) - 0.5, atol=1e-9)
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("max_size", [None, 150, 77])
 def test_mask_and_image_move_together(tmp_path, orientation, max_size):
     allowed = np.zeros((201, 303), bool)
@@ -679,11 +690,81 @@ def test_quarter_turns_turn_what_is_shown(tmp_path: Path, orientation: int) -> N
         assert np.array_equal(images.read_rgb(images.turned(record, turns)), expected)
 
 
-def test_mirrored_images_are_not_turned(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 5
-    Image.new("RGB", (70, 90)).save(tmp_path / "a.png", exif=exif)
-    record = images.scan(tmp_path)["a.png"]
-    assert images.turned(record, 4) is record
-    with pytest.raises(InputError, match="mirrored"):
-        images.turned(record, 1)
+# ----------------------------------------------------------------------------------- hostile files
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes pipes and links")
+def test_pipes_devices_and_dangling_links_are_named_without_waiting(tmp_path):
+    save(tmp_path / "a.jpg", photo(seed=1))
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        folder = os.getcwd()
+        os.chdir(tmp_path)  # such addresses are at most 107 characters
+        try:
+            server.bind("socket.jpg")
+        finally:
+            os.chdir(folder)
+        found = scan(tmp_path)
+    assert found.names == ["a.jpg"]
+    details = {rejected.name: rejected.detail for rejected in found.rejected}
+    assert details.keys() == {"pipe.jpg", "zero.png", "gone.jpg", "loop.jpg", "socket.jpg"}
+    assert "pipe or device" in details["pipe.jpg"]
+    assert "pipe or device" in details["zero.png"]
+    assert "No such file" in details["gone.jpg"]
+    with pytest.raises(InputError, match=r"pipe\.jpg cannot be read: it is a folder, pipe"):
+        read_rgb(tmp_path / "pipe.jpg")
+
+
+def test_a_file_of_more_bytes_than_the_limit_is_not_read(tmp_path):
+    path = save(tmp_path / "a.jpg", photo())
+    os.truncate(path, 2**40)  # a hole; nothing is written
+    (rejected,) = scan(tmp_path).rejected
+    assert "more than the limit" in rejected.detail
+
+
+def tiff(tags: dict[int, int], data: bytes) -> bytes:
+    """A little-endian TIFF of one directory; tags 273, 279, 324 and 325 as they come."""
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + data
+
+
+def bomb(kind: str) -> bytes:
+    gray = {258: 8, 259: 8, 262: 1, 277: 1}
+    flat = zlib.compress(bytes(30000), 9)
+    start = 8 + 2 + 4
+    if kind == "tiles":
+        tags = {
+            **gray,
+            256: 200,
+            257: 200,
+            322: 65520,
+            323: 65520,
+            324: start + 120,
+            325: len(flat),
+        }
+    else:
+        size = {"pixels": 30000, "limit": 40000}[kind]
+        tags = {**gray, 256: size, 257: size, 273: start + 108, 278: size, 279: len(flat)}
+    return tiff(tags, flat)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"), [("tiles", "tiles of 65520"), ("pixels", "cannot be in"), ("limit", "limit")]
+)
+def test_tiff_bombs_are_refused_before_decoding(tmp_path, kind, says):
+    (tmp_path / "a.tif").write_bytes(bomb(kind))
+    (rejected,) = scan(tmp_path).rejected
+    assert says in rejected.detail
+
+
+def test_a_tiff_is_not_held_to_pillows_smaller_limit(tmp_path, monkeypatch):
+    rgb = photo()
+    for name, options in {"raw": {}, "lzw": {"compression": "tiff_lzw"}}.items():
+        save(tmp_path / f"{name}.tif", rgb, **options)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert scan(tmp_path).names == ["lzw.tif", "raw.tif"]
+    np.testing.assert_array_equal(read_rgb(tmp_path / "lzw.tif"), rgb)
+    np.testing.assert_array_equal(read_rgb(tmp_path / "raw.tif"), rgb)

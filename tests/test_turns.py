@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gim_hloc.errors import InputError
 from gim_hloc.pipelines.turns import WeakGroup, best_turn, weak_groups
 
 KEYPOINTS = dict.fromkeys("abcdef", 1000)
@@ -61,10 +60,3 @@ def test_unsure_pairs_do_not_connect() -> None:
     assert weak_groups("abc", sums, keypoints) == []
     (alone,) = weak_groups("abc", sums, keypoints, bound=50)
     assert alone.members == ("c",)
-
-
-def test_images_that_cannot_be_turned_are_left() -> None:
-    def count(*_: object) -> int:
-        raise InputError("stored mirrored")
-
-    assert best_turn(group(a=10), count) == 0

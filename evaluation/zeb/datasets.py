@@ -615,7 +615,9 @@ def _verify_set(root: Path, zeb_set: ZebSet, *, decode: bool, progress: bool) ->
     problems += [f"{name}: missing, {uses[name]} pairs need it" for name in missing]
     if decode:
         names = sorted(uses.keys() - set(missing))
-        rejected = scan(folder, min_size=_CELL, names=names, progress=progress).rejected
+        rejected = scan(
+            folder, min_size=_CELL, names=names, upright=False, progress=progress
+        ).rejected
         problems += [str(image) for image in rejected if image.reason != "duplicate"]
     scenes = {pair.scene for pair in labels.pairs}
     return SetVerification(

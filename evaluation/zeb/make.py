@@ -305,7 +305,7 @@ def _unusable(root: Path, views: Mapping[str, MapView], options: MakeOptions) ->
             problems[name] = f"is not in {root}"
         else:
             there.append(name)
-    found = scan(root, min_size=_SMALLEST, names=there, progress=options.progress)
+    found = scan(root, min_size=_SMALLEST, names=there, upright=False, progress=options.progress)
     for rejected in found.rejected:
         problems[rejected.name] = f"cannot be used: {rejected.reason} ({rejected.detail})"
     for record in found:
