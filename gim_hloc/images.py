@@ -68,7 +68,7 @@ _LISTED_REJECTIONS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Exif:
-    """The EXIF values that matching and mapping use. Missing or absurd ones are None."""
+    """The EXIF values that matching and mapping use. Missing ones are None."""
 
     orientation: int = 1  # 1 to 8, EXIF 2.3; 1 = stored upright
     make: str | None = None  # maker of the camera
@@ -76,6 +76,7 @@ class Exif:
     focal_mm: float | None = None  # focal length in mm
     focal_35mm: float | None = None  # focal length in mm for the same view on 36 x 24 mm film
     sensor_mm: float | None = None  # long side of the sensor in mm, from FocalPlaneXResolution
+    pixels: tuple[float, float] | None = None  # width and height of the photo when it was taken
     gps: tuple[float, float, float | None] | None = None  # latitude, longitude in deg; altitude, m
 
 
@@ -708,7 +709,8 @@ def _read_exif(image: ImageFile, orientation: int) -> Exif:
         photo = exif.get_ifd(0x8769)
         values["focal_mm"] = _positive(photo.get(37386))
         values["focal_35mm"] = _positive(photo.get(41989))
-        values["sensor_mm"] = _sensor_mm(photo)
+        values["pixels"] = _pixels(photo)
+        values["sensor_mm"] = _sensor_mm(photo, values["pixels"])
         values["gps"] = _gps(exif.get_ifd(0x8825))
     return Exif(**values)
 
@@ -731,15 +733,18 @@ def _positive(value: Any) -> float | None:
     return number if number is not None and number > 0 else None
 
 
-def _sensor_mm(photo: dict[int, Any]) -> float | None:
+def _pixels(photo: dict[int, Any]) -> tuple[float, float] | None:
+    width, height = _positive(photo.get(40962)), _positive(photo.get(40963))
+    return None if width is None or height is None else (width, height)
+
+
+def _sensor_mm(photo: dict[int, Any], pixels: tuple[float, float] | None) -> float | None:
     """Long side of the sensor: pixels of the full photo / pixels per unit on the sensor."""
     unit_mm = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}.get(photo.get(41488, 2))
     per_unit = _positive(photo.get(41486))
-    pixels = max(_positive(photo.get(40962)) or 0.0, _positive(photo.get(40963)) or 0.0)
-    if unit_mm is None or per_unit is None:
+    if unit_mm is None or per_unit is None or pixels is None:
         return None
-    size = pixels / per_unit * unit_mm
-    return size if 1.0 <= size <= 100.0 else None  # phones to medium format
+    return max(pixels) / per_unit * unit_mm
 
 
 def _gps(ifd: dict[int, Any]) -> tuple[float, float, float | None] | None:
@@ -763,19 +768,58 @@ def _degrees(value: Any, reference: Any, negative: str) -> float | None:
     return -degrees if str(reference).strip("\0 ").upper() == negative else degrees
 
 
+# What lenses for photography span along the long side: 8.5 to 500 mm on film.
+_VIEW_DEGREES = (4.0, 130.0)
+_SENSOR_MM = (1.0, 100.0)  # phones to medium format
+
+
 def focal_prior(record: ImageRecord) -> float | None:
-    """Focal length in stored pixels from EXIF, or None.
+    """Focal length in stored pixels from EXIF, or None where it is missing or implausible.
 
     From the 35 mm equivalent by the ratio of diagonals, as COLMAP 4 does
     (``Bitmap::ExifFocalLength``); else from the focal length in mm and the sensor's size.
     """
+    return _judged_focal(record)[0]
+
+
+def doubtful_focal(record: ImageRecord) -> str | None:
+    """What is implausible about the focal length in EXIF, or None."""
+    return _judged_focal(record)[1]
+
+
+def _judged_focal(record: ImageRecord) -> tuple[float | None, str | None]:
     exif = record.exif
+    stated: dict[str, float] = {}
     if exif.focal_35mm is not None:
         diagonal = math.hypot(record.width, record.height)
-        return exif.focal_35mm / _FULL_FRAME_DIAGONAL_MM * diagonal
+        stated[f"{exif.focal_35mm:g} mm on 35 mm film"] = (
+            exif.focal_35mm / _FULL_FRAME_DIAGONAL_MM * diagonal
+        )
+    doubts = []
     if exif.focal_mm is not None and exif.sensor_mm is not None:
-        return exif.focal_mm / exif.sensor_mm * max(record.width, record.height)
-    return None
+        what = f"{exif.focal_mm:g} mm on a sensor of {exif.sensor_mm:.3g} mm"
+        if _SENSOR_MM[0] <= exif.sensor_mm <= _SENSOR_MM[1]:
+            stated[what] = exif.focal_mm / exif.sensor_mm * max(record.size)
+        else:
+            doubts.append(f"{what}, which no camera has")
+    for what, focal in list(stated.items()):
+        view = math.degrees(2 * math.atan2(max(record.size), 2 * focal))
+        if not _VIEW_DEGREES[0] <= view <= _VIEW_DEGREES[1]:
+            doubts.append(f"{what}, a field of view of {view:.3g} degrees")
+            del stated[what]
+    if stated and exif.pixels is not None:
+        (short, long), (of_short, of_long) = sorted(record.size), sorted(exif.pixels)
+        if abs(short / long * of_long / of_short - 1) > 0.03:
+            doubts.append(
+                f"{next(iter(stated))}, of a photo of {exif.pixels[0]:g}x{exif.pixels[1]:g} pixels "
+                "before it was cropped"
+            )
+            stated.clear()
+    # The diagonals of sensors of other proportions differ, and so may what the maker calls it.
+    if len(stated) == 2 and max(stated.values()) > 1.3 * min(stated.values()):
+        doubts.append(" but ".join(stated))
+        stated.clear()
+    return next(iter(stated.values()), None), "; ".join(doubts) or None
 
 
 # ------------------------------------------------------------------------------------------ reading

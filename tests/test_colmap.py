@@ -274,6 +274,15 @@ def test_auto_groups_by_size_and_exif_camera() -> None:
         groups(records, camera_mode="single")
 
 
+def test_implausible_exif_is_named_once_for_all_images_that_have_it():
+    records = [record(f"{i}.jpg", focal_35mm=1.0) for i in range(3)]
+    (camera,), (note,) = colmap.assign_cameras(records, CameraOptions())
+    assert not camera.prior
+    assert camera.params[0] == 1.2 * WIDTH
+    assert note.startswith("The focal length in EXIF of 0.jpg and 2 more is implausible")
+    assert "1 mm on 35 mm film" in note
+
+
 def test_exif_focal_is_a_prior_and_a_guess_is_not() -> None:
     known, guessed = colmap.assign_cameras(
         [record("a.jpg", focal_35mm=35.0), record("b.jpg", width=400)], CameraOptions()

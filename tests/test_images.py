@@ -22,6 +22,7 @@ from gim_hloc.errors import InputError
 from gim_hloc.images import (
     Exif,
     ImageRecord,
+    doubtful_focal,
     focal_prior,
     load,
     network_size,
@@ -386,6 +387,46 @@ def test_exif_values_and_focal_priors(tmp_path):
     assert focal_prior(images["sensor.jpg"]) == pytest.approx(10 / 20 * 400)
     assert images["neither.jpg"].exif.focal_35mm is None
     assert focal_prior(images["neither.jpg"]) is None
+    assert [doubtful_focal(image) for image in images] == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("exif", "focal_px", "doubt"),
+    [
+        ({41989: 1}, None, "1 mm on 35 mm film, a field of view of 173 degrees"),
+        ({41989: 65535}, None, "65535 mm on 35 mm film, a field of view of 0.0"),
+        ({37386: 4.3, 41989: 4}, None, "4 mm on 35 mm film, a field of view of 15"),
+        # What is left is used: 4.3 mm on a sensor of 6 mm.
+        (
+            {41989: 4, 37386: 4.3, 41486: 2540.0, 41488: 2, 40962: 600, 40963: 450},
+            4.3 / 6 * 400,
+            "4 mm on 35 mm film",
+        ),
+        (
+            {37386: 28.0, 41486: 40000.0, 41488: 3, 40962: 2880, 40963: 2160},
+            None,
+            "28 mm on a sensor of 0.72 mm, which no camera has",
+        ),
+        # The resolution is of before resizing: 35 mm film says otherwise.
+        (
+            {37386: 28.0, 41989: 28, 41486: 111.1, 41488: 4, 40962: 800, 40963: 600},
+            None,
+            "28 mm on 35 mm film but 28 mm on a sensor of 7.2 mm",
+        ),
+        ({41989: 26, 40962: 4000, 40963: 2250}, None, "before it was cropped"),
+        ({41989: 26, 40962: 3000, 40963: 4000}, 26 / 43.27 * 500, None),  # turned, not cropped
+        ({41989: 9}, 9 / 43.27 * 500, None),
+        ({41989: 400}, 400 / 43.27 * 500, None),
+    ],
+)
+def test_implausible_focal_lengths_are_no_prior(tmp_path, exif, focal_px, doubt):
+    save_with_exif(tmp_path / "a.jpg", exif)
+    record = only(tmp_path, "a.jpg")
+    assert focal_prior(record) == (None if focal_px is None else pytest.approx(focal_px, rel=1e-3))
+    if doubt is None:
+        assert doubtful_focal(record) is None
+    else:
+        assert doubt in doubtful_focal(record)
 
 
 def test_damaged_exif_does_not_spoil_the_image(tmp_path):

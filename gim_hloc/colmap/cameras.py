@@ -18,6 +18,7 @@ import pycolmap
 from gim_hloc.colmap.model_files import binary_cameras, image_cameras
 from gim_hloc.errors import InputError
 from gim_hloc.files import by_unicode_form, read_text
+from gim_hloc.images import doubtful_focal, focal_prior
 
 if TYPE_CHECKING:
     from gim_hloc.images import ImageRecord
@@ -177,7 +178,24 @@ def assign_cameras(
                 "--camera-mode auto."
             )
         group.names.append(record.name)
-    return list(groups.values()), notes
+    return list(groups.values()), notes + _doubts(
+        [record for record in images if record.name not in given]
+    )
+
+
+def _doubts(images: Sequence[ImageRecord]) -> list[str]:
+    """A note for each implausible focal length in EXIF that was ignored."""
+    doubtful: dict[str, list[str]] = {}
+    for record in images:
+        doubt = doubtful_focal(record)
+        if doubt is not None:
+            doubtful.setdefault(doubt, []).append(record.name)
+    return [
+        f"The focal length in EXIF of {names[0]}"
+        + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        + f" is implausible and was ignored: {doubt}."
+        for doubt, names in doubtful.items()
+    ]
 
 
 def _group_key(record: ImageRecord, spec: CameraSpec | None, mode: CameraMode) -> tuple[Any, ...]:
@@ -203,8 +221,6 @@ def _group_key(record: ImageRecord, spec: CameraSpec | None, mode: CameraMode) -
 
 
 def _guessed_camera(record: ImageRecord, model: str) -> CameraSpec:
-    from gim_hloc.images import focal_prior
-
     focal = focal_prior(record)
     # COLMAP's guess for an unknown camera.
     value = focal if focal else 1.2 * max(record.width, record.height)
