@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gim_hloc import weights
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.filled import SEED, fill_state_dict
-from gim_hloc.weight_checks import NETWORKS, expected_shapes
+from gim_hloc.weight_checks import expected_shapes
 
 # Name of the network in the fill recipe, and the prefix of each of its parts in the file.
 _LAYOUT: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -41,7 +42,7 @@ def write_checkpoint(file: str, path: Path, *, seed: str = SEED) -> Path:
         raise InputError(f"No made-up {file}; there are: {', '.join(_LAYOUT)}.")
     model, prefixes = _LAYOUT[file]
     keys: dict[str, list[object]] = {}
-    for part, prefix in zip(NETWORKS[file], prefixes, strict=True):
+    for part, prefix in zip(weights.published()[file].networks, prefixes, strict=True):
         for name, shape in expected_shapes(part).items():
             dtype = "int64" if name.endswith("num_batches_tracked") else "float32"
             keys[prefix + name] = [list(shape), dtype]

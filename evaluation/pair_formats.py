@@ -31,7 +31,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.zeb.datasets import BadLabel, check_calibration
-from gim_hloc.npz_reader import read_npz
+from gim_hloc.pickles import read_npz
 
 Format = Literal["superglue", "megadepth", "scannet", "homography", "pairs"]
 POSED: tuple[Format, ...] = ("superglue", "megadepth", "scannet")

@@ -258,7 +258,7 @@ def load_segmentation(device: str = "auto") -> Any:
     paths = {part: weights.locate(name) for part, name in _SEGMENTATION.items()}
     model = Segmentation()
     for part, path in paths.items():
-        state = weights.load_state_dict(path, inside=("state_dict",))
+        state = weights.load_state_dict(path)
         load_segmentation_state(getattr(model, part), state, path=path)
     return model.eval().requires_grad_(False).to(resolve_device(device))
 

@@ -10,15 +10,16 @@ import hashlib
 import importlib.util
 import logging
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import platformdirs
+import yaml
+
 from gim_hloc.errors import WeightsError
-from gim_hloc.weight_files import PUBLISHED, WeightFile
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +27,82 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "GIM_HLOC_WEIGHTS"
-_CHUNK = 1 << 20  # bytes read at once while hashing
 
 
-_known: dict[str, WeightFile] = {}
+@dataclass(frozen=True, kw_only=True)
+class NetworkPart:
+    """A network that a weight file fills, or one of several.
+
+    Attributes:
+        network: for messages.
+        made_by: "module:attribute" of its class, or of a function that returns names and shapes.
+        arguments: of that class or function.
+        unwrapping: key of ``UNWRAPPING``, or None.
+        renamed_by: "module:function" that gives a state dict the network's names, or None.
+        optional: names that may be missing or superfluous.
+        ignored: ends of names that nothing reads in evaluation.
+    """
+
+    network: str
+    made_by: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    unwrapping: str | None = None
+    renamed_by: str | None = None
+    optional: Sequence[str] = ()
+    ignored: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFile:
+    """A published weight file and where it can be had.
+
+    Attributes:
+        name: file name under which it is looked for and cached.
+        used_by: names of the matchers that need it.
+        sources: addresses, tried in order.
+        licence: licence of the trained weights.
+        commercial: whether that licence allows commercial use.
+        aliases: other names under which the same weights are published.
+        carrier: (importable package, sub-folder) that ships the file, or None.
+        size: bytes, or None where it is not known.
+        about: bytes by count of the weights where ``size`` is not known: good for estimates only.
+        git_blob: SHA-1 that git gives the content, or None where it is not known.
+        sha256: first hex digits of the SHA-256, or None where they are not known.
+        inside: keys under one of which the state dict may lie in the file, beside the usual ones.
+        networks: what the file fills.
+    """
+
+    name: str
+    used_by: Sequence[str]
+    sources: Sequence[str]
+    licence: str
+    commercial: bool = False
+    aliases: Sequence[str] = ()
+    carrier: Sequence[str] | None = None
+    size: int | None = None
+    about: int | None = None
+    git_blob: str | None = None
+    sha256: str | None = None
+    inside: Sequence[str] = ()
+    networks: Sequence[NetworkPart] = ()
+
+    def saved_name(self, source: str) -> str:
+        """Name for the cache of what ``source`` gives: safetensors keep their suffix."""
+        path = source.partition("?")[0]
+        if path.endswith(".safetensors") and not self.name.endswith(".safetensors"):
+            return self.name.rpartition(".")[0] + ".safetensors"
+        return self.name
+
+
+def published() -> dict[str, WeightFile]:
+    """The table of published files, ``weights.yaml``, by name."""
+    rows = yaml.safe_load(Path(__file__).with_name("weights.yaml").read_text(encoding="utf-8"))
+    for row in rows:
+        row["networks"] = [NetworkPart(**part) for part in row.get("networks", ())]
+    return {row["name"]: WeightFile(**row) for row in rows}
+
+
+_known = published()
 
 
 def register(file: WeightFile) -> WeightFile:
@@ -43,10 +116,6 @@ def known() -> list[WeightFile]:
     return [_known[name] for name in sorted(_known)]
 
 
-for _file in PUBLISHED:
-    register(_file)
-
-
 def find(name: str) -> WeightFile | None:
     """The known weight file of a name or alias, or None."""
     if name in _known:
@@ -56,15 +125,7 @@ def find(name: str) -> WeightFile | None:
 
 def cache_folder() -> Path:
     """Folder of downloaded weights: the platform's cache folder, ``gim_hloc/weights`` in it."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
-        base = Path(os.environ["LOCALAPPDATA"])
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path.home() / ".cache"
-    return base / "gim_hloc" / "weights"
+    return platformdirs.user_cache_path("gim_hloc", appauthor=False) / "weights"
 
 
 def locate(name: str, *, download: bool = True) -> Path:
@@ -99,18 +160,15 @@ def _download(file: WeightFile) -> Path:
     from gim_hloc import downloads
 
     failures = []
-    # Asked first and of all hosts at once: without a network the answer takes seconds.
-    problems = downloads.unreachable(file.sources)
     for source in file.sources:
-        if source in problems:
-            failures.append(f"  {source} ({problems[source]})")
-            continue
+        original = file.saved_name(source) == file.name
         try:
             return downloads.fetch(
                 source,
                 cache_folder() / file.saved_name(source),
-                check=partial(_check_content, file=file, source=source),
-                size=None if file.saved_name(source) != file.name else file.size,
+                check=partial(_check_content, file=file, original=original),
+                size=file.size if original else None,
+                most=2 * (file.size or file.about or _LARGEST // 2) + _HEADER,
             )
         except (OSError, WeightsError) as error:
             logger.warning("%s: %s", source, error)
@@ -118,20 +176,29 @@ def _download(file: WeightFile) -> Path:
     return _refuse(file, failures)
 
 
-def _check_content(part: Path, file: WeightFile, source: str) -> None:
-    """Refuse what is not the published file."""
-    if file.saved_name(source) != file.name:
-        # The same weights in another format: neither size nor hash is the original's.
+_LARGEST = 8 << 30  # bytes of a download of which nothing is known
+_HEADER = 1 << 20  # bytes beside the numbers
+
+
+def _check_content(part: Path, file: WeightFile, original: bool) -> None:
+    """Refuse what is not the published file; the same weights in another format are only read."""
+    problem = wrong_hash(part, file) if original else None
+    if problem:
+        raise WeightsError(f"the content is not the published file's ({problem})")
+    if not (original and (file.git_blob or file.sha256 or file.size)):
         load_state_dict(part, inside=file.inside)
-        return
-    size = part.stat().st_size
+
+
+def wrong_hash(path: Path, file: WeightFile) -> str | None:
+    """How size or hash differ from those of the published file; None where they do not."""
+    size = path.stat().st_size
     if file.size is not None and size != file.size:
-        raise WeightsError(f"the file has {size} bytes, expected {file.size}")
-    if file.git_blob is not None:
-        if git_blob(part) != file.git_blob:
-            raise WeightsError("the content is not the published file's (git blob hash differs)")
-    elif file.size is None:
-        load_state_dict(part, inside=file.inside)
+        return f"{size} bytes, not {file.size}"
+    if file.git_blob is not None and (blob := git_blob(path)) != file.git_blob:
+        return f"git blob hash {blob}, not {file.git_blob}"
+    if file.sha256 is not None and not (digest := sha256(path)).startswith(file.sha256):
+        return f"SHA-256 {digest}, not {file.sha256}…"
+    return None
 
 
 def search_folders(file: WeightFile | None = None) -> list[Path]:
@@ -178,9 +245,9 @@ def _refuse(file: WeightFile, addresses: Sequence[str]) -> NoReturn:
 
 def git_blob(path: str | Path) -> str:
     """SHA-1 that git gives a file's content."""
-    path = Path(path)
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    return _digest(path, digest)
+    head = hashlib.sha1(f"blob {Path(path).stat().st_size}\0".encode(), usedforsecurity=False)
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: head).hexdigest()
 
 
 _sha256_memo: dict[tuple[str, int, int], str] = {}
@@ -192,51 +259,85 @@ def sha256(path: str | Path) -> str:
     stat = path.stat()
     key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
     if key not in _sha256_memo:
-        _sha256_memo[key] = _digest(path, hashlib.sha256())
+        with path.open("rb") as stream:
+            _sha256_memo[key] = hashlib.file_digest(stream, "sha256").hexdigest()
     return _sha256_memo[key]
-
-
-def _digest(path: Path, digest: Any) -> str:
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    value: str = digest.hexdigest()
-    return value
-
-
-def load_state_dict(
-    path: str | Path, inside: Sequence[str] = ("state_dict",)
-) -> dict[str, torch.Tensor]:
-    """Read a state dict, executing nothing that the file may contain.
-
-    Files of ``torch.save`` (also those of training frameworks that hold other objects) and of
-    safetensors are told apart by their content.
-
-    Args:
-        path: the file.
-        inside: keys under one of which the state dict may lie (the first that exists is opened).
-
-    Raises:
-        WeightsError: the file is damaged, is not a checkpoint, or holds no state dict.
-    """
-    from gim_hloc import checkpoint_reader
-
-    path = Path(path)
-    try:
-        return checkpoint_reader.read(path, inside)
-    except FileNotFoundError:
-        raise WeightsError(f"The weight file {path} does not exist.") from None
-    except OSError as error:
-        raise WeightsError(f"The weight file {path} cannot be read: {error}.") from error
-    except checkpoint_reader.UnreadableError as error:
-        raise WeightsError(
-            f"{path} cannot be read as a weight file: {error}. If it was downloaded, delete it and "
-            "fetch it again."
-        ) from error
 
 
 NOTES = "gim_hloc"
 """Key beside the state dict in a checkpoint of ours, under which notes for matchers lie."""
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+# What DDP, torch.compile, FSDP and activation checkpoints put into names; no network here has them.
+_WRAPPER_NAMES = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def load_state_dict(path: str | Path, inside: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Read a state dict, executing nothing that the file may contain.
+
+    Files of ``torch.save`` (also those of training frameworks that hold other objects) and of
+    safetensors are told apart by their content. What wraps a state dict is taken off: the keys
+    ``state_dict``, ``model_state_dict`` and ``model``, and the parts of names that come from DDP
+    and torch.compile. Plain numbers and texts beside the tensors are left out.
+
+    Args:
+        path: the file.
+        inside: other keys under one of which the state dict may lie.
+
+    Raises:
+        WeightsError: the file is damaged, is not a checkpoint, holds no state dict, or numbers in
+            it are not finite.
+    """
+    path = Path(path)
+    content = _read(path)
+    while isinstance(content, dict):
+        below = next((k for k in (*inside, *_WRAPPERS) if isinstance(content.get(k), dict)), None)
+        if below is None:
+            break
+        content = content[below]
+    state = _tensors(path, content)
+    size = path.stat().st_size
+    for name, value in state.items():
+        if value.numel() * value.element_size() > size:
+            raise _unreadable(path, f"{name[:80]!r} claims more numbers than the file holds")
+        # Formats of one byte have neither extremes nor, some of them, infinities.
+        numbers = value.is_floating_point() and value.element_size() > 1 and value.numel() > 0
+        if numbers and not all(bound.isfinite() for bound in value.aminmax()):
+            raise WeightsError(
+                f"{path} holds numbers that are not finite: {name!r}. They come from a training "
+                "that diverged; use an earlier checkpoint."
+            )
+    return state
+
+
+def _tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, by names without what wrapped the network."""
+    import torch
+
+    if not isinstance(content, dict):
+        raise _unreadable(path, f"it holds no state dict (names and tensors) but {_kind(content)}")
+    state: dict[str, torch.Tensor] = {}
+    for key, value in content.items():
+        if isinstance(value, (str, int, float, type(None))):
+            continue
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise _unreadable(
+                path,
+                f"it holds no state dict (names and tensors): {str(key)[:80]!r} is {_kind(value)}",
+            )
+        name = ".".join(part for part in key.split(".") if part not in _WRAPPER_NAMES)
+        if name in state:
+            raise WeightsError(f"{path} holds {name!r} twice, with and without a wrapper's name.")
+        state[name] = value
+    if content and not state:
+        raise _unreadable(path, "it holds no state dict (names and tensors)")
+    return state
+
+
+def _kind(value: Any) -> str:
+    from gim_hloc.pickles import Foreign
+
+    return value.name if isinstance(value, Foreign) else type(value).__name__
 
 
 def load_notes(path: str | Path) -> dict[str, str]:
@@ -248,13 +349,30 @@ def load_notes(path: str | Path) -> dict[str, str]:
     Raises:
         WeightsError: the file is damaged or is not a checkpoint.
     """
-    from gim_hloc import checkpoint_reader
+    content = _read(Path(path))
+    notes = content.get(NOTES) if isinstance(content, dict) else None
+    if not isinstance(notes, dict):
+        return {}
+    return {k: v for k, v in notes.items() if isinstance(k, str) and isinstance(v, str)}
 
-    path = Path(path)
+
+def _read(path: Path) -> Any:
+    from gim_hloc import pickles
+
     try:
-        return checkpoint_reader.read_notes(path, NOTES)
-    except (OSError, checkpoint_reader.UnreadableError) as error:
-        raise WeightsError(f"{path} cannot be read as a weight file: {error}.") from error
+        return pickles.read_checkpoint(path)
+    except FileNotFoundError:
+        raise WeightsError(f"The weight file {path} does not exist.") from None
+    except OSError as error:
+        raise WeightsError(f"The weight file {path} cannot be read: {error}.") from error
+    except pickles.UnreadableError as error:
+        raise _unreadable(
+            path, f"{error}. If it was downloaded, delete it and fetch it again"
+        ) from error
+
+
+def _unreadable(path: Path, why: str) -> WeightsError:
+    return WeightsError(f"{path} cannot be read as a weight file: {why}.")
 
 
 @dataclass(frozen=True)
@@ -266,16 +384,18 @@ class Unwrapping:
 
 
 UNWRAPPING: Mapping[str, Unwrapping] = {
-    "gim_loftr": Unwrapping(strip=("model.", "matcher.")),
-    "gim_dkm": Unwrapping(strip=("model.",), drop=("encoder.net.fc",)),
-    "gim_roma": Unwrapping(strip=("model.",)),
-    "gim_lightglue.detector": Unwrapping(strip=("superpoint.",), drop=("model.",)),
-    "gim_lightglue.matcher": Unwrapping(strip=("model.",), drop=("superpoint.",)),
     "loftr": Unwrapping(strip=("model.", "matcher.")),
     "dkm": Unwrapping(strip=("model.",), drop=("encoder.net.fc",)),
     "roma": Unwrapping(strip=("model.",)),
+    # Names of GIM, then of glue-factory; both keep both networks in one file.
+    "lightglue.detector": Unwrapping(
+        strip=("superpoint.", "extractor."), drop=("model.", "matcher.")
+    ),
+    "lightglue.matcher": Unwrapping(
+        strip=("model.", "matcher."), drop=("superpoint.", "extractor.")
+    ),
 }
-"""What the published checkpoints need, by network."""
+"""What checkpoints need, by network."""
 
 
 def unwrap(network: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -378,8 +498,8 @@ def check_names(
         lines[0] += f" Its names are those of {other}."
     for label, names in differences.items():
         if names:
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            lines.append(f"  {label}: {', '.join(names[:8])}{more}")
+            more = ", …" if len(names) > 8 else ""
+            lines.append(f"  {label} ({len(names)}): {', '.join(names[:8])}{more}")
     raise WeightsError("\n".join(lines))
 
 

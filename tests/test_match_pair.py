@@ -550,12 +550,12 @@ def test_bad_options(
 ) -> None:
     from gim_hloc import downloads
 
-    def unreachable(sources: Sequence[str]) -> dict[str, Any]:
-        return dict.fromkeys(sources, "no network in this test")
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise OSError("no network in this test")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("GIM_HLOC_WEIGHTS", raising=False)
-    monkeypatch.setattr(downloads, "unreachable", unreachable)
+    monkeypatch.setattr(downloads, "_open", unreachable)
     (tmp_path / "file").write_text("in the way")
     arguments = [str(tmp_path / "file") if option == "FILE" else option for option in options]
     assert command.main([*map(str, pair), *arguments]) == 2

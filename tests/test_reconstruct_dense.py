@@ -277,8 +277,7 @@ def test_gim_dkm_without_its_weights_says_what_to_fetch(
     def unreachable(*_: Any, **__: Any) -> Any:
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(downloads.socket, "create_connection", unreachable)
-    monkeypatch.setattr(downloads.socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(downloads, "_open", unreachable)
     code = main([str(scene_folder / "images"), str(tmp_path / "out"), "--matcher", "gim_dkm"])
     error = capsys.readouterr().err
     assert code == 2

@@ -12,8 +12,7 @@ from torch import nn
 
 from gim_hloc import downloads, weight_checks, weights
 from gim_hloc.cli import weights as command
-from gim_hloc.weight_checks import NetworkPart
-from gim_hloc.weight_files import PUBLISHED
+from gim_hloc.weights import NetworkPart
 
 
 class Net(nn.Module):
@@ -48,6 +47,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(weights, "_known", {})
     mirror = tmp_path / "mirror"
     mirror.mkdir()
+    part = NetworkPart(network="Net", made_by=f"{__name__}:Net", unwrapping="roma")
     for name, users, commercial in (
         ("net.ckpt", ("one", "two"), True),
         ("extra.pth", ("two",), False),
@@ -61,10 +61,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 licence="MIT" if commercial else "for looking at only",
                 commercial=commercial,
                 about=1_000_000,
+                networks=[part] if name == "net.ckpt" else [],
             )
         )
-    part = NetworkPart(network="Net", made_by=f"{__name__}:Net", unwrapping="gim_roma")
-    monkeypatch.setattr(weight_checks, "NETWORKS", {"net.ckpt": (part,)})
     return mirror
 
 
@@ -88,7 +87,7 @@ def test_list(
 def test_list_of_the_real_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_known", {file.name: file for file in PUBLISHED})
+    monkeypatch.setattr(weights, "_known", weights.published())
     assert command.main(["list"]) == 0
     assert "gim_dkm_100h.ckpt" in capsys.readouterr().out
     assert command.main(["list", "gim_roma", "--json"]) == 0
@@ -158,8 +157,8 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["verify", str(wrong), "one", "--json"]) == 1
     first, second = json.loads(capsys.readouterr().out)
     assert (first["good"], second["good"]) == (False, True)
-    assert "missing: layer.bias, layer.weight" in first["detail"]
-    assert "unexpected: first.bias" in first["detail"]
+    assert "missing (2): layer.bias, layer.weight" in first["detail"]
+    assert "unexpected (4): first.bias" in first["detail"]
     assert first["git_blob"] == weights.git_blob(wrong)
     unknown = checkpoint(tmp_path / "mine.pth", Other())
     assert command.main(["verify", str(unknown)]) == 0

@@ -156,7 +156,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
     if not path.is_file():
         raise InputError(f"There is no file {path} to take weights from.")
-    return dict(weights.load_state_dict(path, inside=("state_dict",)))
+    return dict(weights.load_state_dict(path))
 
 
 # ------------------------------------------------------------------------------------------ ranking

@@ -15,7 +15,7 @@ import tyro
 from gim_hloc import weights
 from gim_hloc.cli import common
 from gim_hloc.errors import GimError, InputError, WeightsError
-from gim_hloc.weight_files import WeightFile
+from gim_hloc.weights import WeightFile
 
 if TYPE_CHECKING:
     from gim_hloc.weight_checks import Verdict

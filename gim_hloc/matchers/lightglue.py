@@ -165,16 +165,15 @@ def load_extractor(name: str, path: Path) -> torch.nn.Module:
         from gim_hloc.networks.aliked import ALIKED
 
         published = kornia.feature.ALIKED("aliked-n16")
-        state = weights.load_state_dict(path, inside=["state_dict"])
+        state = weights.load_state_dict(path)
         weights.load_into(published, state, path=path, optional=["dkd.hw_grid"])
         network: torch.nn.Module = ALIKED.from_kornia(published)
     elif name in _SUPERPOINT:
         from gim_hloc.networks.superpoint import SuperPoint
 
         network = SuperPoint()
-        state = weights.load_state_dict(path, inside=["state_dict"])
-        if name == "gim_lightglue":
-            state = weights.unwrap("gim_lightglue.detector", state)
+        state = weights.load_state_dict(path)
+        state = weights.unwrap("lightglue.detector", state)
         weights.load_into(network, state, path=path)
     else:
         from gim_hloc.networks.disk import DISK
@@ -189,10 +188,8 @@ def _load_glue(
 ) -> torch.nn.Module:
     from gim_hloc.networks.lightglue import LightGlue, published_shapes, sizes_of
 
-    state = weights.load_state_dict(path, inside=["state_dict"])
-    if name == "gim_lightglue":
-        state = weights.unwrap("gim_lightglue.matcher", state)
-    state = published_names(state)
+    state = weights.load_state_dict(path)
+    state = published_names(weights.unwrap("lightglue.matcher", state))
     sizes = {"input_dim": descriptor_dim(name), **sizes_of(state)}
     shapes = published_shapes(**sizes)
     weights.check_names(shapes, state, path=path, network="LightGlue", optional=UNREAD)

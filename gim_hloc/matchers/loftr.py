@@ -191,8 +191,8 @@ class LoFTRMatcher(MatcherBase[LoFTREncoding]):
         if network is None:
             path = weights.locate(file)
             hashes[file] = weights.sha256(path)
-            state = weights.load_state_dict(path, inside=("state_dict",))
-            state = weights.unwrap("gim_loftr" if name == "gim_loftr" else "loftr", state)
+            state = weights.load_state_dict(path)
+            state = weights.unwrap("loftr", state)
             positional = options.positional
             if positional == "auto":
                 noted = weights.load_notes(path).get(NOTE)

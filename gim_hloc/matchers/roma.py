@@ -104,7 +104,7 @@ def load_roma(state: Mapping[str, torch.Tensor], *, path: str) -> RoMa:
     Raises:
         WeightsError: names or shapes are not this network's.
     """
-    state = weights.unwrap("gim_roma", state)
+    state = weights.unwrap("roma", state)
     with torch.device("meta"):
         network = RoMa(RoMaConfig.of(state))
     return _assign(network, state, path)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.npz_reader import read_npz
+from gim_hloc.pickles import read_npz
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.depth_maps import MILLIMETRES
 from gim_hloc.training.data.posed import View, read_view

@@ -199,8 +199,11 @@ class DenseTraining(TrainingModel):
 
     def load_checkpoint(self, state: Mapping[str, torch.Tensor]) -> None:
         """See ``TrainingModel``."""
-        plain = weights.unwrap(self.name, state)
-        weights.load_into(self.network, plain, path="the checkpoint")
+        self._load(state, "the checkpoint")
+
+    def _load(self, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+        plain = weights.unwrap(self.name.removeprefix("gim_"), state)
+        weights.load_into(self.network, plain, path=path)
 
     def initialise(self, path: Path | None) -> None:
         """Start from ImageNet's encoder, or go on from a checkpoint of this network.
@@ -219,7 +222,7 @@ class DenseTraining(TrainingModel):
             return
         state = weights.load_state_dict(path)
         if weights.recognise(state) == weights.recognise(self.network.state_dict()):
-            weights.load_into(self.network, weights.unwrap(self.name, state), path=path)
+            self._load(state, path)
             return
         encoder, part = self.encoder_part(state)
         counters = [key for key in encoder.state_dict() if key.endswith("num_batches_tracked")]

@@ -323,9 +323,9 @@ class LightGlueTraining(TrainingModel):
     def _load(self, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
         glue = dict(state)
         if self.name == "gim_lightglue":
-            detector = weights.unwrap("gim_lightglue.detector", state)
+            detector = weights.unwrap("lightglue.detector", state)
             weights.load_into(self.detector, detector, path=path)
-            glue = weights.unwrap("gim_lightglue.matcher", state)
+            glue = weights.unwrap("lightglue.matcher", state)
         self._load_glue(glue, path)
 
     def _load_glue(self, state: Mapping[str, torch.Tensor], path: str | Path) -> None:

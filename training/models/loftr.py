@@ -267,7 +267,7 @@ class LoFTRTraining(TrainingModel):
 
     def load_checkpoint(self, state: Mapping[str, torch.Tensor]) -> None:
         """See ``TrainingModel``."""
-        plain = weights.unwrap("gim_loftr", state)
+        plain = weights.unwrap("loftr", state)
         weights.load_into(self.network, plain, path="the checkpoint")
 
     def initialise(self, path: Path | None) -> None:
@@ -286,7 +286,7 @@ class LoFTRTraining(TrainingModel):
             return
         state = weights.load_state_dict(path)
         if weights.recognise(state) == "LoFTR":
-            plain = weights.unwrap("gim_loftr", state)
+            plain = weights.unwrap("loftr", state)
             weights.load_into(self.network, plain, path=path)
             return
         encoder: Any = self.network.backbone.encode

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gim_hloc.errors import InputError
-from gim_hloc.npz_reader import read_npz
+from gim_hloc.pickles import read_npz
 
 
 def same(a: object, b: object) -> bool:
@@ -168,3 +168,64 @@ def test_any_nesting_of_data_survives(value: object) -> None:
         path = Path(folder) / "x.npz"
         path.write_bytes(buffer.getvalue())
         assert same(value, read_npz(path)["a"][0])
+
+
+def nested(levels: int) -> bytes:
+    """A pickle of lists, each of which holds the one before twice: 2^levels items."""
+    code = b"]q\x00."[:-1]
+    for level in range(levels):
+        code += b"]q" + bytes([level + 1]) + b"(h" + bytes([level]) + b"h" + bytes([level]) + b"e"
+    return code
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\x80\x02(" + nested(100) + b"l.",  # never ends for who walks through it
+        b"(cbuiltins\nbytearray\n(L7800000000L\ntRl.",
+        b"(cbuiltins\nbytes\n(L7800000000L\ntRl.",
+        b"(cnumpy\nndarray\n(L7800000000L\ntRl.",
+        b"\x80\x04(\x8e" + (1 << 40).to_bytes(8, "little") + b"l.",
+        b"\x80\x05(\x96" + (1 << 40).to_bytes(8, "little") + b"l.",
+        b"(cnumpy\ndtype\n(S'V999999999'\ntR}S'a'\nsbl.",
+        # A type of objects that says that it holds none: its bytes would be taken for pointers.
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I1\nt"
+        b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS'AAAAAAAA'\ntb.",
+    ],
+)
+def test_bombs_in_pickles_are_refused(tmp_path: Path, payload: bytes) -> None:
+    with pytest.raises(InputError, match=r"bad\.npz"):
+        read_npz(with_payload(tmp_path / "bad.npz", payload))
+
+
+@pytest.mark.parametrize("shape", ["(10**18,)", "(1000000000000000000,)", "(-1,)", "(True, 2)"])
+@pytest.mark.parametrize("kind", ["<f8", "|V0", "|O", "<U0"])
+def test_shapes_beyond_the_file_are_refused(tmp_path: Path, shape: str, kind: str) -> None:
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (63 - (10 + len(header)) % 64) + b"\n"
+    member = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    (tmp_path / "bad.npy").write_bytes(member)
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+        archive.writestr("a.npy", member)
+    for name in ("bad.npy", "bad.npz"):
+        with pytest.raises(InputError, match=name.replace(".", r"\.")):
+            read_npz(tmp_path / name)
+
+
+def test_archives_that_unpack_to_anything_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, a=np.zeros(1000))
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 24 : entry + 28] = (4_000_000_000).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.npy would unpack to 4,000,000,000 bytes"):
+        read_npz(path)
+
+
+def test_byte_orders_of_arrays_of_objects(tmp_path: Path) -> None:
+    kinds = [">f4", "<f8", ">i2", ">U3", "S4", "?", ">c8"]
+    content = objects(*(np.array([1, 0, 2]).astype(kind) for kind in kinds * 2))
+    np.savez(tmp_path / "a.npz", a=content)
+    with np.load(tmp_path / "a.npz", allow_pickle=True) as file:
+        assert same(file["a"], read_npz(tmp_path / "a.npz")["a"])  # NumPy swaps to native order
