@@ -7,10 +7,13 @@ Arrays never have more numbers than the file has bytes for.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import mmap
 import pickle
 import re
+import struct
 import types
 import zipfile
 from collections.abc import Callable, Mapping
@@ -149,85 +152,105 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def _read_archive(path: Path) -> Any:
-    """The format of torch >= 1.6: a zip archive."""
+    """The format of torch >= 1.6: a zip archive, whose storages are mapped.
+
+    Not by ``torch.load``: it runs TorchScript programs, and leaves checksums and sizes alone.
+    """
     import torch
 
-    # Asked of the reader that would run such a program.
-    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
-        raise UnreadableError("it is a TorchScript program, not a state dict")
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        roots = [m.filename[: -len("data.pkl")] for m in members if m.filename.endswith("data.pkl")]
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        members = {member.filename: member for member in archive.infolist()}
+        roots = [name[: -len("data.pkl")] for name in members if name.endswith("data.pkl")]
         if len(roots) != 1:
             raise UnreadableError("the archive holds no data.pkl, so it is not of torch.save")
+        root = roots[0]
+        if f"{root}constants.pkl" in members:
+            raise UnreadableError("it is a TorchScript program, not a state dict")
         # torch never compresses: anything else could unfold to any size.
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
             raise UnreadableError("the archive is compressed, so it is not of torch.save")
-        sizes = {m.filename.removeprefix(f"{roots[0]}data/"): m.file_size for m in members}
-        if archive.getinfo(f"{roots[0]}data.pkl").file_size > _CHECKPOINT_PICKLE:
+        if members[f"{root}data.pkl"].file_size > _CHECKPOINT_PICKLE:
             raise UnreadableError("its pickle is larger than any description of weights")
-        if damaged := archive.testzip():  # torch's own reader leaves the checksums alone
+        if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+            raise UnreadableError("the bytes of its numbers are in the order of other machines")
+        if damaged := archive.testzip():
             raise UnreadableError(f"it is damaged: wrong checksum of {damaged}")
-    return _torch_load(str(path), lambda key: sizes.get(key, 0), mmap=True)
+        whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+
+        def storage(pid: tuple[Any, ...]) -> torch.TypedStorage:
+            _, kind, key, _, count = pid
+            file.seek(members[f"{root}data/{key}"].header_offset + 26)
+            start = sum(struct.unpack("<HH", file.read(4)), file.tell())
+            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            data = whole[start : start + count * dtype.itemsize]
+            return torch.TypedStorage(wrap_storage=data, dtype=dtype, _internal=True)
+
+        sizes = {name.removeprefix(f"{root}data/"): m.file_size for name, m in members.items()}
+        unpickler = _checkpoint_unpickler(lambda key: sizes.get(key, 0))(
+            io.BytesIO(archive.read(f"{root}data.pkl")), encoding="utf-8"
+        )
+        unpickler.persistent_load = storage
+        return unpickler.load()
 
 
 def _read_stream(path: Path) -> Any:
     """The format before torch 1.6: pickles, then each storage behind its length."""
+    import torch
+
     size = path.stat().st_size
+    unpickler = _checkpoint_unpickler(lambda _: size)
+    last: Any = None
+
+    def load(stream: BinaryIO, **arguments: Any) -> Any:  # parts of the stream
+        nonlocal last
+        last = unpickler(stream, **arguments).load()
+        return last
+
+    pickles = types.SimpleNamespace(__name__="pickles", Unpickler=unpickler, load=load)
     with (
         path.open("rb") as file,
         # Reads of a map never reserve more than is there, and a map is no file that torch would
         # take for an archive of 2016.
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream,
     ):
-        return _torch_load(content, lambda _: size)
+        content = torch.load(
+            cast(Any, stream), pickle_module=pickles, weights_only=False, map_location="cpu"
+        )
+    if not unpickler.asked <= set(last):  # the list of storages that follow
+        raise UnreadableError("it lacks storages that it mentions")
+    return content
 
 
-def _torch_load(file: Any, stored: Callable[[str], int], **options: Any) -> Any:
-    """``torch.load`` with the unpickler above.
-
-    Args:
-        file: path or file.
-        stored: key of a storage -> its bytes in the file, or a bound of them.
-        options: of ``torch.load``.
-    """
+def _checkpoint_unpickler(stored: Callable[[str], int]) -> Any:
+    """An unpickler of tensors; ``stored`` gives the bytes of a storage in the file, or a bound."""
     import torch
-
-    asked: set[str] = set()
+    from torch.serialization import StorageType
 
     class Unpickler(_Unpickler):
         known: ClassVar = _checkpoint_names()
+        asked: ClassVar[set[str]] = set()
+
+        def find_class(self, module: str, name: str) -> Any:
+            if name == "UntypedStorage":
+                return torch.UntypedStorage
+            with contextlib.suppress(KeyError):
+                return StorageType(name)
+            return super().find_class(module, name)
 
         def load_binpersid(self) -> None:
             pid = self.stack.pop()
             if not isinstance(pid, tuple) or len(pid) not in (5, 6) or any(pid[5:]):
                 raise UnreadableError("it describes a storage in an unknown way")
             _, kind, key, _, count = pid[:5]
-            if isinstance(kind, Foreign) and kind.name.endswith(".UntypedStorage"):
-                kind, each = torch.UntypedStorage, 1
-            else:
-                each = kind.dtype.itemsize
+            each = 1 if kind is torch.UntypedStorage else kind.dtype.itemsize
             if type(key) is not str or not _natural(count) or count * each > stored(key):
                 raise UnreadableError(f"its storage {str(key)[:40]} claims more than is there")
-            asked.add(key)
-            self.append(self.persistent_load(("storage", kind, *pid[2:])))
+            self.asked.add(key)
+            self.append(self.persistent_load(("storage", *pid[1:])))
 
         dispatch: ClassVar = {**_Unpickler.dispatch, pickle.BINPERSID[0]: load_binpersid}
 
-    last: Any = None
-
-    def load(stream: BinaryIO, **arguments: Any) -> Any:  # parts of a stream; last the list of keys
-        nonlocal last
-        last = Unpickler(stream, **arguments).load()
-        return last
-
-    pickles = types.SimpleNamespace(__name__="pickles", Unpickler=Unpickler, load=load)
-    content = torch.load(
-        file, pickle_module=pickles, weights_only=False, map_location="cpu", **options
-    )
-    if last is not None and not asked <= set(last):
-        raise UnreadableError("it lacks storages that it mentions")
-    return content
+    return Unpickler
 
 
 def _checkpoint_names() -> dict[str, Any]:
