@@ -30,6 +30,7 @@ import h5py
 import numpy as np
 import torch
 
+from gim_hloc import hloc_files
 from gim_hloc.errors import InputError, LockedError, OutputError
 from gim_hloc.matchers.base import Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
@@ -519,10 +520,11 @@ def scored_rows(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarra
 
 def read_features(path: Path, name: str) -> dict[str, np.ndarray]:
     """Read one image's features from any file in hloc's layout."""
-    with h5py.File(path, "r") as file:
-        if name not in file:
+    with hloc_files.open_h5(path) as file:
+        group = hloc_files.group(file, name)
+        if group is None:
             raise InputError(f"{path} holds no features of {name!r}.")
-        return {k: v[()] for k, v in file[name].items() if isinstance(v, h5py.Dataset)}
+        return {k: hloc_files.read(group, k) for k in group if hloc_files.find(group, k)}
 
 
 @contextlib.contextmanager
@@ -531,7 +533,7 @@ def _opened(path: Path | h5py.File) -> Iterator[h5py.File]:
     if isinstance(path, h5py.File):
         yield path
         return
-    with h5py.File(path, "r") as file:
+    with hloc_files.open_h5(path) as file:
         yield file
 
 
@@ -539,22 +541,44 @@ def read_matches(path: Path | h5py.File, name0: str, name1: str) -> tuple[np.nda
     """Read one pair's matches from a file in hloc's layout, in either order.
 
     Returns:
-        (M, 2) rows into the keypoints of ``name0`` and ``name1``, and (M,) scores (1 where the file
-        has none).
+        (M, 2) int64 rows into the keypoints of ``name0`` and ``name1``, and (M,) scores (1 where
+        the file has none).
 
     Raises:
-        InputError: when the pair is not there.
+        InputError: the pair is not there, or what is there are no matches.
     """
     with _opened(path) as file:
         for a, b, swap in ((name0, name1, False), (name1, name0, True)):
             for key in _candidate_keys(a, b):
-                if key in file and "matches0" in file[key]:
-                    rows = rows_from_matches0(file[key]["matches0"][()])
-                    scores = np.ones(len(rows), np.float32)
-                    if "matching_scores0" in file[key]:
-                        scores = file[key]["matching_scores0"][()][rows[:, 0]]
+                if hloc_files.find(file, f"{key}/matches0") is not None:
+                    rows, scores = _hlocs_matches(file, key)
                     return (rows[:, ::-1] if swap else rows), scores
-    raise InputError(f"{path} holds no matches of {name0!r} and {name1!r}.")
+    raise PairMissingError(f"{path} holds no matches of {name0!r} and {name1!r}.")
+
+
+class PairMissingError(InputError):
+    """A file holds no matches of a pair."""
+
+
+def _hlocs_matches(file: h5py.File, key: str) -> tuple[np.ndarray, np.ndarray]:
+    matches0 = hloc_files.read(file, f"{key}/matches0")
+    if matches0.ndim != 1 or matches0.dtype.kind not in "iu":
+        raise InputError(
+            f"{file.filename}, {key}: matches0 are no row numbers (N,) but {matches0.dtype} of "
+            f"shape {matches0.shape}."
+        )
+    rows0 = np.flatnonzero(matches0.astype(np.int64) > -1)
+    rows = np.stack([rows0, matches0[rows0].astype(np.int64)], axis=1)
+    scores = np.ones(len(rows), np.float32)
+    if hloc_files.find(file, f"{key}/matching_scores0") is not None:
+        stored = hloc_files.read(file, f"{key}/matching_scores0")
+        if stored.shape != matches0.shape:
+            raise InputError(
+                f"{file.filename}, {key}: there are {len(matches0)} matches0 and "
+                f"{stored.shape} matching_scores0."
+            )
+        scores = stored[rows0]
+    return rows, scores
 
 
 def _candidate_keys(a: str, b: str) -> Iterator[str]:

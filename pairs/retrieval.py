@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.pairs.base import Pair, best_pairs, top_k, unique_names
 
 if TYPE_CHECKING:
@@ -353,7 +354,10 @@ def read_global_descriptors(path: Path | str, names: Sequence[str]) -> np.ndarra
         InputError: if the file cannot be read or lacks an image.
     """
     with _open_h5(path, names, "global_descriptor") as file:
-        rows = [file[f"{name}/global_descriptor"][()].ravel() for name in names]
+        rows = [read(file, f"{name}/global_descriptor").ravel() for name in names]
+    widths = {len(row) for row in rows}
+    if len(widths) > 1:
+        raise InputError(f"'{path}' holds global descriptors of several widths: {sorted(widths)}.")
     return np.stack(rows).astype(np.float32) if rows else np.zeros((0, 1), dtype=np.float32)
 
 
@@ -378,8 +382,7 @@ class LocalDescriptors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         with _open_h5(self._path, [name], "descriptors") as file:
-            rows: np.ndarray = file[f"{name}/descriptors"][()].T
-        return rows
+            return read(file, f"{name}/descriptors").T
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -391,16 +394,8 @@ class LocalDescriptors(Mapping[str, np.ndarray]):
 @contextlib.contextmanager
 def _open_h5(path: Path | str, names: Sequence[str], dataset: str) -> Iterator[Any]:
     """Open a file in hloc's layout that has a dataset for each of the images."""
-    import h5py
-
-    if not Path(path).is_file():
-        raise InputError(f"There is no descriptor file '{path}'")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"'{path}' is not a readable h5 file: {error}") from error
-    with file:
-        missing = [name for name in names if f"{name}/{dataset}" not in file]
+    with open_h5(path, "descriptor file") as file:
+        missing = [name for name in names if find(file, f"{name}/{dataset}") is None]
         if missing:
             shown = ", ".join(f"'{name}'" for name in missing[:5])
             raise InputError(

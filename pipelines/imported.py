@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from gim_hloc.errors import InputError
+from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches
-from gim_hloc.store import H5Store, digest, read_matches
+from gim_hloc.store import H5Store, PairMissingError, digest, read_matches
 
 if TYPE_CHECKING:
     import h5py
@@ -49,8 +50,9 @@ class ImportedMatcher:
 
     def __init__(self, features: Path, matches: Path) -> None:
         self.features, self.matches = features, matches
-        for path, what in ((features, "features"), (matches, "matches")):
-            _check_h5(path, what)
+        for path, what in ((features, "file of features"), (matches, "file of matches")):
+            with open_h5(path, what):
+                pass  # that it can be opened is all
         self.info = MatcherInfo(
             name="imported",
             kind="sparse",
@@ -110,12 +112,10 @@ class ImportedMatcher:
         Raises:
             InputError: naming the images or pairs that are missing or do not fit.
         """
-        import h5py
-
         notes: list[str] = []
         counts: dict[str, int] = {}
-        with h5py.File(self.features, "r") as file:
-            missing = [n for n in records if n not in file or "keypoints" not in file[n]]
+        with open_h5(self.features, "file of features") as file:
+            missing = [n for n in records if find(file, f"{n}/keypoints") is None]
             if missing:
                 raise InputError(
                     f"{self.features} holds no keypoints of {len(missing)} of {len(records)} "
@@ -123,9 +123,9 @@ class ImportedMatcher:
                 )
             half = []
             for name, record in records.items():
-                arrays = _features(file[name], record, self.features)
+                arrays, exact = _features(file, record)
                 counts[name] = len(arrays["keypoints"])
-                if file[name]["keypoints"].dtype == np.float16 and max(record.size) > 512:
+                if not exact:
                     half.append(name)
                 features.put(name, arrays, digest(record.sha256))
         if half:
@@ -134,12 +134,12 @@ class ImportedMatcher:
                 f"{self.features} holds keypoints in half precision (hloc's as_half), rounded to "
                 f"{step:g} px in the far part of the images: as_half=False keeps them exact."
             )
-        with h5py.File(self.matches, "r") as file:
+        with open_h5(self.matches, "file of matches") as file:
             missing_pairs = []
             for a, b in pairs:
                 try:
                     rows, scores = read_matches(file, a, b)
-                except InputError:
+                except PairMissingError:
                     missing_pairs.append(f"{a} {b}")
                     continue
                 progress()
@@ -157,29 +157,25 @@ class ImportedMatcher:
         return notes
 
 
-def _check_h5(path: Path, what: str) -> None:
-    import h5py
-
-    if not path.is_file():
-        raise InputError(f"There is no file of {what} {path}.")
-    if not h5py.is_hdf5(path):
-        raise InputError(f"The file of {what} {path} is no h5 file.")
-
-
 def _stamp(path: Path) -> list[Any]:
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
-def _features(group: h5py.Group, record: ImageRecord, path: Path) -> dict[str, np.ndarray]:
-    keypoints = np.asarray(group["keypoints"][()], dtype=np.float32)
-    where = f"{path}, {record.name}"
+def _features(file: h5py.File, record: ImageRecord) -> tuple[dict[str, np.ndarray], bool]:
+    """An image's keypoints, and whether they are exact to the pixel and better."""
+    stored = read(file, f"{record.name}/keypoints")
+    keypoints = stored.astype(np.float32)
+    where = f"{file.filename}, {record.name}"
     if keypoints.size == 0:
         keypoints = np.zeros((0, 2), np.float32)
     if keypoints.ndim != 2 or keypoints.shape[1] < 2 or not np.isfinite(keypoints).all():
         raise InputError(f"{where}: keypoints are not finite (N, 2) coordinates.")
     keypoints = np.ascontiguousarray(keypoints[:, :2])
-    size = tuple(int(v) for v in group["image_size"][()]) if "image_size" in group else record.size
+    size = record.size
+    if find(file, f"{record.name}/image_size") is not None:
+        width, height = _pair_of_numbers(read(file, f"{record.name}/image_size"), where)
+        size = width, height
     # Half precision rounds up to 2 px beyond the border of a 4000 px image.
     low, high = keypoints.min(0, initial=0), keypoints.max(0, initial=0)
     if size != record.size or low.min() < -3 or (high > np.array(record.size) + 2).any():
@@ -188,14 +184,20 @@ def _features(group: h5py.Group, record: ImageRecord, path: Path) -> dict[str, n
             f"{high[1]:.0f}), but the image file is {record.width}x{record.height}. Were they "
             "computed on other files (resized, or turned by EXIF)?"
         )
-    return {"keypoints": keypoints, "image_size": np.array(record.size, dtype=np.int64)}
+    exact = stored.dtype != np.float16 or max(record.size) <= 512
+    return {"keypoints": keypoints, "image_size": np.array(record.size, dtype=np.int64)}, exact
+
+
+def _pair_of_numbers(values: np.ndarray, where: str) -> tuple[int, int]:
+    if values.size != 2 or not np.isfinite(values).all():
+        raise InputError(f"{where}: image_size is not (width, height).")
+    return int(values.flat[0]), int(values.flat[1])
 
 
 def _matches(
     rows: np.ndarray, scores: np.ndarray, count0: int, count1: int, where: str
 ) -> dict[str, np.ndarray]:
     """``matches0`` and ``matching_scores0`` of a pair, whichever order the file has it in."""
-    rows = rows.astype(np.int64)
     if len(rows) and (rows[:, 0].max() >= count0 or rows[:, 1].max() >= count1):
         raise InputError(
             f"{where}: matches name keypoint {rows[:, 0].max()} and {rows[:, 1].max()} of images "

@@ -28,6 +28,8 @@ from gim_hloc.errors import GimError, InputError, MappingError, check_numbers
 from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
+from gim_hloc.matchers.sparse import SparseMatcher
+from gim_hloc.npz_reader import read_npz
 from gim_hloc.pipelines import linking
 from gim_hloc.pipelines.maps import (
     MapFeatures,
@@ -597,6 +599,7 @@ class _Localization:
                 "as --features."
             )
         self.map_features = MapFeatures(self.map.features, self.map.views)
+        width = self.map_features.descriptors(next(iter(self.map.views))).shape[1]
         if self.linked:  # only to find similar images
             describer = linking.choose_describer(made.get("anchors") or "auto")
             theirs = made.get("matcher")
@@ -608,6 +611,8 @@ class _Localization:
             self.describer = matchers.load(
                 describer, quality=quality, device=self.options.device, **overrides
             )
+        if isinstance(self.describer, SparseMatcher):
+            self.describer.check_descriptors(width, str(self.map.features))
         differing = same_features(self.map.features, self.describer.encode_settings())
         if "matcher" in differing:
             raise InputError(
@@ -1454,12 +1459,12 @@ class _Lazy(Sequence[np.ndarray]):
 
 def _stored_vlad(path: Path, stamp: str) -> tuple[np.ndarray | None, np.ndarray | None]:
     try:
-        with np.load(path) as stored:
-            if str(stored["stamp"]) == stamp:
-                return stored["centres"], stored["rows"]
-    except (OSError, ValueError, KeyError):
-        pass
-    return None, None
+        stored = read_npz(path)
+    except InputError:  # not there yet, or damaged: it is made again
+        return None, None
+    if str(stored.get("stamp")) != stamp:
+        return None, None
+    return stored.get("centres"), stored.get("rows")
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,10 +14,13 @@ import numpy as np
 import yaml
 
 from gim_hloc.errors import InputError
+from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.matchers.base import SparseEncoding
 from gim_hloc.store import encoding_from_arrays
 
 if TYPE_CHECKING:
+    import h5py
+
     from gim_hloc.colmap import CameraSpec, MapView
     from gim_hloc.images import ImageRecord
 
@@ -145,15 +149,18 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _sources(features: Path | None) -> dict[str, str]:
-    import h5py
-
     if features is None:
         return {}
+    with open_h5(features, "feature file") as file:
+        return _table(file, "sources")
+
+
+def _table(file: h5py.File, name: str) -> dict[str, Any]:
+    """A table that our runs keep in an attribute; empty where others made the file."""
     try:
-        with h5py.File(features, "r") as file:
-            return dict(json.loads(file.attrs.get("sources", "{}")))
-    except OSError as error:
-        raise InputError(f"The feature file {features} is not readable: {error}.") from None
+        return dict(json.loads(file.attrs.get(name, "{}")))
+    except (OSError, TypeError, ValueError, RecursionError):
+        return {}
 
 
 def _turns(path: Path) -> dict[str, int]:
@@ -193,18 +200,17 @@ class MapFeatures:
     """
 
     def __init__(self, path: Path, views: Mapping[str, MapView]) -> None:
-        import h5py
-
         self.path = path
         self._views = views
-        self._file = h5py.File(path, "r")
-        missing = [n for n in views if n not in self._file or "keypoints" not in self._file[n]]
+        self._open = contextlib.ExitStack()
+        self._file = self._open.enter_context(open_h5(path, "feature file"))
+        missing = [n for n in views if find(self._file, f"{n}/keypoints") is None]
         if missing:
             raise InputError(
                 f"{path} holds no keypoints of {len(missing)} of the map's {len(views)} images "
                 f"(first: {missing[0]})."
             )
-        bare = [name for name in views if "descriptors" not in self._file[name]]
+        bare = [name for name in views if find(self._file, f"{name}/descriptors") is None]
         if bare:
             raise InputError(
                 f"{path} holds no descriptors of the map's images (first: {bare[0]}), so nothing "
@@ -214,11 +220,30 @@ class MapFeatures:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._open.close()
 
     def descriptors(self, name: str) -> np.ndarray:
         """(n, D) float32."""
-        return np.asarray(self._file[name]["descriptors"][()].T, dtype=np.float32)
+        return np.asarray(self._arrays(name)["descriptors"].T, dtype=np.float32)
+
+    def _arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Keypoints (n, 2), descriptors (D, n) and scores (n,) of an image."""
+        keypoints = read(self._file, f"{name}/keypoints")
+        descriptors = read(self._file, f"{name}/descriptors")
+        scores = np.ones(len(keypoints))
+        if find(self._file, f"{name}/scores") is not None:
+            scores = read(self._file, f"{name}/scores")
+        if (
+            keypoints.ndim != 2
+            or keypoints.shape[1] < 2
+            or descriptors.ndim != 2
+            or not len(keypoints) == descriptors.shape[1] == scores.size
+        ):
+            raise InputError(
+                f"{self.path}, {name}: keypoints {keypoints.shape}, descriptors "
+                f"{descriptors.shape} and scores {scores.shape} are not (N, 2), (D, N) and (N,)."
+            )
+        return {"keypoints": keypoints[:, :2], "descriptors": descriptors, "scores": scores}
 
     def encoding(self, name: str) -> SparseEncoding:
         """An image's encoding as the matcher made it.
@@ -228,10 +253,7 @@ class MapFeatures:
         """
         group = self._file[name]
         view = self._views[name]
-        arrays = {key: group[key][()] for key in ("keypoints", "descriptors")}
-        arrays["scores"] = (
-            group["scores"][()] if "scores" in group else np.ones(len(arrays["keypoints"]))
-        )
+        arrays = self._arrays(name)
         size = (view.camera.width, view.camera.height)
         arrays["image_size"] = np.array(size)
         attributes = {
@@ -262,10 +284,8 @@ def same_features(path: Path, settings: Mapping[str, Any]) -> list[str]:
         path: the map's feature file.
         settings: ``encode_settings`` of the matcher.
     """
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        stored = json.loads(file.attrs.get("settings", "{}"))
+    with open_h5(path, "feature file") as file:
+        stored = _table(file, "settings")
     theirs = {k.removeprefix("encode."): v for k, v in stored.items() if k.startswith("encode.")}
     if not theirs:
         return []

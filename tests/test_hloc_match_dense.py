@@ -129,7 +129,8 @@ def test_quantised_tracks_are_hlocs(setup: Setup, tmp_path: Path) -> None:
         found = matches[f"{a}/{b}"]
         assert (found["matches0"].dtype, found["matching_scores0"].dtype) == (np.int32, np.float16)
         np.testing.assert_array_equal(rows(found), expected.matches[a, b])
-        assert len(found["matches0"]) == expected.matches[a, b][:, 0].max() + 1
+        # hloc's ends at the last matched row, which its readers that index by it cannot take.
+        assert len(found["matches0"]) == len(features[a]["keypoints"])
 
 
 def test_anchored_tracks_are_accurate_and_longer(
@@ -208,6 +209,91 @@ def test_overwriting_starts_over(
         np.testing.assert_array_equal(features[name]["keypoints"], anchored[1][name]["keypoints"])
     for group, arrays in matches.items():
         np.testing.assert_array_equal(arrays["matches0"], anchored[2][group]["matches0"])
+
+
+@pytest.mark.parametrize("kind", ["anchored", "quantized"])
+@pytest.mark.parametrize("own_match_file", [False, True])
+def test_overwriting_keeps_what_a_map_uses(
+    setup: Setup, tmp_path: Path, kind: str, own_match_file: bool
+) -> None:
+    """A second list shares images with the map: its matches are rows of the map's keypoints."""
+    sfm = list(itertools.combinations(NAMES[:4], 2))
+    before, _ = setup.run(sfm, tmp_path, tracks=kind)
+    paths = tmp_path / "feats_matches-known.h5", tmp_path / "matches-known_pairs.h5"
+    loc = [(NAMES[4], name) for name in NAMES[:3]]
+    second = tmp_path / "loc.h5" if own_match_file else paths[1]
+    options: dict[str, Any] = {"tracks": kind, "overwrite": True, "features": paths[0]}
+    for _ in range(2):  # when it is said again, too
+        setup.run(loc, tmp_path / "2", matches=second, max_kps=None, **options)
+    after = read(paths[0])
+    for name in NAMES[:4]:
+        np.testing.assert_array_equal(after[name]["keypoints"], before[name]["keypoints"])
+    found = read(paths[1]) | read(second)
+    assert {f"{a}/{b}" for a, b in [*sfm, *loc]} == set(found)
+    for a, b in [*sfm, *loc]:
+        pair = rows(found[f"{a}/{b}"])
+        xy0, xy1 = (after[n]["keypoints"][pair[:, k]] for k, n in enumerate((a, b)))
+        assert np.median(errors(setup, a, b, xy0, xy1)) < (0.5 if kind == "anchored" else 3.0)
+    # The map's own list, said again, finds keypoints anew only where nothing else uses them.
+    again, _ = setup.run(sfm, tmp_path, tracks=kind, overwrite=True, max_kps=40)
+    assert len(again[NAMES[3]]["keypoints"]) <= 40
+    np.testing.assert_array_equal(again[NAMES[0]]["keypoints"], before[NAMES[0]]["keypoints"])
+
+
+@pytest.mark.parametrize("kind", ["anchored", "quantized"])
+def test_no_size_of_a_cell_is_that_of_the_error(setup: Setup, tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {"tracks": kind, "conf": setup.conf | {"cell_size": None}}
+    none, _ = setup.run(ALL[:1], tmp_path / "none", **options)
+    options["conf"] = setup.conf | {"cell_size": setup.conf["max_error"]}
+    same, _ = setup.run(ALL[:1], tmp_path / "same", **options)
+    for name in ALL[0]:
+        np.testing.assert_array_equal(none[name]["keypoints"], same[name]["keypoints"])
+
+
+@pytest.mark.parametrize("numbers", [{"cell_size": "8"}, {"max_error": None}, {"cell_size": 0}])
+def test_numbers_of_the_configuration_are_checked_before_matching(
+    setup: Setup, tmp_path: Path, numbers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(conf: Any) -> Any:
+        raise AssertionError("it began to work")
+
+    monkeypatch.setattr(match_dense, "_load", load)
+    with pytest.raises(InputError, match="cell_size"):
+        setup.run(ALL[:1], tmp_path, conf=setup.conf | numbers)
+
+
+@pytest.mark.parametrize("kind", ["anchored", "quantized"])
+def test_references_with_scale_and_orientation(setup: Setup, tmp_path: Path, kind: str) -> None:
+    built, _ = setup.run(ALL[:1], tmp_path / "map", tracks=kind)
+    plain = tmp_path / "map" / "feats_matches-known.h5"
+    wide = tmp_path / "wide.h5"
+    with h5py.File(wide, "w") as file:
+        for name, arrays in built.items():
+            xy = arrays["keypoints"]
+            file[f"{name}/keypoints"] = np.column_stack([xy, np.ones(len(xy)), np.full(len(xy), 9)])
+    _, expected = setup.run(ALL[:1], tmp_path / "a", tracks=kind, features_ref=plain)
+    _, found = setup.run(ALL[:1], tmp_path / "b", tracks=kind, features_ref=wide)
+    key = "/".join(ALL[0])
+    assert len(rows(expected[key])) > 20
+    np.testing.assert_array_equal(found[key]["matches0"], expected[key]["matches0"])
+    for bad in (np.zeros((5, 1)), np.zeros(6), np.full((3, 2), np.nan)):
+        with h5py.File(wide, "w") as file:
+            file[f"{NAMES[0]}/keypoints"] = bad
+        with pytest.raises(InputError, match=r"wide\.h5, view_000\.png: keypoints are not finite"):
+            setup.run(ALL[:1], tmp_path / "c", tracks=kind, features_ref=wide)
+
+
+@pytest.mark.parametrize("which", ["feats_matches-known.h5", "matches-known_pairs.h5"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_cut_files_are_named_and_left_as_they_are(
+    setup: Setup, tmp_path: Path, which: str, overwrite: bool
+) -> None:
+    setup.run(ALL[:1], tmp_path)
+    data = (tmp_path / which).read_bytes()
+    (tmp_path / which).write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=which.replace(".", r"\.") + " is cut off or damaged"):
+        setup.run(ALL[1:3], tmp_path, overwrite=overwrite)
+    assert (tmp_path / which).read_bytes() == data[: len(data) // 2]
 
 
 @pytest.mark.parametrize("kind", ["anchored", "quantized"])

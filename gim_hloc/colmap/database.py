@@ -132,6 +132,13 @@ def build_database(
         def estimate(pair: _Pair) -> Any:
             if not len(pair.rows):
                 return None
+            counts = len(points[pair.name0]), len(points[pair.name1])
+            if (pair.rows.max(0) >= counts).any():  # COLMAP would read what lies behind them
+                raise InputError(
+                    f"The matches of {pair.name0} and {pair.name1} name keypoints "
+                    f"{pair.rows.max(0).tolist()} of images with {counts[0]} and {counts[1]}: they "
+                    "belong to other features. Match the images again."
+                )
             if poses is not None and known_pose(pair.name0, pair.name1):
                 ends = [
                     (camera_of[name], points[name].astype(np.float64), poses[name])

@@ -5,15 +5,20 @@ python -m gim_hloc.hloc_plugin MODULE [arguments of python -m hloc.MODULE]
 
 from __future__ import annotations
 
+import argparse
 import ast
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError
+from gim_hloc.hloc_files import find, open_h5
 from gim_hloc.hloc_plugin.registration import import_hloc, register
+from gim_hloc.pairs.files import read_pairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,12 +39,36 @@ def _run(arguments: list[str]) -> None:
         if error.name is None or not f"hloc.{name}".startswith(error.name):
             raise
         raise InputError(f"hloc has no module {name!r}. It has: {', '.join(_modules())}.") from None
+    if name == "match_features":
+        _check_features(arguments[1:])
     before = sys.argv
     sys.argv = [f"gim_hloc.hloc_plugin {name}", *arguments[1:]]
     try:
         _run_command_line(module)
     finally:
         sys.argv = before
+
+
+def _check_features(arguments: Sequence[str]) -> None:
+    """Refuse a pair list with images that the feature file lacks, before hloc's threads start."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--pairs", type=Path)
+    parser.add_argument("--features", default="")
+    parser.add_argument("--export_dir", type=Path, default=Path())
+    given = parser.parse_known_args(arguments)[0]
+    path = Path(given.features)
+    if not path.is_file():
+        path = given.export_dir / f"{given.features}.h5"
+    if given.pairs is None or not path.is_file():
+        return  # hloc says what is missing
+    names = sorted({name for pair in read_pairs(given.pairs) for name in pair})
+    with open_h5(path, "feature file") as file:
+        missing = [name for name in names if find(file, f"{name}/keypoints") is None]
+    if missing:
+        raise InputError(
+            f"{path} holds no keypoints of {len(missing)} of {len(names)} images of {given.pairs} "
+            f"(first: {missing[0]})."
+        )
 
 
 def _modules() -> list[str]:
@@ -78,5 +107,18 @@ def _guarded(source: str, file: str) -> list[ast.stmt]:
     return found
 
 
+def _end(code: int) -> None:
+    """Leave at once: after an error hloc's writers wait for work without end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        _end(1)
+    if status:
+        _end(status)

@@ -9,8 +9,9 @@ hloc loads and encodes both images of every pair; here every image is read and e
 result). It does not need hloc, unless the configuration names one of hloc's own models.
 
 As in hloc, images of ``features_ref`` and of an existing feature file keep their keypoints, and
-pairs that are matched already are passed over unless ``overwrite``. Unlike hloc, files are replaced
-as a whole when all is done; a run that was stopped goes on where it was.
+pairs that are matched already are passed over unless ``overwrite``. Unlike hloc, ``overwrite``
+leaves the keypoints that other pairs use, and files are replaced as a whole when all is done; a run
+that was stopped goes on where it was.
 
 The command ``python -m gim_hloc.hloc_plugin.match_dense`` has hloc's arguments, too.
 """
@@ -34,6 +35,7 @@ import numpy as np
 
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError, OutputError
+from gim_hloc.hloc_files import find, group, open_h5, read
 from gim_hloc.hloc_plugin import confs
 from gim_hloc.matchers.base import ImageOptions
 from gim_hloc.pairs.files import read_pairs
@@ -52,6 +54,8 @@ logger = logging.getLogger(__name__)
 Conf = Mapping[str, Any]
 Raw = tuple[np.ndarray, np.ndarray, np.ndarray]  # ends in both images (M, 2), scores (M,)
 
+# Attribute of an image in a feature file: the match files whose rows are rows of its keypoints.
+_USERS = "match_files"
 _GPU_BATCH = 16  # pairs a network call; halved where memory is short
 _PREPROCESSING = {"grayscale": True, "resize_max": 1024, "dfactor": 8}  # hloc's defaults
 
@@ -88,7 +92,8 @@ def main(
         features_ref: feature files whose keypoints stay as they are.
         max_kps: keypoints an image at most. None keeps all; images that are paired with images of
             ``features_ref`` then get one keypoint a match (localisation).
-        overwrite: match pairs again and find keypoints of images in ``features`` again.
+        overwrite: match pairs again and find keypoints of images in ``features`` again, but those
+            that other pairs than these use.
         tracks: how matches become keypoints.
         describer: sparse matcher whose keypoints are anchors; ``auto`` takes ``aliked_lightglue``
             where its weights are, else ``sift``; ``none`` leaves anchors to the grid.
@@ -127,15 +132,29 @@ def main(
     for path in (feature_path, match_path):
         path.parent.mkdir(parents=True, exist_ok=True)
     names = sorted({name for pair in wanted for name in pair})
-    sources = [*references, *([feature_path] if feature_path.exists() and not overwrite else [])]
+    fixed = _keypoints(references, names)
+    if feature_path.exists():
+        there = _keypoints([feature_path], names)
+        if overwrite:
+            free = _only_used_here(feature_path, match_path, wanted)
+            there = {name: xy for name, xy in there.items() if name not in free}
+            if there:
+                logger.info(
+                    "%d images keep their keypoints in %s, which other pairs use: %s.",
+                    len(there),
+                    feature_path,
+                    ", ".join(sorted(there)[:5]),
+                )
+        fixed |= there
     job = _Job(
         conf=conf,
         pairs=wanted,
         records=_records(Path(image_dir), names),
-        fixed=_keypoints(sources, names),
+        fixed=fixed,
         tracks=tracks,
         describer=describer,
         anchored=dataclasses.replace(anchored or AnchoredOptions(), max_keypoints=max_kps),
+        quantized=_quantized(conf, max_kps),
         max_kps=max_kps,
         progress=progress,
     )
@@ -207,12 +226,12 @@ def _missing(pairs: Sequence[Pair], match_path: Path) -> list[Pair]:
     """Pairs that the file does not hold. hloc also takes those that it left half done for held."""
     if not match_path.exists():
         return list(pairs)
-    with _open(match_path) as file:
+    with open_h5(match_path, "match file") as file:
         return [
             (a, b)
             for a, b in pairs
             if not any(
-                f"{key}/matches0" in file
+                find(file, f"{key}/matches0") is not None
                 for key in (
                     *(_key((a, b)), _key((b, a))),
                     *(_key((a, b)).replace("/", "_"), _key((b, a)).replace("/", "_")),
@@ -221,11 +240,24 @@ def _missing(pairs: Sequence[Pair], match_path: Path) -> list[Pair]:
         ]
 
 
-def _open(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+def _only_used_here(feature_path: Path, match_path: Path, pairs: Sequence[Pair]) -> set[str]:
+    """Images whose keypoints in the feature file no other pair uses, as far as files say."""
+    wanted = {key for pair in pairs for key in (_key(pair), _key(pair[::-1]))}
+    used: set[str] = set()  # by other pairs of the match file, as names stand in its keys
+    if match_path.exists():
+        with open_h5(match_path, "match file") as file:
+            for first in file:
+                for second in group(file, first) or ():
+                    if f"{first}/{second}" not in wanted:
+                        used |= {first, second}
+    free = set()
+    with open_h5(feature_path, "feature file") as file:
+        for name in {name for pair in pairs for name in pair}:
+            image = group(file, name)
+            users = () if image is None else image.attrs.get(_USERS, ())
+            if list(users) == [str(match_path.resolve())] and name.replace("/", "-") not in used:
+                free.add(name)
+    return free
 
 
 def _records(root: Path, names: Sequence[str]) -> dict[str, ImageRecord]:
@@ -245,12 +277,29 @@ def _keypoints(files: Sequence[Path], names: Sequence[str]) -> dict[str, np.ndar
     """Keypoints (N, 2) of images that are in one of the files; the last file counts."""
     found = {}
     for path in files:
-        with _open(path) as file:
+        with open_h5(path, "feature file") as file:
             for name in names:
-                if f"{name}/keypoints" in file:
-                    xy = np.asarray(file[name]["keypoints"][()], dtype=np.float32)
-                    found[name] = xy.reshape(-1, 2)
+                if find(file, f"{name}/keypoints") is None:
+                    continue
+                xy = read(file, f"{name}/keypoints").astype(np.float32)
+                # Some extractors put scale and orientation behind x and y.
+                if xy.ndim != 2 or xy.shape[1] < 2 or not np.isfinite(xy).all():
+                    raise InputError(f"{path}, {name}: keypoints are not finite (N, 2) numbers.")
+                found[name] = np.ascontiguousarray(xy[:, :2])
     return found
+
+
+def _quantized(conf: Conf, max_kps: int | None) -> quantized.QuantizedOptions:
+    """Numbers of hloc's aggregation; no size of a cell means that of the error."""
+    values = [
+        conf["max_error"],
+        conf["max_error"] if conf["cell_size"] is None else conf["cell_size"],
+    ]
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+        raise InputError(f"max_error and cell_size are {values}; both are numbers of pixels.")
+    return quantized.QuantizedOptions(
+        max_error=values[0], cell_size=values[1], max_keypoints=max_kps
+    )
 
 
 def _load(conf: Conf) -> Any:
@@ -293,6 +342,7 @@ class _Job:
     tracks: Kind
     describer: str
     anchored: AnchoredOptions
+    quantized: quantized.QuantizedOptions
     max_kps: int | None
     progress: bool
 
@@ -433,11 +483,7 @@ class _Job:
     def _link(self, read: Any, anchors: Mapping[str, Anchors]) -> Tracks:
         """Keypoints of the images that have none yet, and matches of all pairs."""
         joint = [pair for pair in self.pairs if pair not in self.free]
-        options = quantized.QuantizedOptions(
-            max_error=self.conf["max_error"],
-            cell_size=self.conf["cell_size"],
-            max_keypoints=self.max_kps,
-        )
+        options = self.quantized
         tracks = linking.link(
             sorted(self.records),
             lambda: anchors,
@@ -508,6 +554,7 @@ class _Job:
     ) -> None:
         """Add to both files. Features first: a pair in the match file has its keypoints."""
         found = sorted(self.records.keys() - self.fixed.keys())
+        own = str(match_path.resolve())
         with _Rewritten(feature_path) as file:
             for name in found:
                 _put(
@@ -518,6 +565,10 @@ class _Job:
                         "score": linked.keypoint_scores[name],
                     },
                 )
+                file[name].attrs[_USERS] = [own]
+            for name in self.fixed:
+                if name in file and own not in (users := file[name].attrs.get(_USERS, [own])):
+                    file[name].attrs[_USERS] = [*users, own]
         with _Rewritten(match_path) as file:
             for pair in self.pairs:
                 xy0, xy1, scores = self._raw(pair, read(pair), anchors)
@@ -525,8 +576,7 @@ class _Job:
                 reverse = _key(pair[::-1])
                 if reverse in file:
                     del file[reverse]
-                rows = linked.matches[pair]
-                _put(file, _key(pair), raw | _matches0(rows, linked.scores[pair]))
+                _put(file, _key(pair), raw | linking.matches_arrays(linked, pair))
         if found:
             mean = np.mean([len(linked.keypoints[name]) for name in found])
             logger.info("%d images have %.1f keypoints on average.", len(found), mean)
@@ -559,16 +609,6 @@ def _unrepeated(xy: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndar
     np.add.at(total, number.reshape(-1), scores)
     order = np.argsort(first)
     return places[order].astype(np.float32), total[order]
-
-
-def _matches0(rows: np.ndarray, scores: np.ndarray) -> Arrays:
-    """A pair's matches (M, 2) as hloc's dense matching writes them: up to the last matched row."""
-    length = int(rows[:, 0].max()) + 1 if len(rows) else 0
-    matches0 = np.full(length, -1, np.int32)
-    scores0 = np.zeros(length, np.float16)
-    matches0[rows[:, 0]] = rows[:, 1]
-    scores0[rows[:, 0]] = scores
-    return {"matches0": matches0, "matching_scores0": scores0}
 
 
 def _put(file: h5py.File, key: str, arrays: Arrays) -> None:

@@ -254,6 +254,7 @@ class LightGlueMatcher(SparseMatcher):
             device=device,
             weights_hashes={file: weights.sha256(path) for file, path in paths.items()},
         )
+        self.descriptor_dim = descriptor_dim(name)
         # GIM publishes both networks in one file.
         extractor_file, glue_file = info.checkpoint[0], info.checkpoint[-1]
         self.extractor: Any = load_extractor(name, paths[extractor_file]).eval().to(device)

@@ -60,6 +60,7 @@ def sift(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -
 class SiftMatcher(SparseMatcher):
     """OpenCV's SIFT, RootSIFT descriptors, mutual nearest neighbours and the ratio test."""
 
+    descriptor_dim = 128
     encode_fields = (
         "max_size",
         "max_keypoints",
@@ -145,6 +146,7 @@ class RootSiftMatcher(SparseMatcher):
     the true place (in the octave that OpenCV doubles). ``sift`` has no such shift.
     """
 
+    descriptor_dim = 128
     encode_fields = ("max_size", "pixels_per_keypoint", "contrast_threshold")
 
     def __init__(self, name: str, *, options: RootSiftOptions, device: torch.device) -> None:

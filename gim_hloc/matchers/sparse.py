@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from gim_hloc.errors import InputError
 from gim_hloc.matchers.base import (
     ImageData,
     Matches,
@@ -73,4 +74,18 @@ def no_matches(a: SparseEncoding, b: SparseEncoding) -> Matches:
 
 
 class SparseMatcher(MatcherBase[SparseEncoding]):
-    """Base of the matchers with keypoints."""
+    """Base of the matchers with keypoints.
+
+    Attributes:
+        descriptor_dim: numbers in a descriptor; None takes any.
+    """
+
+    descriptor_dim: int | None = None
+
+    def check_descriptors(self, width: int, where: str) -> None:
+        """Refuse descriptors that another extractor made; ``InputError`` begins with ``where``."""
+        if self.descriptor_dim is not None and width != self.descriptor_dim:
+            raise InputError(
+                f"{where}: the descriptors have {width} numbers, those of {self.info.name} "
+                f"{self.descriptor_dim}. Extract features with the matcher that matches them."
+            )

@@ -154,6 +154,7 @@ class SuperGlueMatcher(SparseMatcher):
             device=device,
             weights_hashes=hashes,
         )
+        self.descriptor_dim = 256
         self.network = network.eval().requires_grad_(False).to(device)
         self.detector = SuperPoint().eval().requires_grad_(False).to(device)
         state = network.keypoint_detector.state_dict()

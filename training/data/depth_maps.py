@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.hloc_files import open_h5, read
+from gim_hloc.npz_reader import read_npz
 
 SUFFIXES = (".h5", ".npy", ".png", ".bin")
 MILLIMETRES = 0.001
@@ -58,14 +60,12 @@ def read_colmap(path: Path) -> np.ndarray:
 
 
 def _read_h5(path: Path) -> np.ndarray:
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        return np.asarray(file["depth"][:])
+    with open_h5(path, "depth map") as file:
+        return read(file, "depth")
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    return np.asarray(np.load(path, allow_pickle=False))
+    return read_npz(path)[""]
 
 
 def _read_png(path: Path) -> np.ndarray:

@@ -26,6 +26,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.images import read_rgb
+from gim_hloc.npz_reader import read_npz
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import SourceOptions
 from gim_hloc.training.data.video_labels import VideoOptions, VideoPairs, wanted_videos
@@ -110,12 +111,14 @@ def read_labels(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
     Raises:
         InputError: missing, damaged, or something else.
     """
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from None
-    numbers = isinstance(rows, np.ndarray) and rows.dtype.kind in "fiu"
-    if not numbers or rows.ndim != 2 or rows.shape[1] != 4 or len(rows) < 2:
+    rows = read_npz(path).get("")
+    if (
+        rows is None
+        or rows.dtype.kind not in "fiu"
+        or rows.ndim != 2
+        or rows.shape[1] != 4
+        or len(rows) < 2
+    ):
         raise InputError(f"{path} does not hold rows of four numbers: frames, then labels.")
     rows = rows.astype(np.float64)
     i, j = rows[0, :2]
