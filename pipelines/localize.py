@@ -29,7 +29,7 @@ from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.matchers.sparse import SparseMatcher
-from gim_hloc.npz_reader import read_npz
+from gim_hloc.pickles import read_npz
 from gim_hloc.pipelines import linking
 from gim_hloc.pipelines.maps import (
     MapFeatures,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import fake_matcher
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -241,6 +243,70 @@ def test_a_broken_hloc_is_not_called_missing(
 
 
 # --------------------------------------------------------------------------------- command line
+
+
+WAITING = """
+import argparse, queue, threading
+from pathlib import Path
+from . import matchers
+
+confs = {}
+
+def main(error):
+    # As hloc does it: threads that write wait for work, and nobody tells them that it is over.
+    for _ in range(2):
+        threading.Thread(target=queue.Queue().get).start()
+    raise error
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=Path)
+    parser.add_argument("--features")
+    parser.add_argument("--export_dir", type=Path)
+    arguments = parser.parse_args()
+    from gim_hloc.errors import InputError
+    main(InputError("descriptors") if "fine" in arguments.pairs.name else KeyError("c.jpg"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("fine.txt", 2, "error: descriptors"),
+        ("broken.txt", 1, "KeyError: 'c.jpg'"),
+        ("lacking.txt", 2, "f.h5 holds no keypoints of 1 of 3 images of"),
+        ("none.txt", 2, "does not exist"),
+    ],
+)
+def test_the_command_ends_although_hlocs_threads_wait(
+    hloc_folder: Path, name: str, code: int, message: str
+) -> None:
+    root = hloc_folder.parent
+    (hloc_folder / "match_features.py").write_text(WAITING)
+    with h5py.File(root / "f.h5", "w") as file:
+        for image in ("a.jpg", "b.jpg"):
+            file[f"{image}/keypoints"] = np.zeros((3, 2))
+    if name != "none.txt":
+        (root / name).write_text("a.jpg b.jpg\n" + "b.jpg c.jpg\n" * (name == "lacking.txt"))
+    done = subprocess.run(
+        [sys.executable, "-m", "gim_hloc.hloc_plugin", "match_features", "--features", "f",
+         "--export_dir", str(root), "--pairs", str(root / name)],
+        capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_descriptors_of_another_extractor_are_named() -> None:
+    model = models.SparseMatcherModel()
+    model.matcher = matchers.load("sift", device="cpu")
+    data = {f"image{side}": torch.zeros(1, 1, 60, 80) for side in (0, 1)}
+    for side, width in ((0, 128), (1, 256)):
+        data[f"keypoints{side}"] = torch.rand(1, 9, 2)
+        data[f"descriptors{side}"] = torch.rand(1, width, 9)
+    with pytest.raises(InputError, match=r"image1: the descriptors have 256 numbers, .* sift 128"):
+        model._forward(data)
 
 
 @pytest.mark.usefixtures("hloc_folder")

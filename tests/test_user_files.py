@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pycolmap
 import pytest
@@ -16,12 +17,20 @@ from fake_matcher import SCENE
 from synthetic import HEIGHT, WIDTH
 from test_known_poses import PARAMS, assert_poses, write_colmap, write_nerfstudio, write_tum
 
-from gim_hloc import colmap
+from gim_hloc import colmap, matchers
 from gim_hloc.colmap import CameraOptions
+from gim_hloc.colmap.undistort import undistort
 from gim_hloc.errors import InputError
+from gim_hloc.hloc_plugin import match_dense
 from gim_hloc.images import Exif, ImageRecord
 from gim_hloc.pairs.files import read_pairs
+from gim_hloc.pairs.retrieval import read_global_descriptors
+from gim_hloc.pipelines.imported import ImportedMatcher
+from gim_hloc.pipelines.localize import _stored_vlad
 from gim_hloc.poses import match_names, read_poses
+from gim_hloc.store import H5Store, read_matches
+from gim_hloc.training.data.depth_maps import read_depth
+from gim_hloc.training.data.zeromatch import read_labels
 
 NAMES = SCENE.names
 COMPOSED, SPLIT = (unicodedata.normalize(form, "für.jpg") for form in ("NFC", "NFD"))
@@ -432,3 +441,260 @@ def test_quaternions_in_binary_models(binary: Path, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"images\.bin, image \d+ .*has length 0.5"):
         colmap.read_model(tmp_path / "m")
+
+
+# ------------------------------------------------------------------------------------- h5 files
+
+
+@pytest.fixture
+def hlocs(tmp_path: Path) -> tuple[Path, Path, list[tuple[str, str]]]:
+    """Features and matches of three images in hloc's layout."""
+    return write_h5(tmp_path / "f.h5", tmp_path / "m.h5")
+
+
+def write_h5(features: Path, matches: Path) -> tuple[Path, Path, list[tuple[str, str]]]:
+    pairs = [("a.jpg", "b.jpg"), ("a.jpg", "c.jpg")]
+    rng = np.random.default_rng(0)
+    with h5py.File(features, "w") as file:
+        for name in ("a.jpg", "b.jpg", "c.jpg"):
+            file[f"{name}/keypoints"] = rng.uniform(0, 500, (2000, 2)).astype(np.float32)
+    with h5py.File(matches, "w") as file:
+        for a, b in pairs:
+            file[f"{a}/{b}/matches0"] = np.r_[np.arange(50), np.full(1950, -1)].astype(np.int16)
+            file[f"{a}/{b}/matching_scores0"] = np.ones(2000, np.float16)
+    return features, matches, pairs
+
+
+def take_over(hlocs: tuple[Path, Path, list[tuple[str, str]]], out: Path) -> dict[str, int]:
+    """What ``--features --matches`` reads: pair -> matches."""
+    features, matches, pairs = hlocs
+    stores = [H5Store(out / name, {}) for name in ("of.h5", "om.h5")]
+    records = {name: record(name) for name in ("a.jpg", "b.jpg", "c.jpg")}
+    ImportedMatcher(features, matches).take_over(records, pairs, *stores)
+    found = {f"{a} {b}": len(read_matches(matches, a, b)[0]) for a, b in pairs}
+    for store in stores:
+        store.close()
+    return found
+
+
+def replace(path: Path, key: str, value: Any) -> None:
+    with h5py.File(path, "a") as file:
+        del file[key]
+        file[key] = value
+
+
+def test_hlocs_files_are_taken_over(hlocs: Any, tmp_path: Path) -> None:
+    assert take_over(hlocs, tmp_path) == {"a.jpg b.jpg": 50, "a.jpg c.jpg": 50}
+
+
+@pytest.mark.parametrize(
+    ("matches0", "message"),
+    [
+        ([5000] * 3, "another file of features"),
+        ([2**32] * 3, "another file of features"),  # 0 in 32 bits
+        ([2**40 + 1] * 3, "another file of features"),
+        (np.arange(2001), "another file of features"),
+        (np.array([1.0, np.nan]), "matches0 are no row numbers"),
+        (np.zeros((5, 1), int), "matches0 are no row numbers"),
+        (np.array([b"x"]), "holds no numbers"),
+        (np.arange(10), "10 matches0 and .*matching_scores0"),
+    ],
+)
+def test_rows_beyond_the_keypoints(matches0: Any, message: str, hlocs: Any, tmp_path: Path) -> None:
+    replace(hlocs[1], "a.jpg/c.jpg/matches0", matches0)
+    if "scores" not in message:
+        with h5py.File(hlocs[1], "a") as file:
+            del file["a.jpg/c.jpg/matching_scores0"]
+    with pytest.raises(InputError, match=message) as e:
+        take_over(hlocs, tmp_path)
+    assert "m.h5" in str(e.value)
+    assert "c.jpg" in str(e.value)
+
+
+def test_rows_beyond_the_keypoints_never_reach_colmap(tmp_path: Path) -> None:
+    """COLMAP reads what lies behind the keypoints, and crashes."""
+    cameras, _ = colmap.assign_cameras([record("a"), record("b")], CameraOptions())
+    for rows in ([[0, 10]], [[2**31, 3]]):
+        with pytest.raises(
+            InputError, match=r"matches of a and b name keypoints .* with 10 and 10"
+        ):
+            colmap.build_database(
+                tmp_path / "d.db",
+                cameras=cameras,
+                names=["a", "b"],
+                keypoints=lambda name: np.zeros((10, 2), np.float32),
+                matches=[("a", "b", np.array(rows * 20))],
+                verify=colmap.VerifyOptions(),
+            )
+
+
+@pytest.mark.parametrize(
+    ("keypoints", "message"),
+    [
+        (np.full((5, 2), np.nan), "not finite"),
+        (np.zeros((3, 4, 5)), "not finite"),
+        (np.zeros(5), "not finite"),
+        (np.array([b"abc"]), "holds no numbers"),
+        (np.full((5, 2), 9999.0), "Were they computed on other files"),
+    ],
+)
+def test_keypoints_that_are_none(keypoints: Any, message: str, hlocs: Any, tmp_path: Path) -> None:
+    replace(hlocs[0], "b.jpg/keypoints", keypoints)
+    with pytest.raises(InputError, match=message) as e:
+        take_over(hlocs, tmp_path)
+    assert "f.h5, b.jpg" in str(e.value)
+
+
+def put_outside(file: h5py.File, key: str, other: Path, how: str) -> None:
+    """Let a dataset be that of another file."""
+    if how == "external link":
+        file[key] = h5py.ExternalLink(str(other), "/k")
+    elif how == "link to a link":
+        file["x"] = h5py.ExternalLink(str(other), "/k")
+        file[key] = h5py.SoftLink("/x")
+    elif how == "group behind a link":
+        file[key.rpartition("/")[0]] = h5py.ExternalLink(str(other), "/g")
+    elif how == "virtual":
+        layout = h5py.VirtualLayout(shape=(5, 2), dtype="f4")
+        layout[:] = h5py.VirtualSource(str(other), "k", shape=(5, 2))
+        file.create_virtual_dataset(key, layout)
+    else:  # its bytes are those of any file
+        file.create_dataset(key, (5, 2), "f4", external=[(str(other), 0, 40)])
+
+
+HOW = ["external link", "link to a link", "group behind a link", "virtual", "raw bytes"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("reader", ["features", "matches", "retrieval", "reference"])
+def test_nothing_outside_an_h5_file_is_read(
+    how: str, reader: str, hlocs: Any, tmp_path: Path
+) -> None:
+    other = tmp_path / "secret.h5"
+    with h5py.File(other, "w") as file:
+        file["k"] = np.full((5, 2), 7, np.float32)
+        for name in ("keypoints", "matches0", "global_descriptor"):
+            file[f"g/{name}"] = file["k"]
+    path, key = hlocs[0], "b.jpg/keypoints"
+    if reader == "matches":
+        path, key = hlocs[1], "a.jpg/c.jpg/matches0"
+    elif reader == "retrieval":
+        key = "b.jpg/global_descriptor"
+    with h5py.File(path, "a") as file:
+        del file[key.rpartition("/")[0]]
+        put_outside(file, key, other, how)
+    read: Any = {
+        "retrieval": lambda: read_global_descriptors(path, ["b.jpg"]),
+        "reference": lambda: match_dense._keypoints([path], ["b.jpg"]),
+    }.get(reader, lambda: take_over(hlocs, tmp_path))
+    with pytest.raises(InputError, match=r"another file|other files"):
+        read()
+
+
+def test_links_within_a_file_are_followed(hlocs: Any, tmp_path: Path) -> None:
+    with h5py.File(hlocs[0], "a") as file:
+        file.move("b.jpg/keypoints", "elsewhere")
+        file["b.jpg/keypoints"] = h5py.SoftLink("/elsewhere")
+    assert take_over(hlocs, tmp_path)["a.jpg b.jpg"] == 50
+    with h5py.File(hlocs[0], "a") as file:
+        del file["b.jpg"]
+        file["b.jpg"] = h5py.SoftLink("/b.jpg")
+    with pytest.raises(InputError, match=r"f\.h5, b\.jpg/keypoints cannot be read"):
+        take_over(hlocs, tmp_path)
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_arrays_that_a_file_cannot_hold(
+    compression: str | None, hlocs: Any, tmp_path: Path
+) -> None:
+    """80 GB that were never written: HDF5 would make them of zeros."""
+    with h5py.File(hlocs[0], "a") as file:
+        del file["b.jpg/keypoints"]
+        file.create_dataset(
+            "b.jpg/keypoints", (10**10, 2), "f4", chunks=(10**6, 2), compression=compression
+        )
+    with pytest.raises(InputError, match=r"b\.jpg/keypoints declares 80000000000 bytes"):
+        take_over(hlocs, tmp_path)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.95])
+def test_cut_files_of_hloc(which: int, share: float, hlocs: Any, tmp_path: Path) -> None:
+    data = hlocs[which].read_bytes()
+    hlocs[which].write_bytes(data[: int(share * len(data))])
+    with pytest.raises(InputError, match=f"{'fm'[which]}.h5 is (cut off or damaged|no h5 file)"):
+        take_over(hlocs, tmp_path)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_flipped_bytes_are_an_error_or_numbers(which: int, hlocs: Any, tmp_path: Path) -> None:
+    """No damage is a traceback; what happens to be read is rows and places that are there."""
+    data = hlocs[which].read_bytes()
+    rng = np.random.default_rng(which)
+    refused = 0
+    for trial in range(60):
+        damaged = bytearray(data)
+        for at in rng.integers(8, len(data) if trial % 2 else 4096, 8):
+            damaged[at] ^= 1 << int(rng.integers(8))
+        hlocs[which].write_bytes(damaged)
+        out = tmp_path / str(trial)
+        out.mkdir()
+        try:
+            take_over(hlocs, out)
+        except InputError:
+            refused += 1
+    assert 10 < refused < 60
+
+
+# -------------------------------------------------------------------------- numbers and names
+
+
+@pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg"])
+def test_names_that_lead_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    """A model is somebody's file: what it names is neither read nor written elsewhere."""
+    poses = {name: SCENE.poses[NAMES[0]], "b.jpg": SCENE.poses[NAMES[1]]}
+    model = write_colmap(tmp_path / "in" / "model", poses)
+    (tmp_path / "in" / "images").mkdir()
+    with pytest.raises(InputError, match="leads out of the image folder"):
+        undistort(tmp_path / "in" / "images", model, tmp_path / "in" / "out")
+    assert not (tmp_path / "in" / "out").exists()
+    with pytest.raises(InputError, match="leads out of the image folder"):
+        colmap.map_views(colmap.read_model(model))
+    # To give poses it may have any name.
+    assert read_poses(model, ["secret.jpg", "b.jpg"]).poses.keys() == {"secret.jpg", "b.jpg"}
+
+
+def npy(shape: str, data: bytes = b"") -> bytes:
+    """An .npy file that declares a shape and holds some bytes."""
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
+
+
+@pytest.mark.parametrize("shape", ["(1000000000, 4)", "(10000000000000, 4)"])
+@pytest.mark.parametrize("reader", [read_labels, read_depth])
+def test_numbers_that_an_npy_declares_but_does_not_hold(
+    shape: str, reader: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "0_1.npy"
+    path.write_bytes(npy(shape, b"\0" * 64))
+    with pytest.raises(InputError, match=r"0_1\.npy"):
+        reader(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04" + b"\0" * 50, b"x" * 100, npy("(3,)")])
+def test_a_damaged_retrieval_file_is_made_again(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "retrieval.npz"
+    path.write_bytes(data)
+    assert _stored_vlad(path, "stamp") == (None, None)
+    np.savez(path, stamp="stamp", centres=np.eye(2), rows=np.eye(3))
+    centres, rows = _stored_vlad(path, "stamp")
+    np.testing.assert_array_equal(centres, np.eye(2))
+    np.testing.assert_array_equal(rows, np.eye(3))
+    assert _stored_vlad(path, "other") == (None, None)
+
+
+def test_descriptors_of_another_width() -> None:
+    matcher = matchers.load("sift", device="cpu")
+    matcher.check_descriptors(128, "f.h5")
+    with pytest.raises(InputError, match=r"f\.h5: the descriptors have 256 numbers, .* sift 128"):
+        matcher.check_descriptors(256, "f.h5")

@@ -7,9 +7,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,6 +85,21 @@ def find_model(path: Path | str) -> Path:
         f"{root} holds no COLMAP model (cameras, images and points3D as .bin or .txt; also looked "
         "in sparse/0)."
     )
+
+
+def check_names(names: Iterable[str], where: Path | str) -> None:
+    """Refuse names of images that lead out of a folder they are put behind.
+
+    Raises:
+        InputError: names ``where`` they stand.
+    """
+    for name in names:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise InputError(
+                f"{where}: the image name {name!r} leads out of the image folder, and is not "
+                "opened. Names are paths relative to the image folder."
+            )
 
 
 def poses_of(model: Any) -> dict[str, Pose]:
@@ -255,6 +270,7 @@ class MapView:
 def map_views(model: Any) -> dict[str, MapView]:
     """Registered images of a model, by name."""
     poses = poses_of(model)
+    check_names(poses, "The model")
     views = {}
     for image_id in sorted(model.reg_image_ids()):
         image = model.image(image_id)

@@ -9,7 +9,7 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, camera_spec, project
-from gim_hloc.colmap.model import colmap_log, has_cuda
+from gim_hloc.colmap.model import check_names, colmap_log, has_cuda, read_model
 from gim_hloc.errors import InputError
 
 
@@ -56,7 +56,11 @@ def undistort(images: Path, model: Path, output: Path) -> None:
         images: image root.
         model: sparse model folder.
         output: gets ``images/`` and ``sparse/0/`` (and COLMAP's ``stereo/`` for MVS).
+
+    Raises:
+        InputError: the model is damaged, or names images outside the root.
     """
+    check_names((image.name for image in read_model(model).images.values()), model)
     pycolmap.undistort_images(output, model, images)
     folder = output / "sparse" / "0"
     folder.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,7 @@ def open_colmap(options: ColmapOptions) -> PosedViews:
         if folder is None or not folder.is_dir():
             raise InputError(f"{root} has no folder of {what}: give {what}.")
     poses, cameras = colmap.poses_and_cameras(model)
+    colmap.check_names(poses, model)
     views = []
     for name in sorted(poses):
         path = _find_depth(Path(depth), name)  # type: ignore[arg-type]

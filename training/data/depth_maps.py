@@ -9,7 +9,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_files import open_h5, read
-from gim_hloc.npz_reader import read_npz
+from gim_hloc.pickles import read_npz
 
 SUFFIXES = (".h5", ".npy", ".png", ".bin")
 MILLIMETRES = 0.001

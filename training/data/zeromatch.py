@@ -26,7 +26,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.images import read_rgb
-from gim_hloc.npz_reader import read_npz
+from gim_hloc.pickles import read_npz
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import SourceOptions
 from gim_hloc.training.data.video_labels import VideoOptions, VideoPairs, wanted_videos
