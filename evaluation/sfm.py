@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.pose import (
+from gim_hloc.geometry.pose import (
     align_cameras,
     auc,
     camera_centres,

@@ -19,6 +19,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.files import read_text
+from gim_hloc.geometry.pose import align_cameras, camera_centres
 from gim_hloc.pairs.base import natural_key
 
 if TYPE_CHECKING:
@@ -434,8 +435,6 @@ def similarity(
     Returns:
         None when fewer than two images are in both.
     """
-    from gim_hloc.evaluation.pose import align_cameras, camera_centres
-
     names = sorted(set(model) & set(target))
     if len(names) < 2:
         return None

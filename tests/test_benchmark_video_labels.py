@@ -13,7 +13,6 @@ from gim_hloc.evaluation.benchmarks import video_labels
 from gim_hloc.evaluation.benchmarks.video_labels import (
     VideoLabels,
     carry,
-    epipolar_distance,
     fox_truth,
     render_walk,
 )
@@ -66,13 +65,6 @@ def test_edges_are_not_blended() -> None:
     np.testing.assert_allclose(there, [[79.3 - 30, 50], [79.7 - 7.5, 50]], atol=1e-9)
     depth[:] = np.inf
     assert np.isnan(carry(np.array([[5.0, 5.0]]), depth, K, first, second)).all()
-
-
-def test_epipolar_distance() -> None:
-    """Shift along x: lines are rows."""
-    fundamental = np.array([[0, 0, 0], [0, 0, -1.0], [0, 1.0, 0]])
-    distance = epipolar_distance(fundamental, np.array([[3.0, 7.0]]), np.array([[90.0, 9.5]]))
-    np.testing.assert_allclose(distance, [2.5])
 
 
 def test_figures() -> None:

@@ -15,7 +15,8 @@ from scipy.spatial.transform import Rotation
 
 from gim_hloc.cli import eval_sfm
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation import pose, sfm
+from gim_hloc.evaluation import sfm
+from gim_hloc.geometry import pose
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from gim_hloc.geometry.epipolar import mean_distances
 from gim_hloc.networks.loftr import similarities
 from gim_hloc.training.losses.lightglue import (
     IGNORED,
     UNMATCHED,
     assignment_loss,
     certainty_loss,
-    epipolar_distance,
     label_loss,
     log_assignment,
     true_partners,
@@ -272,7 +272,7 @@ def test_partners_against_a_slow_transcription(seed: int) -> None:
     expected = slow_partners(
         torch.cdist(there0.double(), xy1.double()),
         torch.cdist(xy0.double(), there1.double()),
-        epipolar_distance(xy0, xy1, fundamental),
+        mean_distances(fundamental, xy0, xy1),
         case,
     )
     assert [t.tolist() for t in found] == list(expected)
@@ -286,12 +286,12 @@ def test_epipolar_distance_by_hand() -> None:
     fundamental = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
     xy0, xy1 = torch.tensor([[3.0, 4.0], [0, 10]]), torch.tensor([[90.0, 6.0], [5, 4], [1, 1]])
     expected = torch.tensor([[2.0, 0, 3], [4, 6, 9]])
-    assert torch.allclose(epipolar_distance(xy0, xy1, fundamental), expected)
+    assert torch.allclose(mean_distances(fundamental, xy0, xy1), expected)
     # One of two lines twice as far: the mean of both distances.
     tilted = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ torch.diag(
         torch.tensor([1.0, 2, 1])
     )
-    found = epipolar_distance(torch.tensor([[0.0, 1]]), torch.tensor([[0.0, 6]]), tilted)
+    found = mean_distances(tilted, torch.tensor([[0.0, 1]]), torch.tensor([[0.0, 6]]))
     assert float(found) == pytest.approx((4 + 2) / 2)
 
 

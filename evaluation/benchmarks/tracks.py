@@ -48,6 +48,8 @@ from gim_hloc.errors import GimError, InputError
 from gim_hloc.evaluation import sfm, synthetic_dense
 from gim_hloc.evaluation.benchmarks import measure
 from gim_hloc.evaluation.synthetic_dense import Scene, SceneOptions, SyntheticDense
+from gim_hloc.geometry.epipolar import distances, essential_matrix
+from gim_hloc.geometry.pose import relative_pose
 from gim_hloc.tracks import anchored, base, quantized
 from gim_hloc.tracks.base import Pair, Tracks
 
@@ -185,24 +187,13 @@ def judge(tracks: Tracks, scene: Scene) -> Judgement:
 def epipolar_error(scene: Scene, pair: Pair, tracks: Tracks, rows: np.ndarray) -> np.ndarray:
     """Distances (M,) in px of matches from the true epipolar lines, the larger of both images'."""
     a, b = (scene.views[name] for name in pair)
-    rotation = b.rotation @ a.rotation.T
-    t = b.translation - rotation @ a.translation
-    cross = np.array([[0, -t[2], t[1]], [t[2], 0, -t[0]], [-t[1], t[0], 0]])
-    essential = cross @ rotation
+    motion = relative_pose(a.rotation, a.translation, b.rotation, b.translation)
     ends = [
-        np.c_[
-            (tracks.keypoints[name][rows[:, k]] - view.principal) / view.focal, np.ones(len(rows))
-        ]
+        (tracks.keypoints[name][rows[:, k]] - view.principal) / view.focal
         for k, (name, view) in enumerate(zip(pair, (a, b), strict=True))
     ]
-    in_b, in_a = ends[0] @ essential.T, ends[1] @ essential
-    value = np.abs((ends[1] * in_b).sum(1))
-    return np.asarray(
-        np.maximum(
-            value / np.linalg.norm(in_b[:, :2], axis=1) * b.focal,
-            value / np.linalg.norm(in_a[:, :2], axis=1) * a.focal,
-        )
-    )
+    in_a, in_b = distances(essential_matrix(*motion), *ends)
+    return np.maximum(in_b * b.focal, in_a * a.focal)
 
 
 def triangulate(

@@ -37,6 +37,8 @@ from gim_hloc.cli import common
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.benchmarks.measure import machine, now, versions
 from gim_hloc.files import write_atomic
+from gim_hloc.geometry.epipolar import distances, essential_matrix
+from gim_hloc.geometry.pose import relative_pose
 from gim_hloc.training.video.folder import VideoFolder
 from gim_hloc.training.video.labels import LabelRound, RoundOptions, frame_record, load_labeller
 from gim_hloc.training.video.masks import FrameMasks, MaskOptions
@@ -662,32 +664,17 @@ def fox_truth(options: VideoLabels) -> Error:
         if not len(labels):
             return np.zeros(0)
         (r0, t0), (r1, t1) = (poses[names[n]] for n in (i, j))
-        turn = r1 @ r0.T
-        shift = t1 - turn @ t0
-        cross = np.array(
-            [[0, -shift[2], shift[1]], [shift[2], 0, -shift[0]], [-shift[1], shift[0], 0]]
-        )
         inverse = np.linalg.inv(k)
-        fundamental = inverse.T @ cross @ turn @ inverse
+        essential = essential_matrix(*relative_pose(r0, t0, r1, t1))
         sides = [
             cv2.undistortPoints(
                 labels[:, None, columns].astype(np.float64), k, np.array(distortion), P=k
             )[:, 0]
             for columns in (slice(0, 2), slice(2, 4))
         ]
-        return epipolar_distance(fundamental, *sides)
+        return np.maximum(*distances(inverse.T @ essential @ inverse, *sides))
 
     return error
-
-
-def epipolar_distance(fundamental: np.ndarray, xy0: np.ndarray, xy1: np.ndarray) -> np.ndarray:
-    """(n,) larger of the two distances of points from their epipolar lines, pixels."""
-    p0, p1 = (np.concatenate([xy, np.ones((len(xy), 1))], axis=1) for xy in (xy0, xy1))
-    lines1, lines0 = p0 @ fundamental.T, p1 @ fundamental
-    value = np.abs((p1 * lines1).sum(axis=1))
-    norms = [np.linalg.norm(lines[:, :2], axis=1) for lines in (lines0, lines1)]
-    distance: np.ndarray = value / np.minimum(*norms)
-    return distance
 
 
 if __name__ == "__main__":

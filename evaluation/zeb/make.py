@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.evaluation.pose import relative_pose
 from gim_hloc.evaluation.zeb.datasets import (
     DESCRIPTION,
     ZebSet,
@@ -37,6 +36,7 @@ from gim_hloc.evaluation.zeb.datasets import (
     read_description,
 )
 from gim_hloc.files import write_atomic
+from gim_hloc.geometry.pose import relative_pose
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, MapView

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation import pose
 from gim_hloc.evaluation.zeb.dumps import Dump
+from gim_hloc.geometry import pose
 
 THRESHOLDS = (5.0, 10.0, 20.0)
 """Degrees. ZEB's published tables have the first only."""
@@ -45,7 +45,7 @@ def failed(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
 
 
 def auc(errors: np.ndarray | Sequence[float], thresholds: Sequence[float]) -> list[float]:
-    """Return ZEB's AUC at each threshold (`gim_hloc.evaluation.pose.auc`).
+    """Return ZEB's AUC at each threshold (`gim_hloc.geometry.pose.auc`).
 
     Args:
         errors: (N,) degrees, from `pose_errors`.

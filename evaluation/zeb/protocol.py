@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.pose import direction_error_deg, rotation_error_deg
 from gim_hloc.evaluation.zeb.datasets import ZebSet, network_sizes
 from gim_hloc.evaluation.zeb.dumps import DumpRecord
+from gim_hloc.geometry.epipolar import essential_matrix, squared_symmetric_distance
+from gim_hloc.geometry.pose import direction_error_deg, rotation_error_deg
 
 Estimator = Literal["gim", "poselib"]
 
@@ -252,19 +253,8 @@ def epipolar_distance(
 
     In normalised coordinates, as SuperGlue's and LoFTR's evaluations compute it.
     """
-    x, y, z = pose[:3, 3]
-    essential = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ pose[:3, :3]
-    ones = np.ones((len(points0), 1))
-    rays0 = np.hstack([normalise(points0, K0), ones])
-    rays1 = np.hstack([normalise(points1, K1), ones])
-    lines1 = rays0 @ essential.T
-    lines0 = rays1 @ essential
-    residual = (rays1 * lines1).sum(1) ** 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance: np.ndarray = residual * (
-            1 / (lines1[:, :2] ** 2).sum(1) + 1 / (lines0[:, :2] ** 2).sum(1)
-        )
-    return distance
+    essential = essential_matrix(pose[:3, :3], pose[:3, 3])
+    return squared_symmetric_distance(essential, normalise(points0, K0), normalise(points1, K1))
 
 
 def evaluate_pair(

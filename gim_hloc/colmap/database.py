@@ -16,6 +16,8 @@ import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, unproject
 from gim_hloc.errors import InputError, check_numbers
+from gim_hloc.geometry.epipolar import distances, essential_matrix
+from gim_hloc.geometry.pose import relative_pose
 
 if TYPE_CHECKING:
     from gim_hloc.poses import Pose
@@ -226,22 +228,16 @@ def _known_geometry(end0: _End, end1: _End, rows: np.ndarray, max_error: float) 
     As in hloc's triangulation, the distance to the epipolar line counts in both images.
     """
     (camera0, xy0, (r0, t0)), (camera1, xy1, (r1, t1)) = end0, end1
-    turn = r1 @ r0.T
-    shift = t1 - turn @ t0
-    cross = np.array([[0, -shift[2], shift[1]], [shift[2], 0, -shift[0]], [-shift[1], shift[0], 0]])
-    essential = cross @ turn
-    rays0, rays1 = (
+    turn, shift = relative_pose(r0, t0, r1, t1)
+    essential = essential_matrix(turn, shift)
+    rays = (
         unproject(camera, xy[rows[:, side]])
         for side, (camera, xy) in enumerate(((camera0, xy0), (camera1, xy1)))
     )
-    lines0, lines1 = rays1 @ essential, rays0 @ essential.T
-    residual = np.abs((rays0 * lines0).sum(1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        error0 = residual / np.linalg.norm(lines0[:, :2], axis=1)
-        error1 = residual / np.linalg.norm(lines1[:, :2], axis=1)
-        good = (error0 <= camera0.cam_from_img_threshold(max_error)) & (
-            error1 <= camera1.cam_from_img_threshold(max_error)
-        )
+    error0, error1 = distances(essential, *rays)
+    good = (error0 <= camera0.cam_from_img_threshold(max_error)) & (
+        error1 <= camera1.cam_from_img_threshold(max_error)
+    )
     geometry = pycolmap.TwoViewGeometry()
     geometry.config = int(pycolmap.TwoViewGeometryConfiguration.CALIBRATED)
     geometry.inlier_matches = np.ascontiguousarray(rows[good], dtype=np.uint32)

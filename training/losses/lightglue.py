@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from gim_hloc.geometry.epipolar import mean_distances
+
 UNMATCHED = -1  # a keypoint that surely has no partner
 IGNORED = -2  # one of which nothing is known
 
@@ -208,26 +210,7 @@ def true_partners(
     partner1 = partner1.masked_fill(known1 & (distance1.amin(0) > negative), UNMATCHED)
 
     undecided = (partner0 == IGNORED)[:, None] & (partner1 == IGNORED)
-    epipolar = epipolar_distance(xy0, xy1, fundamental).masked_fill(~undecided, torch.inf)
+    epipolar = mean_distances(fundamental, xy0, xy1).masked_fill(~undecided, torch.inf)
     partner0 = partner0.masked_fill(~known0 & (epipolar.amin(1) > negative), UNMATCHED)
     partner1 = partner1.masked_fill(~known1 & (epipolar.amin(0) > negative), UNMATCHED)
     return partner0, partner1
-
-
-def epipolar_distance(
-    xy0: torch.Tensor, xy1: torch.Tensor, fundamental: torch.Tensor
-) -> torch.Tensor:
-    """Mean distance (M, N) in pixels of points to each other's epipolar lines.
-
-    Args:
-        xy0: (M, 2).
-        xy1: (N, 2).
-        fundamental: (3, 3), x1^T F x0 = 0.
-    """
-    matrix = fundamental.double()
-    x0, x1 = (F.pad(xy.double(), (0, 1), value=1.0) for xy in (xy0, xy1))
-    lines1, lines0 = x0 @ matrix.T, x1 @ matrix  # (M, 3) in image 1, (N, 3) in image 0
-    residual = (lines1 @ x1.T).abs()
-    slope1 = lines1[:, :2].norm(dim=1).clamp(min=1e-12)
-    slope0 = lines0[:, :2].norm(dim=1).clamp(min=1e-12)
-    return ((residual / slope1[:, None] + residual / slope0) / 2).to(xy0.dtype)
