@@ -62,6 +62,7 @@ def build_report(
     verified: Sequence[PairVerification],
     models: Sequence[Any],
     paths: Sequence[str],
+    left_model: Mapping[str, str],
     notes: Sequence[str],
     confidence: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def build_report(
         verified: what verification left of each pair.
         models: ``pycolmap.Reconstruction`` objects, largest first.
         paths: where they are, relative to the output.
+        left_model: why images left the model they were in.
         notes: sentences for the user.
         confidence: of ``confidence_sums``.
     """
@@ -116,7 +118,9 @@ def build_report(
             **counts,
             "model": model_of.get(record.name),
         }
-        row["status"], row["reason"] = _status(record, row, bool(models))
+        row["status"], row["reason"] = _status(
+            record, row, bool(models), left_model.get(record.name)
+        )
         known = details.get(record.name)
         if known is not None:
             row.update(
@@ -234,7 +238,9 @@ def confidence_sums(
     }
 
 
-def _status(record: ImageRecord, row: Mapping[str, Any], mapped: bool) -> tuple[str, str]:
+def _status(
+    record: ImageRecord, row: Mapping[str, Any], mapped: bool, left_model: str | None
+) -> tuple[str, str]:
     """Status of a usable image, and a sentence when it is not registered in the largest model."""
     if row["model"] == 0:
         return "registered", ""
@@ -253,6 +259,8 @@ def _status(record: ImageRecord, row: Mapping[str, Any], mapped: bool) -> tuple[
             f"{row['matches']} matches in {row['pairs']} pairs, none geometrically consistent"
             + (doubt if row["doubtful_pairs"] else ""),
         )
+    if left_model:
+        return "not_registered", left_model
     what = "COLMAP could not place it" if mapped else "COLMAP built no model"
     return (
         "not_registered",

@@ -273,6 +273,7 @@ class _Run:
         self._file_hashes: dict[str, str] = {}
         self.turns: dict[str, int] = {}  # image -> quarter turns clockwise to show it upright
         self._map_notes: list[str] = []  # kept, so that a reused model tells them again
+        self._left_model: dict[str, str] = {}  # image -> why it left a model; kept likewise
         self._turns_decided = False
         self._turn_rounds = 0
         self._encoded: set[str] = set()  # in this run, not reused
@@ -745,6 +746,7 @@ class _Run:
             "stages": {**self.state.get("stages", {}), **self.stages},
             "timings": {k: round(v, 3) for k, v in self.timings.items()},
             "map_notes": self._map_notes,
+            "left_model": self._left_model,
         }
         write_atomic(self.output / "run.yaml", yaml.safe_dump(state, sort_keys=False))
 
@@ -1423,6 +1425,7 @@ class _Run:
         try:
             models = self._build(job, verified)
             self._improve(job, models)
+            models = self._check(job, models)
         except MappingError as error:
             shutil.rmtree(sparse, ignore_errors=True)
             self.stages.pop("sparse")
@@ -1455,6 +1458,7 @@ class _Run:
 
     def _reused_models(self, sparse: Path) -> list[Path]:
         self._map_notes = list(self.state.get("map_notes", []))
+        self._left_model = dict(self.state.get("left_model", {}))
         self.notes += self._map_notes
         logger.info("Model reused: %s", sparse)
         return sorted((p for p in sparse.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
@@ -1509,6 +1513,26 @@ class _Run:
                     with self._timed("refine"):
                         sentence = self._refine_by_patches(model, job.fixed)
                     logger.info("Model %d: %s", index, sentence)
+
+    def _check(self, job: MapJob, models: Sequence[Any]) -> list[Any]:
+        """What is left of models that known poses do not carry (see ``colmap.check_models``)."""
+        from gim_hloc import colmap
+
+        if job.poses is not None:
+            return list(models)
+        with self._timed("check"):
+            checked = colmap.check_models(models, min_model_size=job.options.min_model_size)
+        for note in checked.notes:
+            logger.warning("%s", note)
+        self._map_notes += checked.notes
+        self._left_model = checked.reasons
+        if not checked.models:
+            raise MappingError(
+                " ".join(checked.notes)
+                or "No model came out: what COLMAP built has hardly a point (see the images in "
+                "the report). Is there parallax between the photographs, and enough overlap?"
+            )
+        return checked.models
 
     def _align(self, models: Sequence[Any]) -> None:
         """Put models that could move back into the world of the known poses."""
@@ -1673,6 +1697,7 @@ class _Run:
             verified=verified,
             models=loaded,
             paths=[str(path.relative_to(self.output)) for path in models],
+            left_model=self._left_model,
             notes=list(dict.fromkeys(self.notes)),
             confidence=confidence_sums(
                 verified, self._verify_options().min_confidence_sum, self._confidence_meaning()

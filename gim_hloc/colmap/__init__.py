@@ -25,6 +25,7 @@ from gim_hloc.colmap.cameras import (
     fixed_cameras,
     parse_intrinsics,
 )
+from gim_hloc.colmap.checks import Checked, check_models, only_turns, split_at_weak_joints
 from gim_hloc.colmap.database import (
     PairVerification,
     VerifyOptions,
@@ -32,7 +33,7 @@ from gim_hloc.colmap.database import (
     inlier_matches,
     read_verification,
 )
-from gim_hloc.colmap.improve import refine_by_warps, refine_tracks
+from gim_hloc.colmap.improve import bundle_adjust, refine_by_warps, refine_tracks
 from gim_hloc.colmap.localization import Located, locate, shared_focal
 from gim_hloc.colmap.mapping import (
     AUTO_GLOBAL_ABOVE,
@@ -65,6 +66,7 @@ from gim_hloc.colmap.model import (
     point_positions,
     points,
     poses_and_cameras,
+    poses_of,
     read_model,
     set_seed,
     statistics,
@@ -85,6 +87,7 @@ __all__ = [
     "CameraMode",
     "CameraOptions",
     "CameraSpec",
+    "Checked",
     "ImageStatistics",
     "Located",
     "MapJob",
@@ -100,9 +103,11 @@ __all__ = [
     "align",
     "assign_cameras",
     "build_database",
+    "bundle_adjust",
     "camera_param_count",
     "camera_spec",
     "cameras_of",
+    "check_models",
     "check_names",
     "check_params",
     "colmap_log",
@@ -117,11 +122,13 @@ __all__ = [
     "model_cameras",
     "model_observations",
     "model_statistics",
+    "only_turns",
     "parse_intrinsics",
     "pinhole",
     "point_positions",
     "points",
     "poses_and_cameras",
+    "poses_of",
     "read_model",
     "read_verification",
     "refine_by_warps",
@@ -132,6 +139,7 @@ __all__ = [
     "set_seed",
     "shared_focal",
     "sift_baseline",
+    "split_at_weak_joints",
     "statistics",
     "triangulate_known",
     "undistort",

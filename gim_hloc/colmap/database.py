@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pycolmap
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from gim_hloc.colmap.cameras import CameraSpec, unproject
 from gim_hloc.errors import InputError, check_numbers
@@ -365,3 +367,20 @@ def read_verification(database: Path, pairs: Sequence[tuple[str, str]]) -> list[
             )
         )
     return result
+
+
+def largest_component(database: Path) -> int:
+    """Number of images in the largest set that verified pairs connect."""
+    with pycolmap.Database.open(database) as db:
+        pairs, inliers = db.read_two_view_geometry_num_inliers()
+        ends = [
+            pycolmap.pair_id_to_image_pair(pair)
+            for pair, count in zip(pairs, inliers, strict=True)
+            if count
+        ]
+    if not ends:
+        return 0
+    rows, columns = np.array(ends).T
+    size = int(max(rows.max(), columns.max())) + 1
+    _, label = connected_components(coo_matrix((np.ones(len(ends)), (rows, columns)), (size, size)))
+    return int(np.bincount(label).max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, Refine, fixed_cameras
+from gim_hloc.colmap.checks import num_supported, split_at_weak_joints
+from gim_hloc.colmap.database import largest_component
 from gim_hloc.colmap.improve import bundle_adjust
 from gim_hloc.colmap.model import align, colmap_log, rigid, version
 from gim_hloc.errors import InputError, MappingError, check_numbers
@@ -30,6 +33,9 @@ PoseUse = Literal["fixed", "refine", "prior"]
 # Above this many images ``auto`` maps globally: incremental mapping is the more accurate and the
 # more forgiving of the two, but its time grows faster than linearly.
 AUTO_GLOBAL_ABOVE = 500
+# Mapping is tried again while the largest model holds less than this share of the images that
+# verified pairs connect.
+ENOUGH = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,33 +126,85 @@ def resolve_mapper(mapper: Mapper, num_images: int) -> str:
 
 
 def run_mapping(job: MapJob) -> Mapped:
-    """Map a verified database.
+    """Map a verified database, again with other values where much of it was left.
 
-    When COLMAP finds no first pair, mapping is repeated once with relaxed values, and a note says
-    so: small scenes and narrow baselines often fail COLMAP's defaults only.
+    COLMAP's defaults give up on forward motion, narrow baselines and small scenes. While the
+    largest model holds less than ``ENOUGH`` of the largest verified component, mapping is tried
+    with relaxed values, then with another seed; the best attempt is kept and a note says so.
 
     Raises:
-        MappingError: when no model comes out even with relaxed values.
+        MappingError: when no attempt gives a model.
     """
-    notes: list[str] = []
-    models = _map_once(job, relaxed=False)
-    if not models:
-        notes.append(
-            f"COLMAP's {job.mapper} mapper found no first pair with the usual thresholds; it was "
-            "run again with relaxed ones (first pair: 30 inliers and 4 degrees or less; "
-            "registration: 15 inliers; tracks of two views kept). Look at the model before you "
-            "trust it."
-        )
-        logger.warning(notes[-1])
-        models = _map_once(job, relaxed=True)
+    component = largest_component(job.database)
+    tried: list[tuple[str, list[Any]]] = []
+    work = 0  # images registered in all attempts: their time, the same on every machine
+    for name, attempt, relaxed in _attempts(job):
+        models = _map_once(attempt, relaxed=relaxed)
+        if tried:  # what relaxed values join wrongly must not count as a larger model
+            models = [part for model in models for part in split_at_weak_joints(model, [])]
+        models.sort(key=_quality, reverse=True)
+        tried.append((name, models))
+        logger.debug("mapping, %s: %s images", name, [num_supported(m) for m in models])
+        if models and num_supported(models[0]) >= ENOUGH * component:
+            break
+        work += sum(model.num_reg_images() for model in models)
+        first = sum(model.num_reg_images() for model in tried[0][1])
+        if len(tried) > 1 and work >= max(2 * first, component):
+            break
+    name, models = max(tried, key=lambda t: _quality(t[1][0]) if t[1] else (0, 0))
     if not models:
         raise MappingError(
             "COLMAP found no pair of images to start from, even with relaxed thresholds. The "
             "matches, the database and the report are kept; look at the match graph in the "
-            "report: are there pairs with many inliers and enough parallax?"
+            "report: are there pairs with many inliers and enough parallax? A camera that only "
+            "turns gives none."
         )
     models.sort(key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
-    return Mapped(models=models, notes=notes)
+    return Mapped(models=models, notes=_what_was_tried(tried, name, component))
+
+
+def _attempts(job: MapJob) -> list[tuple[str, MapJob, bool]]:
+    """What to try, in this order: name, job, whether with relaxed values."""
+    usual = ("the usual values", job, False)
+    other = dataclasses.replace(job, seed=job.seed + 1)
+    if resolve_mapper(job.mapper, job.num_images) == "global":  # nothing to relax
+        return [usual, ("another seed", other, False)]
+    return [usual, ("relaxed values", job, True), ("relaxed values and another seed", other, True)]
+
+
+def _quality(model: Any) -> tuple[int, int]:
+    """The better model has more images with enough points, then more observations.
+
+    Those of points in two images are no sign: relaxed mapping keeps them, the usual one does not.
+    """
+    lengths = (point.track.length() for point in model.points3D.values())
+    return num_supported(model), sum(length for length in lengths if length > 2)
+
+
+def _what_was_tried(tried: Sequence[tuple[str, list[Any]]], kept: str, component: int) -> list[str]:
+    counts = {name: num_supported(models[0]) if models else 0 for name, models in tried}
+    notes = []
+    if len(tried) > 1:
+        listed = ", ".join(f"{counts[name]} with {name}" for name in counts)
+        notes.append(
+            f"The first mapping left much of the {component} images that verified pairs connect, "
+            f"so it was repeated; images placed: {listed}. Kept: {kept}."
+            + (
+                " Relaxed values (first pair: forward motion, 30 inliers, 4 degrees; registration: "
+                "15 inliers; tracks of two views kept) are easier to deceive: look at the model."
+                if "relaxed" in kept
+                else ""
+            )
+        )
+        logger.warning("%s", notes[-1])
+    if counts[kept] < ENOUGH * component:
+        notes.append(
+            f"The largest model holds {counts[kept]} of the {component} images that verified pairs "
+            "connect. Look at the match graph in the report: photographs or pairs that link the "
+            "missing images may help."
+        )
+        logger.warning("%s", notes[-1])
+    return notes
 
 
 @contextlib.contextmanager
@@ -252,6 +310,7 @@ def _incremental_options(job: MapJob, *, relaxed: bool = False) -> Any:
         pipeline.mapper.abs_pose_refine_focal_length = False
         pipeline.mapper.abs_pose_refine_extra_params = False
     if relaxed:
+        pipeline.mapper.init_max_forward_motion = 1.0  # COLMAP: 0.95, no first pair in a street
         pipeline.mapper.init_min_num_inliers = 30
         pipeline.mapper.init_min_tri_angle = 4.0
         pipeline.mapper.abs_pose_min_num_inliers = 15
@@ -267,7 +326,7 @@ def _incremental_options(job: MapJob, *, relaxed: bool = False) -> Any:
         "filter_max_reproj_error",
     ):
         value = getattr(options, name)
-        if value is not None and not relaxed:
+        if value is not None:
             setattr(pipeline.mapper, name, value)
     return pipeline
 
