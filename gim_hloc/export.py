@@ -1,7 +1,7 @@
-"""Models in other programs' formats: text, coloured points, NVM, Bundler, nerfstudio.
+"""Models in other programs' formats: text, coloured points, NVM, Bundler, nerfstudio, 3DGS.
 
-Every format is written for the images as they are stored, distortion included; formats that cannot
-express a camera are left out with a note instead of being written wrong.
+Every format but 3DGS's is written for the images as they are stored, distortion included; formats
+that cannot express a camera are left out with a note instead of being written wrong.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from gim_hloc import colmap
 from gim_hloc.errors import InputError
 from gim_hloc.files import write_atomic
 
-EXPORTS = ("txt", "ply", "nvm", "bundler", "nerfstudio")
+EXPORTS = ("txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs")
 
 # nerfstudio's world has z up and the first axis kept; its COLMAP reader applies the same map.
 _NERFSTUDIO_WORLD = np.array([[1.0, 0, 0, 0], [0, 0, 1.0, 0], [0, -1.0, 0, 0]])
@@ -34,6 +35,7 @@ _NERFSTUDIO_MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "RADIAL_FISHEYE": ("OPENCV_FISHEYE", ("f", "cx", "cy", "k1", "k2")),
 }
 # Radial terms that Bundler and NVM can hold, as positions in the parameters.
+_NOTED_PX = 0.01
 _RADIAL: dict[str, tuple[int, ...]] = {
     "SIMPLE_PINHOLE": (),
     "PINHOLE": (),
@@ -43,22 +45,30 @@ _RADIAL: dict[str, tuple[int, ...]] = {
 
 
 def export_model(
-    model: Any, folder: Path, *, formats: Sequence[str], images: Path | None = None
+    model: Any,
+    folder: Path,
+    *,
+    formats: Sequence[str],
+    images: Path | None = None,
+    progress: bool = False,
 ) -> list[str]:
     """Write a model in several formats.
 
     Args:
         model: ``pycolmap.Reconstruction``.
         folder: where to write: ``cameras.txt`` …, ``points.ply``, ``model.nvm``, ``bundle.out``
-            with ``list.txt``, ``transforms.json`` with ``sparse_pc.ply``.
+            with ``list.txt``, ``transforms.json`` with ``sparse_pc.ply``, ``3dgs/`` with ``images``
+            and ``sparse/0``.
         formats: of ``EXPORTS``.
         images: image root, for formats that name image files.
+        progress: show a progress bar where images are written.
 
     Returns:
         Notes about formats that could not be written, or not exactly.
 
     Raises:
-        InputError: for an unknown format.
+        InputError: for an unknown format, or an image that cannot be read.
+        OutputError: an image cannot be written.
     """
     notes: list[str] = []
     if formats:
@@ -74,6 +84,8 @@ def export_model(
             notes += write_bundler(folder / "bundle.out", model)
         elif name == "nerfstudio":
             notes += write_nerfstudio(folder / "transforms.json", model, images)
+        elif name == "3dgs":
+            notes += write_3dgs(folder / "3dgs", model, images or Path(), progress=progress)
         else:
             raise InputError(f"Unknown export {name!r}. Known: {', '.join(EXPORTS)}.")
     return notes
@@ -91,21 +103,23 @@ def _registered(model: Any) -> list[Any]:
     return sorted((model.image(i) for i in model.reg_image_ids()), key=lambda image: image.name)
 
 
-def write_ply(path: Path, xyz: np.ndarray, rgb: np.ndarray) -> None:
-    """Write coloured points (M, 3) as a binary PLY file."""
-    vertices = np.empty(
-        len(xyz),
-        dtype=[("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("r", "u1"), ("g", "u1"), ("b", "u1")],
-    )
+def write_ply(path: Path, xyz: np.ndarray, rgb: np.ndarray, *, normals: bool = False) -> None:
+    """Write coloured points (M, 3) as a binary PLY file, with normals of zero if asked for."""
+    places = ["x", "y", "z", *(("nx", "ny", "nz") if normals else ())]
+    colours = ["red", "green", "blue"]
+    layout = np.dtype([*((n, "<f4") for n in places), *((n, "u1") for n in colours)])
+    vertices = np.zeros(len(xyz), layout)
     for column, axis in enumerate("xyz"):
         vertices[axis] = xyz[:, column]
-    for column, channel in enumerate("rgb"):
+    for column, channel in enumerate(colours):
         vertices[channel] = rgb[:, column]
-    header = (
-        "ply\nformat binary_little_endian 1.0\n"
-        f"element vertex {len(xyz)}\n"
-        "property float x\nproperty float y\nproperty float z\n"
-        "property uchar red\nproperty uchar green\nproperty uchar blue\nend_header\n"
+    header = "".join(
+        [
+            f"ply\nformat binary_little_endian 1.0\nelement vertex {len(xyz)}\n",
+            *(f"property float {name}\n" for name in places),
+            *(f"property uchar {name}\n" for name in colours),
+            "end_header\n",
+        ]
     )
     write_atomic(path, header.encode() + vertices.tobytes())
 
@@ -126,19 +140,40 @@ def _unsupported(model: Any, what: str) -> list[str]:
     ]
 
 
-def _rounded(model: Any, what: str) -> list[str]:
-    """A note where fx and fy are not the same: the format holds one focal length."""
-    worst = 0.0
+def _lost(model: Any, what: str, *, terms: int) -> list[str]:
+    """A note about what the format cannot hold of the cameras, in pixels at worst.
+
+    Args:
+        model: ``pycolmap.Reconstruction``.
+        what: name of the file.
+        terms: radial terms of the format. One: NVM's, which acts on the distorted point.
+    """
+    focal = centre = radial = 0.0
     for image in _registered(model):
         camera = model.camera(image.camera_id)
         fx, fy = camera.focal_length_x, camera.focal_length_y
-        reach = max(camera.width / fx, camera.height / fy) / 2
-        worst = max(worst, abs(fx - fy) / 2 * reach)
-    if worst < 0.01:
+        reach = np.array([camera.width / fx, camera.height / fy]) / 2
+        focal = max(focal, float(abs(fx - fy) / 2 * reach.max()))
+        middle = np.array([camera.width, camera.height]) / 2
+        centre = max(centre, float(np.linalg.norm(_principal(camera) - middle)))
+        if terms == 1:
+            k1, k2 = _radial(camera)
+            r = np.linspace(0, np.linalg.norm(reach), 50)
+            distorted = r * (1 + k1 * r**2 + k2 * r**4)
+            back = distorted * (1 - k1 * distorted**2)
+            radial = max(radial, float(np.abs(back - r).max() * camera.mean_focal_length()))
+    said = [
+        (focal, "one focal length a camera: fx and fy became their mean"),
+        (centre, "the middle of the image as principal point, and measurements are written "
+        "relative to the true one"),
+        (radial, "one radial term, which here is an approximation"),
+    ]  # fmt: skip
+    parts = [f"{sentence} ({worst:.2f} px)" for worst, sentence in said if worst >= _NOTED_PX]
+    if not parts:
         return []
     return [
-        f"{what} holds one focal length a camera: fx and fy became their mean, which moves points "
-        f"by up to {worst:.2f} px."
+        f"{what} holds {'; '.join(parts)}: points drawn into the images move by up to so many "
+        "pixels."
     ]
 
 
@@ -185,7 +220,7 @@ def write_nvm(path: Path, model: Any) -> list[str]:
         lines.append(" ".join(parts))
     lines += ["", "0", ""]
     write_atomic(path, "\n".join(lines))
-    return _rounded(model, path.name)
+    return _lost(model, path.name, terms=1)
 
 
 def write_bundler(path: Path, model: Any) -> list[str]:
@@ -218,17 +253,17 @@ def write_bundler(path: Path, model: Any) -> list[str]:
         lines.append(f"{len(views)} " + " ".join(views))
     write_atomic(path, "\n".join(lines) + "\n")
     write_atomic(path.with_name("list.txt"), "".join(f"{image.name}\n" for image in images))
-    return _rounded(model, path.name)
+    return _lost(model, path.name, terms=2)
 
 
 def write_nerfstudio(path: Path, model: Any, images: Path | None) -> list[str]:
     """Write nerfstudio's ``transforms.json`` and its start points ``sparse_pc.ply``.
 
     Camera to world in OpenGL axes (x right, y up, z back), in a world with z up. Image paths are
-    relative to the file.
+    relative to the file where it really is, links followed.
 
     Returns:
-        A note when a camera cannot be expressed; nothing is written then.
+        A note when a camera cannot be expressed, and nothing is written then, or an image not read.
     """
     registered = _registered(model)
     cameras = {image.camera_id: model.camera(image.camera_id) for image in registered}
@@ -241,7 +276,8 @@ def write_nerfstudio(path: Path, model: Any, images: Path | None) -> list[str]:
             f"{path.name} was not written: it holds one kind of camera, this model has fisheye "
             "and other cameras."
         ]
-    root = Path(os.path.relpath(images, path.parent)) if images is not None else Path()
+    # ".." after a link leads to the parent of where the link points.
+    root = Path(os.path.relpath(images.resolve(), path.parent.resolve())) if images else Path()
     intrinsics = {camera_id: _nerfstudio_camera(c) for camera_id, c in cameras.items()}
     shared = len(cameras) == 1
     world = np.vstack([_NERFSTUDIO_WORLD, [0, 0, 0, 1]])
@@ -267,7 +303,37 @@ def write_nerfstudio(path: Path, model: Any, images: Path | None) -> list[str]:
     xyz, rgb = _points(model)
     write_ply(path.with_name("sparse_pc.ply"), xyz @ _NERFSTUDIO_WORLD[:, :3].T, rgb)
     write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False))
-    return []
+    unread = [i.name for i in registered if i.name.lower().endswith((".heic", ".heif"))]
+    if not unread:
+        return []
+    return [
+        f"nerfstudio reads no HEIC ({len(unread)} images, such as {unread[0]}): give it the folder "
+        "that --export 3dgs writes."
+    ]
+
+
+def write_3dgs(folder: Path, model: Any, images: Path, *, progress: bool = False) -> list[str]:
+    """Write ``images/`` and ``sparse/0`` as the reference 3DGS loader reads them.
+
+    That loader takes PINHOLE cameras, keeps their field of view only, looks for images by their
+    base name, decodes names byte by byte, and reads start points from ``points3D.ply`` if there is
+    one.
+
+    Returns:
+        Notes about names, orientations and cuts.
+
+    Raises:
+        InputError: see ``colmap.undistort``.
+        OutputError: see ``colmap.undistort``.
+    """
+    result, notes = colmap.undistort(
+        images, model, folder / "images", centred=True, flat=True, progress=progress
+    )
+    sparse = folder / "sparse" / "0"
+    sparse.mkdir(parents=True, exist_ok=True)
+    result.write_binary(sparse)
+    write_ply(sparse / "points3D.ply", *_points(result), normals=True)
+    return [f"{folder}: {note}" for note in notes]
 
 
 def _nerfstudio_camera(camera: Any) -> dict[str, float | int]:

@@ -200,13 +200,12 @@ def scan(
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise InputError(f"The image folder {root} {problem}.")
-    found, unread = (
-        _list_images(root, exclude) if names is None else (_check_names(root, names), [])
-    )
-    results = _map_in_threads(
+    found, unread = _list_images(root, exclude) if names is None else (check_names(root, names), [])
+    results = map_in_threads(
         partial(_inspect, root, min_size=min_size, upright=upright),
         found,
         workers=workers or min(8, os.cpu_count() or 1),
+        title="Check images",
         progress=progress,
     )
     images: list[ImageRecord] = []
@@ -295,7 +294,12 @@ def _warn_unlisted(error: OSError) -> None:
     logger.warning("Folder %s cannot be listed: %s", error.filename, error.strerror)
 
 
-def _check_names(root: Path, names: Sequence[str]) -> list[str]:
+def check_names(root: Path, names: Sequence[str]) -> list[str]:
+    """Names of existing images below ``root``, sorted, each once.
+
+    Raises:
+        InputError: a name leads out of ``root``, or no file has it.
+    """
     unique = sorted(set(names))
     for name in unique:
         pure = PurePosixPath(name)
@@ -310,18 +314,23 @@ def _check_names(root: Path, names: Sequence[str]) -> list[str]:
     return unique
 
 
-def _map_in_threads(
-    function: Callable[[str], Any], names: Sequence[str], *, workers: int, progress: bool
+def map_in_threads(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    workers: int,
+    title: str,
+    progress: bool,
 ) -> list[Any]:
-    """Map in order. An interrupt does not wait for what is still queued."""
+    """Map in order. An interrupt or error does not wait for what is still queued."""
     from tqdm import tqdm
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
     try:
         bar = tqdm(
-            pool.map(function, names),
-            total=len(names),
-            desc="Check images",
+            pool.map(function, items),
+            total=len(items),
+            desc=title,
             unit="image",
             disable=not progress,
         )
@@ -920,6 +929,16 @@ def read_rgb(
         known = source.exif.orientation if isinstance(source, ImageRecord) else pixels.orientation
         rgb = _turn(rgb, known)
     return np.ascontiguousarray(rgb)
+
+
+def read_stored(path: Path) -> tuple[np.ndarray, int]:
+    """(H, W, 3) uint8 as the file stores it, and its EXIF orientation.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    pixels = _read(path, None)
+    return np.ascontiguousarray(pixels.rgb), pixels.orientation
 
 
 def load(

@@ -34,7 +34,7 @@ class Products:
         else:
             where, cure = f"in {self.folder}", "give that folder as IMAGES"
         many = f"{len(self.names)} picture{'s' * (len(self.names) != 1)}"
-        return f"Passed over {many} {where}: {self.what}. To use them, {cure}."
+        return f"Passed over {many} {where}: {self.what}. To use them as images, {cure}."
 
 
 def find_products(root: Path, names: Sequence[str]) -> list[Products]:
@@ -67,6 +67,7 @@ class _Finder:
             for depth, part in enumerate(parts):
                 self.children.setdefault("".join(p + "/" for p in parts[:depth]), set()).add(part)
         self._there: dict[str, bool] = {}
+        self._tails: dict[str, set[str]] = {}
 
     def kind(self, name: str) -> tuple[str, str | None] | None:
         """What a picture is and the folder of its kind, or None for an image."""
@@ -99,13 +100,12 @@ class _Finder:
             and (folder != "images" or path.is_symlink())
         ):
             return "a run of gim-reconstruct wrote them"
-        if folder == "images" and self._exists(parent + "stereo"):
-            inside = f"{parent}{folder}/"
-            if any(
-                f"/{other}".endswith(f"/{stem}") and not other.startswith(inside)
-                for other in self.by_stem
-            ):
-                return "COLMAP's undistorted copies of images that are here too"
+        if (
+            folder == "images"
+            and self._exists(parent + "stereo")
+            and stem in self._tails_outside(f"{parent}{folder}/")
+        ):
+            return "COLMAP's undistorted copies of images that are here too"
         reduced = _REDUCED.fullmatch(folder)
         if reduced:
             whole = self.by_stem.get(f"{parent}images/{stem}") or self.by_stem.get(parent + stem)
@@ -121,6 +121,13 @@ class _Finder:
         ):
             return "masks or maps of images that are here too"
         return None
+
+    def _tails_outside(self, folder: str) -> set[str]:
+        """Ends of the paths, without suffix, of all pictures that are not in ``folder``."""
+        if folder not in self._tails:
+            outside = [stem.split("/") for stem in self.by_stem if not stem.startswith(folder)]
+            self._tails[folder] = {"/".join(p[i:]) for p in outside for i in range(len(p))}
+        return self._tails[folder]
 
     def _exists(self, path: str) -> bool:
         if path not in self._there:
@@ -146,6 +153,8 @@ def _of_role(stem: str) -> Iterator[str]:
 def _is_reduced(small: Path, large: Path, factor: int) -> bool:
     from PIL import Image
 
+    if not (small.is_file() and large.is_file()):  # a pipe would be waited for
+        return False
     try:
         with Image.open(small) as one, Image.open(large) as two:
             sizes = zip(sorted(one.size), sorted(two.size), strict=True)  # perhaps turned by EXIF

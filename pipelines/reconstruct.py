@@ -104,8 +104,9 @@ class ReconstructOptions:
     """How images share cameras, and known intrinsics."""
     mapper: Mapper = "incremental"
     """COLMAP's mapper. auto: incremental up to 500 images, global above."""
-    export: tuple[Literal["txt", "ply", "nvm", "bundler", "nerfstudio"], ...] = ("ply",)
-    """Formats written to export/ for every model, beside COLMAP's binary one in sparse/."""
+    export: tuple[Literal["txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs"], ...] = ("ply",)
+    """Formats written to export/ for every model, beside COLMAP's binary one in sparse/. 3dgs:
+    undistorted images and their pinhole model, as Gaussian splatting programs read them."""
     dense: bool = False
     """Also undistort, and run PatchMatch stereo and fusion where pycolmap has CUDA."""
     device: str = "auto"
@@ -402,8 +403,6 @@ class _Run:
         finally:
             for store in self._stores():
                 store.close()
-        if failure is not None:
-            raise failure
         return ReconstructResult(
             output=self.output, models=models, report=report, estimate=estimate or self._estimated
         )
@@ -1654,38 +1653,54 @@ class _Run:
 
     # ----------------------------------------------------------------------------------- report
 
+    def _export(self, models: Sequence[Any]) -> None:
+        """Other formats of the models, and what is dense.
+
+        Raises:
+            InputError: an image is missing, cannot be read or is not the model's.
+            OutputError: an image cannot be written.
+        """
+        from gim_hloc import colmap
+
+        said: list[str] = []
+        with self._timed("export"):
+            for index, model in enumerate(models):
+                said += export_model(
+                    model,
+                    self.output / "export" / str(index),
+                    formats=self.options.export,
+                    images=self.root,
+                    progress=self.progress,
+                )
+        if self.options.dense and models:
+            with self._timed("dense"):
+                said += colmap.run_dense(
+                    self.root,
+                    models[0],
+                    self.output / "dense",
+                    log_dir=self.output / "logs",
+                    progress=self.progress,
+                )
+        for sentence in dict.fromkeys(said):
+            self._note(sentence)
+
     def _report(
         self,
         selection: Selection,
         verified: Sequence[PairVerification],
         models: Sequence[Path],
         watch: engine.Stopwatch,
-        failure: MappingError | None,
+        failure: GimError | None,
     ) -> dict[str, Any]:
         from gim_hloc import colmap
         from gim_hloc import images as image_module
         from gim_hloc.pipelines.report import write_report
 
         loaded = [colmap.read_model(path) for path in models]
-        with self._timed("export"):
-            for index, model in enumerate(loaded):
-                said = export_model(
-                    model,
-                    self.output / "export" / str(index),
-                    formats=self.options.export,
-                    images=self.root,
-                )
-                for sentence in said:
-                    if sentence not in self.notes:
-                        logger.warning("%s", sentence)
-                        self.notes.append(sentence)
-        if self.options.dense and models:
-            with self._timed("dense"):
-                _, sentence = colmap.run_dense(
-                    self.root, models[0], self.output / "dense", log_dir=self.output / "logs"
-                )
-            self.notes.append(sentence)
-            logger.warning("%s", sentence)
+        try:
+            self._export(loaded)
+        except GimError as error:  # the report and the state of the run come first
+            failure = error
         if failure is not None:
             self.notes.append(str(failure))
         for note in self.notes:
@@ -1765,6 +1780,8 @@ class _Run:
                 logger.debug("report", exc_info=True)
         report["timings"] = dict(self.timings)
         self._write_state()
+        if failure is not None:
+            raise failure
         return report
 
 

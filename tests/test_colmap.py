@@ -497,7 +497,7 @@ def test_formats_with_one_focal_length_say_what_becomes_of_two(tmp_path: Path) -
     loaded = colmap.read_model(result.paths[0])
     notes = export_model(loaded, tmp_path / "e", formats=("nvm", "bundler"))
     # The focal lengths are 1 px off their mean, at most at half the image's longer side.
-    expected = f"by up to {WIDTH / 2 / (FOCAL - 1):.2f} px"
+    expected = f"fx and fy became their mean ({WIDTH / 2 / (FOCAL - 1):.2f} px)"
     assert [note.split()[0] for note in notes] == ["model.nvm", "bundle.out"]
     assert all(expected in note for note in notes)
 

@@ -163,6 +163,19 @@ def test_same_command_again_computes_nothing(place: Path, tmp_path: Path) -> Non
     assert f"query/{MAPPED[1]}" in colmap.model_cameras(tmp_path / "out")
 
 
+def test_mirrored_and_masked_queries_are_named(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "new", tmp_path / "queries")
+    exif = Image.Exif()
+    exif[0x0112] = 7
+    with Image.open(place / "new" / QUERIES[0]) as image:
+        image.save(tmp_path / "queries" / "m.jpg", exif=exif)
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "queries" / f"{QUERIES[1]}.png")
+    result = run(place, tmp_path / "out", tmp_path / "queries", masks=tmp_path / "queries")
+    assert result.localized == 1
+    assert result.queries["m.jpg"].status == "mirrored"
+    assert "leaves nothing of it" in result.queries[QUERIES[1]].reason
+
+
 @pytest.fixture
 def corridor(place: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
     """A map in which image i sees points 25 i to 25 i + 150, and its images by number."""

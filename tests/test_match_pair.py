@@ -418,6 +418,20 @@ def test_masks(pair: tuple[Path, Path], tmp_path: Path) -> None:
     Image.fromarray(mask[:100]).save(tmp_path / "low.png")
     with pytest.raises(InputError, match=r"low\.png has 480 x 100 pixels"):
         match(*pair, matcher="sift", mask0=tmp_path / "low.png")
+    Image.fromarray(0 * mask).save(tmp_path / "black.png")
+    with pytest.raises(InputError, match=r"black\.png leaves nothing of it"):
+        match(*pair, matcher="sift", mask1=tmp_path / "black.png")
+
+
+def test_a_mirrored_image_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 5
+    with Image.open(pair[0]) as image:
+        image.save(tmp_path / "mirrored.png", exif=exif)
+    with pytest.raises(
+        InputError, match=r"mirrored\.png cannot be used: mirrored, EXIF orient.* 5"
+    ):
+        match(tmp_path / "mirrored.png", pair[1], matcher="sift")
 
 
 def test_loaded_matcher_has_its_own_options(pair: tuple[Path, Path]) -> None:

@@ -6,6 +6,7 @@ fast; real photographs follow in ``test_real_scenes``.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -32,6 +33,7 @@ from gim_hloc import colmap, store
 from gim_hloc.cli.reconstruct import main
 from gim_hloc.errors import InputError, LockedError, MappingError, OutputError
 from gim_hloc.pairs import read_pairs
+from gim_hloc.pipelines import reconstruct
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 
 fake_matcher.register()
@@ -63,6 +65,32 @@ def status(result: ReconstructResult) -> dict[str, str]:
 
 
 # ----------------------------------------------------------------------------------- whole runs
+
+
+def test_an_image_that_is_gone_when_it_is_exported_costs_the_export_only(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = reconstruct.export_model
+
+    def late(*args: Any, **options: Any) -> list[str]:
+        (images / NAMES[0]).rename(tmp_path / "away")
+        return export(*args, **options)
+
+    monkeypatch.setattr(reconstruct, "export_model", late)
+    with pytest.raises(InputError, match=re.escape(NAMES[0])):
+        run(images, tmp_path / "out", export=("3dgs",))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["summary"]["registered"] == len(NAMES)
+    assert any(NAMES[0] in note for note in report["notes"])
+    monkeypatch.undo()
+    (tmp_path / "away").rename(images / NAMES[0])
+    assert run(images, tmp_path / "out", export=("3dgs",), dense=True).registered == len(NAMES)
+    assert FakeMatcher.calls == []
+    written = tmp_path / "out" / "export" / "0" / "3dgs"
+    assert len(list((written / "images").iterdir())) == len(NAMES)
+    assert colmap.read_model(written / "sparse" / "0").num_reg_images() == len(NAMES)
+    assert colmap.read_model(tmp_path / "out" / "dense" / "sparse").num_reg_images() == len(NAMES)
+    assert colmap.read_model(tmp_path / "out" / "sparse" / "0").num_reg_images() == len(NAMES)
 
 
 def test_whole_run_gives_true_poses_and_all_files(images: Path, tmp_path: Path) -> None:
@@ -298,6 +326,42 @@ def test_masks_drop_keypoints(images: Path, tmp_path: Path) -> None:
     Image.fromarray(mask).save(masks / f"{NAMES[0]}.png")
     run(images, tmp_path / "out", masks=masks, mask_erode=4)
     assert encoded() == [NAMES[0]]
+
+
+def test_masks_beside_the_images(images: Path, tmp_path: Path) -> None:
+    mask = np.full((600, 800), 255, np.uint8)
+    mask[:, :400] = 0
+    Image.fromarray(mask).save(images / f"{NAMES[0]}.png")
+    result = run(images, tmp_path / "out", masks=images / ".", mask_erode=0)
+    assert result.registered == len(NAMES)
+    with h5py.File(tmp_path / "out/features.h5") as file:
+        assert file[NAMES[0]]["keypoints"][:, 0].min() > 399
+
+
+def test_masks_that_leave_nothing_are_named_as_the_cause(images: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        path = tmp_path / "masks" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (800, 600)).save(path)
+    with pytest.raises(MappingError, match=r"image 00 é\.jpg\.png leaves nothing of it"):
+        run(images, tmp_path / "out", masks=tmp_path / "masks")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all("black is what is ignored" in row["reason"] for row in report["images"])
+
+
+@pytest.mark.parametrize("orientation", [2, 4, 5, 7])
+def test_mirrored_images_are_left_out_by_name(
+    images: Path, tmp_path: Path, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(images / NAMES[3]) as image:
+        image.save(images / NAMES[3], exif=exif)
+    result = run(images, tmp_path / "out")
+    assert result.registered == len(NAMES) - 1
+    (row,) = [row for row in result.report["images"] if row["name"] == NAMES[3]]
+    assert row["status"] == "mirrored"
+    assert f"EXIF orientation {orientation}" in row["reason"]
 
 
 @pytest.mark.weights

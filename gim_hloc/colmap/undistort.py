@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
-import shutil
+import copy
+import functools
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pycolmap
 
-from gim_hloc.colmap.cameras import CameraSpec, camera_spec, project
-from gim_hloc.colmap.model import check_names, colmap_log, has_cuda, read_model
-from gim_hloc.errors import InputError
+from gim_hloc.colmap.cameras import CameraSpec, camera_spec, project, unproject
+from gim_hloc.colmap.model import colmap_log, has_cuda
+from gim_hloc.errors import InputError, OutputError
+from gim_hloc.images import check_names, map_in_threads, read_stored
+
+# What stays JPEG or becomes it; all others become PNG.
+_LOSSY = {".jpg", ".jpeg", ".webp", ".heic", ".heif"}
+_KEPT = {".jpg", ".jpeg", ".png"}
+_MIDDLE_PX = 0.01  # a principal point this near the middle is there: no reason to resample
 
 
-def pinhole(camera: CameraSpec) -> tuple[CameraSpec, np.ndarray | None]:
+def pinhole(camera: CameraSpec, *, centred: bool = False) -> tuple[CameraSpec, np.ndarray | None]:
     """A camera without distortion for the images of another one, by COLMAP's undistortion.
 
     Focal lengths stay; the frame is cut or grown so that it shows little that was not seen.
 
     Args:
         camera: of any model.
+        centred: cut the frame further so that the principal point is its middle.
 
     Returns:
         The PINHOLE camera, and where its pixels lie in the other's images: (H, W, 2) float32,
-        stored pixels, hloc's frame. None instead of the latter where nothing is distorted.
+        stored pixels, hloc's frame. None instead of the latter where the images are the same.
 
     Raises:
-        InputError: the parameters are those of no camera.
+        InputError: the parameters are those of no camera, or the principal point is outside.
     """
-    source = pycolmap.Camera(
-        model=camera.model, width=camera.width, height=camera.height, params=list(camera.params)
-    )
+    source = _camera(camera)
     target = pycolmap.undistort_camera(pycolmap.UndistortCameraOptions(), source)
+    said = f"The camera {camera.model} {' '.join(f'{p:g}' for p in camera.params)}"
+    fx, fy, cx, cy = target.params
+    if not (np.isfinite(target.params).all() and fx > 0 and fy > 0):
+        raise InputError(f"{said} has a focal length that is not positive.")
+    same = bool(source.is_undistorted())
+    if centred:
+        width = int(2 * min(cx, target.width - cx) + _MIDDLE_PX)
+        height = int(2 * min(cy, target.height - cy) + _MIDDLE_PX)
+        if width < 1 or height < 1:
+            raise InputError(f"{said} has a principal point that is not inside the image.")
+        same = same and (width, height) == (target.width, target.height)
+        target.width, target.height = width, height
+        cx, cy = width / 2, height / 2
+        target.params = [fx, fy, cx, cy]
     found = camera_spec(target)
-    fx, fy, cx, cy = found.params
-    if not (np.isfinite(found.params).all() and fx > 0 and fy > 0):
-        raise InputError(
-            f"The camera {camera.model} {' '.join(f'{p:g}' for p in camera.params)} has a focal "
-            "length that is not positive."
-        )
-    if source.is_undistorted():
+    if same:
         return found, None
     places = np.empty((found.height, found.width, 2), np.float32)
     x = (np.arange(found.width) + 0.5 - cx) / fx
@@ -49,48 +67,202 @@ def pinhole(camera: CameraSpec) -> tuple[CameraSpec, np.ndarray | None]:
     return found, places
 
 
-def undistort(images: Path, model: Path, output: Path) -> None:
-    """Write undistorted images and their pinhole model, laid out as splatting programs expect.
+def _camera(spec: CameraSpec) -> pycolmap.Camera:
+    return pycolmap.Camera(
+        model=spec.model, width=spec.width, height=spec.height, params=list(spec.params)
+    )
+
+
+def undistort(
+    images: Path,
+    model: Any,
+    output: Path,
+    *,
+    centred: bool = False,
+    flat: bool = False,
+    progress: bool = False,
+) -> tuple[Any, list[str]]:
+    """Write undistorted images as JPEG (of JPEG, WebP and HEIC) or PNG, EXIF left behind.
 
     Args:
         images: image root.
-        model: sparse model folder.
-        output: gets ``images/`` and ``sparse/0/`` (and COLMAP's ``stereo/`` for MVS).
+        model: ``pycolmap.Reconstruction``.
+        output: folder of the images.
+        centred: with the principal point in the middle, for programs that keep the field of view
+            only.
+        flat: under plain ASCII names without folders, for programs that look for base names.
+        progress: show a progress bar.
+
+    Returns:
+        The model of the written images, with PINHOLE cameras, and notes for the user.
 
     Raises:
-        InputError: the model is damaged, or names images outside the root.
+        InputError: an image is missing, cannot be read or is not the camera's, or its name leads
+            out of the root.
+        OutputError: an image cannot be written.
     """
-    check_names((image.name for image in read_model(model).images.values()), model)
-    pycolmap.undistort_images(output, model, images)
-    folder = output / "sparse" / "0"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (output / "sparse").iterdir():
-        if path.is_file():  # COLMAP's MVS reads sparse/, splatting programs sparse/0/
-            shutil.copy2(path, folder / path.name)
+    import cv2
+    from PIL import Image
+
+    result = copy.deepcopy(model)
+    views = [result.image(i) for i in result.reg_image_ids()]
+    views.sort(key=lambda view: (view.camera_id, view.name))  # the maps of cameras are large
+    check_names(images, [view.name for view in views])
+    written = _plain_names([view.name for view in views], flat=flat)
+    cameras = {i: camera_spec(result.camera(i)) for i in {view.camera_id for view in views}}
+    targets: dict[int, CameraSpec] = {}
+
+    @functools.lru_cache(maxsize=4)
+    def places_of(camera_id: int) -> np.ndarray | None:
+        targets[camera_id], places = pinhole(cameras[camera_id], centred=centred)
+        return places
+
+    def write(view: Any) -> int:
+        path, target = images / view.name, output / written[view.name]
+        camera = cameras[view.camera_id]
+        pixels, orientation = read_stored(path)
+        if pixels.shape[:2] != (camera.height, camera.width):
+            raise InputError(
+                f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, its camera in the model "
+                f"{camera.width} x {camera.height}: give the images that the model was made of."
+            )
+        places = places_of(view.camera_id)
+        if places is not None:
+            x, y = places[..., 0], places[..., 1]
+            pixels = cv2.remap(pixels, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(target, quality=95, subsampling=0)
+        except OSError as error:
+            raise OutputError(f"Cannot write {target}: {error}") from error
+        return orientation
+
+    orientations = map_in_threads(
+        write, views, workers=min(4, os.cpu_count() or 1), title="Undistort", progress=progress
+    )
+    for view in views:
+        _move(view, cameras[view.camera_id], targets[view.camera_id])
+        view.name = written[view.name]
+    for camera_id, spec in targets.items():
+        camera = result.camera(camera_id)
+        camera.model, camera.width, camera.height = spec.model, spec.width, spec.height
+        camera.params = list(spec.params)
+    return result, _notes(written, orientations, cameras, targets)
+
+
+def _move(view: Any, source: CameraSpec, target: CameraSpec) -> None:
+    """Put the keypoints of an image where the target camera sees them."""
+    points = view.points2D
+    if not len(points):
+        return
+    rays = unproject(_camera(source), np.array([point.xy for point in points]))
+    fx, fy, cx, cy = target.params
+    for point, xy in zip(points, rays[:, :2] * (fx, fy) + (cx, cy), strict=True):
+        point.xy = xy
+
+
+def _plain_names(names: Sequence[str], *, flat: bool) -> dict[str, str]:
+    """Name -> name of the written file; no two are the same, not even in another case."""
+
+    def wanted(name: str) -> str:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in _KEPT:
+            suffix = ".jpg" if suffix.lower() in _LOSSY else ".png"
+        return re.sub(r"[^A-Za-z0-9._-]", "_", stem) + suffix if flat else stem + suffix
+
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in sorted(names, key=lambda name: (wanted(name) != name, name)):
+        stem, suffix = os.path.splitext(wanted(name))
+        candidate, count = stem + suffix, 1
+        while candidate.lower() in taken:
+            count += 1
+            candidate = f"{stem}_{count}{suffix}"
+        taken.add(candidate.lower())
+        found[name] = candidate
+    return found
+
+
+def _notes(
+    written: dict[str, str],
+    orientations: Sequence[int],
+    sources: dict[int, CameraSpec],
+    targets: dict[int, CameraSpec],
+) -> list[str]:
+    notes = []
+    other = sorted(name for name, new in written.items() if new != name)
+    converted = sum(os.path.splitext(n)[1].lower() not in _KEPT for n in other)
+    if other:
+        notes.append(
+            f"{len(other)} images have other names there, {converted} of them converted to JPEG or "
+            f"PNG, such as {other[0]}: {written[other[0]]}."
+        )
+    turned = sum(orientation != 1 for orientation in orientations)
+    if turned:
+        notes.append(
+            f"{turned} images lost their EXIF orientation there: poses are those of the pixels as "
+            "they are stored."
+        )
+    for camera_id, camera in sorted(targets.items()):
+        source = sources[camera_id]
+        if camera.width * camera.height < 0.9 * source.width * source.height:
+            notes.append(
+                f"The images of camera {camera_id} were cut from {source.width} x {source.height} "
+                f"to {camera.width} x {camera.height} pixels there."
+            )
+    return notes
 
 
 def run_dense(
-    images: Path, model: Path, output: Path, *, log_dir: Path | None = None
-) -> tuple[bool, str]:
+    images: Path,
+    model: Any,
+    output: Path,
+    *,
+    log_dir: Path | None = None,
+    progress: bool = False,
+) -> list[str]:
     """Undistort, and with CUDA run PatchMatch stereo and fusion.
 
     Args:
         images: image root.
-        model: sparse model folder.
-        output: workspace to write: undistorted images and model, depth maps, ``dense.ply``.
+        model: ``pycolmap.Reconstruction``.
+        output: COLMAP's workspace to write: ``images/``, ``sparse/``, ``stereo/``, ``dense.ply``.
         log_dir: where COLMAP's own log goes.
+        progress: show a progress bar.
 
     Returns:
-        Whether a dense cloud was made, and a sentence for the user.
+        Sentences for the user.
+
+    Raises:
+        InputError: see ``undistort``.
+        OutputError: see ``undistort``.
     """
     with colmap_log(log_dir):
-        undistort(images, model, output)
+        result, notes = undistort(images, model, output / "images", progress=progress)
+        notes = [f"{output}: {note}" for note in notes]
+        _write_workspace(result, output)
         if not has_cuda():
-            return False, (
+            return [
+                *notes,
                 f"Undistorted images are in {output}, but this pycolmap has no CUDA, which "
                 "PatchMatch stereo needs: run 'colmap patch_match_stereo --workspace_path "
-                f"{output}' and 'colmap stereo_fusion' with a CUDA build of COLMAP."
-            )
+                f"{output}' and 'colmap stereo_fusion' with a CUDA build of COLMAP.",
+            ]
         pycolmap.patch_match_stereo(output)
         pycolmap.stereo_fusion(output / "dense.ply", output, output_type="PLY")
-    return True, f"Dense cloud: {output / 'dense.ply'}"
+    return [*notes, f"Dense cloud: {output / 'dense.ply'}"]
+
+
+def _write_workspace(model: Any, output: Path) -> None:
+    """Write what COLMAP's MVS expects beside the images."""
+    names = sorted(model.image(i).name for i in model.reg_image_ids())
+    stereo = output / "stereo"
+    (output / "sparse").mkdir(parents=True, exist_ok=True)
+    model.write_binary(output / "sparse")
+    for folder in ("depth_maps", "normal_maps", "consistency_graphs"):
+        for name in names:
+            (stereo / folder / name).parent.mkdir(parents=True, exist_ok=True)
+    sources = "".join(f"{name}\n__auto__, 20\n" for name in names)
+    (stereo / "patch-match.cfg").write_text(sources, encoding="utf-8")
+    fused = "".join(f"{name}\n" for name in names)
+    (stereo / "fusion.cfg").write_text(fused, encoding="utf-8")
