@@ -20,7 +20,7 @@ import tyro
 
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.pose import camera_centres, umeyama
+from gim_hloc.geometry.pose import camera_centres, umeyama
 from gim_hloc.pairs.spatial import earth_centred_m, has_fix
 from gim_hloc.poses import Pose
 
