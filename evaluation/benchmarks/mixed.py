@@ -23,7 +23,7 @@ import tyro
 from gim_hloc import images as image_module
 from gim_hloc import matchers
 from gim_hloc.cli import common
-from gim_hloc.colmap import Mapper, VerifyOptions
+from gim_hloc.colmap import MapOptions, Mapper, VerifyOptions
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.evaluation.benchmarks.measure import machine
 from gim_hloc.matchers.base import Quality
@@ -123,7 +123,8 @@ class _Benchmark:
             report = reconstruct(
                 self.work / "images", self.work / matcher, matcher=matcher, pairs="exhaustive",
                 quality=self.options.quality, max_size=self.options.max_size, export=(),
-                refine_keypoints=False, verify=VerifyOptions(min_confidence_sum=0),
+                rotations="none", refine_keypoints=False,
+                verify=VerifyOptions(min_confidence_sum=0),
             ).report  # fmt: skip
         except MappingError as error:
             raise InputError(f"{matcher} matched nothing at all: {error}") from None
@@ -179,19 +180,27 @@ class _Benchmark:
         _say("|---" * 7 + "|")
         wrong = 0
         for matcher, mapper in itertools.product(options.matchers, options.mappers):
-            alone = {p: self.models(matcher, mapper, options.seeds[0], (p,)) for p in self.names}
+            alone = {
+                place: _kept(self.models(matcher, mapper, options.seeds[0], (place,)))
+                for place in self.names
+            }
             for size in options.sizes:
                 found: list[Judgement] = []
                 models = 0
                 for seed, places in mixes(list(self.names), (size,), options.seeds):
                     mixed = self.models(matcher, mapper, seed, places)
                     models += len(mixed)
-                    found.append(judge(mixed, set().union(*(m for p in places for m in alone[p]))))
+                    found.append(judge(mixed, set().union(*(alone[place] for place in places))))
                 joined, lost = sum(j.joined for j in found), sum(len(j.lost) for j in found)
                 wrong += joined + lost
                 counts = [size, len(found), models, joined, lost]
                 _say(f"| {matcher} | {mapper} | " + " | ".join(map(str, counts)) + " |")
         return wrong
+
+
+def _kept(models: Sequence[set[str]]) -> set[str]:
+    """Images of models that are kept beside others; smaller ones are, where there is no other."""
+    return set().union(*(m for m in models if len(m) >= MapOptions().min_model_size))
 
 
 def _say(line: str) -> None:

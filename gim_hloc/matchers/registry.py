@@ -118,7 +118,7 @@ register(
         colour="rgb",
         default_size=1024,
         summary="ALIKED-n16 keypoints with sub-pixel positions, matched by LightGlue (default)",
-        min_confidence_sum={"fast": 50.0, "base": 50.0, "precise": 50.0},
+        min_confidence_sum={"fast": 35.0, "base": 50.0, "precise": 50.0},
     ),
 )
 register(
@@ -133,7 +133,7 @@ register(
         colour="rgb",
         default_size=1024,
         summary="DISK keypoints, matched by LightGlue",
-        min_confidence_sum={"fast": 50.0, "base": 50.0, "precise": 50.0},
+        min_confidence_sum={"fast": 35.0, "base": 50.0, "precise": 50.0},
     ),
 )
 register(
