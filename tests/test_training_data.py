@@ -27,6 +27,7 @@ from gim_hloc.training.data.posed import scale_intrinsics
 from gim_hloc.training.data.sampler import BalancedSampler, FixedSampler
 from gim_hloc.training.data.source import PairSource, choose_by_overlap, overlap_edges
 from gim_hloc.training.data.truth import pixel_grid, warp_points
+from gim_hloc.training.loader import EpochLoader, PairData
 
 SIZE = (160, 120)
 BOX = [160, 120]
@@ -814,6 +815,112 @@ def test_keys(caplog: pytest.LogCaptureFixture) -> None:
     hopeless = Numbered("h", [2], broken=(0, 1))
     with pytest.raises(InputError, match=r"of h in a row cannot be used; the last: broken file"):
         hopeless[0, 0]
+
+
+# ---------------------------------------------------------------------------------- without a truth
+
+
+def turned(view: View) -> View:
+    return dataclasses.replace(view, pose=np.linalg.inv(view.pose))
+
+
+def metres(view: View) -> View:
+    return dataclasses.replace(view, depth=view.depth / 1000)
+
+
+def in_opengl(view: View) -> View:
+    return dataclasses.replace(view, pose=np.diag([1.0, -1, -1, 1]) @ view.pose)
+
+
+def enlarged(view: View) -> View:
+    return dataclasses.replace(view, K=view.K * [[2], [2], [1]])
+
+
+FAULTS = {
+    "zero": lambda v: dataclasses.replace(v, depth=v.depth * 0),
+    "nan": lambda v: dataclasses.replace(v, depth=v.depth * np.float32("nan")),
+    "black": lambda v: dataclasses.replace(v, image=v.image * 0),
+    "unit": metres,
+    "size": enlarged,
+}
+REASONS = {
+    "zero": "the depth map of .* is empty",
+    "nan": "the depth map of .* is empty",
+    "black": "shows a single colour",
+    "unit": "depth and poses carry no place of one image to the other and back",
+    "size": "the principal point .* lies outside of its 160 x 120 pixels",
+}
+
+
+def megadepth(root: Path, views: list[View]) -> dict[str, Any]:
+    write_megadepth(root, views, newer=False)
+    failures = root / "unusable_pairs.jsonl"
+    return {"type": "megadepth", "root": str(root), "box": BOX, "failures": str(failures)}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_source_without_a_true_match_stops(tmp_path: Path, views: list[View], fault: str) -> None:
+    spec = megadepth(tmp_path, [FAULTS[fault](view) for view in views])
+    message = rf"31 pairs of megadepth in a row .*{REASONS[fault]}\. Likely causes: .*unit.*K of"
+    with pytest.raises(InputError, match=message):
+        build_source(spec).look()
+    noted = [json.loads(line) for line in Path(spec["failures"]).read_text().splitlines()]
+    assert len(noted) == 31
+    assert {row["source"] for row in noted} == {"megadepth"}
+    validation = build_source({**spec, "split": "validation", "scenes": ["0007"]})
+    assert validation[0, 0].names == validation.load(0).names  # judged by its pose
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_pair_without_a_true_match_is_replaced(
+    tmp_path: Path, views: list[View], fault: str
+) -> None:
+    spec = megadepth(tmp_path, [FAULTS[fault](views[0]), *views[1:]])
+    source = build_source(spec)
+    bad = {k for k in range(15) if "/0.jpg" in source.describe(k)}
+    assert len(bad) == 5
+    for k in range(15):
+        first, again = source[k, 4], build_source(spec)[k, 4]
+        assert torch.equal(first.image1, again.image1)
+        assert not any(name.endswith("/0.jpg") for name in first.names)
+        assert (first.names == source.load(k).names) == (k not in bad)
+    noted = [json.loads(line) for line in Path(spec["failures"]).read_text().splitlines()]
+    assert {row["pair"] for row in noted} == {source.describe(k) for k in bad}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_bad_source_of_a_mixture_is_named_without_a_traceback(
+    tmp_path: Path, views: list[View], workers: int
+) -> None:
+    bad = megadepth(tmp_path, [metres(view) for view in views])
+    good = {"type": "rendered", "scenes": 2, "pairs_per_scene": 2, "size": SIZE, "box": BOX}
+    mixture = MixtureDataset([build_source(good), build_source({**bad, "name": "depths in m"})])
+    data = PairData(train=mixture, keys=lambda *_: [(0, 0, 5), (0, 1, 5), (1, 0, 5), (0, 2, 5)])
+    loader = EpochLoader(
+        data, batch_size=1, seed=0, rank=0, world=1, workers=workers, prefetch=1, pin=False
+    )
+    batches = loader.epoch(0)
+    assert [next(batches).dataset, next(batches).dataset] == [("rendered",), ("rendered",)]
+    with pytest.raises(InputError) as caught:
+        next(batches)
+    assert str(caught.value).startswith("31 pairs of depths in m in a row cannot be used; the last")
+    with pytest.raises(InputError, match="of depths in m in a row"):  # from there again, as resumed
+        next(loader.epoch(0, start=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(lambda v: v, False), (turned, True), (in_opengl, True)]
+)
+def test_images_that_differ_where_truth_is_the_same_are_said(
+    tmp_path: Path,
+    views: list[View],
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[View], View],
+    said: bool,
+) -> None:
+    build_source(megadepth(tmp_path, [change(view) for view in views])).look()
+    assert ("look different (correlation" in caplog.text) == said
+    assert ("poses the other way round" in caplog.text) == said
 
 
 # --------------------------------------------------------------------------------------- sampling

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from gim_hloc.errors import InputError
-from gim_hloc.training.batch import PairBatch, collate
+from gim_hloc.errors import GimError, InputError
+from gim_hloc.training.batch import PairBatch, PairSample, collate
 from gim_hloc.training.config import TrainConfig
 
 
@@ -123,7 +123,7 @@ class EpochLoader:
                 "schedule needs epochs of one length."
             )
         self._batches.keys, self._batches.start = keys, start
-        return iter(self._loader)
+        return _raised(self._loader)
 
 
 def validation_loader(
@@ -140,7 +140,7 @@ def validation_loader(
     loader = make_loader(
         data.valid, keys, seed=seed, workers=workers, prefetch=prefetch, pin=pin, persistent=False
     )
-    return iter(loader)
+    return _raised(loader)
 
 
 def make_loader(
@@ -155,10 +155,10 @@ def make_loader(
 ) -> DataLoader[Any]:
     """Return a loader of batches of keys."""
     return DataLoader(
-        dataset,
+        _Told(dataset),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         pin_memory=pin,
         prefetch_factor=prefetch if workers else None,
         persistent_workers=persistent and workers > 0,
@@ -167,6 +167,32 @@ def make_loader(
         # often an epoch was begun.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+class _Told(Dataset[Any]):
+    """A data set that returns its errors: raised in a worker, they arrive as a traceback."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, key: Hashable) -> PairSample | GimError:
+        try:
+            sample: PairSample = self._dataset[key]
+        except GimError as error:
+            return error
+        return sample
+
+
+def _collate(samples: Sequence[Any]) -> PairBatch | GimError:
+    errors = [sample for sample in samples if isinstance(sample, GimError)]
+    return errors[0] if errors else collate(samples)
+
+
+def _raised(batches: Iterable[PairBatch | GimError]) -> Iterator[PairBatch]:
+    for batch in batches:
+        if isinstance(batch, GimError):
+            raise batch
+        yield batch
 
 
 def _start_worker(worker: int) -> None:
@@ -225,6 +251,8 @@ def open_sources(config: TrainConfig, *, failures: Path | None = None) -> PairDa
         )
 
     train = open_all(config.data.train, "train")
+    for source in train.sources:
+        source.look()
     lengths = train.scene_lengths()
 
     def keys(epoch: int, rank: int, world: int) -> np.ndarray:

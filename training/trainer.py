@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 UNUSABLE = "unusable_pairs.jsonl"
-"""File of a run with the pairs that could not be read or kept too few labels."""
+"""File of a run with the pairs that could not be read or have too little truth."""
 
 
 class NotFiniteError(GimError):
@@ -723,7 +723,7 @@ def build_from(config: TrainConfig) -> TrainingModel:
 
 
 def describe(config: TrainConfig, *, data: Callable[[TrainConfig], PairData] | None = None) -> str:
-    """Open the sources and tell what a run would do, without a model or an image.
+    """Open the sources, look at a few pairs and tell what a run would do, without a model.
 
     Args:
         config: its settings.

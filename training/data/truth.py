@@ -14,16 +14,24 @@ published trainings: at a depth of one unit and 1000 px focal length theirs is 0
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
-from gim_hloc.training.batch import PairBatch
+from gim_hloc.training.batch import PairBatch, PairSample, collate
 
 Lookup = Literal["nearest", "bilinear"]
 
 MIN_DEPTH = 1e-4  # of a projected point, in the unit of the poses
 CONSISTENCY = 0.2  # largest relative difference of a projected point's depth and the map's
+_CELL = 8  # px: of the grid on which a pair's true matches are looked for
+_AROUND = 9  # px: of the surroundings that texture is told from
+
+
+class NoTruthError(Exception):
+    """A pair has nothing to learn from: depth, poses and intrinsics agree at no place."""
 
 
 def pixel_grid(
@@ -184,3 +192,62 @@ def _read_bilinear(
             complete = complete & (usable | (weight == 0))
             total = total + weight * torch.where(usable, value, torch.zeros_like(value))
     return torch.where(complete, total, nearest), known
+
+
+def true_matches(sample: PairSample) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cells of image 0 that depth and pose carry to image 1 and back to the same cell.
+
+    Returns:
+        (K, 2) and (K, 2) float32 network pixels of both images; K is 0 without depth.
+    """
+    batch = collate([sample])
+    height, width = sample.valid0.shape
+    xy = pixel_grid(height, width, _CELL)[None]
+    there, valid = warp_points(batch, xy, source=0)
+    back, seen = warp_points(batch, there, source=1)
+    kept = (valid & seen & ((back - xy).abs().amax(-1) < _CELL / 2))[0]
+    return xy[0, kept], there[0, kept]
+
+
+def require_truth(sample: PairSample) -> None:
+    """Refuse a pair that has nothing to learn from.
+
+    Raises:
+        NoTruthError: an image is of one colour, a depth map is empty, a principal point lies
+            outside its image, or there is no true match.
+    """
+    images = ((sample.image0, sample.valid0), (sample.image1, sample.valid1))
+    for name, (image, valid) in zip(sample.names, images, strict=True):
+        seen = image[:, ::4, ::4][:, valid[::4, ::4]]  # some of it will do
+        if (seen == seen[:, :1]).all():
+            raise NoTruthError(f"{name} shows a single colour")
+    if sample.depth0 is None or sample.depth1 is None:
+        return
+    for name, depth in zip(sample.names, (sample.depth0, sample.depth1), strict=True):
+        if not (depth > 0).any():
+            raise NoTruthError(f"the depth map of {name} is empty")
+    sides = ((sample.K0, sample.size0), (sample.K1, sample.size1))
+    for name, (K, (width, height)) in zip(sample.names, sides, strict=True):
+        x, y = K[:2, 2].tolist()
+        if not (0 <= x < width - 1 and 0 <= y < height - 1):
+            raise NoTruthError(
+                f"the principal point ({x:.1f}, {y:.1f}) of {name} lies outside of its "
+                f"{width} x {height} pixels"
+            )
+    if not len(true_matches(sample)[0]):
+        raise NoTruthError("depth and poses carry no place of one image to the other and back")
+
+
+def likeness(sample: PairSample) -> float:
+    """Correlation of fine texture at true matches: high if they are true, NaN without any.
+
+    Grey levels less the mean of their surroundings: those themselves correlate at wrong places too.
+    """
+    levels = []
+    matches = true_matches(sample)
+    for image, xy in zip((sample.image0, sample.image1), matches, strict=True):
+        grid = (2 * xy + 1) / xy.new_tensor([image.shape[2], image.shape[1]]) - 1
+        gray = image.mean(0)[None, None]
+        fine = gray - F.avg_pool2d(gray, _AROUND, 1, _AROUND // 2, count_include_pad=False)
+        levels.append(F.grid_sample(fine, grid[None, None], align_corners=False)[0, 0, 0])
+    return float(torch.corrcoef(torch.stack(levels))[0, 1]) if len(matches[0]) > 1 else math.nan
