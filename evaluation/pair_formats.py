@@ -218,7 +218,7 @@ def detect_format(path: Path) -> Format:
     if path.is_dir():
         if (path / "test.npz").is_file():
             return "scannet"
-        if any(path.glob("*.npz")):
+        if any(path.glob("[!.]*.npz")):
             return "megadepth"
         if any(_matrices(path)):
             return "homography"
@@ -366,7 +366,7 @@ def _named_file(folder: Path, token: str) -> Path:
 def _npz_files(path: Path) -> list[Path]:
     """The scene files of a folder, of a text file that names them, or the file itself."""
     if path.is_dir():
-        return sorted(path.glob("*.npz"))
+        return sorted(path.glob("[!.]*.npz"))
     if path.suffix == ".npz":
         return [path]
     return [_named_file(path.parent, tokens[0]) for _, tokens in _lines(path)]

@@ -163,7 +163,7 @@ class PairOptions:
     devices: tuple[str, ...] = ("auto",)  # of the networks; one worker each if there are several
     backend: Backend = "processes"  # of workers: here, or "ray"
     shard: tuple[int, int] = (0, 1)  # (i, N): the i-th of N parts of the list, from 0
-    resume: bool = False  # go on with what the output folder holds
+    resume: bool = True  # go on with what the output folder holds
     pictures: bool = True  # draw the pairs of a list without truth
     progress: bool = False  # show progress bars
 
@@ -400,7 +400,6 @@ class PairSelection(Selection):
     """The pairs of a list.
 
     Attributes:
-        root: folder of the images.
         resize: size at which they are shown.
         calibrated_size: (width, height) of the images that K is for; None: the stored ones.
         upright: whether images are shown as EXIF says, before they are turned as the list says.
@@ -409,7 +408,6 @@ class PairSelection(Selection):
         warned: what was said already.
     """
 
-    root: Path
     resize: Resize
     calibrated_size: tuple[int, int] | None
     upright: bool

@@ -348,7 +348,7 @@ def test_k_for_another_size_is_scaled_and_a_stray_one_is_told(
     superglue.write_text(f"i0.png i2.png 0 0 {text(half, half, relative(0, 2))}")
     assert errors(judged(superglue, tmp_path, calibrated_size=(640, 480)))[0] < 0.05
     assert "principal point" not in caplog.text
-    judged(superglue, tmp_path, resume=True)
+    judged(superglue, tmp_path)
     assert "principal point" in caplog.text
 
 
@@ -412,7 +412,7 @@ def test_oxford_names_and_other_thresholds(tmp_path: Path, oracle: type[Oracle])
     (folder / "H1to3p").write_text(text(plane_homography(3, 1)))
     # A corrected list is judged anew without matching again.
     Oracle.encoded.clear()
-    report = judged(folder, tmp_path, resume=True)
+    report = judged(folder, tmp_path)
     assert errors(report)[0] > 1
     assert not Oracle.encoded
 
@@ -472,12 +472,12 @@ def test_list_of_names_and_a_pair_of_one_image(superglue: Path, tmp_path: Path) 
 def test_resume_matches_nothing_again_and_gives_the_same(superglue: Path, tmp_path: Path) -> None:
     first = judged(superglue, tmp_path)
     with pytest.raises(OutputError, match="resume"):
-        judged(superglue, tmp_path)
+        judged(superglue, tmp_path, resume=False)
     Oracle.encoded.clear()
-    again = judged(superglue, tmp_path, resume=True)
+    again = judged(superglue, tmp_path)
     assert again.rows == first.rows
     assert not Oracle.encoded
-    judged(superglue, tmp_path, resume=True, resize=Resize(long_side=32))
+    judged(superglue, tmp_path, resize=Resize(long_side=32))
     assert len(Oracle.encoded) == 4  # another size is another prediction
 
 
@@ -494,7 +494,7 @@ def test_repeated_pairs_count_once_and_limits_draw(
     superglue.write_text("\n".join([*superglue.read_text().splitlines(), superglue_line(0, 1)]))
     assert judged(superglue, tmp_path).rows[0].pairs == 3
     assert "more than once" in caplog.text
-    assert judged(superglue, tmp_path, limit=2, resume=True).rows[0].pairs == 2
+    assert judged(superglue, tmp_path, limit=2).rows[0].pairs == 2
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_shards_make_the_whole_list(pair_list: Path, tmp_path: Path) -> None:
     assert written(tmp_path / "parts") == written(tmp_path / "whole")
     assert len(written(tmp_path / "whole")) == 4
     with pytest.raises(OutputError, match="resume"):
-        judged(pair_list, tmp_path / "parts")
+        judged(pair_list, tmp_path / "parts", resume=False)
 
 
 @pytest.mark.parametrize("lost", ["0.png", "5.png"])
@@ -107,7 +107,7 @@ def test_the_last_shard_counts_what_another_could_not_read(
     assert written(tmp_path / "parts") == written(tmp_path / "whole")
     # An image that is there again is matched, and nothing of its failure remains.
     (pair_list.parent / lost).write_bytes(image)
-    again = judged(pair_list, tmp_path / "parts", resume=True)
+    again = judged(pair_list, tmp_path / "parts")
     assert (again.run.matched, again.rows[0].failures, again.exit_code) == (5, 0, 0)
     assert not list((tmp_path / "parts").glob("predictions/*/*/failed/*"))
 
@@ -165,7 +165,7 @@ def test_a_lost_worker_leaves_no_results(
     report = judged(pair_list, tmp_path / "out", devices=("cpu", "cpu"))
     assert (report.rows, report.files, report.exit_code) == ([], [], 1)
     assert "Worker 2 of 2 on cpu died (SIGKILL)" in report.run.lost[0]
-    again = judged(pair_list, tmp_path / "out", resume=True)
+    again = judged(pair_list, tmp_path / "out")
     assert (again.run.matched, again.rows[0].pairs, again.exit_code) == (8, 15, 0)
 
 
@@ -175,7 +175,7 @@ def test_killed_and_resumed_gives_the_same(pair_list: Path, tmp_path: Path) -> N
     files = "predictions/*/*/*.npz"
     run_and_kill(_SLOW, NAME, str(pair_list), str(out), out=out, files=files)
     assert not written(out)
-    report = judged(pair_list, out, resume=True)
+    report = judged(pair_list, out)
     assert 0 < report.run.matched < 15  # neither all nor none were done before
     assert written(out) == written(tmp_path / "whole")
 

@@ -180,6 +180,14 @@ def test_megadepth(tmp_path: Path, views: list[View], newer: bool) -> None:
     assert shifted.load(0).K0[0, 2] == pytest.approx(plain.load(0).K0[0, 2] + 0.5)
 
 
+def test_files_of_the_file_system_are_no_scenes(tmp_path: Path, views: list[View]) -> None:
+    write_megadepth(tmp_path, views, newer=False)
+    for path in [*tmp_path.rglob("*.npz"), *tmp_path.rglob("*.h5")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
+    source = build_source({"type": "megadepth", "root": tmp_path, "box": BOX})
+    assert source.scene_lengths().tolist() == [15]
+
+
 def test_megadepth_bins_need_both_overlaps(tmp_path: Path, views: list[View]) -> None:
     write_megadepth(tmp_path, views, newer=False)
     spec = {"type": "megadepth", "root": tmp_path, "box": BOX, "overlap": [0.16, 0.56]}

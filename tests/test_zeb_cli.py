@@ -103,7 +103,7 @@ def test_run_check_and_table_on_the_miniature(
     dump = next(out.rglob("*GL3D*.txt"))
     before = dump.read_bytes()
     dump.unlink()
-    assert main([*arguments, "--sets", "GL3D", "--resume"]) == 0
+    assert main([*arguments, "--sets", "GL3D"]) == 0
     assert "0 pairs matched" in capsys.readouterr().out
     assert next(out.rglob("*GL3D*.txt")).read_bytes() == before
     assert main(["check", str(dump.parent), "--sets", "GL3D"]) == 0

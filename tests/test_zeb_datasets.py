@@ -130,6 +130,37 @@ def test_label_without_names_still_counts(gl3d: Path) -> None:
         dumps.write_line(dumps.DumpRecord(identifier=bad.identifier, covisible0=0, covisible1=0))
 
 
+def test_files_of_the_system_and_foreign_texts_are_no_labels(
+    gl3d: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What macOS and Windows leave beside files, and notes: no pair, and no failed one either."""
+    folder = gl3d / "zeb/gl3d"
+    entry = datasets.find_set("GL3D")
+    before = datasets.read_labels(gl3d / "zeb", entry)
+    for path in list(folder.iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07 Mac OS X")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (folder / name).write_bytes(b"\x00\x01")
+    (folder / "README.txt").write_text("hi\n")
+    (folder / "licence of_the_images.txt").write_text("Permission is hereby granted\n")
+    (folder / "empty.txt").write_text("")
+    after = datasets.read_labels(gl3d / "zeb", entry)
+    assert after.foreign == ("README.txt", "empty.txt", "licence of_the_images.txt")
+    assert "no labels: README.txt, empty.txt" in caplog.text
+    assert [p.identifier for p in after.pairs] == [p.identifier for p in before.pairs]
+    assert (len(after), after.repeated, after.bad) == (len(before), 0, ())
+    assert datasets.verify(gl3d, sets=["GL3D"]).sets[0].pairs == len(before)
+
+
+def test_foreign_texts_do_not_count_in_a_described_set(gl3d: Path) -> None:
+    folder = (gl3d / "zeb/gl3d").rename(gl3d / "zeb/house")
+    (folder / "set.json").write_text('{"name": "house", "separator": "_", "strip_suffix": true}')
+    for name in ("._s_0000_0001.txt", "notes.txt", "._set.json"):
+        (folder / name).write_bytes(b"\x00\x05")
+    entry = datasets.find_set("house", gl3d / "zeb")
+    assert (entry.pairs, entry.scenes) == (2, 1)
+
+
 def test_of_equal_identifiers_the_last_label_counts(gl3d: Path) -> None:
     path = gl3d / "zeb/gl3d/s_0000_0001.txt"
     line = path.read_text().splitlines()[0].replace("0.5 0.25", "0.9 0.9")

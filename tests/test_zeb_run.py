@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -309,9 +310,9 @@ def test_interrupted_and_resumed(
         run.run(zeb, tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out/dump").exists()
     monkeypatch.setattr(Oracle, "stop_after", None)
-    with pytest.raises(OutputError, match="resume"):
-        run.run(zeb, tmp_path / "out", OPTIONS)
-    report = run.run(zeb, tmp_path / "out", replace(OPTIONS, resume=True))
+    with pytest.raises(OutputError, match="leave out --no-resume"):
+        run.run(zeb, tmp_path / "out", replace(OPTIONS, resume=False))
+    report = run.run(zeb, tmp_path / "out", OPTIONS)  # the same again
     assert report.matched == 30 - stop
     assert len(oracle.matched) == 30  # none twice
     dump = only_dump(report)
@@ -326,7 +327,7 @@ def test_killed_between_prediction_and_evaluation(zeb: Path, tmp_path: Path) -> 
     for path in list(out.glob("evaluations/*/gim/gl3d/*.txt"))[::2]:
         path.unlink()
     (out / "dump/gim" / f"[T] {NAME}            GL3D v.txt").unlink()
-    report = run.run(zeb, out, replace(OPTIONS, resume=True))
+    report = run.run(zeb, out, replace(OPTIONS))
     assert report.matched == 0
     assert only_dump(report).records == before.records
 
@@ -337,7 +338,7 @@ def test_another_protocol_uses_the_same_predictions(
     out = tmp_path / "out"
     run.run(zeb, out, OPTIONS)
     wide = Protocol(threshold=2.0)
-    report = run.run(zeb, out, replace(OPTIONS, resume=True, protocols=(Protocol(), wide)))
+    report = run.run(zeb, out, replace(OPTIONS, protocols=(Protocol(), wide)))
     assert report.matched == 0
     assert [result.protocol for result in report.results] == ["gim", "gim-2px"]
     assert len(list((out / "dump").glob("*/*.txt"))) == 2
@@ -358,13 +359,13 @@ def test_limit_is_a_sample_with_a_name_of_its_own(zeb: Path, tmp_path: Path) -> 
     few = only_dump(run.run(zeb, out, replace(OPTIONS, limit=7)))
     assert few.version == "v-limit7-seed0"
     assert len(few) == 7
-    other = only_dump(run.run(zeb, out, replace(OPTIONS, limit=7, seed=1, resume=True)))
+    other = only_dump(run.run(zeb, out, replace(OPTIONS, limit=7, seed=1)))
     assert other.identifiers != few.identifiers
-    report = run.run(zeb, out, replace(OPTIONS, resume=True))
+    report = run.run(zeb, out, replace(OPTIONS))
     assert len(only_dump(report)) == 30
     assert report.matched == 30 - len({*few.identifiers, *other.identifiers})
     # And the other way round: parts of the whole run hold pairs that a sample leaves out.
-    again = only_dump(run.run(zeb, out, replace(OPTIONS, limit=5, resume=True)))
+    again = only_dump(run.run(zeb, out, replace(OPTIONS, limit=5)))
     assert len(again) == 5
 
 
@@ -398,7 +399,7 @@ def test_a_device_that_failed_stops_the_run(
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run.run(zeb, tmp_path / "out", OPTIONS)
     monkeypatch.setattr(Oracle, "poison", "")
-    again = run.run(zeb, tmp_path / "out", replace(OPTIONS, resume=True))
+    again = run.run(zeb, tmp_path / "out", replace(OPTIONS))
     assert again.results[0].failures == 0
 
 
@@ -437,7 +438,7 @@ def test_bad_inputs_fail_by_name_and_the_rest_goes_on(
         Image.new("RGB", SIZE, (i, 9, 9)).save(folder / f"a_000{i}.png")
     monkeypatch.setattr(Oracle, "poison", "")
     oracle.matched.clear()
-    again = run.run(zeb, tmp_path / "out", replace(OPTIONS, resume=True))
+    again = run.run(zeb, tmp_path / "out", replace(OPTIONS))
     assert len(again.problems) == 3
     assert len(oracle.matched) == 14
     assert only_dump(again).failures == 3
@@ -450,12 +451,12 @@ def test_damaged_caches_are_named(zeb: Path, tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(OutputError, match=path.name):
-        run.run(zeb, out, replace(OPTIONS, resume=True))
+        run.run(zeb, out, replace(OPTIONS))
     path.write_bytes(content)
     line = next(out.glob("evaluations/*/gim/gl3d/*.txt"))
     line.write_text("foreign")
     with pytest.raises(OutputError, match=line.name):
-        run.run(zeb, out, replace(OPTIONS, resume=True))
+        run.run(zeb, out, replace(OPTIONS))
 
 
 def test_versions_of_the_estimator_do_not_mix(zeb: Path, tmp_path: Path) -> None:
@@ -463,7 +464,7 @@ def test_versions_of_the_estimator_do_not_mix(zeb: Path, tmp_path: Path) -> None
     run.run(zeb, out, OPTIONS)
     next(out.glob("evaluations/*/gim/estimator.txt")).write_text("opencv 1.0\n")
     with pytest.raises(OutputError, match=r"opencv 1\.0"):
-        run.run(zeb, out, replace(OPTIONS, resume=True))
+        run.run(zeb, out, replace(OPTIONS))
 
 
 def test_wrong_names_stop_before_work(zeb: Path, tmp_path: Path, oracle: type[Oracle]) -> None:
@@ -556,4 +557,17 @@ def test_workers_on_several_devices(zeb: Path, tmp_path: Path) -> None:
     assert dump.failures == len(dump) == 30
     assert report.exit_code == 0
     with pytest.raises(OutputError, match="resume"):
-        run.run_workers(zeb, tmp_path / "out", options, ["cpu"])
+        run.run_workers(zeb, tmp_path / "out", replace(options, resume=False), ["cpu"])
+    assert run.run_workers(zeb, tmp_path / "out", options, ["cpu"]).matched == 0
+
+
+def test_results_of_other_data_are_not_taken(
+    zeb: Path, tmp_path: Path, oracle: type[Oracle]
+) -> None:
+    """Pairs of two folders may have the same names, as those of a miniature and the whole."""
+    run.run(zeb, tmp_path / "out", OPTIONS)
+    oracle.matched.clear()
+    shutil.copytree(zeb, tmp_path / "other")
+    with pytest.raises(OutputError, match=r"holds predictions on .*, not on .*other.*--out"):
+        run.run(tmp_path / "other", tmp_path / "out", OPTIONS)
+    assert not oracle.matched

@@ -79,7 +79,19 @@ def dumps(tmp_path: Path) -> Path:
     return folder
 
 
-def random_dump(matcher: str, dataset: str, *, factor: float = 1.0, count: int = 40) -> Dump:
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """The same as samples of the sets, which are not taken for cut off."""
+    for matcher in ("good", "poor"):
+        for dataset in ("KITTI", "GL3D"):
+            dump = random_dump(matcher, dataset, version="v1-limit40-seed0")
+            write_dump(tmp_path / "samples", dump)
+    return tmp_path / "samples"
+
+
+def random_dump(
+    matcher: str, dataset: str, *, factor: float = 1.0, count: int = 40, version: str = "v1"
+) -> Dump:
     generator = np.random.default_rng(len(dataset))
     records = [
         DumpRecord(
@@ -96,7 +108,7 @@ def random_dump(matcher: str, dataset: str, *, factor: float = 1.0, count: int =
         )
         for index in range(count)
     ]
-    return Dump(matcher=matcher, dataset=dataset, version="v1", records=tuple(records))
+    return Dump(matcher=matcher, dataset=dataset, version=version, records=tuple(records))
 
 
 def dump_path(folder: Path, matcher: str, dataset: str) -> Path:
@@ -176,9 +188,14 @@ def test_csv_holds_fractions(dumps: Path, tmp_path: Path):
     assert float(line["auc@5_low"]) <= float(line["auc@5"]) <= float(line["auc@5_high"])
     assert (line["pairs"], line["failures"], line["source"]) == ("40", "1", "dump")
     assert float(line["matches"]) == 200.0
-    assert {row["source"] for row in rows} == {"dump", "published"}
-    # Two own and all published rows, each with two sets and a mean.
-    assert len(rows) == 3 * (2 + len(PUBLISHED))
+    assert len(rows) == 3 * 2  # each with two sets and a mean
+
+
+def test_csv_holds_published_rows_too(whole: Table, tmp_path: Path):
+    with table.write_table(whole, tmp_path / "a.csv").open(newline="") as file:
+        sources = [row["source"] for row in csv.DictReader(file)]
+    assert sources.count("published") == 13 * len(PUBLISHED)
+    assert sources.count("dump") == 13 * len(whole.own)
 
 
 def test_html_is_one_page(dumps: Path, tmp_path: Path):
@@ -457,42 +474,42 @@ def test_rows_on_other_pairs_are_told(dumps: Path):
     assert problem.startswith("KITTI: third (v1) ran on other pairs than good (v1)")
 
 
-def test_check_names_what_deviates(dumps: Path):
-    path = dump_path(dumps, "poor", "KITTI")
+def test_check_names_what_deviates(samples: Path):
+    path = dump_path(samples, "poor", "KITTI")
     lines = path.read_text().splitlines()
     lines[3] = lines[3].replace("scene#002", "scene#999")
     path.write_text("\n".join(lines[:-1]) + "\n")
-    (bad,) = check.check_dumps([dumps], sets=["KITTI"])
+    (bad,) = check.check_dumps([samples], sets=["KITTI"])
     assert check.exit_code([bad]) == 1
     first, second = bad.lines()
     assert first == "Bad  KITTI: 2 files, 40 pairs"
     assert path.name in second
     assert "39 pairs against 40, 2 missing, 1 not in the other" in second
     assert "line 4 is 'scene#999#003' instead of 'scene#002#003'" in second
-    (good,) = check.check_dumps([dumps], sets=["GL3D"])
+    (good,) = check.check_dumps([samples], sets=["GL3D"])
     assert good.lines() == ["Good GL3D: 2 files, 40 pairs"]
 
 
-def test_check_sees_another_order(dumps: Path):
-    path = dump_path(dumps, "poor", "GL3D")
+def test_check_sees_another_order(samples: Path):
+    path = dump_path(samples, "poor", "GL3D")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
-    (bad,) = check.check_dumps([dumps], sets=["GL3D"])
+    (bad,) = check.check_dumps([samples], sets=["GL3D"])
     assert not bad.good
     assert "missing" not in bad.lines()[1]
 
 
-def test_check_of_a_shorter_list(dumps: Path):
-    path = dump_path(dumps, "poor", "GL3D")
+def test_check_of_a_shorter_list(samples: Path):
+    path = dump_path(samples, "poor", "GL3D")
     path.write_text("\n".join(path.read_text().splitlines()[:11]) + "\n")
-    (bad,) = check.check_dumps([dumps], sets=["GL3D"])
+    (bad,) = check.check_dumps([samples], sets=["GL3D"])
     assert "line 12 is the end instead of 'scene#010#011'" in bad.lines()[1]
 
 
-def test_check_misses_no_set(dumps: Path):
+def test_check_misses_no_set(samples: Path):
     """Also those that the reference asks for by wrong names, and users' own."""
-    write_dump(dumps, random_dump("good", "my_room"))
-    checks = {found.name: found for found in check.check_dumps([dumps])}
+    write_dump(samples, random_dump("good", "my_room"))
+    checks = {found.name: found for found in check.check_dumps([samples])}
     assert list(checks) == [*NAMES, "my_room"]
     assert checks["my_room"].good
     assert checks["GTA-SfM"].lines() == [
@@ -502,17 +519,69 @@ def test_check_misses_no_set(dumps: Path):
     assert check.exit_code(checks.values()) == 1
 
 
-def test_check_names_unreadable_files(dumps: Path):
-    damaged = dump_path(dumps, "good", "KITTI")  # the first, which the others are compared with
+def test_check_names_unreadable_files(samples: Path):
+    damaged = dump_path(samples, "good", "KITTI")  # the first, which the others are compared with
     damaged.write_text(damaged.read_text()[:-20])
-    bare = dumps / "results.txt"
+    bare = samples / "results.txt"
     bare.write_text("hello\n")
-    checks = {found.name: found for found in check.check_dumps([dumps, bare])}
+    checks = {found.name: found for found in check.check_dumps([samples, bare])}
     assert not checks["KITTI"].good
     assert checks["KITTI"].pairs == 40
     assert re.search(r", line 41: \d columns", checks["KITTI"].lines()[1])
     assert "is not named like a dump" in checks["results.txt"].lines()[1]
     assert checks["GL3D"].good
+
+
+@pytest.mark.parametrize("matchers", [("good",), ("good", "poor")])
+def test_check_names_dumps_that_are_cut_off(dumps: Path, matchers: tuple[str, ...]):
+    """Also where all of a set are: they agree with each other, and not with ZEB."""
+    files = [dump_path(dumps, matcher, "KITTI") for matcher in matchers]
+    (bad,) = check.check_dumps(files)[NAMES.index("KITTI") :][:1]
+    assert check.exit_code([bad]) == 1
+    assert bad.lines() == [
+        f"Bad  KITTI: {len(files)} file{'s' * (len(files) > 1)}, 40 pairs",
+        *(
+            f"     {path.name}: 40 pairs, ZEB's KITTI has 5013: cut off, or not ZEB's set"
+            for path in files
+        ),
+    ]
+
+
+def test_check_names_dumps_that_repeat_pairs(samples: Path):
+    for matcher in ("good", "poor"):
+        path = dump_path(samples, matcher, "GL3D")
+        head, *lines = path.read_text().splitlines()
+        path.write_text("\n".join([head, *lines, *lines]) + "\n")
+    checks = {found.name: found for found in check.check_dumps([samples])}
+    assert checks["KITTI"].good
+    assert checks["GL3D"].lines()[0] == "Bad  GL3D: 2 files, 80 pairs"
+    assert [line.endswith("40 lines repeat a pair") for line in checks["GL3D"].lines()[1:]] == [
+        True
+    ] * 2
+
+
+def sheet_cells(found: Table, folder: Path) -> list[object]:
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl (extra zeb) is not installed")
+    page = openpyxl.load_workbook(sheet.write_sheet(found, folder / "zeb.xlsx"))["zeb"]
+    return [cell.value for line in page.iter_rows() for cell in line]
+
+
+def test_published_rows_stay_away_from_other_pairs(dumps: Path, whole: Table, tmp_path: Path):
+    """A miniature under ZEB's names, alone and beside whole sets, has no rank among them."""
+    assert sum(row.published for row in whole.rows) == 16
+    full = [dump.path for row in whole.own for dump in row.dumps.values() if dump.path is not None]
+    for paths in ([dumps], [dumps, *full]):
+        found = table.make_table(paths, TableOptions(bootstrap=0))
+        assert not any(row.published for row in found.rows)
+        assert "RootSIFT" not in str(sheet_cells(found, tmp_path))
+        assert "GL3 40" in table.to_markdown(found).splitlines()[2]
+
+
+def test_files_of_the_file_system_are_no_dumps(samples: Path):
+    for path in list(samples.iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
+    assert len(check.find_dumps([samples])) == 4
+    assert not table.make_table([samples], TableOptions(bootstrap=0)).problems
 
 
 def test_the_first_of_repeated_lines_counts(dumps: Path):

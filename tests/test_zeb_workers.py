@@ -37,7 +37,7 @@ sys.path.insert(0, sys.argv[1])
 from zeb_oracle import register
 from gim_hloc.evaluation.zeb import run
 register(sys.argv[2], delay=0.05)
-options = run.RunOptions(matchers=(sys.argv[2],), version="v", part_pairs=2, resume=True)
+options = run.RunOptions(matchers=(sys.argv[2],), version="v", part_pairs=2)
 run.run(sys.argv[3], sys.argv[4], options)
 """
 
@@ -80,7 +80,7 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_dump(gl3d: Path, tmp_pat
     files = "predictions/*/gl3d/*.npz"
     run_and_kill(_SLOW, SPARSE, str(gl3d), str(out), out=out, files=files)
     assert not list(out.glob("dump/*/*"))
-    report = run.run(gl3d, out, replace(options, resume=True))
+    report = run.run(gl3d, out, replace(options))
     assert 0 < report.matched < 15  # neither all nor none were done before
     again = report.results[0].dump
     assert again is not None
@@ -114,7 +114,7 @@ def test_a_worker_that_dies_is_named_and_the_others_finish(gl3d: Path, tmp_path:
     assert result.dump is None
     assert result.evaluated == report.matched
     assert report.matched in (7, 8)
-    again = run.run_workers(gl3d, out, replace(options, resume=True), ["cpu"])
+    again = run.run_workers(gl3d, out, replace(options), ["cpu"])
     assert again.exit_code == 0
     assert again.matched == 15 - report.matched
     assert len(only_dump(again)) == 15
@@ -183,7 +183,7 @@ def test_workers_give_what_one_run_gives(gl3d: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_line")
 def test_a_shard_is_split_over_workers(gl3d: Path, tmp_path: Path) -> None:
-    options = RunOptions(matchers=(SPARSE,), version="v", resume=True)
+    options = RunOptions(matchers=(SPARSE,), version="v")
     out = tmp_path / "out"
     first = run.run_workers(gl3d, out, replace(options, shard=(0, 2)), ["cpu", "cpu"])
     assert first.matched == 7
@@ -259,7 +259,7 @@ def test_ray(gl3d: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Worker 2 of 3 on cpu died (RayError: The worker died unexpectedly.)" in message
     assert (report.matched, report.exit_code) == (10, 1)
     taken.append(None)
-    again = run.run_workers(gl3d, out, replace(options, resume=True), ["cpu"], backend="ray")
+    again = run.run_workers(gl3d, out, replace(options), ["cpu"], backend="ray")
     assert len(only_dump(again)) == 15
 
     monkeypatch.setitem(sys.modules, "ray", None)

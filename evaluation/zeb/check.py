@@ -1,8 +1,9 @@
-"""Check that the dumps of one set hold the same pairs in the same order.
+"""Check that the dumps of one set hold the same pairs in the same order, and all of ZEB's.
 
 Results on different pairs cannot be compared. The reference asks for four sets by names that
 its own dumps do not have, so it never checks them and calls them good; here a set without a dump is
-bad.
+bad, and so is a dump that repeats a pair or has another number of them than ZEB's set, unless its
+version says that it is a sample (``--limit``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.zeb.datasets import SETS, set_folder
-from gim_hloc.evaluation.zeb.dumps import read_dump
+from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
 from gim_hloc.evaluation.zeb.published import NAMES
 
 
@@ -26,7 +27,7 @@ class SetCheck:
     name: str  # of the set, as in file names
     files: tuple[Path, ...]  # its dumps, sorted by name; the first is the one compared with
     pairs: int  # of the first readable dump
-    problems: tuple[str, ...]  # one line for each deviating or unreadable file
+    problems: tuple[str, ...]  # one line for each deviating, short or unreadable file
 
     @property
     def good(self) -> bool:
@@ -82,7 +83,7 @@ def find_dumps(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     found: dict[Path, Path] = {}  # where it really is -> as it was named
     for path in map(Path, paths):
         if path.is_dir():
-            dumps = sorted(file for file in path.glob("*.txt") if "]" in file.name)
+            dumps = sorted(file for file in path.glob("[!.]*.txt") if "]" in file.name)
             if not dumps:
                 raise InputError(f"{path} holds no dump: no file named like '[T] … .txt'.")
             for dump in dumps:
@@ -118,9 +119,21 @@ def _check_set(name: str, files: list[Path]) -> SetCheck:
             problems.append(f"{path.name}: errors in {dump.unit} against {unit} ({first})")
         elif identifiers != expected:
             problems.append(f"{path.name}: {_deviation(identifiers, expected)} ({first})")
+        if doubt := _doubt(dump):
+            problems.append(f"{path.name}: {doubt}")
     return SetCheck(
         name=name, files=tuple(files), pairs=len(expected or ()), problems=tuple(problems)
     )
+
+
+def _doubt(dump: Dump) -> str:
+    """Say in words why a dump is not one of a whole set; empty if nothing speaks against it."""
+    if repeated := len(dump) - len(dump.unique):
+        return f"{repeated} lines repeat a pair"
+    whole = next((entry.pairs for entry in SETS if entry.dump_name == dump.dataset), None)
+    if whole is None or dump.sample or len(dump) == whole:
+        return ""
+    return f"{len(dump)} pairs, ZEB's {dump.dataset} has {whole}: cut off, or not ZEB's set"
 
 
 def _deviation(identifiers: tuple[str, ...], expected: tuple[str, ...]) -> str:

@@ -243,8 +243,8 @@ def read_description(folder: str | os.PathLike[str]) -> ZebSet:
         if "scenes" in data:
             counts = {str(scene): int(entry["pairs"]) for scene, entry in data["scenes"].items()}
         else:
-            stems = [file.stem for file in path.parent.glob("*.txt")]
-            counts = dict(Counter(stem.split(separator, 1)[0] for stem in stems))
+            labels, _ = _read_texts(path.parent, separator)
+            counts = dict(Counter(text.scene for text in labels))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -313,6 +313,7 @@ class Labels:
     pairs: tuple[ZebPair, ...]  # in the reference's order
     bad: tuple[BadLabel, ...]
     repeated: int = 0  # labels left out because a later one has the same identifier
+    foreign: tuple[str, ...] = ()  # names of text files that are no labels
 
     def __len__(self) -> int:
         return len(self.pairs) + len(self.bad)
@@ -335,27 +336,21 @@ def read_labels(root: str | os.PathLike[str], zeb_set: ZebSet) -> Labels:
     folder = Path(root) / zeb_set.folder
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: {zeb_set.name} is not unpacked there.")
+    texts, foreign = _read_texts(folder, zeb_set.separator)
+    if foreign:
+        logger.warning("%s: passed over, no labels: %s", folder, ", ".join(foreign[:10]))
+    if not texts:
+        raise InputError(f"{folder} has no label (.txt).")
     found: list[tuple[list[str], ZebPair]] = []
     bad: list[BadLabel] = []
-    with os.scandir(folder) as entries:
-        paths = sorted(Path(entry) for entry in entries if entry.name.endswith(".txt"))
-    if not paths:
-        raise InputError(f"{folder} has no label (.txt).")
-    for path in paths:
-        scene = path.stem.split(zeb_set.separator, 1)[0]
+    for text in texts:
         try:
-            with path.open(encoding="utf-8") as stream:
-                tokens = stream.readline().split()
-        except (OSError, UnicodeDecodeError) as error:
-            tokens, reason = [], f"cannot be read ({error})"
-        else:
-            reason = ""
-        try:
-            if reason:
-                raise ValueError(reason)
-            found.append(([scene, *tokens], parse_label(tokens, zeb_set, scene, path.name)))
+            if text.unreadable:
+                raise ValueError(text.unreadable)
+            pair = parse_label(text.tokens, zeb_set, text.scene, text.path.name)
+            found.append(([text.scene, *text.tokens], pair))
         except ValueError as error:
-            bad.append(_bad_label(tokens, zeb_set, scene, path, str(error)))
+            bad.append(_bad_label(text.tokens, zeb_set, text.scene, text.path, str(error)))
     found.sort(key=lambda item: item[0])
     # The last of equal identifiers is what the reference's dumps keep.
     last = {pair.identifier: pair for _, pair in found}
@@ -364,8 +359,54 @@ def read_labels(root: str | os.PathLike[str], zeb_set: ZebSet) -> Labels:
     return Labels(
         pairs=pairs,
         bad=tuple(faults.values()),
-        repeated=len(paths) - len(pairs) - len(faults),
+        repeated=len(texts) - len(pairs) - len(faults),
+        foreign=tuple(foreign),
     )
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The first line of a text file."""
+
+    path: Path
+    scene: str
+    tokens: list[str]
+    unreadable: str  # why, else empty
+
+
+def _read_texts(folder: Path, separator: str) -> tuple[list[_Text], list[str]]:
+    """Read the labels of a set; returns them by name, and the names of other text files.
+
+    A label is of a scene that has images, or its third token is a number, however damaged it is.
+    Names that begin with a dot are of the file system (macOS writes ``._<name>`` on foreign disks).
+    """
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    scenes = {name.split(separator, 1)[0] for name in names if name.endswith(".png")}
+    labels, foreign = [], []
+    for name in names:
+        if not name.endswith(".txt"):
+            continue
+        path = folder / name
+        tokens, unreadable = [], ""
+        try:
+            with path.open(encoding="utf-8") as stream:
+                tokens = stream.readline().split()
+        except (OSError, UnicodeDecodeError) as error:
+            unreadable = f"cannot be read ({error})"
+        text = _Text(path, path.stem.split(separator, 1)[0], tokens, unreadable)
+        if text.scene in scenes or (len(tokens) > 2 and _is_number(tokens[2])):
+            labels.append(text)
+        else:
+            foreign.append(name)
+    return labels, foreign
+
+
+def _is_number(token: str) -> bool:
+    try:
+        float(token)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_label(tokens: Sequence[str], zeb_set: ZebSet, scene: str, label: str) -> ZebPair:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,7 @@ HEADERS: dict[Unit, str] = {
 _COLUMNS = len(HEADER.split())
 # First token of every name: results of a test, not of training.
 _MARK = "[T]"
+_SAMPLE = re.compile(r"-limit\d+-seed\d+$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,11 @@ class Dump:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def sample(self) -> bool:
+        """Whether the version says that these are some pairs of a set, drawn by ``--limit``."""
+        return _SAMPLE.search(self.version) is not None
 
     @cached_property
     def unique(self) -> tuple[DumpRecord, ...]:

@@ -23,6 +23,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -95,7 +96,7 @@ class RunOptions:
     seed: int = 0  # of that draw
     device: str = "auto"  # of the networks: auto, cpu, cuda:1
     shard: tuple[int, int] = (0, 1)  # (i, N): the i-th of N parts of every set, from 0
-    resume: bool = False  # go on with what the output folder holds; else it must hold nothing
+    resume: bool = True  # go on with what the output folder holds; else it must hold nothing
     batch_size: int | None = None  # pairs per network call; None: 1 on a processor, 4 on a GPU
     cache_gb: float | None = None  # memory for encodings, 10^9 bytes; None: chosen
     part_pairs: int = 100  # pairs after which results are written: what a kill can cost
@@ -224,7 +225,7 @@ def run(
     Returns:
         What was done. A pair with a bad label, a missing or damaged image or on which the matcher
         stopped is named among the problems and stands in the dump as a failure; the others go on.
-        Such pairs are tried again when the run is resumed.
+        Such pairs are tried again by the next call.
 
     Raises:
         InputError: no set is there, an unknown name, a set without labels.
@@ -341,7 +342,7 @@ def run_workers(
 
     Returns:
         The results of all. A worker that died or stopped is named in ``lost``: the others go on,
-        and the same call with ``resume`` matches what it left.
+        and the same call matches what it left.
 
     Raises:
         InputError: as `run`; no device; Ray is asked for and not installed.
@@ -402,7 +403,7 @@ def run_spread(
     report = RunReport(
         lost=[
             f"Worker {i + 1} of {count} on {devices[i]} {end}. What it left is matched when the "
-            "run is resumed."
+            "run is resumed by the same command."
             for i, end in enumerate(ends)
             if not isinstance(end, RunReport)
         ]
@@ -476,11 +477,20 @@ def _work(
 ) -> None:
     """Body of a local process."""
     threading.Thread(target=_leave_with_caller, daemon=True).start()
+    # Ctrl-C reaches the caller too, which stops its workers: once, so that each can write what it
+    # has matched.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop)
     import torch
 
     if threads:
         torch.set_num_threads(threads)
     connection.send(_run_job(source, output, job))
+
+
+def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _leave_with_caller() -> None:
@@ -581,6 +591,7 @@ class Selection(abc.ABC):
     Attributes:
         name: of the set, in messages and results.
         folder: name of the folder of its predictions.
+        root: folder of the data.
         evaluation_folder: name of the folder of its evaluations.
         dump_name: name of the set in its dump; None: no dump is written.
         dump_unit: of the errors in it.
@@ -592,6 +603,7 @@ class Selection(abc.ABC):
 
     name: str
     folder: str
+    root: Path
     evaluation_folder: str
     dump_name: str | None
     pairs: tuple[Any, ...]
@@ -631,7 +643,6 @@ class Selection(abc.ABC):
 class _ZebSelection(Selection):
     """A set of ZEB."""
 
-    root: Path
     zeb_set: ZebSet
 
     def read(self, name: str, options: ImageOptions) -> ImageData:
@@ -722,8 +733,8 @@ def require_unused(output: Path, names: Iterable[str], folder: str = "*") -> Non
     for name in names:
         if any((output / _PREDICTIONS).glob(f"{name}-*/{folder}/*.npz")):
             raise OutputError(
-                f"{output} holds predictions of {name} by an earlier run: resume it, or choose "
-                "another folder."
+                f"{output} holds predictions of {name} by an earlier run: resume it (leave out "
+                "--no-resume), or choose another folder."
             )
 
 
@@ -753,6 +764,22 @@ def _check_estimator(folder: Path, protocol: Protocol) -> None:
             "that folder to evaluate anew (predictions are kept), or install the other version."
         )
     write_atomic(path, version + "\n")
+
+
+def _check_data(folder: Path, selection: Selection) -> None:
+    """Note beside predictions which data they are of; pairs of two may have the same names.
+
+    Raises:
+        OutputError: they are of data in another folder.
+    """
+    path, data = folder / "data.txt", str(selection.root.resolve())
+    before = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else data
+    if before != data:
+        raise OutputError(
+            f"{folder} holds predictions on {before}, not on {data}: choose another folder with "
+            f"--out, or delete {path} if it is the same data."
+        )
+    write_atomic(path, data + "\n")
 
 
 # -------------------------------------------------------------------------------------- predictions
@@ -951,6 +978,7 @@ class _SetRun:
         self.failed: dict[str, str] = {}  # identifier -> why, pairs without a prediction
         for folder in (self.predictions, *self.evaluations.values()):
             folder.mkdir(parents=True, exist_ok=True)
+        _check_data(self.predictions, selection)
 
     def run(self) -> None:
         with self._evaluator() as submit:

@@ -44,7 +44,7 @@ def write_sheet(table: Table, path: str | os.PathLike[str]) -> Path:
     names = [column.name for column in COLUMNS]
     lines = _lines(table, names)
     if lines:
-        if table.options.published:
+        if table.options.published and not table.incomplete:
             # From the source and not from the table, which leaves out the sets it has no dump of.
             lines += [
                 (f"{line.method} (published)", [value / 100 for value in line.percent])

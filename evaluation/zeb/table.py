@@ -95,6 +95,18 @@ class Table:
         """The rows computed from dumps."""
         return tuple(row for row in self.rows if not row.published)
 
+    @property
+    def incomplete(self) -> str:
+        """Which of ZEB's sets the dumps have with another number of pairs than ZEB, in words."""
+        published = {entry.dump_name: entry.pairs for entry in SETS}
+        parts = []
+        for name in self.sets:
+            counts = {row.metrics[name].pairs for row in self.own if name in row.metrics}
+            if name in published and counts - {published[name]}:
+                several = " or ".join(str(count) for count in sorted(counts))
+                parts.append(f"{short_name(name)} {several} of {published[name]}")
+        return ", ".join(parts)
+
     def shown(self, threshold: float) -> tuple[Row, ...]:
         """Return the rows that have figures at a threshold."""
         return tuple(row for row in self.rows if threshold in row.auc)
@@ -155,7 +167,10 @@ def make_table(
     for problem in different:
         logger.warning("%s", problem)
     problems += different
-    if options.published and 5.0 in options.thresholds and set(sets) <= set(NAMES):
+    made = Table(sets=sets, rows=tuple(table), options=options)
+    # Ranks among figures on other pairs would mean nothing.
+    comparable = set(sets) <= set(NAMES) and not made.incomplete
+    if options.published and 5.0 in options.thresholds and comparable:
         for line in PUBLISHED:
             values = {name: line.values[name] for name in sets}
             row = Row(
@@ -543,22 +558,13 @@ def _remark(table: Table) -> str:
             f" Rows marked ({PUBLISHED_MARK}) are copied from the published ZEB table, other runs "
             "than these dumps."
         )
-    part = _incomplete(table)
+    part = table.incomplete
     if part:
-        text += f" These are not the pairs of ZEB, whose figures they do not compare with: {part}."
+        text += (
+            " These are not the pairs of ZEB, whose figures they do not compare with (so that none "
+            f"are shown): {part}."
+        )
     return text
-
-
-def _incomplete(table: Table) -> str:
-    """Which of ZEB's sets the dumps have with another number of pairs than ZEB, in words."""
-    published = {entry.dump_name: entry.pairs for entry in SETS}
-    parts = []
-    for name in table.sets:
-        counts = {row.metrics[name].pairs for row in table.own if name in row.metrics}
-        if name in published and counts - {published[name]}:
-            several = " or ".join(str(count) for count in sorted(counts))
-            parts.append(f"{short_name(name)} {several} of {published[name]}")
-    return ", ".join(parts)
 
 
 def _html_grid(grid: Grid) -> str:

@@ -69,8 +69,8 @@ class Run:
     """Workers are processes here, or tasks on the cluster that Ray is connected to."""
     shard: str = "0/1"
     """i/N: the i-th of N parts of every set, from 0."""
-    resume: bool = False
-    """Go on with what the output folder holds."""
+    resume: bool = True
+    """Go on with what the output folder holds; --no-resume refuses a folder that holds results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +183,8 @@ class Pairs:
     """Workers are processes here, or tasks on the cluster that Ray is connected to."""
     shard: str = "0/1"
     """i/N: the i-th of N parts of the list, from 0; the last to end writes the results."""
-    resume: bool = False
-    """Go on with what the output folder holds."""
+    resume: bool = True
+    """Go on with what the output folder holds; --no-resume refuses a folder that holds results."""
     pictures: bool = True
     """Draw the pairs of a list without truth."""
 

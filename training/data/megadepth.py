@@ -150,9 +150,9 @@ _INFO_FOLDERS = ("output", "scene_info", "index/scene_info_0.1_0.7", "scene_info
 def _scene_files(options: MegaDepthOptions) -> dict[str, list[Path]]:
     root = Path(options.root)
     folder = options.scene_info or next(
-        (root / name for name in _INFO_FOLDERS if any((root / name).glob("*.npz"))), None
+        (root / name for name in _INFO_FOLDERS if any((root / name).glob("[!.]*.npz"))), None
     )
-    files = [] if folder is None else sorted(Path(folder).glob("*.npz"))
+    files = [] if folder is None else sorted(Path(folder).glob("[!.]*.npz"))
     if not files:
         raise InputError(
             f"{folder or root} holds no scene files (.npz); looked for in "

@@ -441,7 +441,7 @@ def _texture_pool(seed: int, folder: Path | None) -> tuple[tuple[np.ndarray, ...
 
     from gim_hloc.images import SUFFIXES, read_rgb
 
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    paths = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise InputError(f"{folder} holds no photographs for textures.")
     pools = []

@@ -95,7 +95,7 @@ def _natural(name: str) -> tuple[int, str]:
 def _by_stem(folder: Path, suffixes: Any) -> Mapping[str, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder.")
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
+    return {p.stem: p for p in sorted(folder.glob("[!.]*")) if p.suffix.lower() in suffixes}
 
 
 def read_matrix(path: Path, sides: tuple[int, ...]) -> np.ndarray:

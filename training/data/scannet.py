@@ -66,7 +66,7 @@ class ScanNet(PairSource):
         folder = options.scene_info or _first(
             root, ("train_scene_info/npz", "train_scene_info", "scene_data/train"), root
         )
-        files = {path.stem: path for path in sorted(Path(folder).glob("*.npz"))}
+        files = {path.stem: path for path in sorted(Path(folder).glob("[!.]*.npz"))}
         files.pop("intrinsics", None)
         names = options.scenes or tuple(files)
         missing = [name for name in names if name not in files]
