@@ -169,7 +169,7 @@ def build_report(
         described.append({"path": path, **statistics, "cameras": colmap.cameras_of(model)})
     return {
         "gim_hloc": __version__,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         "summary": summary,
         "images": rows,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 import sys
 import types
 from fractions import Fraction
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from video_files import HEIGHT, WIDTH, numbered, read_number, turn_container, write_video
 
+from gim_hloc.cli.video import main
 from gim_hloc.errors import InputError
-from gim_hloc.training.video import sources
+from gim_hloc.training.video import hdr, sources
 from gim_hloc.training.video.frames import (
     ImageSequence,
     PickOptions,
@@ -595,3 +597,103 @@ def test_without_pyav(numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(InputError, match=r"pip install .*video"):
         open_source(numbers)
+
+
+# ------------------------------------------------------------------------------------ files cut off
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts", "flv", "avi"])
+def test_a_file_that_is_cut_off_is_named(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (96, 480, 3)).astype(np.uint8)
+    frames = [noise[:, 4 * n : 4 * n + 160] for n in range(60)]
+    whole = write_video(tmp_path / f"whole.{suffix}", frames, b_frames=0)
+    assert VideoReader(whole).remarks == []
+    data = whole.read_bytes()
+    cut = tmp_path / f"cut.{suffix}"
+    # Whole packets of a transport stream, the last one from within a frame.
+    cut.write_bytes(data[: (int(len(data) * 0.6) // 188 - 1) * 188])
+    (remark,) = VideoReader(cut).remarks
+    if suffix == "ts":  # promises no length
+        assert remark == "The file ends within a frame: it may be cut off."
+    else:
+        found = re.fullmatch(r"The file says 2.0 s, its frames end at (.*) s: it may.*", remark)
+        assert found is not None
+        assert float(found[1]) == pytest.approx(1.2, abs=0.15)
+    assert main(["frames", str(cut), str(tmp_path / "out"), "--fps", "2"]) == 0
+    told = capsys.readouterr()
+    assert remark in told.out
+    assert remark in told.err
+
+
+def test_sound_that_goes_on_is_no_cut(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 160, 96, "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=8000)
+        for n in range(10):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(numbered(n), format="rgb24")))
+        container.mux(video.encode(None))
+        for n in range(20):
+            part = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+            part.sample_rate, part.pts = 8000, 800 * n
+            container.mux(sound.encode(part))
+        container.mux(sound.encode(None))
+    assert VideoReader(path).remarks == []
+
+
+# ---------------------------------------------------------------------------------------------- HDR
+
+GREYS = [(v, v, v) for v in (10, 60, 120, 190)]
+PATCHES = [*GREYS, (180, 60, 40), (40, 90, 160)]
+
+
+def hdr_signal(srgb: np.ndarray, transfer: int) -> np.ndarray:
+    """The signal in [0, 1] of sRGB values whose white is 203 cd/m^2, in BT.2020 primaries."""
+    v = srgb / 255
+    light = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+    to_2020 = [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]
+    light = light @ np.transpose(to_2020)
+    if transfer == 16:
+        y = (light * 0.0203) ** 0.1593017578125
+        return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+    shown = light * 0.203
+    scene = shown * (shown @ [0.2627, 0.678, 0.0593])[..., None] ** (1 / 1.2 - 1)
+    a, b, c = 0.17883277, 0.28466892, 0.55991073
+    high = a * np.log(np.maximum(12 * scene - b, 1e-9)) + c
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), high)
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "HDR, PQ"), (18, "HDR, HLG")])
+def test_hdr_is_brought_to_srgb(tmp_path: Path, transfer: int, name: str) -> None:
+    truth = np.repeat(np.array(PATCHES, np.float64)[None], 32, 0).repeat(32, 1)
+    signal = np.rint(hdr_signal(truth, transfer) * 65535).astype(np.uint16)
+    path = tmp_path / "hdr.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width = signal.shape[:2]
+        stream.pix_fmt = "yuv444p10le"
+        codec = stream.codec_context
+        codec.color_trc, codec.color_primaries = transfer, 9
+        codec.colorspace, codec.color_range = 9, 1
+        frame = av.VideoFrame.from_ndarray(signal, format="rgb48le")
+        frame = frame.reformat(format="yuv444p10le", dst_colorspace=9, dst_color_range=1)
+        frame.pts = 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    reader = VideoReader(path)
+    assert reader.remarks == [f"Its colours ({name}) are brought to sRGB."]
+    (read,) = reader.read()
+    assert np.abs(read.rgb()[16, 16::32].astype(int) - PATCHES).max() <= 2
+
+
+def test_highlights_are_rolled_off_without_a_change_of_hue() -> None:
+    bright = hdr.to_srgb(np.full((1, 1, 3), round(0.9 * 65535), np.uint16), 16)  # 3900 cd/m^2
+    assert bright.tolist() == [[[255, 255, 255]]]
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None, :, None].repeat(3, 2)
+    for transfer in (16, 18):
+        levels = hdr.to_srgb(ramp, transfer)[0].astype(int)
+        assert (np.diff(levels, axis=0) >= 0).all()
+        assert (np.ptp(levels, axis=1) <= 1).all()  # grey stays grey

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -336,6 +336,7 @@ def test_broken_archive_is_named(tmp_path: Path) -> None:
 numbers = st.floats(min_value=0, allow_nan=False)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # machines may be busy
 @given(
     st.lists(
         st.builds(

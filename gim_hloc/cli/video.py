@@ -244,6 +244,7 @@ def _frames(command: Frames) -> int:
         f"{report.still} of {report.buckets} time buckets left out for lack of motion"
         + (" (--min-motion 0 keeps them)" if report.still else "")
         + f". Next: gim-reconstruct {command.out} OUTPUT\n"
+        + "".join(f"{path}: {remark}\n" for remark in video.remarks)
     )
     return 0
 

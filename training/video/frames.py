@@ -19,6 +19,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
+from gim_hloc.training.video import hdr
 from gim_hloc.training.video.folder import ImageFormat
 from gim_hloc.training.video.sampling import SamplingOptions, time_range
 
@@ -31,6 +32,7 @@ _ALIKE = 30  # grey levels by which the surroundings of a tracked corner differ 
 _PROBED = 48  # frames decoded to see whether time stamps are in display order
 _EVEN = 0.1  # share by which the spacing of evenly spaced frames may vary, and of those that do
 _SMALLEST = 16  # px: long side that images are reduced to at least
+_SLACK = 0.1  # s by which the last packet may end before a file says that it ends
 _HD_ROWS = 720  # from this height on, untagged videos are taken for BT.709, below for BT.601
 
 
@@ -69,6 +71,7 @@ class FrameSource(Protocol):
     size: tuple[int, int]
     digest: str
     damaged: int
+    remarks: list[str]
 
     def read(self, indices: Iterable[int] | None = None) -> Iterator[Frame]:
         """Frames in display order, one at a time.
@@ -134,6 +137,7 @@ class VideoReader:
         _require_av()
         self.path = Path(path)
         self.damaged = 0
+        self.remarks: list[str] = []
         stamps, keys, self.digest, rate = self._list_packets()
         self._stamps = np.sort(stamps)
         self._keys = np.searchsorted(self._stamps, np.sort(keys)) if len(keys) else np.zeros(1, int)
@@ -180,10 +184,17 @@ class VideoReader:
             self._unit = float(stream.time_base or 0)
             rate = float(stream.average_rate or stream.guessed_rate or 25)
             self._aspect = float(stream.sample_aspect_ratio or 1) or 1.0
+            promised = _promised_end(container)
+            end = 0.0  # of all streams: sound may go on for longer than frames
             digest.update(f"{stream.codec_context.name} {stream.width} {stream.height}".encode())
             try:
-                for packet in container.demux(stream):
+                for packet in container.demux():
                     stamp = packet.pts if packet.pts is not None else packet.dts
+                    if packet.size and stamp is not None and packet.time_base is not None:
+                        last = float((stamp + (packet.duration or 0)) * packet.time_base)
+                        end = max(end, last)
+                    if packet.stream_index != stream.index:
+                        continue
                     # Edit lists mark what players do not show.
                     if not packet.size or packet.is_discard:
                         continue
@@ -195,6 +206,13 @@ class VideoReader:
                         keys.append(stamp)
             except av.error.FFmpegError as error:
                 logger.warning("%s ends early: %s", self.path, error)
+            if end < promised - max(_SLACK, 2 / rate):
+                self.remarks.append(
+                    f"The file says {promised:.1f} s, its frames end at {end:.1f} s: it may be cut "
+                    "off."
+                )
+            elif container.format.name == "mpegts" and _ends_within_a_frame(self.path, stream.id):
+                self.remarks.append("The file ends within a frame: it may be cut off.")
         return np.array(stamps, np.int64), np.array(keys, np.int64), digest.hexdigest()[:24], rate
 
     def _probe(self) -> tuple[bool, int, tuple[int, int]]:
@@ -202,7 +220,10 @@ class VideoReader:
         seen: list[int | None] = []
         size = None
         for decoded in self._decode(0):
-            size = size or _upright_size(decoded, self._aspect)
+            if size is None:
+                size = _upright_size(decoded, self._aspect)
+                if name := hdr.transfer_name(decoded):
+                    self.remarks.append(f"Its colours ({name}) are brought to sRGB.")
             seen.append(decoded.pts)
             if len(seen) >= _PROBED:
                 break
@@ -322,6 +343,32 @@ class VideoReader:
         )
 
 
+def _promised_end(container: Any) -> float:
+    """Seconds at which a file says that it ends: by its duration and by its number of frames."""
+    stream = container.streams.video[0]
+    start = (container.start_time or 0) / 1e6
+    rate = float(stream.average_rate or 0)
+    return start + max((container.duration or 0) / 1e6, stream.frames / rate if rate else 0.0)
+
+
+def _ends_within_a_frame(path: Path, pid: int) -> bool:
+    """Whether a transport stream, which promises nothing, was cut off.
+
+    Frames are filled up to whole packets: the last packet of a frame has an adaptation field with
+    stuffing, but for the one frame of 184 that fits.
+    """
+    with path.open("rb") as file:
+        size = 188 if file.read(1) == b"G" else 192  # Blu-ray: a time before each packet
+        count, rest = divmod(path.stat().st_size, size)
+        for number in range(count - 1, max(-1, count - 5000), -1):
+            file.seek(number * size + size - 188)
+            head = file.read(6)
+            if head[0] == 0x47 and (head[1] & 0x1F) << 8 | head[2] == pid:
+                clock = head[5] & 0x10 and head[4] <= 7  # all that the field holds
+                return bool(rest) or head[3] >> 4 & 3 == 1 or bool(clock)
+    return bool(rest)
+
+
 def _upright_size(frame: av.VideoFrame, aspect: float) -> tuple[int, int]:
     """(width, height) with square pixels, turned as the container says."""
     width, height = round(frame.width * aspect), frame.height
@@ -343,17 +390,20 @@ def _to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
         space = int(Colorspace.ITU709 if frame.height >= _HD_ROWS else Colorspace.ITU601)
     turns = _quarter_turns(frame)
     width, height = size[::-1] if turns % 2 else size
+    wide = hdr.transfer_name(frame) is not None
     # Without the two flags, results are cut off instead of rounded: a grey level too dark.
     exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     converted = frame.reformat(
         width=width,
         height=height,
-        format="rgb24",
+        format="rgb48le" if wide else "rgb24",
         src_colorspace=space,
         src_color_range=int(frame.color_range) or None,
         interpolation=exact,
     )
     array = converted.to_ndarray()
+    if wide:
+        array = hdr.to_srgb(array, int(frame.color_trc))
     return np.ascontiguousarray(np.rot90(array, turns))
 
 
@@ -384,6 +434,7 @@ class ImageSequence:
         self.path = Path(path)
         self.fps = float(fps)
         self.damaged = 0
+        self.remarks: list[str] = []
         self._files = sorted(
             (p for p in self.path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()),
             key=lambda p: _natural(p.name),
@@ -552,7 +603,9 @@ def write_frames(
 
 
 def warn_of_damage(source: FrameSource) -> None:
-    """Say how often the decoder met damage, if it did."""
+    """Say what is odd about a video, and how often the decoder met damage, if it did."""
+    for remark in source.remarks:
+        logger.warning("%s: %s", source.path, remark)
     if source.damaged:
         logger.warning(
             "%s is damaged in %d places; frames there may show artefacts or their neighbour.",

@@ -118,7 +118,7 @@ class LabelReport:
         folder: of the video.
         plan: frames and pairs.
         written: frames written now.
-        damaged: see ``FrameSource``.
+        damaged, remarks: see ``FrameSource``.
         rounds: what was done now, by worker, labeller and round.
         stores: what is there, by labeller and round.
         deaths: workers that ended early.
@@ -129,6 +129,7 @@ class LabelReport:
     plan: Plan
     written: int = 0
     damaged: int = 0
+    remarks: list[str] = field(default_factory=list)
     rounds: list[RoundReport] = field(default_factory=list)
     stores: list[StoreSummary] = field(default_factory=list)
     deaths: int = 0
@@ -154,6 +155,7 @@ class LabelReport:
             f"{sum(r.tried for r in self.rounds)} matched, "
             f"{sum(len(r.encoded) for r in self.rounds)} images encoded, {self.seconds:.0f} s"
         )
+        yield from (f"{self.folder.root}: {remark}" for remark in self.remarks)
 
 
 def label_video(
@@ -199,7 +201,7 @@ def label_video(
         report = LabelReport(folder=folder, plan=plan)
         pairs = _shard(plan.pairs, options.shard)
         report.written = _prepare_frames(folder, info, video, plan, pairs, options)
-        report.damaged = video.damaged
+        report.damaged, report.remarks = video.damaged, video.remarks
         used = np.unique(pairs).tolist()
         records = [frame_record(folder.frames / _name(info, n), info.size) for n in used]
         masks = prepare_masks(records, folder.masks, options.masks, device=options.devices[0])
