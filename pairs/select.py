@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.options import PairOptions
 from gim_hloc.pairs.base import Pair, canonical
 from gim_hloc.pairs.covisibility import covisibility
 from gim_hloc.pairs.exhaustive import exhaustive
@@ -31,54 +32,6 @@ from gim_hloc.pairs.spatial import Position, has_fix, spatial
 logger = logging.getLogger(__name__)
 
 MODES = ("exhaustive", "sequential", "retrieval", "spatial", "poses", "covisibility", "file")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairOptions:
-    """How image pairs are chosen."""
-
-    # auto, exhaustive, sequential, retrieval, spatial, poses, covisibility, file, a union such as
-    # sequential+retrieval, or the path of a pair list.
-    mode: str = "auto"
-    exhaustive_limit: int = 60  # auto: up to so many images every pair is taken
-    window: int = 10  # sequential: followers in name order that an image is paired with
-    quadratic: bool = True  # sequential: also followers at distance 2, 4, 8, ... 2^(window - 1)
-    # sequential: search images similar to every so-manieth frame, 0 = off. Not needed beside
-    # retrieval, which searches for all.
-    loop_every: int = 0
-    # Partners per image in retrieval, loop closure, spatial, poses and covisibility; 0 takes 20 up
-    # to 400 images, then the root of their number, at most 50.
-    neighbours: int = 0
-    min_score: float | None = None  # retrieval: least cosine similarity of a pair, None = any
-    descriptor: str = "vlad"  # retrieval: global descriptor, vlad or a registered one
-    clusters: int = 64  # retrieval: size of VLAD's codebook
-    seed: int = 0  # retrieval: of the codebook
-    # retrieval: h5 file of global descriptors in hloc's layout, instead of computing them.
-    global_descriptors: Path | None = None
-    max_distance_m: float = 100.0  # spatial: greatest distance of two cameras in metres
-    use_altitude: bool = False  # spatial: distances in 3D, if all images have an altitude
-    max_angle_deg: float = 30.0  # poses: greatest angle between two viewing directions in degrees
-    model: Path | None = None  # poses, covisibility: folder of a COLMAP model
-    pairs_file: Path | None = None  # file: pair list, one "name0 name1" a line
-
-    def __post_init__(self) -> None:
-        """Reject values that mean nothing."""
-        least = {
-            "exhaustive_limit": 0,
-            "window": 1,
-            "loop_every": 0,
-            "neighbours": 0,
-            "clusters": 1,
-            "seed": 0,
-        }
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise InputError(
-                    f"Pair option {name} must be at least {minimum}, not {getattr(self, name)}"
-                )
-        for name in ("max_distance_m", "max_angle_deg"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"Pair option {name} must be positive, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

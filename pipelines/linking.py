@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gim_hloc.errors import WeightsError
 from gim_hloc.tracks import anchored as anchored_tracks
 from gim_hloc.tracks.anchored import (
     AnchoredOptions,
@@ -43,14 +42,9 @@ def choose_describer(name: str) -> str:
     """Name of the sparse matcher that gives anchors: the one asked for, or what works here."""
     if name != "auto":
         return name
-    from gim_hloc import matchers, weights
+    from gim_hloc.matchers.registry import missing_weights
 
-    try:
-        for file in matchers.describe("aliked_lightglue").checkpoint:
-            weights.locate(file, download=False)
-    except WeightsError:
-        return "sift"
-    return "aliked_lightglue"
+    return "sift" if missing_weights("aliked_lightglue") else "aliked_lightglue"
 
 
 def reader(

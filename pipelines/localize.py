@@ -23,12 +23,12 @@ import numpy as np
 from tqdm import tqdm
 
 from gim_hloc import engine
-from gim_hloc.colmap import CameraMode, CameraOptions
-from gim_hloc.errors import GimError, InputError, MappingError, check_numbers
+from gim_hloc.errors import GimError, InputError, MappingError
 from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.matchers.sparse import SparseMatcher
+from gim_hloc.options import CameraOptions, replace
 from gim_hloc.pickles import read_npz
 from gim_hloc.pipelines import linking
 from gim_hloc.pipelines.maps import (
@@ -38,6 +38,7 @@ from gim_hloc.pipelines.maps import (
     same_features,
     shared_camera,
 )
+from gim_hloc.pipelines.options import LocalizeOptions
 from gim_hloc.pipelines.outcome import versions
 from gim_hloc.store import (
     H5Store,
@@ -76,99 +77,6 @@ _HOW = {
     "estimated": "estimated",
     "shared": "estimated together",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalizeOptions:
-    """Everything localisation can be told. Each field is a flag of ``gim-localize``."""
-
-    pairs: str = "auto"
-    """Images of the map that a query is matched with. auto: all of them up to 20, else retrieval;
-    exhaustive; retrieval (the most similar ones, VLAD of the map's own descriptors); covisibility
-    (few most similar ones and what sees the same points); or the path of a list "query image"."""
-    neighbours: int = 20
-    """Images of the map a query, for retrieval and covisibility."""
-    min_score: float | None = None
-    """Least cosine similarity in retrieval; None accepts every value."""
-    cluster: bool = False
-    """One attempt for each group of retrieved images that share points, the best is taken: for
-    places that look alike. Otherwise one attempt with all."""
-    matcher: str | None = None
-    """Matcher; that of the map by default. A dense one reads its warps at the map's keypoints."""
-    quality: Quality | None = None
-    """Operating point; that of the map by default."""
-    matcher_options: tuple[str, ...] = ()
-    """Any other option of the matcher as NAME=VALUE."""
-    features: Path | None = None
-    """Keypoints and descriptors of the map's images (hloc's layout), for maps of other programs."""
-    images: Path | None = None
-    """Folder of the map's images, if a dense matcher needs it and it is not where it was."""
-    intrinsics: str | None = None
-    """As in gim-reconstruct: "PINHOLE,fx,fy,cx,cy", a COLMAP cameras.txt, or lines "GLOB MODEL
-    width height params..."."""
-    camera: Literal["auto", "map", "exif", "estimate"] = "auto"
-    """Intrinsics of queries that --intrinsics does not name. auto: those of the map if it has one
-    camera of the same size and EXIF does not contradict; else from EXIF, focal length refined; else
-    estimated with the pose."""
-    camera_model: str = "SIMPLE_RADIAL"
-    """Model of cameras that are guessed."""
-    camera_mode: CameraMode = "image"
-    """Queries that share one focal length where it is not known (EXIF or estimated). image: none;
-    single: all; folder: those of a sub-folder; auto: those of one size and EXIF camera. Give one of
-    the three for photographs of one camera that does not zoom: what none of them says well by
-    itself, all say together."""
-    masks: Path | None = None
-    """Folder of masks of the queries in COLMAP's convention; black is ignored."""
-    mask_erode: int = 4
-    """Keypoints keep this many pixels away from masked ones."""
-    rotations: Literal["auto", "none"] = "auto"
-    """auto: queries that fail upright are tried in the other quarter turns (cameras often write no
-    EXIF orientation). For matchers with keypoints that are not rotation invariant."""
-    max_error: float = 12.0
-    """Largest reprojection error of an inlier, px."""
-    min_inliers: int = 30
-    """With fewer a query is not localised (COLMAP's own bound to register an image)."""
-    min_inlier_ratio: float = 0.25
-    """Of the points a query was matched to; with less it is not localised (COLMAP's bound too)."""
-    confidence: float = 0.99999
-    """Of RANSAC having drawn one sample without outliers."""
-    max_trials: int = 10_000
-    """Samples of RANSAC at most."""
-    max_spread: float = 3.0
-    """Dense matchers: readings of one point from several images farther than this from their median
-    are not used, px in an image of 1600 px."""
-    cache_gb: float | None = None
-    """Memory for encodings of dense matchers, 10^9 bytes."""
-    device: str = "auto"
-    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
-    workers: int = 0
-    """Network threads side by side on a processor; 0 chooses."""
-    batch_size: int = 0
-    """Pairs a network call on a GPU; 0 chooses."""
-    seed: int = 0
-    """Of every random number."""
-    overwrite: bool = False
-    """Start over instead of reusing what an earlier run left in OUTPUT."""
-    min_image_size: int = 64
-    """Pixels; queries with a smaller side are left out."""
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            positive=("max_error", "max_spread", "cache_gb"),
-            share=("confidence",),
-            at_least={
-                "neighbours": 1,
-                "mask_erode": 0,
-                "min_inliers": 4,
-                "min_inlier_ratio": 0,
-                "max_trials": 1,
-                "workers": 0,
-                "batch_size": 0,
-                "seed": 0,
-                "min_image_size": 1,
-            },
-        )
 
 
 @dataclass(kw_only=True)
@@ -260,12 +168,7 @@ def localize(
         InputError: unusable map, queries or options.
         MappingError: no query could be localised; the report says why for each.
     """
-    options = options or LocalizeOptions()
-    known = {f.name for f in dataclasses.fields(LocalizeOptions)}
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise InputError(f"Unknown option {unknown[0]!r}. Known: {', '.join(sorted(known))}.")
-    options = dataclasses.replace(options, **overrides)
+    options = replace(options or LocalizeOptions(), overrides)
     return _Localization(Path(map), Path(queries), Path(output), options, progress).run()
 
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from gim_hloc.errors import InputError, OutputError, check_numbers
+from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
+from gim_hloc.options import FitOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,31 +38,6 @@ FEW_INLIERS = 15
 FEW_OF_ALL = 0.05
 _MIN_SIDE = 16  # pixels; networks have no cell left below
 _LONGEST_STEM = 80  # characters of an image's name in the names of the results
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """Thresholds of the robust fits (USAC with MAGSAC); the numbers are those of GIM's demo.
-
-    A threshold counts pixels of the image that the matcher saw, but at least stored pixels: an
-    image of 8000 pixels matched at 1000 is not judged to an eighth of what the matcher can see.
-    """
-
-    fundamental_px: float = 1.0  # distance from the epipolar line of an inlier
-    fundamental_confidence: float = 0.999999  # of having found the best model
-    fundamental_iterations: int = 10_000  # at most
-    homography_px: float = 8.0  # distance of an inlier from where the homography puts it
-    homography_confidence: float = 0.999  # of having found the best model
-    homography_iterations: int = 10_000  # at most
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            group="fit.",
-            positive=("fundamental_px", "homography_px"),
-            share=("fundamental_confidence", "homography_confidence"),
-            at_least={"fundamental_iterations": 1, "homography_iterations": 1},
-        )
 
 
 @dataclass(kw_only=True)

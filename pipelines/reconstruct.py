@@ -18,23 +18,23 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 from tqdm import tqdm
 
 from gim_hloc import __version__, engine
-from gim_hloc.colmap import CameraOptions, MapOptions, Mapper, PoseUse, VerifyOptions
-from gim_hloc.errors import GimError, InputError, MappingError, check_numbers
-from gim_hloc.export import EXPORTS, export_model
+from gim_hloc.errors import GimError, InputError, MappingError
+from gim_hloc.export import export_model
 from gim_hloc.files import write_atomic
-from gim_hloc.matchers.base import Encoding, Matcher, Matches, Quality, SparseEncoding
+from gim_hloc.matchers.base import Encoding, Matcher, Matches, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
-from gim_hloc.pairs.select import PairOptions
+from gim_hloc.options import CameraOptions, PoseUse, VerifyOptions, replace
 from gim_hloc.pipelines import linking, turns
 from gim_hloc.pipelines.extension import Extension, gather
 from gim_hloc.pipelines.imported import ImportedMatcher
+from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import build_report, confidence_sums, scene_view, versions
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
 from gim_hloc.store import (
@@ -49,10 +49,6 @@ from gim_hloc.store import (
     rows_from_matches0,
     scored_rows,
 )
-from gim_hloc.tracks.anchored import AnchoredOptions
-from gim_hloc.tracks.photometric import PhotometricOptions
-from gim_hloc.tracks.quantized import QuantizedOptions
-from gim_hloc.tracks.refine import RefineOptions
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, MapJob, PairVerification
@@ -67,115 +63,6 @@ Pair = tuple[str, str]
 
 # Raised when the meaning of a stored array changes, so that older files are not reused.
 FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructOptions:
-    """Everything a reconstruction can be told. Each field is a flag of ``gim-reconstruct``."""
-
-    matcher: str = "aliked_lightglue"
-    """Name of a matcher; see gim_hloc.matchers.names()."""
-    quality: Quality = "base"
-    """Operating point of the matcher: image size, number of keypoints and thresholds together."""
-    pairs: str = "auto"
-    """auto, exhaustive, sequential, retrieval, spatial, poses, covisibility, a union such as
-    sequential+retrieval, or the path of a pair list. auto takes every pair up to 60 images."""
-    max_size: int | None = None
-    """Long side in pixels that the matcher sees, instead of the operating point's."""
-    max_keypoints: int | None = None
-    """Keypoints an image, instead of the operating point's."""
-    tracks: Literal["anchored", "quantized"] = "anchored"
-    """How matches of dense and semi-dense matchers become tracks. quantized: hloc's aggregation."""
-    anchors: str = "auto"
-    """Matcher whose keypoints are the first anchors and describe images for the pair selection.
-    auto: aliked_lightglue, or sift where its weights are missing."""
-    cache_gb: float | None = None
-    """Memory for encodings of dense matchers, 10^9 bytes; the device first, then the host."""
-    matcher_options: tuple[str, ...] = ()
-    """Any other option of the matcher as NAME=VALUE, e.g. filter_threshold=0.2."""
-    masks: Path | None = None
-    """Folder of masks in COLMAP's convention (a.jpg.png or a.png for a.jpg); black is ignored."""
-    mask_erode: int = 4
-    """Keypoints keep this many pixels away from masked ones."""
-    rotations: Literal["auto", "none"] = "auto"
-    """auto: images that match nothing are tried in other quarter turns (cameras often write no EXIF
-    orientation, and learned matchers want images upright)."""
-    cameras: CameraOptions = CameraOptions()
-    """How images share cameras, and known intrinsics."""
-    mapper: Mapper = "incremental"
-    """COLMAP's mapper. auto: incremental up to 500 images, global above."""
-    export: tuple[Literal["txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs"], ...] = ("ply",)
-    """Formats written to export/ for every model, beside COLMAP's binary one in sparse/. 3dgs:
-    undistorted images and their pinhole model, as Gaussian splatting programs read them."""
-    dense: bool = False
-    """Also undistort, and run PatchMatch stereo and fusion where pycolmap has CUDA."""
-    device: str = "auto"
-    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
-    workers: int = 0
-    """Network threads side by side on a processor; 0 chooses."""
-    batch_size: int = 0
-    """Pairs a network call on a GPU; 0 chooses. Halved when memory runs out."""
-    seed: int = 0
-    """Of every random number."""
-    deterministic: bool = False
-    """One thread throughout: the same model twice, but slower."""
-    overwrite: bool = False
-    """Start over instead of reusing what an earlier run left."""
-    dry_run: bool = False
-    """Stop after the estimate of time and disk space; writes nothing."""
-    min_image_size: int = 64
-    """Pixels; images with a smaller side are left out."""
-    pair: PairOptions = PairOptions()
-    """Numbers of the pair selection."""
-    refine_keypoints: bool = True
-    """Refine keypoints to sub-pixel accuracy by comparing image patches once a model exists."""
-    refine: PhotometricOptions = PhotometricOptions()
-    """Numbers of that refinement."""
-    anchored: AnchoredOptions = AnchoredOptions()  # noqa: RUF009 - frozen
-    """Numbers of anchored tracks."""
-    quantized: QuantizedOptions = QuantizedOptions()  # noqa: RUF009 - frozen
-    """Numbers of quantised tracks."""
-    refine_warps: bool = False
-    """Match all pairs of a dense matcher again once a model exists and read the warps at its
-    points: longer, more exact tracks for twice the matching time and more."""
-    warps: RefineOptions = RefineOptions()  # noqa: RUF009 - frozen
-    """Numbers of that second reading."""
-    verify: VerifyOptions = VerifyOptions()
-    """Thresholds of the two-view verification."""
-    map: MapOptions = MapOptions()
-    """Thresholds of the mapping."""
-    model: Path | None = None
-    """Known poses: folder of a COLMAP model, nerfstudio's transforms.json, or a TUM trajectory
-    (camera to world). Its intrinsics are used too unless --intrinsics is given."""
-    poses: PoseUse = "fixed"
-    """fixed: triangulate, poses stay; refine: bundle adjustment afterwards; prior: ordinary mapping
-    that stays near the known camera centres."""
-    prior_stddev: float | None = None
-    """Standard deviation of the centres that --poses prior takes as known, in their unit. By
-    default 1 % of the cameras' mean distance from their middle."""
-    missing_poses: Literal["register", "leave-out"] = "register"
-    """Images without a known pose: registered by the mapper afterwards, or left out."""
-    features: Path | None = None
-    """Feature file of hloc (or ours) to take keypoints from instead of computing them; with
-    --matches and a pair list as --pairs."""
-    matches: Path | None = None
-    """Match file of hloc that belongs to --features."""
-    extend: Path | None = None
-    """Output folder of an earlier run: IMAGES are added to its model. Its settings, keypoints,
-    matches and poses are taken over (--poses fixed or refine); it is not changed."""
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            positive=("max_size", "max_keypoints", "cache_gb", "prior_stddev"),
-            at_least={
-                "mask_erode": 0,
-                "workers": 0,
-                "batch_size": 0,
-                "seed": 0,
-                "min_image_size": 1,
-            },
-        )
 
 
 @dataclass(kw_only=True)
@@ -238,24 +125,12 @@ def reconstruct(
 
 
 def with_overrides(options: ReconstructOptions, overrides: Mapping[str, Any]) -> ReconstructOptions:
-    """Replace single fields, those of the camera options included.
-
-    Raises:
-        InputError: for a field that does not exist.
-    """
-    own = {f.name for f in dataclasses.fields(ReconstructOptions)}
-    camera = {f.name for f in dataclasses.fields(CameraOptions)}
-    unknown = sorted(set(overrides) - own - camera)
-    if unknown:
-        raise InputError(
-            f"Unknown option {unknown[0]!r}. Known: {', '.join(sorted(own | camera))}."
-        )
-    cameras = dataclasses.replace(
-        overrides.get("cameras", options.cameras),
-        **{k: v for k, v in overrides.items() if k in camera},
-    )
-    values = {k: v for k, v in overrides.items() if k in own and k != "cameras"}
-    return dataclasses.replace(options, cameras=cameras, **values)
+    """Replace single fields, those of the camera options included; unknown ones are errors."""
+    names = {f.name for f in dataclasses.fields(CameraOptions)}
+    own = {name: value for name, value in overrides.items() if name not in names}
+    camera = {name: value for name, value in overrides.items() if name in names}
+    options = replace(options, own)
+    return replace(options, {"cameras": replace(options.cameras, camera)})
 
 
 class _Run:
@@ -302,9 +177,6 @@ class _Run:
             self.base = Extension(self.options.extend)
             self.options = self.base.options(self.options)
         options = self.options
-        unknown = sorted(set(options.export) - set(EXPORTS))
-        if unknown:
-            raise InputError(f"Unknown export {unknown[0]!r}. Known: {', '.join(EXPORTS)}.")
         with self._timed("scan"):
             self.image_set: ImageSet = image_module.scan(
                 self.root,

@@ -16,9 +16,9 @@ import pytest
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, Scene, camera_errors, make_scene, record
 
 from gim_hloc import colmap
-from gim_hloc.colmap import CameraOptions, MapOptions, VerifyOptions
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.export import export_model
+from gim_hloc.options import CameraOptions, MapOptions, VerifyOptions
 from gim_hloc.tracks.photometric import PhotometricOptions
 
 
@@ -505,10 +505,10 @@ def test_formats_with_one_focal_length_say_what_becomes_of_two(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VerifyOptions(max_error=-1), "--verify.max-error is -1, it must be positive"),
-        (lambda: VerifyOptions(confidence=2), "--verify.confidence is 2, it must lie between"),
-        (lambda: MapOptions(init_min_num_inliers=0), "--map.init-min-num-inliers is 0"),
-        (lambda: PhotometricOptions(radius=0), "--refine.radius is 0, it must be at least 1"),
+        (lambda: VerifyOptions(max_error=-1), r"verify.max_error is -1; it must be above 0\."),
+        (lambda: VerifyOptions(confidence=2), r"verify.confidence is 2; it must be at most 1\."),
+        (lambda: MapOptions(init_min_num_inliers=0), "map.init_min_num_inliers is 0"),
+        (lambda: PhotometricOptions(radius=0), "refine.radius is 0; it must be at least 1"),
     ],
 )
 def test_thresholds_that_mean_nothing_are_refused(make, message: str) -> None:

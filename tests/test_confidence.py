@@ -18,9 +18,9 @@ from synthetic import INTRINSICS, Scene, make_scene
 
 import gim_hloc
 from gim_hloc import colmap, matchers
-from gim_hloc.colmap import CameraOptions, VerifyOptions
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.matchers.base import Matches, SparseEncoding
+from gim_hloc.options import CameraOptions, VerifyOptions
 from gim_hloc.pipelines.outcome import confidence_sums
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 
@@ -160,7 +160,7 @@ def test_a_pairs_seed_is_its_own_whatever_is_skipped(tmp_path: Path) -> None:
 
 
 def test_bound_below_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match=r"--verify.min-confidence-sum is -1"):
+    with pytest.raises(InputError, match=r"verify.min_confidence_sum is -1"):
         VerifyOptions(min_confidence_sum=-1)
 
 

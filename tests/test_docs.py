@@ -84,7 +84,8 @@ def help_of(program: str, subcommand: str) -> str:
     module = program
     if program.startswith("gim-"):
         module = "gim_hloc.cli." + program.removeprefix("gim-").replace("-", "_")
-    arguments = [*([subcommand] if subcommand else []), "--help"]
+    everything = "--help-all" if program in ("gim-reconstruct", "gim-localize") else "--help"
+    arguments = [*([subcommand] if subcommand else []), everything]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         loaded = importlib.import_module(module)

@@ -381,7 +381,7 @@ def test_what_cannot_be_used_is_said_at_once(
     model = {"name": "gim_hloc_dense", "matcher": "sift"}
     with pytest.raises(InputError, match="sift is a sparse matcher"):
         setup.run(pair, tmp_path, conf=setup.conf | {"model": model})
-    with pytest.raises(InputError, match=r"no option 'sizes'\. Did you mean 'size'"):
+    with pytest.raises(InputError, match=r"no setting 'sizes'\. Did you mean 'size'"):
         setup.run(pair, tmp_path, conf=setup.conf | {"model": setup.conf["model"] | {"sizes": 1}})
     with pytest.raises(InputError, match="lists no pair"):
         setup.run([], tmp_path)

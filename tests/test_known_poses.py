@@ -457,7 +457,7 @@ def test_commands_take_the_new_flags(
     model = write_colmap(tmp_path / "model", SCENE.poses)
     code = main([
         str(images), str(tmp_path / "out"), "--matcher", "fake", "--model", str(model), "--poses",
-        "fixed", "--missing-poses", "leave-out", "--quiet", "--deterministic",
+        "fixed", "--missing-poses", "leave-out", "--deterministic",
         "--no-refine-keypoints",
     ])  # fmt: skip
     assert code == 0

@@ -336,7 +336,7 @@ def test_registry_lists_and_describes() -> None:
 def test_unknown_names_are_explained() -> None:
     with pytest.raises(InputError, match=r"Did you mean 'aliked_lightglue'.*disk_lightglue"):
         matchers.load("aliked-lightglue")
-    with pytest.raises(InputError, match=r"no option 'max_keypoint'.*max_keypoints.*ratio"):
+    with pytest.raises(InputError, match=r"Did you mean 'max_keypoints'"):
         matchers.load("sift", max_keypoint=5)
     with pytest.raises(InputError, match="quality"):
         matchers.load("sift", quality="best")
@@ -355,15 +355,15 @@ def test_impossible_numbers_are_refused(wrong: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "told"),
     [
-        ("sift", {"ratio": "abc"}, "ratio of sift is 'abc'; it must be a number"),
+        ("sift", {"ratio": "abc"}, "sift: ratio is 'abc'; it must be a number"),
         ("sift", {"max_keypoints": 1.5}, "max_keypoints .* whole number"),
-        ("sift", {"max_size": "large"}, "max_size .* a whole number or null"),
+        ("sift", {"max_size": "large"}, "max_size .* a whole number"),
         ("sift", {"max_size": True}, "max_size"),
-        ("gim_dkm", {"size": 64}, "size .* a list of 2 entries, each a whole number"),
+        ("gim_dkm", {"size": 64}, "size .* a list"),
         ("gim_dkm", {"size": [480, "x"]}, "size"),
         ("gim_dkm", {"pad": "maybe"}, "pad .* true or false"),
-        ("gim_loftr", {"positional": 3}, "positional .* 'auto' or 'published' or 'corrected'"),
-        ("gim_roma", {"precision": "float8"}, "precision .* 'auto' or 'float32'"),
+        ("gim_loftr", {"positional": 3}, "positional .* 'auto', 'published' or 'corrected'"),
+        ("gim_roma", {"precision": "float8"}, "precision .* 'auto', 'float32'"),
         ("aliked_lightglue", {"filter_threshold": None}, "filter_threshold"),
     ],
 )

@@ -255,7 +255,7 @@ def test_auto_can_be_joined():
         ({"mode": "poses"}, "model"),
         ({"mode": "covisibility", "model": __file__}, "no COLMAP model folder"),
         ({"mode": "retrieval", "descriptor": "magic"}, "'magic'.*vlad"),
-        ({"window": 0}, "window must be at least 1"),
+        ({"window": 0}, "pair.window is 0; it must be at least 1"),
         ({"neighbours": -1}, "neighbours"),
         ({"max_distance_m": float("nan")}, "max_distance_m"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, camera_errors, make_scene
 
 from gim_hloc import colmap
-from gim_hloc.colmap import CameraOptions, VerifyOptions
+from gim_hloc.options import CameraOptions, VerifyOptions
 from gim_hloc.tracks.photometric import (
     PhotometricOptions,
     TrackViews,

@@ -16,9 +16,10 @@ from gim_hloc.evaluation import sfm
 from gim_hloc.evaluation.benchmarks import tracks as benchmark
 from gim_hloc.evaluation.synthetic_dense import Scene, SceneOptions, SyntheticDense, make_scene
 from gim_hloc.geometry.warp import Warp, cell_centres, normalised_frame
+from gim_hloc.options import RereadOptions
 from gim_hloc.tracks import anchored
 from gim_hloc.tracks.base import Tracks
-from gim_hloc.tracks.refine import RefineOptions, read_again
+from gim_hloc.tracks.refine import read_again
 
 SIZE = (320, 240)
 NAMES = ["a", "b", "c", "d"]
@@ -59,7 +60,7 @@ def again(**changes: Any) -> Any:
         "project": project,
         "pairs": list(itertools.combinations(NAMES, 2)),
         "warp": lambda a, b: warp_between(NAMES.index(a), NAMES.index(b)),
-        "options": RefineOptions(),
+        "options": RereadOptions(),
         **changes,
     }
     return read_again(**values)
@@ -143,7 +144,7 @@ def test_points_behind_or_outside_are_not_read() -> None:
     assert found.point.max() == 19
     for wrong in ({"rounds": -1}, {"min_readings": 0}, {"max_shift_px": 0}):
         with pytest.raises(InputError):
-            RefineOptions(**wrong)
+            RereadOptions(**wrong)
 
 
 # ---------------------------------------------------------------------------------- with a model
@@ -185,7 +186,7 @@ def test_poor_observations_are_repaired(tmp_path: Path) -> None:
     def refine(model: Any, fixed: set[int]) -> str:
         before = colmap.statistics(model)
         sentence = colmap.refine_by_warps(
-            model, given.warp, given.pairs, options=RefineOptions(), fixed=fixed, threads=1
+            model, given.warp, given.pairs, options=RereadOptions(), fixed=fixed, threads=1
         )
         after = colmap.statistics(model)
         assert after["mean_track_length"] > before["mean_track_length"] + 0.3
@@ -224,7 +225,7 @@ def test_a_model_that_the_warps_deny_is_left_alone(tmp_path: Path) -> None:
             model,
             lambda a, b: matcher.warp(encodings[a], encodings[b]),
             given.pairs,
-            options=RefineOptions(max_shift_px=2.0),
+            options=RereadOptions(max_shift_px=2.0),
             fixed=fixed,
             threads=1,
         )

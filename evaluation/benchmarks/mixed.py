@@ -23,10 +23,10 @@ import tyro
 from gim_hloc import images as image_module
 from gim_hloc import matchers
 from gim_hloc.cli import common
-from gim_hloc.colmap import MapOptions, Mapper, VerifyOptions
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.evaluation.benchmarks.measure import machine
 from gim_hloc.matchers.base import Quality
+from gim_hloc.options import MapOptions, Mapper, VerifyOptions
 from gim_hloc.pairs.files import write_pairs
 from gim_hloc.pipelines.extension import gather
 from gim_hloc.pipelines.outcome import QUANTILES, versions

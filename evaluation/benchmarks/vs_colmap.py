@@ -25,6 +25,7 @@ from gim_hloc.engine import Stopwatch
 from gim_hloc.evaluation.benchmarks.measure import machine
 from gim_hloc.evaluation.sfm import evaluate
 from gim_hloc.matchers.base import Quality
+from gim_hloc.options import CameraOptions
 from gim_hloc.pipelines.outcome import versions
 from gim_hloc.pipelines.reconstruct import reconstruct
 
@@ -86,9 +87,7 @@ def compare(scene: Path, options: BenchmarkOptions, work: Path) -> list[str]:
     truth = scene / "gt" if (scene / "gt").is_dir() else None
     intrinsics = str(truth / "cameras.txt") if truth else None
     image_set = image_module.scan(scene / "images")
-    cameras, _ = colmap.assign_cameras(
-        image_set.images, colmap.CameraOptions(intrinsics=intrinsics)
-    )
+    cameras, _ = colmap.assign_cameras(image_set.images, CameraOptions(intrinsics=intrinsics))
     total = len(image_set.images)
     lines = []
     watch = Stopwatch()

@@ -1,16 +1,26 @@
-"""What every command shares: messages on the terminal, errors without tracebacks."""
+"""What every command shares: flags from options, messages on the terminal, errors in one line."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import errno
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
+import tyro
+
+from gim_hloc._version import __version__
 from gim_hloc.errors import GimError, OutputError
+from gim_hloc.options import build, read_yaml
+
+Kind = TypeVar("Kind")
 
 # What the disk says of an output folder that cannot be; other system errors keep their traceback.
 _REFUSED = frozenset(
@@ -20,6 +30,30 @@ _REFUSED = frozenset(
     }
 )
 _PIPE_CLOSED = 128 + 13  # as shells report a program that SIGPIPE ended
+_ONCE = ("overwrite", "dry_run")  # options of a run that are nothing to repeat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terminal:
+    """What is said, and where options are read from."""
+
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None
+    """Settings by name, thresholds in sections (verify: {max_error: 3}); run.yaml of an earlier run
+    is such a file. Flags of the command line come on top."""
+    quiet: bool = False
+    """Warnings and errors only."""
+    verbose: bool = False
+    """Tell every image and pair."""
+    json: bool = False
+    """Write the result as JSON to standard output, for scripts."""
+
+    @property
+    def bars(self) -> bool:
+        """Whether progress bars are drawn: never into a file or a pipe."""
+        return not self.quiet and sys.stderr.isatty()
+
+
+# -------------------------------------------------------------------------------------- messages
 
 
 class _ThroughTqdm(logging.Handler):
@@ -34,30 +68,32 @@ class _ThroughTqdm(logging.Handler):
         tqdm.write(text, file=sys.stderr)
 
 
-def configure_logging(verbose: bool = False) -> None:
+def configure_logging(verbose: bool = False, quiet: bool = False) -> None:
     """Show the package's messages on the terminal (libraries stay silent)."""
     package = logging.getLogger("gim_hloc")
     for handler in list(package.handlers):
         if isinstance(handler, _ThroughTqdm):
             package.removeHandler(handler)
-    handler = _ThroughTqdm(logging.DEBUG if verbose else logging.INFO)
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    handler = _ThroughTqdm(level)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package.addHandler(handler)
-    package.setLevel(logging.DEBUG if verbose else logging.INFO)
+    package.setLevel(level)
     if not verbose:
         warnings.filterwarnings("ignore")
 
 
-def parse(kind: Any, **options: Any) -> Any:
+# ------------------------------------------------------------------------------------- arguments
+
+
+def parse(kind: Any, **settings: Any) -> Any:
     """``tyro.cli``, with options that refuse their values as one message instead of a traceback.
 
     It ends quietly when the reader of its help (``| head``) leaves early.
     """
-    import tyro
-
     try:
         try:
-            return tyro.cli(kind, **options)
+            return tyro.cli(kind, **settings)
         finally:
             sys.stdout.flush()  # here, not at the interpreter's end, where nothing can catch it
     except GimError as error:
@@ -68,9 +104,108 @@ def parse(kind: Any, **options: Any) -> Any:
         raise SystemExit(_PIPE_CLOSED) from None
 
 
-def _drop_output() -> None:
-    """Let what is still buffered go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def parse_options(
+    kind: type[Kind],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    positionals: Mapping[str, str],
+) -> tuple[Kind, dict[str, Path], Terminal]:
+    """Options of a command line. The base classes of ``kind`` are the groups of its help.
+
+    Args:
+        kind: class of options. Its sections of thresholds are flags too, shown by ``--help-all``.
+        argv: arguments; None: those of the process.
+        prog: name of the command.
+        description: what it does, with examples and exit codes.
+        positionals: name -> help of the paths that it wants.
+
+    Returns:
+        The options, the paths by name, and what the terminal is told.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    _answer_at_once(given, prog)
+    base = _configured(kind, given)
+    short = "--help-all" not in given and ("--help" in given or "-h" in given)
+    hints = get_type_hints(kind)
+    groups = {part.__name__: part for part in kind.__bases__ if dataclasses.is_dataclass(part)}
+    own = set(hints).difference(*(get_type_hints(part) for part in groups.values()))
+
+    fields: list[Any] = [(name, _path(name, text)) for name, text in positionals.items()]
+    for name, part in groups.items():
+        default = part(**_values(base, part))
+        title = name.removesuffix("Options").lower()
+        fields.append((title, Annotated[part, tyro.conf.OmitArgPrefixes], default))
+    for name in (f.name for f in dataclasses.fields(base) if f.name in own):  # type: ignore[arg-type]
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and not hint.section:  # type: ignore[union-attr]
+            hint = Annotated[hint, tyro.conf.OmitArgPrefixes]
+        elif dataclasses.is_dataclass(hint) and short:
+            hint = Annotated[hint, tyro.conf.Suppress]
+        fields.append((name, hint, getattr(base, name)))
+    fields.append(("terminal", Annotated[Terminal, tyro.conf.OmitArgPrefixes], Terminal()))
+
+    made = dataclasses.make_dataclass(
+        "Arguments",
+        [(n, t, *(dataclasses.field(default=d) for d in rest)) for n, t, *rest in fields],
+        frozen=True,
+        kw_only=True,
+    )
+    found = parse(
+        made,
+        prog=prog,
+        description=description,
+        args=["--help" if word == "--help-all" else word for word in given],
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    values = {name: getattr(found, name) for name in own}
+    for name, part in groups.items():
+        values |= _values(getattr(found, name.removesuffix("Options").lower()), part)
+    return kind(**values), {name: getattr(found, name) for name in positionals}, found.terminal
+
+
+def _values(options: Any, part: Any) -> dict[str, Any]:
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(part)}
+
+
+def _path(name: str, text: str) -> Any:
+    return Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar=name.upper(), help=text)]
+
+
+def _answer_at_once(given: Sequence[str], prog: str) -> None:
+    """Questions that want no paths."""
+    if "--version" in given:
+        sys.stdout.write(f"{prog} {__version__}\n")
+        raise SystemExit(0)
+    if "--list-matchers" in given:
+        from gim_hloc.matchers.registry import table
+
+        sys.stdout.write(table())
+        raise SystemExit(0)
+
+
+def _configured(kind: type[Kind], given: Sequence[str]) -> Kind:
+    """The defaults, or what the file of ``--config`` says."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        file = parser.parse_known_args(list(given))[0].config
+    except argparse.ArgumentError:
+        return kind()  # it has no value; the parser proper says so
+    if file is None:
+        return kind()
+    try:
+        values = read_yaml(Path(file)) or {}
+        if isinstance(values, Mapping) and isinstance(values.get("options"), Mapping):
+            values = {k: v for k, v in values["options"].items() if k not in _ONCE}
+        return build(kind, values, where=file)
+    except GimError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+# --------------------------------------------------------------------------------------- running
 
 
 def run(command: Callable[[], int | None]) -> int:
@@ -94,6 +229,11 @@ def run(command: Callable[[], int | None]) -> int:
         place = "The output" if error.filename is None else os.fsdecode(error.filename)
         sys.stderr.write(f"error: {place} cannot be used: {error.strerror}.\n")
         return OutputError.exit_code
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prog(argv: Sequence[str] | None) -> Sequence[str] | None:

@@ -2,60 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from gim_hloc.cli import common
-from gim_hloc.pipelines.localize import LocalizeOptions, localize, summary_text
+from gim_hloc.pipelines.options import LocalizeOptions
 
+_DESCRIPTION = """Find the poses of images in an existing model.
 
-@dataclass(frozen=True, kw_only=True)
-class _Arguments(LocalizeOptions):
-    """Find the poses of images in an existing model.
+Examples:
+  gim-localize out photos/new poses
+  gim-localize out photos/new poses --pairs retrieval --neighbours 10
+  gim-localize colmap/sparse/0 photos/new poses --features feats.h5 --matcher disk_lightglue
 
-    Exit code 0 when at least one query is localised, 4 when none is.
-    """
-
-    map: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MAP")]
-    """Output folder of gim-reconstruct, or a COLMAP model (then with --features)."""
-    queries: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="QUERIES")]
-    """Folder of images, searched recursively."""
-    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
-    """Folder for poses.txt, sparse/ (map and queries), report.txt and report.json."""
-    quiet: bool = False
-    """No progress bars."""
-    verbose: bool = False
-    """Tell every query."""
+Exit codes: 0 at least one query has a pose, 2 wrong input or options, 3 OUTPUT is in use, 4 none
+has. --list-matchers lists the matchers, --version the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    arguments = common.parse(
-        _Arguments,
+    options, paths, terminal = common.parse_options(
+        LocalizeOptions,
+        argv,
         prog="gim-localize",
-        args=common.prog(argv),
-        config=(tyro.conf.AvoidSubcommands,),
+        description=_DESCRIPTION,
+        positionals={
+            "map": "Output folder of gim-reconstruct, or a COLMAP model (then with --features).",
+            "queries": "Folder of images, searched recursively.",
+            "output": "Folder for poses.txt, sparse/ (map and queries), report.txt, report.json.",
+        },
     )
-    common.configure_logging(arguments.verbose)
-    return common.run(lambda: _run(arguments))
+    common.configure_logging(terminal.verbose, terminal.quiet)
+    return common.run(lambda: _run(options, paths, terminal))
 
 
-def _run(arguments: _Arguments) -> int:
-    fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(LocalizeOptions)}
+def _run(options: LocalizeOptions, paths: Mapping[str, Path], terminal: common.Terminal) -> int:
+    from gim_hloc.pipelines.localize import localize, summary_text
+
     result = localize(
-        arguments.map,
-        arguments.queries,
-        arguments.output,
-        LocalizeOptions(**fields),
-        progress=not arguments.quiet,
+        paths["map"], paths["queries"], paths["output"], options, progress=terminal.bars
     )
-    sys.stdout.write(summary_text(result) + "\n")
+    if terminal.json:
+        sys.stdout.write(json.dumps(result.report) + "\n")
+    elif not terminal.quiet:
+        sys.stdout.write(summary_text(result) + "\n")
     return 0
 
 

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from gim_hloc.cli import common
-from gim_hloc.matchers.base import Quality
-from gim_hloc.pipelines.match_pair import FitOptions, Format, match
+from gim_hloc.options import FitOptions, Quality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class _Arguments:
     """Mask of B."""
     mask_erode: int = 4
     """Keypoints keep this many pixels away from masked ones."""
-    format: tuple[Format, ...] = ("npz",)
+    format: tuple[Literal["npz", "csv", "h5"], ...] = ("npz",)
     """Formats of the coordinates: npz, csv, h5 (hloc's: a file of features and one of matches)."""
     pictures: bool = True
     """Draw the matches and the projection."""
@@ -66,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: _Arguments) -> int:
+    from gim_hloc.pipelines.match_pair import match
+
     options: dict[str, Any] = {}
     if arguments.matcher_options:
         from gim_hloc.matchers.common import parse_matcher_options

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import tyro
 
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.pairs import PairOptions, plan, select, write_pairs
-from gim_hloc.pairs.retrieval import ImageLoader, LocalDescriptors
+from gim_hloc.options import PairOptions
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gim_hloc.images import ImageSet
+    from gim_hloc.pairs.retrieval import ImageLoader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ def run(arguments: Arguments) -> None:
         GimError: naming what is missing or wrong.
     """
     from gim_hloc import images
+    from gim_hloc.pairs import plan, select, write_pairs
 
     if arguments.output.is_dir():  # before the descriptors take their time
         raise OutputError(f"The pair list '{arguments.output}' is a folder; give a file's name.")
@@ -85,6 +87,8 @@ def _image_loader(image_set: ImageSet) -> ImageLoader:
 
 def _local_descriptors(arguments: Arguments, image_set: ImageSet) -> Mapping[str, np.ndarray]:
     """Local descriptors of all images, from the feature file or computed now."""
+    from gim_hloc.pairs.retrieval import LocalDescriptors
+
     if arguments.features is not None:
         return LocalDescriptors(arguments.features, image_set.names)
     from tqdm import tqdm

@@ -2,61 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from gim_hloc.cli import common
-from gim_hloc.colmap import CameraOptions
-from gim_hloc.pipelines.outcome import summary_text
-from gim_hloc.pipelines.reconstruct import ReconstructOptions, reconstruct
+from gim_hloc.pipelines.options import ReconstructOptions
 
+_DESCRIPTION = """Turn a folder of images into a COLMAP model, with a report.
+A run that was stopped continues with the same command.
 
-@dataclass(frozen=True, kw_only=True)
-class _Arguments(ReconstructOptions):
-    """Turn a folder of images into a COLMAP model, with a report.
+Examples:
+  gim-reconstruct photos out
+  gim-reconstruct frames out --pairs sequential --quality fast
+  gim-reconstruct photos out --matcher gim_roma --intrinsics "PINHOLE,1200,1200,960,540"
+  gim-reconstruct --config out/run.yaml photos out --export nerfstudio
 
-    A run that was stopped continues with the same command.
-    """
-
-    images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """Folder of images, searched recursively."""
-    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
-    """Folder for features, matches, database, sparse/0 and report.html."""
-    cameras: Annotated[CameraOptions, tyro.conf.arg(name="")] = CameraOptions()
-    """How images share cameras, and known intrinsics."""
-    quiet: bool = False
-    """No progress bars."""
-    verbose: bool = False
-    """Tell every image and pair."""
+Exit codes: 0 a model, 2 wrong input or options, 3 OUTPUT is in use by another run, 4 no model.
+Thresholds (verify.*, map.*, refine.*, ...) go into --config FILE.yaml; --help-all shows them.
+--list-matchers lists the matchers, --version the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    arguments = common.parse(
-        _Arguments,
+    options, paths, terminal = common.parse_options(
+        ReconstructOptions,
+        argv,
         prog="gim-reconstruct",
-        args=common.prog(argv),
-        config=(tyro.conf.AvoidSubcommands,),
+        description=_DESCRIPTION,
+        positionals={
+            "images": "Folder of images, searched recursively.",
+            "output": "Folder for features, matches, database, sparse/0 and report.html.",
+        },
     )
-    common.configure_logging(arguments.verbose)
-    return common.run(lambda: _run(arguments))
+    common.configure_logging(terminal.verbose, terminal.quiet)
+    return common.run(lambda: _run(options, paths["images"], paths["output"], terminal))
 
 
-def _run(arguments: _Arguments) -> int:
-    fields = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(ReconstructOptions)}
-    result = reconstruct(
-        arguments.images,
-        arguments.output,
-        ReconstructOptions(**fields),
-        progress=not arguments.quiet,
-    )
-    if not arguments.dry_run:
+def _run(options: ReconstructOptions, images: Path, output: Path, terminal: common.Terminal) -> int:
+    from gim_hloc.pipelines.outcome import summary_text
+    from gim_hloc.pipelines.reconstruct import reconstruct
+
+    result = reconstruct(images, output, options, progress=terminal.bars)
+    if terminal.json:
+        sys.stdout.write(json.dumps(result.report or result.estimate) + "\n")
+    elif not options.dry_run and not terminal.quiet:
         sys.stdout.write(summary_text(result) + "\n")
     return 0
 

@@ -15,8 +15,6 @@ import threading
 
 from gim_hloc.colmap.baseline import sift_baseline
 from gim_hloc.colmap.cameras import (
-    CameraMode,
-    CameraOptions,
     CameraSpec,
     assign_cameras,
     camera_param_count,
@@ -28,7 +26,6 @@ from gim_hloc.colmap.cameras import (
 from gim_hloc.colmap.checks import Checked, check_models, only_turns, split_at_weak_joints
 from gim_hloc.colmap.database import (
     PairVerification,
-    VerifyOptions,
     build_database,
     inlier_matches,
     read_verification,
@@ -38,10 +35,7 @@ from gim_hloc.colmap.localization import Located, locate, shared_focal
 from gim_hloc.colmap.mapping import (
     AUTO_GLOBAL_ABOVE,
     MapJob,
-    MapOptions,
     Mapped,
-    Mapper,
-    PoseUse,
     resolve_mapper,
     run_mapping,
     triangulate_known,
@@ -84,21 +78,15 @@ if threading.current_thread() is threading.main_thread():
 
 __all__ = [
     "AUTO_GLOBAL_ABOVE",
-    "CameraMode",
-    "CameraOptions",
     "CameraSpec",
     "Checked",
     "ImageStatistics",
     "Located",
     "MapJob",
-    "MapOptions",
     "MapView",
     "Mapped",
-    "Mapper",
     "NewImage",
     "PairVerification",
-    "PoseUse",
-    "VerifyOptions",
     "add_images",
     "align",
     "assign_cameras",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
 import numpy as np
@@ -19,30 +19,10 @@ from gim_hloc.colmap.model_files import binary_cameras, image_cameras
 from gim_hloc.errors import InputError
 from gim_hloc.files import by_unicode_form, read_text
 from gim_hloc.images import doubtful_focal, focal_prior
+from gim_hloc.options import CameraMode, CameraOptions, RefineIntrinsics
 
 if TYPE_CHECKING:
     from gim_hloc.images import ImageRecord
-
-CameraMode = Literal["auto", "single", "folder", "image"]
-
-
-Refine = Literal["auto", "none", "all"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CameraOptions:
-    """How images share cameras and where intrinsics come from."""
-
-    # auto: one camera for all images of the same size and EXIF camera; single: one for all;
-    # folder: one a sub-folder; image: one each.
-    camera_mode: CameraMode = "auto"
-    # Any COLMAP model; one focal length and one radial term suit an unknown camera.
-    camera_model: str = "SIMPLE_RADIAL"
-    # "PINHOLE,fx,fy,cx,cy" (pixels, COLMAP's corner origin), COLMAP's cameras.txt or cameras.bin or
-    # the folder of one, or a text file of lines "GLOB MODEL width height params...".
-    intrinsics: str | None = None
-    # auto: refine what was guessed, keep what was given; none: keep all; all: refine all.
-    refine_intrinsics: Refine = "auto"
 
 
 @dataclass(kw_only=True)
@@ -438,7 +418,7 @@ def camera_key(camera: CameraSpec) -> tuple[Any, ...]:
     return (camera.model, camera.width, camera.height, camera.params)
 
 
-def fixed_cameras(cameras: Sequence[CameraSpec], refine: Refine) -> set[int]:
+def fixed_cameras(cameras: Sequence[CameraSpec], refine: RefineIntrinsics) -> set[int]:
     """Ids of the cameras whose intrinsics must not move."""
     if refine == "all":
         return set()

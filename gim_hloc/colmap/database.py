@@ -17,35 +17,13 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from gim_hloc.colmap.cameras import CameraSpec, unproject
-from gim_hloc.errors import InputError, check_numbers
+from gim_hloc.errors import InputError
 from gim_hloc.geometry.epipolar import distances, essential_matrix
 from gim_hloc.geometry.pose import relative_pose
+from gim_hloc.options import VerifyOptions
 
 if TYPE_CHECKING:
     from gim_hloc.poses import Pose
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
-    """Two-view geometric verification (COLMAP's ``TwoViewGeometryOptions``)."""
-
-    max_error: float = 4.0  # px, largest epipolar error of an inlier
-    min_num_inliers: int = 15  # fewer: the pair is dropped
-    # Smallest sum of the inliers' confidences, below which the pair is dropped; 0: none.
-    # None: the matcher's own number at its operating point, none where it has no such number.
-    min_confidence_sum: float | None = None
-    min_inlier_ratio: float = 0.1  # share assumed by RANSAC's stopping rule
-    confidence: float = 0.999  # of having drawn one outlier-free sample
-    max_num_trials: int = 20000  # RANSAC iterations at most
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            group="verify.",
-            positive=("max_error",),
-            share=("min_inlier_ratio", "confidence"),
-            at_least={"min_num_inliers": 1, "max_num_trials": 1, "min_confidence_sum": 0},
-        )
 
 
 @dataclass(kw_only=True)

@@ -14,8 +14,8 @@ from gim_hloc.colmap.model import statistics
 
 if TYPE_CHECKING:
     from gim_hloc.geometry.warp import Warp
+    from gim_hloc.options import RereadOptions
     from gim_hloc.tracks.photometric import PhotometricOptions
-    from gim_hloc.tracks.refine import RefineOptions
 
 
 def bundle_adjust(model: Any, fixed: set[int], threads: int, held: Collection[str] = ()) -> None:
@@ -211,7 +211,7 @@ def refine_by_warps(
     warp: Callable[[str, str], Warp],
     pairs: Sequence[tuple[str, str]],
     *,
-    options: RefineOptions,
+    options: RereadOptions,
     fixed: set[int],
     threads: int = -1,
     progress: Callable[[], None] | None = None,

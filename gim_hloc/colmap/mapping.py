@@ -9,26 +9,22 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pycolmap
 
-from gim_hloc.colmap.cameras import CameraSpec, Refine, fixed_cameras
+from gim_hloc.colmap.cameras import CameraSpec, fixed_cameras
 from gim_hloc.colmap.checks import num_supported, split_at_weak_joints
 from gim_hloc.colmap.database import largest_component
 from gim_hloc.colmap.improve import bundle_adjust
 from gim_hloc.colmap.model import align, colmap_log, rigid, version
-from gim_hloc.errors import InputError, MappingError, check_numbers
+from gim_hloc.errors import InputError, MappingError
+from gim_hloc.options import MapOptions, Mapper, PoseUse, RefineIntrinsics
 
 if TYPE_CHECKING:
     from gim_hloc.poses import Pose
 
 logger = logging.getLogger(__name__)
-
-Mapper = Literal["auto", "incremental", "global", "hierarchical"]
-
-PoseUse = Literal["fixed", "refine", "prior"]
-
 
 # Above this many images ``auto`` maps globally: incremental mapping is the more accurate and the
 # more forgiving of the two, but its time grows faster than linearly.
@@ -36,31 +32,6 @@ AUTO_GLOBAL_ABOVE = 500
 # Mapping is tried again while the largest model holds less than this share of the images that
 # verified pairs connect.
 ENOUGH = 0.8
-
-
-@dataclass(frozen=True, kw_only=True)
-class MapOptions:
-    """Mapping. Fields left None keep COLMAP's default."""
-
-    min_model_size: int = 3  # images; smaller models are dropped unless they are all there is
-    init_min_num_inliers: int | None = None  # of the first pair (COLMAP: 100)
-    init_min_tri_angle: float | None = None  # degrees, of the first pair (COLMAP: 16)
-    abs_pose_min_num_inliers: int | None = None  # to register an image (COLMAP: 30)
-    filter_max_reproj_error: float | None = None  # px, observations above it go (COLMAP: 4)
-    ba_refine_principal_point: bool = False
-    multiple_models: bool = True  # keep going with the images that did not fit the first model
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            group="map.",
-            positive=("init_min_tri_angle", "filter_max_reproj_error"),
-            at_least={
-                "min_model_size": 0,
-                "init_min_num_inliers": 1,
-                "abs_pose_min_num_inliers": 1,
-            },
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +57,7 @@ class MapJob:
     cameras: Sequence[CameraSpec]
     options: MapOptions = MapOptions()
     mapper: Mapper = "incremental"
-    refine_intrinsics: Refine = "auto"
+    refine_intrinsics: RefineIntrinsics = "auto"
     poses: Mapping[str, Pose] | None = None
     pose_use: PoseUse = "fixed"
     seed: int = 0

@@ -15,8 +15,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from gim_hloc.options import Quality as Quality
+
 Kind = Literal["sparse", "semidense", "dense"]
-Quality = Literal["fast", "base", "precise"]
 
 
 @dataclass(frozen=True, kw_only=True)

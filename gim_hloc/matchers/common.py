@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Literal, TypeVar, get_type_hints
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import yaml
 
 from gim_hloc.errors import InputError
 from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches, Quality
-from gim_hloc.option_values import convert
+from gim_hloc.options import build
 
 Options = TypeVar("Options")
 AnyEncoding = TypeVar("AnyEncoding", bound=Encoding)
@@ -57,18 +56,7 @@ def resolve_options(
     Raises:
         InputError: ``overrides`` names a field that ``kind`` lacks, or a value is refused.
     """
-    valid = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    hints = get_type_hints(kind)
-    values = {}
-    for key, value in overrides.items():
-        if key not in valid:
-            close = difflib.get_close_matches(key, valid, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise InputError(
-                f"{matcher} has no option {key!r}.{hint} Its options: {', '.join(valid)}."
-            )
-        values[key] = convert(value, hints[key], f"The option {key} of {matcher}")
-    return kind(**{**presets[quality], **values})
+    return build(kind, {**presets[quality], **overrides}, where=matcher)
 
 
 def parse_matcher_options(texts: Sequence[str]) -> dict[str, Any]:

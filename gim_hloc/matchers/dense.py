@@ -6,49 +6,41 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
-from gim_hloc.errors import InputError
 from gim_hloc.geometry.sampling import balanced_sample, pair_seed
 from gim_hloc.geometry.warp import Warp, cell_centres, normalised_frame, read_grid, transform
 from gim_hloc.matchers.base import Encoding, ImageData, Matches
 from gim_hloc.matchers.common import MatcherBase, Precision, resolve_precision
+from gim_hloc.options import Count, options
 
 BLACK = 8 / 255  # pixels whose channels are all below it are black (``black_pixels``)
 
 
-@dataclass(frozen=True, kw_only=True)
+Side = Annotated[int, Field(ge=64)]
+
+
+@options
 class DenseOptions:
     """Numbers of a dense matcher."""
 
-    size: tuple[int, int] = (672, 896)  # (height, width) of the first pass, px
-    upsample_size: tuple[int, int] | None = (1152, 1536)  # of the second pass; None leaves it out
+    size: tuple[Side, Side] = (672, 896)  # (height, width) of the first pass, px
+    # Of the second pass; None leaves it out.
+    upsample_size: tuple[Side, Side] | None = (1152, 1536)
     pad: bool = True  # pad to the aspect of ``size`` instead of stretching
     max_size: int | None = None  # long side of the image before both resizes, px; None keeps it
-    num_matches: int = 5000  # drawn per pair when matches are asked for instead of the warp
+    num_matches: Count = 5000  # drawn per pair when matches are asked for instead of the warp
     sample_threshold: float = 0.05  # certainties above it are drawn as if they were 1
     black_pixels: bool = False  # never match black pixels, as the reference does
     seed: int = 0  # of the draw; the names of the pair enter too
     precision: Precision = "auto"  # of the networks; auto: float16 on CUDA, float32 elsewhere
     hold: Precision = "auto"  # of features between pairs; auto: as ``precision`` computes them
     compile: bool = False  # torch.compile: minutes at the start, faster pairs afterwards
-
-    def __post_init__(self) -> None:
-        for name in ("size", "upsample_size"):
-            value = getattr(self, name)
-            if value is None and name == "upsample_size":
-                continue
-            if not isinstance(value, (tuple, list)) or len(value) != 2 or min(value) < 64:
-                raise InputError(
-                    f"{name} is {value!r}; give height and width in pixels, at least 64 each."
-                )
-            object.__setattr__(self, name, (int(value[0]), int(value[1])))
-        if self.num_matches < 1:
-            raise InputError(f"num_matches is {self.num_matches}, it must be positive.")
 
 
 @dataclass(kw_only=True)

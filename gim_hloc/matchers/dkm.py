@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.matchers.registry import describe
 from gim_hloc.networks.dense import Record
 from gim_hloc.networks.dkm import DKM, DKMConfig
+from gim_hloc.options import options
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DKMOptions(DenseOptions):
     """Numbers of DKM."""
 

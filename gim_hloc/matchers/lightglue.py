@@ -9,9 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -28,19 +27,21 @@ from gim_hloc.matchers.common import (
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import SparseMatcher, encode_network_keypoints, no_matches
 from gim_hloc.networks.keypoints import Subpixel
+from gim_hloc.options import Count, options
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SparseOptions:
     """Numbers of a matcher with learned keypoints and LightGlue."""
 
-    max_size: int | None = 1024  # long side in pixels that the network sees; None keeps the image's
+    # Long side in pixels that the network sees; None keeps the image's.
+    max_size: Count | None = 1024
     upsample: bool = False  # enlarge smaller images to max_size: finer keypoints, more time
-    max_keypoints: int = 2048  # per image, the strongest; matching time grows with the square
+    max_keypoints: Count = 2048  # per image, the strongest; matching time grows with the square
     detection_threshold: float = 0.0  # lowest score of a keypoint, in units of the network
-    nms_radius: int = 2  # pixels of the network's image: keypoints keep this distance
+    nms_radius: Count = 2  # pixels of the network's image: keypoints keep this distance
     subpixel: Subpixel = "quadratic"  # keypoint positions: quadratic, soft_argmax or none
     depth_confidence: float = 0.95  # stop early when this part of the points is certain; -1: never
     width_confidence: float = 0.99  # drop points that are surely unmatchable; -1: never
@@ -48,15 +49,6 @@ class SparseOptions:
     precision: Precision = "auto"  # of LightGlue; auto: float16 on CUDA, float32 elsewhere
 
     def __post_init__(self) -> None:
-        if self.max_size is not None and self.max_size < 1:
-            raise InputError(f"max_size is {self.max_size}, it must be positive or None.")
-        if self.max_keypoints < 1:
-            raise InputError(f"max_keypoints is {self.max_keypoints}, it must be positive.")
-        if self.nms_radius < 1:
-            raise InputError(f"nms_radius is {self.nms_radius}, it must be at least 1.")
-        if self.subpixel not in get_args(Subpixel):
-            choices = ", ".join(get_args(Subpixel))
-            raise InputError(f"subpixel is {self.subpixel!r}; choose one of {choices}.")
         if self.upsample and self.max_size is None:
             raise InputError("upsample needs max_size: the long side to enlarge images to.")
 

@@ -10,9 +10,10 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
@@ -43,43 +44,28 @@ from gim_hloc.networks.loftr import (
     Widths,
     stack,
 )
+from gim_hloc.options import CountOrNone, options
 
 _SMALLEST = 160  # px, long side: below it hardly a cell is off the border
 _LARGE = 4096  # px, long side: what halving starts from where no size was set
 NOTE = "positional"  # name under which a checkpoint says what its weights were trained with
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class LoFTROptions:
     """Numbers of LoFTR."""
 
-    max_size: int | None = 1024  # long side in pixels that the network sees; None keeps the image's
-    threshold: float = 0.2  # lowest confidence of a match, in (0, 1)
-    border: int = 2  # cells of 8 px at the image's borders that never match
+    # Long side in pixels that the network sees; None keeps the image's.
+    max_size: Annotated[int, Field(ge=4 * CELL)] | None = 1024
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.2  # lowest confidence of a match, in (0, 1)
+    border: CountOrNone = 2  # cells of 8 px at the image's borders that never match
     border_rule: BorderRule = "grid"  # mask: borders follow the mask's extent, as the reference has
     # Frequencies of the positional encoding that the weights were trained with. auto: what the
     # checkpoint says (gim-train's do), else published; corrected: for those of GIM's own training.
-    positional: Literal["auto"] | Positional = "auto"
+    positional: Literal["auto", "published", "corrected"] = "auto"
     precision: Precision = "auto"  # of the network; auto: float16 on CUDA, float32 elsewhere
     hold: Precision = "auto"  # of fine features between pairs; auto: as computed
     compile: bool = False  # torch.compile the backbone: slow start, faster images afterwards
-
-    def __post_init__(self) -> None:
-        if self.max_size is not None and self.max_size < 4 * CELL:
-            raise InputError(
-                f"max_size is {self.max_size}, it must be {4 * CELL} or more, or None."
-            )
-        if not 0 < self.threshold < 1:
-            raise InputError(f"threshold is {self.threshold}, it must lie between 0 and 1.")
-        if self.border < 0:
-            raise InputError(f"border is {self.border}, it must not be negative.")
-        choices = {
-            "border_rule": get_args(BorderRule),
-            "positional": ("auto", *get_args(Positional)),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(known)}.")
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args, overload
 
-from gim_hloc.errors import InputError
+from gim_hloc import weights
+from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.matchers.base import Matcher, MatcherInfo, Quality
 
 Factory = Callable[..., Matcher]
@@ -96,6 +97,27 @@ def register(name: str, factory: Factory | str, info: MatcherInfo) -> None:
     if info.name != name:
         raise InputError(f"info.name is {info.name!r}, but the matcher is registered as {name!r}.")
     _entries[name] = _Entry(info=info, factory=factory)
+
+
+def missing_weights(name: str) -> list[str]:
+    """Weight files of a matcher that are not on this machine."""
+    missing = []
+    for file in describe(name).checkpoint:
+        try:
+            weights.locate(file, download=False)
+        except WeightsError:
+            missing.append(file)
+    return missing
+
+
+def table() -> str:
+    """All matchers, a line each: name, kind, what it is, licence, whether its weights are here."""
+    lines = []
+    for info in describe():
+        missing = missing_weights(info.name)
+        here = f"weights missing: {', '.join(missing)}" if missing else "ready"
+        lines.append(f"{info.name:<24} {info.kind:<9} {info.summary} ({info.licence}; {here})\n")
+    return "".join(lines)
 
 
 def _entry(name: str) -> _Entry:

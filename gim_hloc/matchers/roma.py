@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from gim_hloc.matchers.common import (
     resolve_dtype,
     resolve_options,
 )
-from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
+from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions, Side
 from gim_hloc.matchers.registry import describe
 from gim_hloc.networks.dense import count_modules, resize
 from gim_hloc.networks.dinov2 import HEAD, PATCH, DINOv2
 from gim_hloc.networks.roma import Features, RoMa, RoMaConfig
+from gim_hloc.options import options
 
 DINOV2 = "dinov2_vitl14_pretrain.pth"
 _SMALLEST = 8 * PATCH  # px: fewer than 8 x 8 tokens say nothing about where things are
@@ -33,15 +33,15 @@ _STD = (0.229, 0.224, 0.225)
 _TRAINED_SIDE = 560  # px: where displacements of the authors' weights have a scale factor of 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class RoMaOptions(DenseOptions):
     """Numbers of RoMa."""
 
-    size: tuple[int, int] = (672, 672)  # (height, width) of the first pass, px, multiples of 14
-    upsample_size: tuple[int, int] | None = (1344, 1344)  # of the second pass; None leaves it out
+    size: tuple[Side, Side] = (672, 672)  # (height, width) of the first pass, px, multiples of 14
+    # Of the second pass; None leaves it out.
+    upsample_size: tuple[Side, Side] | None = (1344, 1344)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if any(side % PATCH for side in self.size):
             near = tuple(max(_SMALLEST, round(side / PATCH) * PATCH) for side in self.size)
             raise InputError(

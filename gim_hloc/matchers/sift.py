@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from gim_hloc.errors import InputError
 from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
 from gim_hloc.matchers.common import resolve_device, resolve_options
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import SparseMatcher, encode_network_keypoints, no_matches
+from gim_hloc.options import Count, options
 
 _CHUNK = 4096  # rows of the similarity matrix at once: bounds memory at _CHUNK x N floats
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SiftOptions:
     """Numbers of RootSIFT matching."""
 
-    max_size: int | None = 3200  # long side in pixels; larger images are reduced
-    max_keypoints: int = 8192  # per image, those of highest contrast
+    max_size: Count | None = 3200  # long side in pixels; larger images are reduced
+    max_keypoints: Count = 8192  # per image, those of highest contrast
     contrast_threshold: float = 0.02  # lowest contrast of a keypoint, OpenCV's scale (COLMAP: 0.02)
     edge_threshold: float = 10.0  # highest ratio of principal curvatures
-    octave_layers: int = 3  # scales per octave
-    ratio: float = 0.8  # nearest over second nearest distance; 1 switches the test off
+    octave_layers: Count = 3  # scales per octave
+    # Nearest over second nearest distance; 1 switches the test off.
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.8
     max_distance: float = 0.7  # of matched unit descriptors; 2 switches the test off
-
-    def __post_init__(self) -> None:
-        if self.max_size is not None and self.max_size < 1:
-            raise InputError(f"max_size is {self.max_size}, it must be positive or None.")
-        if self.octave_layers < 1:
-            raise InputError(f"octave_layers is {self.octave_layers}, it must be positive.")
-        if self.max_keypoints < 1:
-            raise InputError(f"max_keypoints is {self.max_keypoints}, it must be positive.")
-        if not 0 < self.ratio <= 1:
-            raise InputError(f"ratio is {self.ratio}, it must be in (0, 1].")
 
 
 _SIFT: dict[Quality, dict[str, Any]] = {
@@ -118,12 +109,12 @@ class SiftMatcher(SparseMatcher):
         return Matches.from_indices(a, b, index, score)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class RootSiftOptions:
     """Numbers of the ZEB benchmark's RootSIFT. Changing one leaves the benchmark."""
 
-    max_size: int | None = 1600  # long side in pixels; the benchmark sets its own per data set
-    pixels_per_keypoint: int = 64  # at most width * height / this keypoints
+    max_size: Count | None = 1600  # long side in pixels; the benchmark sets its own per data set
+    pixels_per_keypoint: Count = 64  # at most width * height / this keypoints
     contrast_threshold: float = 1e-5  # OpenCV's scale: takes nearly every extremum
     ratio: float = 0.8  # nearest over second nearest distance, both in image 1
 

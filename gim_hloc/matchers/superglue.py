@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
@@ -20,25 +20,20 @@ from gim_hloc.matchers.common import resolve_device, resolve_options
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import SparseMatcher, encode_network_keypoints, no_matches
 from gim_hloc.networks.superpoint import SuperPoint
+from gim_hloc.options import Count, options
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SuperGlueOptions:
     """Numbers of SuperPoint and SuperGlue."""
 
-    max_size: int | None = 1024  # long side in pixels that the network sees; None keeps the image's
-    max_keypoints: int = 2048  # per image, the strongest; matching time grows with the square
+    # Long side in pixels that the network sees; None keeps the image's.
+    max_size: Annotated[int, Field(ge=8)] | None = 1024
+    max_keypoints: Count = 2048  # per image, the strongest; matching time grows with the square
     detection_threshold: float = 0.005  # lowest score of a keypoint
-    nms_radius: int = 4  # pixels of the network's image: keypoints keep this distance
+    nms_radius: Count = 4  # pixels of the network's image: keypoints keep this distance
     filter_threshold: float = 0.2  # lowest confidence of a match, in [0, 1]
-    sinkhorn_iterations: int = 100  # of the assignment; fewer are faster and less exact
-
-    def __post_init__(self) -> None:
-        if self.max_size is not None and self.max_size < 8:
-            raise InputError(f"max_size is {self.max_size}, it must be at least 8 or None.")
-        for name in ("max_keypoints", "nms_radius", "sinkhorn_iterations"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be at least 1.")
+    sinkhorn_iterations: Count = 100  # of the assignment; fewer are faster and less exact
 
 
 _PRESETS: dict[Quality, dict[str, Any]] = {

@@ -28,36 +28,13 @@ import torch
 
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp, inverse, read_grid, transform
+from gim_hloc.options import AnchoredOptions
 from gim_hloc.tracks.base import Pair, Tracks
 
 REFERENCE_SIDE = 1600
 _STEP = 64  # parts of a pixel that a stored target is given in
 _RANGE = 1 << 20  # values of a stored coordinate
 _MARGIN = 1024  # stored coordinates begin this many steps left of the image
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnchoredOptions:
-    """Numbers of anchored tracks; px as the module says."""
-
-    grid_px: float = 24.0  # spacing of grid anchors; smaller: more points, more time. 0: none
-    mask_margin_px: float = 4.0  # anchors keep this far away from masked pixels
-    min_certainty: float = 0.1  # of a reading; what is hidden or outside has less
-    max_cycle_px: float = 2.0  # from a point there and back, in cells of the warp
-    symmetric: bool = True  # place readings halfway between the warp and the inverse of its reverse
-    merge_px: float = 2.0  # a reading this near an anchor means that anchor
-    guided: bool = True  # link keypoints with keypoints before stars
-    max_spread_px: float = 3.0  # readings of one point farther from their median are dropped
-    max_keypoints: int | None = 12288  # an image; the longest tracks are kept. None: all
-
-    def __post_init__(self) -> None:
-        if self.grid_px != 0 and self.grid_px < 4:
-            raise InputError(f"grid_px is {self.grid_px}; give at least 4, or 0 for no grid.")
-        for name in ("merge_px", "max_cycle_px", "max_spread_px"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be positive.")
-        if self.max_keypoints is not None and self.max_keypoints < 1:
-            raise InputError(f"max_keypoints is {self.max_keypoints}, it must be positive.")
 
 
 # -------------------------------------------------------------------------------------- anchors

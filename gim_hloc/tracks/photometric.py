@@ -19,38 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gim_hloc.errors import check_numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhotometricOptions:
-    """Numbers of the refinement."""
-
-    radius: int = 5  # px of the reference view; the patch has 2 radius + 1 pixels a side
-    iterations: int = 8  # Gauss-Newton steps at most, before three finer ones
-    max_shift: float = 2.5  # px; an observation that wants to move farther keeps its place
-    min_correlation: float = 0.9  # of the grey values after the move, else it keeps its place
-    max_scale: float = 2.5  # change of size between the views beyond which they are not compared
-    neighbours: int = 10  # points that the local plane is fitted to
-    min_share: float = 0.35  # of observations confirmed; below, pictures and model do not fit
-    min_confirmed: int = 60  # observations; images with fewer confirmed ones keep all of theirs
-    rounds: int = 2  # refinement and bundle adjustment in turn
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            group="refine.",
-            positive=("max_shift",),
-            share=("min_correlation", "min_share"),
-            at_least={
-                "radius": 1,
-                "iterations": 1,
-                "max_scale": 1,
-                "neighbours": 3,
-                "min_confirmed": 0,
-                "rounds": 1,
-            },
-        )
+from gim_hloc.options import PhotometricOptions
 
 
 @dataclass(kw_only=True)

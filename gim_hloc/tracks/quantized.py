@@ -14,34 +14,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.options import QuantizedOptions
 from gim_hloc.tracks.base import Pair, Tracks
 
 Raw = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 _MAX_TABLE = 1 << 25  # bins of the table that nearest keypoints are looked up in
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizedOptions:
-    """Numbers of hloc's aggregation; GIM's setting."""
-
-    max_error: float = 2.0  # px; its whole part is the side of a bin, and matches move no farther
-    cell_size: float = 8  # px, one keypoint a cell; at least max_error is used
-    max_keypoints: int | None = 8192  # an image; None keeps all and assigns nothing anew
-
-    def __post_init__(self) -> None:
-        if not (self.max_error > 0 and self.cell_size > 0):
-            raise InputError(
-                f"max_error is {self.max_error} and cell_size {self.cell_size}; both are positive."
-            )
-        if self.max_keypoints is not None and self.max_keypoints < 1:
-            raise InputError(f"max_keypoints is {self.max_keypoints}, it must be positive.")
 
 
 def quantize(names: Sequence[str], raw: Mapping[Pair, Raw], options: QuantizedOptions) -> Tracks:

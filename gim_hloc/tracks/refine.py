@@ -17,32 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp
+from gim_hloc.options import RereadOptions
 from gim_hloc.tracks.anchored import pixel_unit, read_warp
 from gim_hloc.tracks.base import Pair
 
 _COMPACT = 1 << 23  # rows held before they are added up
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefineOptions:
-    """Numbers of the refinement; px as in ``gim_hloc.tracks.anchored``."""
-
-    rounds: int = 2  # of reading and bundle adjustment in turn
-    min_certainty: float = 0.1  # of a reading
-    max_cycle_px: float = 2.0  # from a point there and back, in cells of the warp
-    symmetric: bool = True  # place readings halfway between the warp and the inverse of its reverse
-    max_shift_px: float = 3.0  # readings farther from the projected point are dropped
-    scale_px: float = 1.0  # distance from the projected point at which a reading counts half
-    min_readings: int = 2  # for an image to join a track
-
-    def __post_init__(self) -> None:
-        if self.rounds < 0 or self.min_readings < 1:
-            raise InputError("rounds is at least 0 and min_readings at least 1.")
-        for name in ("max_cycle_px", "max_shift_px", "scale_px"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be positive.")
 
 
 @dataclass(kw_only=True)
@@ -71,7 +51,7 @@ def read_again(
     project: Callable[[int, np.ndarray], np.ndarray],
     pairs: Sequence[Pair],
     warp: Callable[[str, str], Warp],
-    options: RefineOptions,
+    options: RereadOptions,
     progress: Callable[[], None] | None = None,
 ) -> Positions:
     """Read all warps at the projected points and average what they say of each image.
@@ -113,7 +93,7 @@ def _read_into(
     sizes: Sequence[tuple[int, int]],
     points: np.ndarray,
     project: Callable[[int, np.ndarray], np.ndarray],
-    options: RefineOptions,
+    options: RereadOptions,
 ) -> None:
     """Read the points of image ``here`` and add up where they lie in ``other``."""
     points = np.asarray(points, dtype=np.int64)

@@ -1,0 +1,422 @@
+"""Options: one base, one dialect of messages, and the sections that commands share.
+
+Nothing here imports torch or pycolmap, so that help and wrong flags answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
+
+import pydantic
+import yaml
+from pydantic import Field
+from pydantic_core import ErrorDetails
+
+from gim_hloc.errors import InputError
+
+Kind = TypeVar("Kind")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]  # 0 means none, or that it is chosen
+
+
+# --------------------------------------------------------------------------------------------- base
+
+
+@overload
+def options(kind: type[Kind]) -> type[Kind]: ...
+@overload
+def options(*, section: str) -> Callable[[type[Kind]], type[Kind]]: ...
+
+
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field)
+)
+def options(kind: type[Kind] | None = None, *, section: str = "") -> Any:
+    """Make a class of options: frozen, keyword-only, checked.
+
+    Args:
+        kind: fields with types, bounds in the annotation, and their effect below each.
+        section: what its flags begin with, as in ``--verify.max-error``.
+
+    Raises:
+        InputError: when an instance is made, for an unknown name or a value out of its bounds.
+    """
+    if kind is None:
+        return functools.partial(options, section=section)
+    config = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
+    checked = made.__init__
+    numbers = {name for name, hint in get_type_hints(made).items() if _is_number(hint)}
+
+    @functools.wraps(checked)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        for name in numbers.intersection(values):
+            if isinstance(values[name], bool):  # YAML's yes and on; pydantic takes them for 1
+                full = f"{section}.{name}" if section else name
+                raise InputError(f"{full} is {values[name]}; it must be a number.")
+        try:
+            checked(self, *args, **values)
+        except pydantic.ValidationError as error:
+            raise _refusal(error, made, f"{section}." if section else "") from None
+
+    made.__init__ = init
+    made.section = section
+    return made
+
+
+def _is_number(hint: Any) -> bool:
+    return hint in (int, float) or (
+        get_origin(hint) in (Union, types.UnionType) and any(map(_is_number, get_args(hint)))
+    )
+
+
+def build(
+    kind: type[Kind],
+    values: Any,
+    *,
+    base: Kind | None = None,
+    where: str = "",
+    prefix: str = "",
+) -> Kind:
+    """Options of a mapping as YAML gives it.
+
+    Args:
+        kind: class made by ``options``.
+        values: some of its fields; sections may name some of theirs.
+        base: what the others are taken from; None: the defaults.
+        where: file that the values come from, for messages.
+        prefix: of the names, for messages.
+
+    Raises:
+        InputError: a name that does not exist, or a value that does not fit.
+    """
+    said = f"{where}: " if where else ""
+    if not isinstance(values, Mapping):
+        place = prefix.rstrip(".") or "the file"
+        raise InputError(f"{said}{place} must hold settings (name: value), not {values!r}.")
+    current = kind() if base is None else base
+    hints = get_type_hints(kind)
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise InputError(f"{said}{_unknown(str(key), kind, prefix)}")
+        if dataclasses.is_dataclass(hints[key]):
+            inner: Any = hints[key]
+            given = {} if value is None else value
+            now = getattr(current, key)
+            changes[key] = build(inner, given, base=now, where=where, prefix=f"{prefix}{key}.")
+        else:
+            changes[key] = value
+    every = {f.name: getattr(current, f.name) for f in dataclasses.fields(current)} | changes  # type: ignore[arg-type]
+    try:
+        return kind(**every)
+    except InputError as error:
+        text = str(error)
+        raise InputError(said + ("" if text.startswith(prefix) else prefix) + text) from None
+
+
+def replace(current: Kind, values: Mapping[str, Any]) -> Kind:
+    """Options with some fields changed; ``InputError`` for a field that does not exist."""
+    for name in values:
+        if name not in {f.name for f in dataclasses.fields(current)}:  # type: ignore[arg-type]
+            raise InputError(_unknown(name, type(current), ""))
+    return dataclasses.replace(current, **values)  # type: ignore[type-var]
+
+
+def to_mapping(value: Any) -> Any:
+    """Options as dictionaries, lists, numbers and text: what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_mapping(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_mapping(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def read_yaml(path: Path) -> Any:
+    """Content of a YAML file; ``InputError`` where it is missing or no YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path} is no YAML: {error}") from None
+
+
+def _refusal(error: pydantic.ValidationError, kind: Any, prefix: str) -> InputError:
+    first = error.errors(include_url=False)[0]
+    name = prefix + ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        return InputError(_unknown(str(first["loc"][-1]), kind, prefix))
+    if first["type"] in ("value_error", "assertion_error"):  # a rule of ours, in its own words
+        return InputError(str(first["ctx"]["error"]))
+    return InputError(f"{name} is {first['input']!r}; it must be {_must(first)}.")
+
+
+_MUST = {
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "literal_error": "{expected}",
+    "finite_number": "finite",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "path": "a path",
+    "tuple": "a list",
+    "mapping": "a mapping",
+    "dict": "a mapping",
+    "dataclass": "a mapping",
+    "none": "null",
+}
+
+
+def _must(error: ErrorDetails) -> str:
+    context = error.get("ctx", {})
+    for kind in (error["type"], error["type"].partition("_")[0]):
+        if kind in _MUST:
+            return _MUST[kind].format(**context)
+    return f"otherwise ({error['msg']})"
+
+
+def _unknown(key: str, kind: Any, prefix: str) -> str:
+    """There is no such setting; the nearest one, wherever it stands, may be meant."""
+    here = [f.name for f in dataclasses.fields(kind)]
+    every = {name.rpartition(".")[2]: prefix + name for name in reversed(_names(kind))}
+    for known, cutoff in ((every, 1.0), (here, 0.5), (every, 0.7)):  # right name, wrong section?
+        close = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
+        if close:
+            near = every[close[0]] if known is every else prefix + close[0]
+            break
+    else:
+        near = ""
+    hint = f"Did you mean {near!r}?" if near else f"Settings here: {', '.join(here)}."
+    return f"There is no setting {prefix + key!r}. {hint}"
+
+
+def _names(kind: Any, prefix: str = "") -> list[str]:
+    hints = get_type_hints(kind)
+    found: list[str] = []
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        name = f"{prefix}{field.name}"
+        found += _names(hint, f"{name}.") if dataclasses.is_dataclass(hint) else [name]
+    return found
+
+
+# ----------------------------------------------------------------------------------------- sections
+
+Quality = Literal["fast", "base", "precise"]
+CameraMode = Literal["auto", "single", "folder", "image"]
+RefineIntrinsics = Literal["auto", "none", "all"]
+Mapper = Literal["auto", "incremental", "global", "hierarchical"]
+PoseUse = Literal["fixed", "refine", "prior"]
+
+
+@options
+class CameraOptions:
+    """How images share cameras and where intrinsics come from."""
+
+    camera_mode: CameraMode = "auto"
+    """auto: one camera for all images of the same size and EXIF camera; single: one for all;
+    folder: one a sub-folder; image: one each."""
+    camera_model: str = "SIMPLE_RADIAL"
+    """Any COLMAP model; one focal length and one radial term suit an unknown camera."""
+    intrinsics: str | None = None
+    """"PINHOLE,fx,fy,cx,cy" (pixels, COLMAP's corner origin), COLMAP's cameras.txt or cameras.bin
+    or the folder of one, or a text file of lines "GLOB MODEL width height params..."."""
+    refine_intrinsics: RefineIntrinsics = "auto"
+    """auto: refine what was guessed, keep what was given; none: keep all; all: refine all."""
+
+
+@options(section="pair")
+class PairOptions:
+    """How image pairs are chosen."""
+
+    # auto, exhaustive, sequential, retrieval, spatial, poses, covisibility, file, a union such as
+    # sequential+retrieval, or the path of a pair list.
+    mode: str = "auto"
+    exhaustive_limit: CountOrNone = 60  # auto: up to so many images every pair is taken
+    window: Count = 10  # sequential: followers in name order that an image is paired with
+    quadratic: bool = True  # sequential: also followers at distance 2, 4, 8, ... 2^(window - 1)
+    # sequential: search images similar to every so-manieth frame, 0 = off. Not needed beside
+    # retrieval, which searches for all.
+    loop_every: CountOrNone = 0
+    # Partners per image in retrieval, loop closure, spatial, poses and covisibility; 0 takes 20 up
+    # to 400 images, then the root of their number, at most 50.
+    neighbours: CountOrNone = 0
+    min_score: float | None = None  # retrieval: least cosine similarity of a pair, None = any
+    descriptor: str = "vlad"  # retrieval: global descriptor, vlad or a registered one
+    clusters: Count = 64  # retrieval: size of VLAD's codebook
+    seed: CountOrNone = 0  # retrieval: of the codebook
+    # retrieval: h5 file of global descriptors in hloc's layout, instead of computing them.
+    global_descriptors: Path | None = None
+    max_distance_m: Positive = 100.0  # spatial: greatest distance of two cameras in metres
+    use_altitude: bool = False  # spatial: distances in 3D, if all images have an altitude
+    max_angle_deg: Positive = 30.0  # poses: greatest angle between two viewing directions
+    model: Path | None = None  # poses, covisibility: folder of a COLMAP model
+    pairs_file: Path | None = None  # file: pair list, one "name0 name1" a line
+
+
+@options(section="verify")
+class VerifyOptions:
+    """Two-view geometric verification (COLMAP's ``TwoViewGeometryOptions``)."""
+
+    max_error: Positive = 4.0  # px, largest epipolar error of an inlier
+    min_num_inliers: Count = 15  # fewer: the pair is dropped
+    # Smallest sum of the inliers' confidences, below which the pair is dropped; 0: none.
+    # None: the matcher's own number at its operating point, none where it has no such number.
+    min_confidence_sum: NotNegative | None = None
+    min_inlier_ratio: Share = 0.1  # share assumed by RANSAC's stopping rule
+    confidence: Share = 0.999  # of having drawn one outlier-free sample
+    max_num_trials: Count = 20000  # RANSAC iterations at most
+
+
+@options(section="map")
+class MapOptions:
+    """Mapping. Fields left None keep COLMAP's default."""
+
+    min_model_size: CountOrNone = 3  # images; smaller models are dropped unless they are all
+    init_min_num_inliers: Count | None = None  # of the first pair (COLMAP: 100)
+    init_min_tri_angle: Positive | None = None  # degrees, of the first pair (COLMAP: 16)
+    abs_pose_min_num_inliers: Count | None = None  # to register an image (COLMAP: 30)
+    filter_max_reproj_error: Positive | None = None  # px, observations above it go (COLMAP: 4)
+    ba_refine_principal_point: bool = False
+    multiple_models: bool = True  # keep going with the images that did not fit the first model
+
+
+@options(section="anchored")
+class AnchoredOptions:
+    """Numbers of anchored tracks; px are those of an image of 1600 px (``tracks.anchored``)."""
+
+    # Spacing of grid anchors; smaller: more points, more time. 0: none.
+    grid_px: Annotated[float, Field(ge=0)] = 24.0
+    mask_margin_px: NotNegative = 4.0  # anchors keep this far away from masked pixels
+    min_certainty: float = 0.1  # of a reading; what is hidden or outside has less
+    max_cycle_px: Positive = 2.0  # from a point there and back, in cells of the warp
+    symmetric: bool = True  # place readings halfway between the warp and the inverse of its reverse
+    merge_px: Positive = 2.0  # a reading this near an anchor means that anchor
+    guided: bool = True  # link keypoints with keypoints before stars
+    max_spread_px: Positive = 3.0  # readings of one point farther from their median are dropped
+    max_keypoints: Count | None = 12288  # an image; the longest tracks are kept. None: all
+
+    @pydantic.field_validator("grid_px")
+    @classmethod
+    def _no_dense_grid(cls, value: float) -> float:
+        if 0 < value < 4:
+            raise ValueError(f"anchored.grid_px is {value:g}; it must be at least 4, or 0: none.")
+        return value
+
+
+@options(section="quantized")
+class QuantizedOptions:
+    """Numbers of hloc's aggregation; GIM's setting."""
+
+    max_error: Positive = 2.0  # px; its whole part is a bin's side, and matches move no farther
+    cell_size: Positive = 8  # px, one keypoint a cell; at least max_error is used
+    max_keypoints: Count | None = 8192  # an image; None keeps all and assigns nothing anew
+
+
+@options(section="warps")
+class RereadOptions:
+    """Reading the warps again once a model exists; px as in ``tracks.anchored``."""
+
+    rounds: CountOrNone = 2  # of reading and bundle adjustment in turn
+    min_certainty: float = 0.1  # of a reading
+    max_cycle_px: Positive = 2.0  # from a point there and back, in cells of the warp
+    symmetric: bool = True  # place readings halfway between the warp and the inverse of its reverse
+    max_shift_px: Positive = 3.0  # readings farther from the projected point are dropped
+    scale_px: Positive = 1.0  # distance from the projected point at which a reading counts half
+    min_readings: Count = 2  # for an image to join a track
+
+
+@options(section="refine")
+class PhotometricOptions:
+    """Refining keypoints by comparing patches."""
+
+    radius: Count = 5  # px of the reference view; the patch has 2 radius + 1 pixels a side
+    iterations: Count = 8  # Gauss-Newton steps at most, before three finer ones
+    max_shift: Positive = 2.5  # px; an observation that wants to move farther keeps its place
+    min_correlation: Share = 0.9  # of the grey values after the move, else it keeps its place
+    max_scale: Annotated[float, Field(ge=1)] = 2.5  # change of size beyond which none is compared
+    neighbours: Annotated[int, Field(ge=3)] = 10  # points that the local plane is fitted to
+    min_share: Share = 0.35  # of observations confirmed; below, pictures and model do not fit
+    min_confirmed: CountOrNone = 60  # observations; images with fewer confirmed keep all of theirs
+    rounds: Count = 2  # refinement and bundle adjustment in turn
+
+
+@options(section="fit")
+class FitOptions:
+    """Thresholds of the robust fits (USAC with MAGSAC); the numbers are those of GIM's demo.
+
+    A threshold counts pixels of the image that the matcher saw, but at least stored pixels: an
+    image of 8000 pixels matched at 1000 is not judged to an eighth of what the matcher can see.
+    """
+
+    fundamental_px: Positive = 1.0  # distance from the epipolar line of an inlier
+    fundamental_confidence: Share = 0.999999  # of having found the best model
+    fundamental_iterations: Count = 10_000  # at most
+    homography_px: Positive = 8.0  # distance of an inlier from where the homography puts it
+    homography_confidence: Share = 0.999  # of having found the best model
+    homography_iterations: Count = 10_000  # at most
+
+
+# What every run is told, whatever it does.
+
+
+@options
+class MatcherOptions:
+    """What matches."""
+
+    matcher: str = "aliked_lightglue"
+    """Name of a matcher; --list-matchers shows them."""
+    quality: Quality = "base"
+    """Operating point of the matcher: image size, number of keypoints and thresholds together."""
+    max_size: Count | None = None
+    """Long side in pixels that the matcher sees, instead of the operating point's."""
+    matcher_options: tuple[str, ...] = ()
+    """Any other option of the matcher as NAME=VALUE, e.g. filter_threshold=0.2."""
+
+
+@options
+class RunOptions:
+    """How it runs."""
+
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    workers: CountOrNone = 0
+    """Network threads side by side on a processor; 0 chooses."""
+    batch_size: CountOrNone = 0
+    """Pairs a network call on a GPU; 0 chooses. Halved when memory runs out."""
+    cache_gb: Positive | None = None
+    """Memory for encodings of dense matchers, 10^9 bytes; the device first, then the host."""
+    seed: CountOrNone = 0
+    """Of every random number."""
+    overwrite: bool = False
+    """Start over instead of reusing what an earlier run left."""

@@ -1,0 +1,209 @@
+"""What ``reconstruct`` and ``localize`` can be told. Each field is a flag of the command.
+
+The base classes are the groups of ``--help``. Nothing here imports torch or pycolmap.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gim_hloc.options import (
+    AnchoredOptions,
+    CameraMode,
+    CameraOptions,
+    Count,
+    CountOrNone,
+    MapOptions,
+    Mapper,
+    MatcherOptions,
+    NotNegative,
+    PairOptions,
+    PhotometricOptions,
+    PoseUse,
+    Positive,
+    Quality,
+    QuantizedOptions,
+    RereadOptions,
+    RunOptions,
+    Share,
+    VerifyOptions,
+    options,
+)
+
+Export = Literal["txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs"]
+
+
+@options
+class ImageOptions:
+    """Which images, and which parts of them."""
+
+    masks: Path | None = None
+    """Folder of masks in COLMAP's convention (a.jpg.png or a.png for a.jpg); black is ignored."""
+    mask_erode: CountOrNone = 4
+    """Keypoints keep this many pixels away from masked ones."""
+    min_image_size: Count = 64
+    """Pixels; images with a smaller side are left out."""
+    rotations: Literal["auto", "none"] = "auto"
+    """auto: images that match nothing are tried in other quarter turns (cameras often write no EXIF
+    orientation, and learned matchers want images upright)."""
+
+
+@options
+class MatchingOptions(MatcherOptions):
+    """What is matched, and with what."""
+
+    pairs: str = "auto"
+    """auto, exhaustive, sequential, retrieval, spatial, poses, covisibility, a union such as
+    sequential+retrieval, or the path of a pair list. auto takes every pair up to 60 images."""
+    max_keypoints: Count | None = None
+    """Keypoints an image, instead of the operating point's."""
+    features: Path | None = None
+    """Feature file of hloc (or ours) to take keypoints from instead of computing them; with
+    --matches and a pair list as --pairs."""
+    matches: Path | None = None
+    """Match file of hloc that belongs to --features."""
+
+
+@options
+class TrackOptions:
+    """How matches become tracks, and how exact they get."""
+
+    tracks: Literal["anchored", "quantized"] = "anchored"
+    """How matches of dense and semi-dense matchers become tracks. quantized: hloc's aggregation."""
+    anchors: str = "auto"
+    """Matcher whose keypoints are the first anchors and describe images for the pair selection.
+    auto: aliked_lightglue, or sift where its weights are missing."""
+    refine_keypoints: bool = True
+    """Refine keypoints to sub-pixel accuracy by comparing image patches once a model exists."""
+    refine_warps: bool = False
+    """Match all pairs of a dense matcher again once a model exists and read the warps at its
+    points: longer, more exact tracks for twice the matching time and more."""
+
+
+@options
+class ModelOptions:
+    """How the model is made, and what is known of it."""
+
+    mapper: Mapper = "incremental"
+    """COLMAP's mapper. auto: incremental up to 500 images, global above."""
+    model: Path | None = None
+    """Known poses: folder of a COLMAP model, nerfstudio's transforms.json, or a TUM trajectory
+    (camera to world). Its intrinsics are used too unless --intrinsics is given."""
+    poses: PoseUse = "fixed"
+    """fixed: triangulate, poses stay; refine: bundle adjustment afterwards; prior: ordinary mapping
+    that stays near the known camera centres."""
+    prior_stddev: Positive | None = None
+    """Standard deviation of the centres that --poses prior takes as known, in their unit. By
+    default 1 % of the cameras' mean distance from their middle."""
+    missing_poses: Literal["register", "leave-out"] = "register"
+    """Images without a known pose: registered by the mapper afterwards, or left out."""
+    extend: Path | None = None
+    """Output folder of an earlier run: IMAGES are added to its model. Its settings, keypoints,
+    matches and poses are taken over (--poses fixed or refine); it is not changed."""
+    deterministic: bool = False
+    """One thread throughout: the same model twice, but slower."""
+
+
+@options
+class ExportOptions:
+    """What is written."""
+
+    export: tuple[Export, ...] = ("ply",)
+    """Formats written to export/ for every model, beside COLMAP's binary one in sparse/. 3dgs:
+    undistorted images and their pinhole model, as Gaussian splatting programs read them."""
+    dense: bool = False
+    """Also undistort, and run PatchMatch stereo and fusion where pycolmap has CUDA."""
+    dry_run: bool = False
+    """Stop after the estimate of time and disk space; writes nothing."""
+
+
+@options
+class ReconstructOptions(
+    ImageOptions, MatchingOptions, TrackOptions, ModelOptions, ExportOptions, RunOptions
+):
+    """Everything a reconstruction can be told."""
+
+    cameras: CameraOptions = CameraOptions()
+    pair: PairOptions = PairOptions()
+    verify: VerifyOptions = VerifyOptions()
+    map: MapOptions = MapOptions()
+    refine: PhotometricOptions = PhotometricOptions()
+    anchored: AnchoredOptions = AnchoredOptions()
+    quantized: QuantizedOptions = QuantizedOptions()
+    warps: RereadOptions = RereadOptions()
+
+
+@options
+class QueryMatchingOptions:
+    """What queries are matched with."""
+
+    pairs: str = "auto"
+    """Images of the map that a query is matched with. auto: all of them up to 20, else retrieval;
+    exhaustive; retrieval (the most similar ones, VLAD of the map's own descriptors); covisibility
+    (few most similar ones and what sees the same points); or the path of a list "query image"."""
+    neighbours: Count = 20
+    """Images of the map a query, for retrieval and covisibility."""
+    min_score: float | None = None
+    """Least cosine similarity in retrieval; None accepts every value."""
+    cluster: bool = False
+    """One attempt for each group of retrieved images that share points, the best is taken: for
+    places that look alike. Otherwise one attempt with all."""
+    matcher: str | None = None
+    """Matcher; that of the map by default. A dense one reads its warps at the map's keypoints."""
+    quality: Quality | None = None
+    """Operating point; that of the map by default."""
+    matcher_options: tuple[str, ...] = ()
+    """Any other option of the matcher as NAME=VALUE."""
+    features: Path | None = None
+    """Keypoints and descriptors of the map's images (hloc's layout), for maps of other programs."""
+    images: Path | None = None
+    """Folder of the map's images, if a dense matcher needs it and it is not where it was."""
+
+
+@options
+class QueryCameraOptions:
+    """Intrinsics of the queries."""
+
+    intrinsics: str | None = None
+    """As in gim-reconstruct: "PINHOLE,fx,fy,cx,cy", a COLMAP model or cameras.txt, or lines "GLOB
+    MODEL width height params..."."""
+    camera: Literal["auto", "map", "exif", "estimate"] = "auto"
+    """Intrinsics of queries that --intrinsics does not name. auto: those of the map if it has one
+    camera of the same size and EXIF does not contradict; else from EXIF, focal length refined; else
+    estimated with the pose."""
+    camera_model: str = "SIMPLE_RADIAL"
+    """Model of cameras that are guessed."""
+    camera_mode: CameraMode = "image"
+    """Queries that share one focal length where it is not known (EXIF or estimated). image: none;
+    single: all; folder: those of a sub-folder; auto: those of one size and EXIF camera. Give one of
+    the three for photographs of one camera that does not zoom: what none of them says well by
+    itself, all say together."""
+
+
+@options
+class AcceptanceOptions:
+    """When a pose is accepted."""
+
+    max_error: Positive = 12.0
+    """Largest reprojection error of an inlier, px."""
+    min_inliers: Annotated[int, Field(ge=4)] = 30
+    """With fewer a query is not localised (COLMAP's own bound to register an image)."""
+    min_inlier_ratio: NotNegative = 0.25
+    """Of the points a query was matched to; with less it is not localised (COLMAP's bound too)."""
+    confidence: Share = 0.99999
+    """Of RANSAC having drawn one sample without outliers."""
+    max_trials: Count = 10_000
+    """Samples of RANSAC at most."""
+    max_spread: Positive = 3.0
+    """Dense matchers: readings of one point from several images farther than this from their median
+    are not used, px in an image of 1600 px."""
+
+
+@options
+class LocalizeOptions(
+    ImageOptions, QueryMatchingOptions, QueryCameraOptions, AcceptanceOptions, RunOptions
+):
+    """Everything localisation can be told."""
