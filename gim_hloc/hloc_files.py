@@ -29,7 +29,8 @@ def open_h5(path: Path | str, what: str = "h5 file") -> Iterator[h5py.File]:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        problem = "is cut off or damaged" if h5py.is_hdf5(path) else "is no h5 file"
+        whole = h5py.is_hdf5(path)
+        problem = "is cut off or damaged" if whole else "is not a readable h5 file, or no h5 file"
         raise InputError(f"The {what} {path} {problem}: {error}.") from None
     with file:
         yield file

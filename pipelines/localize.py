@@ -514,14 +514,14 @@ class _Localization:
             self.describer = matchers.load(
                 describer, quality=quality, device=self.options.device, **overrides
             )
-        if isinstance(self.describer, SparseMatcher):
-            self.describer.check_descriptors(width, str(self.map.features))
         differing = same_features(self.map.features, self.describer.encode_settings())
         if "matcher" in differing:
             raise InputError(
                 f"The keypoints in {self.map.features} are not those of "
                 f"{self.describer.info.name}: choose the map's matcher, or give --features."
             )
+        if isinstance(self.describer, SparseMatcher):
+            self.describer.check_descriptors(width, str(self.map.features))
         if differing:
             self._note(
                 f"The map's keypoints were made with other settings than those of the queries: "

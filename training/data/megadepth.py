@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.files import read_text
 from gim_hloc.pickles import read_npz
 from gim_hloc.training.data.posed import View, ViewPairs
 from gim_hloc.training.data.source import (
@@ -163,10 +164,7 @@ def _scene_files(options: MegaDepthOptions) -> dict[str, list[Path]]:
         by_scene.setdefault(path.stem.split("_")[0].split(".")[0], []).append(path)
     names = options.scenes
     if options.scene_list is not None:
-        try:
-            names = tuple(Path(options.scene_list).read_text(encoding="utf-8").split())
-        except OSError as error:
-            raise InputError(f"{options.scene_list} cannot be read: {error.strerror}.") from None
+        names = tuple(read_text(options.scene_list, "list of scenes").split())
     if names is None:
         if options.split == "validation":
             names = VALIDATION_SCENES

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.files import read_text
 from gim_hloc.images import read_rgb
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import PairSource, SourceOptions
@@ -112,10 +113,7 @@ def wanted_videos(videos: tuple[str, ...] | None, listing: Path | None) -> tuple
     """
     if listing is None:
         return videos
-    try:
-        return tuple(Path(listing).read_text(encoding="utf-8").split())
-    except OSError as error:
-        raise InputError(f"{listing} cannot be read: {error.strerror}.") from None
+    return tuple(read_text(listing, "list of videos").split())
 
 
 class VideoLabels(VideoPairs):

@@ -111,7 +111,12 @@ def read_labels(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
     Raises:
         InputError: missing, damaged, or something else.
     """
-    rows = read_npz(path).get("")
+    try:
+        rows = read_npz(path).get("")
+    except InputError as error:
+        raise InputError(f"The labels {path} cannot be read: {error}") from None
+    if rows is None or rows.dtype.hasobject:
+        raise InputError(f"The labels {path} cannot be read: they are not one array of numbers.")
     if (
         rows is None
         or rows.dtype.kind not in "fiu"
