@@ -117,13 +117,7 @@ def read_labels(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
         raise InputError(f"The labels {path} cannot be read: {error}") from None
     if rows is None or rows.dtype.hasobject:
         raise InputError(f"The labels {path} cannot be read: they are not one array of numbers.")
-    if (
-        rows is None
-        or rows.dtype.kind not in "fiu"
-        or rows.ndim != 2
-        or rows.shape[1] != 4
-        or len(rows) < 2
-    ):
+    if rows.dtype.kind not in "fiu" or rows.ndim != 2 or rows.shape[1] != 4 or len(rows) < 2:
         raise InputError(f"{path} does not hold rows of four numbers: frames, then labels.")
     rows = rows.astype(np.float64)
     i, j = rows[0, :2]
