@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
 Pair = tuple[str, str]  # image names, name0 < name1 in plain string order
 
 _DIGITS = re.compile(r"(\d+)")
+_SHORTLIST = 3  # candidates a place that a dearer score chooses among
 _SCORE_ROWS = 512  # rows of a score matrix held at once: 20 MB at 10 000 images
 
 
@@ -70,6 +72,23 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     return best
 
 
+def best_of(
+    scores: np.ndarray, k: int, rerank: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """Indices of the k best, as ``top_k``.
+
+    Args:
+        scores: (N,) scores.
+        k: how many.
+        rerank: gives better scores of some indices (n,); it chooses among the 3 k that ``scores``
+            puts first, whose order decides among equals.
+    """
+    if rerank is None:
+        return top_k(scores, k)
+    shortlist = top_k(scores, _SHORTLIST * k)
+    return shortlist[np.argsort(-rerank(shortlist), kind="stable")[:k]]
+
+
 def best_pairs(
     names: Sequence[str],
     scores_of: Callable[[np.ndarray], np.ndarray],
@@ -77,6 +96,7 @@ def best_pairs(
     *,
     rows: np.ndarray | None = None,
     exclude: Iterable[Pair] = (),
+    rerank: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> list[Pair]:
     """Pair each image with the k others of the highest score.
 
@@ -87,6 +107,7 @@ def best_pairs(
         k: partners per image. An image may get more, when others choose it.
         rows: the images that choose partners; all if None.
         exclude: pairs that are settled already and take none of the k places.
+        rerank: (row, indices) -> better scores of these images for it; see ``best_of``.
 
     Returns:
         Sorted pairs.
@@ -106,6 +127,7 @@ def best_pairs(
         for i, scores in zip(block_rows.tolist(), scores_of(block_rows), strict=True):
             scores[i] = -np.inf
             scores[settled.get(i, [])] = -np.inf
-            chosen.update((i, j) if i < j else (j, i) for j in top_k(scores, k).tolist())
+            best = best_of(scores, k, partial(rerank, i) if rerank is not None else None)
+            chosen.update((i, j) if i < j else (j, i) for j in best.tolist())
     # Names are sorted, so index order is name order.
     return [(names[i], names[j]) for i, j in sorted(chosen)]

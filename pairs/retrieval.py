@@ -4,12 +4,16 @@ The default descriptor needs no download: VLAD (Jégou et al., "Aggregating loca
 compact image representation", CVPR 2010) over the matcher's own local descriptors, with a codebook
 learnt on the scene and the intra-normalisation of Arandjelović and Zisserman ("All about VLAD",
 CVPR 2013). Other descriptors join through ``register_descriptor`` or as a file in hloc's layout.
+
+VLAD sums descriptors up and so confuses places that look alike. Where the local descriptors are at
+hand, they choose the partners from a shortlist three times as long, by mutual nearest neighbours.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,11 +21,12 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_files import find, open_h5, read
-from gim_hloc.pairs.base import Pair, best_pairs, top_k, unique_names
+from gim_hloc.pairs.base import Pair, best_of, best_pairs, unique_names
 
 if TYPE_CHECKING:
     from gim_hloc.matchers.base import ImageData, ImageOptions
 
+_STRONGEST = 400  # local descriptors of an image that re-ranking compares
 _CHUNK = 65536  # descriptors assigned to clusters at once: 16 MB of distances for 64 clusters
 
 
@@ -44,7 +49,8 @@ class GlobalDescriptor(Protocol):
 
         Args:
             names: N image names, sorted.
-            local: name -> local descriptors (n, D) of the matcher, or None. It may read lazily.
+            local: name -> local descriptors (n, D) of the matcher, strongest first, or None. It may
+                read lazily.
             load_image: reads an image at the size wanted, or None.
 
         Returns:
@@ -72,10 +78,10 @@ class Vlad:
         """Aggregate the local descriptors of each image."""
         if local is None:
             raise InputError("Retrieval by VLAD needs the local descriptors of a sparse matcher")
-        return vlad(_Rows(names, local), clusters=self.clusters, seed=self.seed)
+        return vlad(Rows(names, local), clusters=self.clusters, seed=self.seed)
 
 
-class _Rows(Sequence[np.ndarray]):
+class Rows(Sequence[np.ndarray]):
     """The values of a mapping in the order of names, read when they are used."""
 
     def __init__(self, names: Sequence[str], values: Mapping[str, np.ndarray]) -> None:
@@ -122,7 +128,9 @@ def retrieval(
     k: int = 20,
     min_score: float | None = None,
     exclude: Iterable[Pair] = (),
+    local: Mapping[str, np.ndarray] | None = None,
     database: tuple[Sequence[str], np.ndarray] | None = None,
+    database_local: Mapping[str, np.ndarray] | None = None,
 ) -> list[Pair]:
     """Pair each image with the k most similar ones by cosine similarity.
 
@@ -134,9 +142,12 @@ def retrieval(
         min_score: least cosine similarity of a pair; None accepts every value.
         exclude: pairs that are settled already, for example by ``sequential``: they take none of
             the k places, so that the search finds loops instead of the neighbouring frames.
+        local: name -> (n, D) local descriptors, strongest first. With them, the k partners are
+            those of the 3 k most similar images that share most mutual nearest neighbours.
         database: (names, descriptors) to search in instead, for localisation. Then the pairs are
             directed, (query, database image), sorted by query and then name, and a query that is in
             the database is not paired with itself.
+        database_local: as ``local``, of the database's images.
 
     Returns:
         Sorted pairs.
@@ -149,7 +160,8 @@ def retrieval(
         raise InputError(f"Retrieval needs at least 1 neighbour per image, not {k}")
     if database is None:
         ordered, scores_of = cosine_scores(names, descriptors, min_score=min_score)
-        return best_pairs(ordered, scores_of, k, exclude=exclude)
+        rerank = None if local is None else mutual_neighbours(ordered, local)
+        return best_pairs(ordered, scores_of, k, exclude=exclude, rerank=rerank)
     queries, query_rows = _normalised(names, descriptors)
     targets, target_rows = _normalised(*database)
     if query_rows.shape[1] != target_rows.shape[1]:
@@ -157,19 +169,61 @@ def retrieval(
             f"Query descriptors have {query_rows.shape[1]} values, database descriptors "
             f"{target_rows.shape[1]}"
         )
+    count = None
+    if local is not None and database_local is not None:
+        count = mutual_neighbours(queries, local, (targets, database_local))
     column = {name: j for j, name in enumerate(targets)}
     settled: dict[str, list[int]] = {}
     for query, target in exclude:
         if target in column:
             settled.setdefault(query, []).append(column[target])
     pairs: list[Pair] = []
-    for query, row in zip(queries, query_rows, strict=True):
-        scores = _scores(row[None], target_rows, min_score)[0]
+    for i, query in enumerate(queries):
+        scores = _scores(query_rows[i : i + 1], target_rows, min_score)[0]
         if query in column:
             scores[column[query]] = -np.inf
         scores[settled.get(query, [])] = -np.inf
-        pairs.extend((query, targets[j]) for j in sorted(top_k(scores, k).tolist()))
+        best = best_of(scores, k, partial(count, i) if count is not None else None)
+        pairs.extend((query, targets[j]) for j in sorted(best.tolist()))
     return pairs
+
+
+def mutual_neighbours(
+    names: Sequence[str],
+    local: Mapping[str, np.ndarray],
+    others: tuple[Sequence[str], Mapping[str, np.ndarray]] | None = None,
+) -> Callable[[int, np.ndarray], np.ndarray]:
+    """Compare images by the strongest of their local descriptors.
+
+    Args:
+        names: images.
+        local: name -> (n, D) local descriptors, strongest first; read once an image, when needed.
+        others: images to compare with, and their descriptors; the same ones by default.
+
+    Returns:
+        (index of an image, indices (m,) of others) -> (m,) numbers of mutual nearest neighbours.
+    """
+
+    def strongest(names: Sequence[str], local: Mapping[str, np.ndarray], index: int) -> np.ndarray:
+        rows = np.asarray(local[names[index]][:_STRONGEST], dtype=np.float32)
+        return _unit(rows).astype(np.float16)  # half: all images stay in memory
+
+    first = cache(partial(strongest, names, local))
+    second = first if others is None else cache(partial(strongest, *others))
+
+    def count(i: int, found: np.ndarray) -> np.ndarray:
+        rows = first(i).astype(np.float32)
+        return np.array([_mutual(rows, second(j).astype(np.float32)) for j in found.tolist()])
+
+    return count
+
+
+def _mutual(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of mutual nearest neighbours of unit vectors (N, D) and (M, D)."""
+    if not len(a) or not len(b):
+        return 0
+    cosine = a @ b.T
+    return int((cosine.argmax(0)[cosine.argmax(1)] == np.arange(len(a))).sum())
 
 
 def cosine_scores(
@@ -361,13 +415,31 @@ def read_global_descriptors(path: Path | str, names: Sequence[str]) -> np.ndarra
     return np.stack(rows).astype(np.float32) if rows else np.zeros((0, 1), dtype=np.float32)
 
 
-class LocalDescriptors(Mapping[str, np.ndarray]):
+class Lazy(Mapping[str, np.ndarray]):
+    """Arrays by name that are read each time they are asked for."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], np.ndarray]) -> None:
+        self._names = list(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class LocalDescriptors(Lazy):
     """Local descriptors (n, D) by image name in a feature file of hloc's layout.
 
     One image is read at a time, when it is asked for.
 
     Args:
-        path: h5 file with a group per image name that holds ``descriptors`` (D, n).
+        path: h5 file with a group per image name that holds ``descriptors`` (D, n) and, unless they
+            stand strongest first, ``scores`` (n,).
         names: the images wanted.
 
     Raises:
@@ -375,20 +447,22 @@ class LocalDescriptors(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: Path | str, names: Sequence[str]) -> None:
-        self._path = path
-        self._names = list(names)
         with _open_h5(path, names, "descriptors"):
             pass  # the check is all
+        super().__init__(names, partial(_read_local, path))
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        with _open_h5(self._path, [name], "descriptors") as file:
-            return read(file, f"{name}/descriptors").T
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+def _read_local(path: Path | str, name: str) -> np.ndarray:
+    with _open_h5(path, [name], "descriptors") as file:
+        rows = read(file, f"{name}/descriptors").T
+        if find(file, f"{name}/scores") is None:
+            return rows
+        return strongest_first(rows, read(file, f"{name}/scores"))
 
-    def __len__(self) -> int:
-        return len(self._names)
+
+def strongest_first(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Descriptors (n, D) sorted by their scores (n,); hloc's are not always."""
+    return rows[np.argsort(-scores, kind="stable")]
 
 
 @contextlib.contextmanager

@@ -128,7 +128,8 @@ def select(
     Args:
         options: pair options.
         names: the usable images.
-        local_descriptors: gives name -> (n, D) local descriptors; called only if needed, once.
+        local_descriptors: gives name -> (n, D) local descriptors, strongest first; called only if
+            needed, once.
         gps: name -> (latitude, longitude in degrees, altitude in metres or None).
         load_image: (name, ``ImageOptions``) -> ``ImageData``, for global descriptors that look at
             the image.
@@ -145,12 +146,12 @@ def select(
     k = chosen.neighbours
     notes: list[str] = []
     found: dict[str, list[Pair]] = {}
-    described: list[np.ndarray] = []
+    described: list[tuple[np.ndarray, Mapping[str, np.ndarray] | None]] = []
 
-    def descriptors() -> np.ndarray:
+    def descriptors() -> tuple[np.ndarray, Mapping[str, np.ndarray] | None]:
         if not described:
-            described.append(_global_descriptors(options, names, local_descriptors, load_image))
-            empty = [n for n, row in zip(names, described[0], strict=True) if not row.any()]
+            described.append(_describe(options, names, local_descriptors, load_image))
+            empty = [n for n, row in zip(names, described[0][0], strict=True) if not row.any()]
             if empty:
                 notes.append(f"Without any feature, so never similar: {_some(empty)}.")
         return described[0]
@@ -160,21 +161,25 @@ def select(
         if component == "exhaustive":
             pairs = exhaustive(names)
         elif component == "sequential":
+            rows, local = descriptors() if options.loop_every else (None, None)
             pairs = sequential(
                 names,
                 window=options.window,
                 quadratic=options.quadratic,
                 loop_every=options.loop_every,
                 loop_neighbours=k,
-                descriptors=descriptors() if options.loop_every else None,
+                descriptors=rows,
+                local=local,
             )
         elif component == "retrieval":
+            rows, local = descriptors()
             pairs = retrieval(
                 names,
-                descriptors(),
+                rows,
                 k=k,
                 min_score=options.min_score,
                 exclude=found.get("sequential", ()),
+                local=local,
             )
         elif component == "spatial":
             pairs = _spatial(options, names, gps, k, notes)
@@ -300,15 +305,15 @@ def _described(components: Sequence[str], options: PairOptions, k: int) -> str:
     return " plus ".join(words[component] for component in components)
 
 
-def _global_descriptors(
+def _describe(
     options: PairOptions,
     names: list[str],
     local_descriptors: Callable[[], Mapping[str, np.ndarray]] | None,
     load_image: ImageLoader | None,
-) -> np.ndarray:
-    """(N, D) global descriptors from the file or by the named method."""
+) -> tuple[np.ndarray, Mapping[str, np.ndarray] | None]:
+    """(N, D) global descriptors, from a file or computed, and the local ones that were used."""
     if options.global_descriptors is not None:
-        return read_global_descriptors(options.global_descriptors, names)
+        return read_global_descriptors(options.global_descriptors, names), None
     describe = make_descriptor(options.descriptor, clusters=options.clusters, seed=options.seed)
     local = None
     if describe.needs_local:
@@ -318,7 +323,7 @@ def _global_descriptors(
                 "a sparse matcher, another way of choosing pairs, or give global descriptors"
             )
         local = local_descriptors()
-    return np.asarray(describe(names, local=local, load_image=load_image))
+    return np.asarray(describe(names, local=local, load_image=load_image)), local
 
 
 def _spatial(

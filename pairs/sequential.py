@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.pairs.base import Pair, best_pairs, canonical, natural_key
-from gim_hloc.pairs.retrieval import cosine_scores
+from gim_hloc.pairs.retrieval import cosine_scores, mutual_neighbours
 
 
 def sequences(names: Iterable[str]) -> dict[str, list[str]]:
@@ -32,6 +32,7 @@ def sequential(
     loop_every: int = 0,
     loop_neighbours: int = 10,
     descriptors: np.ndarray | None = None,
+    local: Mapping[str, np.ndarray] | None = None,
 ) -> list[Pair]:
     """Pair each image with its followers in its own sequence, and close loops by similarity.
 
@@ -48,6 +49,7 @@ def sequential(
         loop_neighbours: partners found by each such search. Images that are partners already take
             none of these places, so a search cannot return the neighbouring frames only.
         descriptors: (N, D) global descriptors, row i belongs to the i-th name; for loop closure.
+        local: name -> (n, D) local descriptors, which make it more reliable; see ``retrieval``.
 
     Returns:
         Sorted pairs.
@@ -79,5 +81,6 @@ def sequential(
     ordered, scores_of = cosine_scores(names, descriptors)
     searching = {name for sequence in folders.values() for name in sequence[::loop_every]}
     rows = np.array([i for i, name in enumerate(ordered) if name in searching], dtype=np.int64)
-    loops = best_pairs(ordered, scores_of, loop_neighbours, rows=rows, exclude=pairs)
+    rerank = None if local is None else mutual_neighbours(ordered, local)
+    loops = best_pairs(ordered, scores_of, loop_neighbours, rows=rows, exclude=pairs, rerank=rerank)
     return canonical([*pairs, *loops])

@@ -657,7 +657,7 @@ class _Localization:
         return pairs
 
     def _similar(self) -> list[Pair]:
-        from gim_hloc.pairs.retrieval import aggregate, codebook, retrieval
+        from gim_hloc.pairs.retrieval import Lazy, Rows, aggregate, codebook, retrieval
 
         options = self.options
         features = self.map_features
@@ -667,23 +667,31 @@ class _Localization:
         stamp = digest([FORMAT, options.seed, [[n, self._map_source(n)] for n in names]])
         stored = self.output / "retrieval.npz"
         centres, rows = _stored_vlad(stored, stamp)
+        local = Lazy(names, features.descriptors)
         if centres is None or rows is None:
-            lazy = _Lazy(names, features.descriptors)
-            centres = codebook(lazy, seed=options.seed)
-            rows = aggregate(lazy, centres)
+            centres = codebook(Rows(names, local), seed=options.seed)
+            rows = aggregate(Rows(names, local), centres)
             np.savez(stored, stamp=np.array(stamp), centres=centres, rows=rows)
-        queries = aggregate(_Lazy(self.names, self._query_descriptors), centres)
         k = options.neighbours
         if self.mode == "covisibility":
             k = min(_COVISIBLE_SEEDS, k)
         # A query and an image of the map may have the same name and be different images.
         tagged = [f"q/{name}" for name in self.names]
-        pairs = retrieval(tagged, queries, k=k, min_score=options.min_score, database=(names, rows))
+        query_local = Lazy(tagged, lambda name: self._query_descriptors(name.removeprefix("q/")))
+        pairs = retrieval(
+            tagged,
+            aggregate(Rows(tagged, query_local), centres),
+            k=k,
+            min_score=options.min_score,
+            local=query_local,
+            database=(names, rows),
+            database_local=local,
+        )
         found = [(a.removeprefix("q/"), b) for a, b in pairs]
         return self._covisible(found) if self.mode == "covisibility" else found
 
     def _query_descriptors(self, name: str) -> np.ndarray:
-        return np.asarray(self.features.get(name)[0]["descriptors"].T, dtype=np.float32)
+        return self.features.get(name)[0]["descriptors"].T
 
     def _covisible(self, seeds: Sequence[Pair]) -> list[Pair]:
         """Fill up with the images that share most points with the seeds."""
@@ -1345,19 +1353,6 @@ def _one_to_one(seen: _Seen, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _no_anchors(record: ImageRecord) -> Anchors:
     return Anchors(xy_px=np.zeros((0, 2), np.float32), tier=np.zeros(0, np.uint8), size=record.size)
-
-
-class _Lazy(Sequence[np.ndarray]):
-    """Arrays by the order of names, read when they are used."""
-
-    def __init__(self, names: Sequence[str], read: Any) -> None:
-        self._names, self._read = names, read
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self._read(self._names[i])
 
 
 def _stored_vlad(path: Path, stamp: str) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -16,6 +16,7 @@ import yaml
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.matchers.base import SparseEncoding
+from gim_hloc.pairs.retrieval import strongest_first
 from gim_hloc.store import encoding_from_arrays
 
 if TYPE_CHECKING:
@@ -223,8 +224,9 @@ class MapFeatures:
         self._open.close()
 
     def descriptors(self, name: str) -> np.ndarray:
-        """(n, D) float32."""
-        return np.asarray(self._arrays(name)["descriptors"].T, dtype=np.float32)
+        """(n, D), strongest first."""
+        arrays = self._arrays(name)
+        return strongest_first(arrays["descriptors"].T, arrays["scores"])
 
     def _arrays(self, name: str) -> dict[str, np.ndarray]:
         """Keypoints (n, 2), descriptors (D, n) and scores (n,) of an image."""

@@ -739,13 +739,11 @@ class _Run:
 
     def _select_pairs(self) -> Selection:
         from gim_hloc.pairs.files import write_pairs
+        from gim_hloc.pairs.retrieval import Lazy
         from gim_hloc.pairs.select import select
 
-        def local_descriptors() -> dict[str, np.ndarray]:
-            return {
-                name: np.asarray(self.described.get(name)[0]["descriptors"].T, dtype=np.float32)
-                for name in self.names
-            }
+        def local_descriptors() -> Lazy:
+            return Lazy(self.names, lambda name: self.described.get(name)[0]["descriptors"].T)
 
         with self._timed("pairs"):
             selection = select(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from gim_hloc import pairs
 from gim_hloc.errors import InputError
 from gim_hloc.pairs.base import canonical, natural_key, top_k
-from gim_hloc.pairs.retrieval import LocalDescriptors
+from gim_hloc.pairs.retrieval import LocalDescriptors, mutual_neighbours
 from gim_hloc.pairs.spatial import earth_centred_m
 
 FOX = Path(__file__).parents[2] / "shared" / "data" / "fox"
@@ -288,6 +288,65 @@ def test_vlad_finds_the_images_of_the_same_place():
     assert all(place[a] == place[b] for a, b in result)
 
 
+def alike(places: int, views: int) -> tuple[list[np.ndarray], list[int]]:
+    """Local descriptors of places that only single descriptors tell apart: their sums are the same.
+
+    Around each of 20 words, a place has descriptors in opposite directions of its own.
+    """
+    rng = np.random.default_rng(5)
+    words = 10 * rng.normal(size=(20, 32))
+    images, labels = [], []
+    for place in range(places):
+        own = rng.normal(size=(20, 5, 32))
+        rows = np.concatenate([words[:, None] + own, words[:, None] - own]).reshape(-1, 32)
+        for _ in range(views):
+            images.append((rows + 0.1 * rng.normal(size=rows.shape)).astype(np.float32))
+            labels.append(place)
+    return images, labels
+
+
+def test_mutual_neighbours_tell_apart_what_vlad_confuses():
+    images, labels = alike(8, 4)
+    names = frames(len(images))
+    place = dict(zip(names, labels, strict=True))
+    local = dict(zip(names, images, strict=True))
+    vectors = pairs.vlad(images, clusters=20)
+
+    def right(**more) -> float:
+        found = pairs.retrieval(names, vectors, k=3, **more)
+        return float(np.mean([place[a] == place[b] for a, b in found]))
+
+    assert right() < 0.5
+    # A shortlist of 9 of 31 holds a place's 3 others only by chance, so similarity is not all lost.
+    assert right(local=local) > 1.5 * right()
+    # With all images on the shortlist, the partners are exactly those of the same place.
+    found = pairs.retrieval(names, np.ones((len(names), 1)), k=11, local=local)
+    own = {(a, b) for a, b in itertools.combinations(names, 2) if place[a] == place[b]}
+    assert own <= set(found)
+    # … and directed ones, of queries that have a name of the database too.
+    queries = {names[0]: local[names[4]], "q": local[names[8]]}
+    rows = np.ones((2, 1))
+    found = pairs.retrieval(
+        list(queries), rows, k=11, local=queries,
+        database=(names, np.ones((len(names), 1))), database_local=local,
+    )  # fmt: skip
+    assert {place[b] for a, b in found if a == "q"} >= {2}
+    assert sum(place[b] == 2 for a, b in found if a == "q") == 4
+    assert sum(place[b] == 1 for a, b in found if a == names[0]) == 4
+
+
+def test_reranking_compares_the_strongest_and_passes_empty_images():
+    rng = np.random.default_rng(0)
+    first, second = (rng.normal(size=(400, 16)) for _ in range(2))
+    weak = np.concatenate([second, first])  # what it shares with the first is beyond its strongest
+    local = {"a": first, "b": weak, "c": first[::-1], "d": np.zeros((0, 16))}
+    count = mutual_neighbours(["a", "b", "c", "d"], local)
+    numbers = count(0, np.array([2, 1, 3]))
+    assert numbers[0] == 400
+    assert numbers[1] < 300  # by chance
+    assert numbers[2] == 0
+
+
 def test_vlad_of_two_known_clusters():
     # Centres must become (0, 0) and (10, 0); the residuals of each image are known.
     images = [
@@ -389,6 +448,9 @@ def test_local_descriptors_are_turned_to_rows(tmp_path):
     local = LocalDescriptors(tmp_path / "f.h5", ["d/a.jpg"])
     assert dict(local).keys() == {"d/a.jpg"}
     assert np.array_equal(local["d/a.jpg"], rows)
+    with h5py.File(tmp_path / "f.h5", "a") as file:  # hloc's order is not always that of strength
+        file["d/a.jpg/scores"] = [0.1, 0.9, 0.5]
+    assert np.array_equal(local["d/a.jpg"], rows[[1, 2, 0]])
     with pytest.raises(InputError, match="lacks the descriptors"):
         LocalDescriptors(tmp_path / "f.h5", ["d/a.jpg", "e.jpg"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +18,23 @@ if TYPE_CHECKING:
     from gim_hloc.tracks.photometric import PhotometricOptions
 
 
-def bundle_adjust(model: Any, fixed: set[int], threads: int, held: Collection[str] = ()) -> None:
-    """Bundle-adjust a whole model, but not the poses of the images ``held``."""
+def bundle_adjust(
+    model: Any,
+    fixed: set[int],
+    threads: int,
+    held: Collection[str] = (),
+    robust_px: float | None = None,
+) -> None:
+    """Bundle-adjust a whole model, but not the poses of the images ``held``.
+
+    ``robust_px`` is the scale of a Cauchy loss: observations far above it hardly count.
+    """
     options = pycolmap.BundleAdjustmentOptions()
     options.print_summary = False
     options.ceres.solver_options.num_threads = threads
+    if robust_px is not None:
+        options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY
+        options.ceres.loss_function_scale = robust_px
     config = pycolmap.BundleAdjustmentConfig()
     used = set()
     for image_id in model.reg_image_ids():
@@ -38,6 +50,13 @@ def bundle_adjust(model: Any, fixed: set[int], threads: int, held: Collection[st
     pycolmap.create_default_bundle_adjuster(options, config, model).solve()
 
 
+# Of observations as detectors place them, in pixels that the matcher saw: COLMAP's own bound.
+_DETECTED_PX = 4.0
+_REFINED_PX = 2.0  # of refined ones
+_MIN_ANGLE_DEG = 1.5  # between the rays of a point
+_ROBUST_PX = 0.25  # above the residuals of refined observations, below those of detected ones
+
+
 def refine_tracks(
     model: Any,
     gray: Callable[[str], np.ndarray],
@@ -47,12 +66,15 @@ def refine_tracks(
     threads: int = -1,
     progress: Callable[[], None] | None = None,
     held: Collection[str] = (),
+    scale: Mapping[str, float] | None = None,
 ) -> str:
     """Move a model's observations by comparing patches, and adjust poses and points to them.
 
-    Observations that no patch confirms are dropped from their track, but an image that would be
-    left with fewer than ``options.min_confirmed`` keeps all of its own. A model that would lose
-    more than half of its points is left as it was.
+    Each image is judged by the share of its patches that agree with those of the others. One that
+    is not trusted (blurred, say) keeps its observations, which then weigh little. In the others,
+    observations that no patch confirms leave their track while poses are adjusted, and join it
+    again afterwards. A model none of whose images can be trusted, or that would have to be adjusted
+    without most of its points, is left as it was.
 
     Args:
         model: ``pycolmap.Reconstruction``, changed in place.
@@ -62,6 +84,7 @@ def refine_tracks(
         threads: of the bundle adjustment, and images at a time; -1 takes all cores.
         progress: called after each image of each round.
         held: images whose poses must not move.
+        scale: name -> pixels that the matcher saw for a stored one, at most 1 (the default).
 
     Returns:
         A sentence for the log.
@@ -72,40 +95,42 @@ def refine_tracks(
 
     before = statistics(model)
     if not before["points"]:
-        return "no points to refine"
+        return "left as it was: no points to refine"
     original = copy.deepcopy(model)
-    confirmed_share = 0.0
+    images = [model.image(i) for i in sorted(model.reg_image_ids())]
+    scales = np.array([(scale or {}).get(image.name, 1.0) for image in images])
+    trusted = np.ones(len(images), dtype=bool)
+    robust_px = None
+
+    def read(index: int) -> np.ndarray:
+        if progress is not None:
+            progress()
+        return gray(images[index].name)
+
+    def compare(ids: np.ndarray, views: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        reference, shapes = _patch_shapes(model, images, ids, views, scales, trusted, options)
+        workers = threads if threads > 0 else os.cpu_count() or 1
+        xy_px, confirmed = photometric.refine_positions(
+            views, reference, shapes, read, scales, options, workers=workers
+        )
+        return reference, xy_px, confirmed
+
     for round_ in range(options.rounds):
         if not model.num_points3D():
             break  # nothing was confirmed: the original is put back below
-        images = [model.image(i) for i in sorted(model.reg_image_ids())]
         ids = np.array(sorted(model.point3D_ids()))
         views, rows = _views(model, images, ids)
-        reference, shapes = _patch_shapes(model, images, ids, views, options)
-
-        def read(index: int, names: list[str] = [i.name for i in images]) -> np.ndarray:  # noqa: B006
-            if progress is not None:
-                progress()
-            return gray(names[index])
-
-        xy_px, confirmed = photometric.refine_positions(
-            views,
-            reference,
-            shapes,
-            read,
-            len(images),
-            options,
-            workers=threads if threads > 0 else os.cpu_count() or 1,
-        )
-        confirmed_share = float(confirmed.mean())
-        others = np.ones(len(confirmed), dtype=bool)
-        others[reference] = False
-        if round_ == 0 and confirmed[others].mean() < options.min_share:
-            return (
-                "kept as it was: patches confirm only "
-                f"{confirmed[others].mean():.0%} of the observations"
-            )
-        for index, image in enumerate(images):
+        reference, xy_px, confirmed = compare(ids, views)
+        if round_ == 0:
+            trusted = photometric.judge_images(views, reference, confirmed, len(images), options)
+            if trusted.sum() < 2:
+                return "kept as it was: " + _unconfirmed(reference, confirmed)
+            if not trusted.all():
+                robust_px = _ROBUST_PX / float(np.median(scales))
+                reference, xy_px, confirmed = compare(ids, views)
+        confirmed &= trusted[views.image]
+        for index in np.flatnonzero(trusted):
+            image = images[index]
             mine = np.flatnonzero(views.image == index)
             for k in mine[confirmed[mine]]:
                 image.points2D[rows[k]].xy = xy_px[k] + 0.5
@@ -115,25 +140,99 @@ def refine_tracks(
                 point_id = int(ids[views.track[k]])
                 if model.exists_point3D(point_id):  # goes with its last but one observation
                     model.delete_observation(image.image_id, int(rows[k]))
-        bundle_adjust(model, fixed, threads, held)
-        # Refined observations agree far better than COLMAP's 4 px ask.
-        limit = 4.0 if round_ == 0 else 2.0
-        pycolmap.ObservationManager(model).filter_all_points3D(limit, 1.5)
-        bundle_adjust(model, fixed, threads, held)
-    model.update_point_3d_errors()
-    after = statistics(model)
-    if after["points"] < 0.5 * before["points"]:
+        bundle_adjust(model, fixed, threads, held, robust_px)
+        # Where patches were not trusted, observations are still the detector's.
+        refined_px = _DETECTED_PX if round_ == 0 else _REFINED_PX
+        _filter(model, images, scales, np.where(trusted, refined_px, _DETECTED_PX))
+        bundle_adjust(model, fixed, threads, held, robust_px)
+    if model.num_points3D() < before["points"] / 3:
         _restore(model, original)
         return (
-            f"kept as it was: patches confirm only {after['points']:.0f} of "
+            f"kept as it was: patches confirm only {model.num_points3D()} of "
             f"{before['points']:.0f} points"
         )
+    model.update_point_3d_errors()
+    refined = statistics(model)
+    _give_back(model, images, scales, original, threads)
+    model.update_point_3d_errors()
+    after = statistics(model)
     return (
         f"refined by patches: {before['mean_reprojection_error_px']:.2f} -> "
-        f"{after['mean_reprojection_error_px']:.2f} px, {confirmed_share:.0%} of "
-        f"{after['observations']:.0f} observations confirmed, "
-        f"{before['points']:.0f} -> {after['points']:.0f} points"
+        f"{refined['mean_reprojection_error_px']:.2f} px in {refined['observations']:.0f} "
+        f"observations that determine the poses, {after['observations']:.0f} of "
+        f"{before['observations']:.0f} observations and {after['points']:.0f} of "
+        f"{before['points']:.0f} points are left"
+        + _distrust([image.name for image, good in zip(images, trusted, strict=True) if not good])
     )
+
+
+def _unconfirmed(reference: np.ndarray, confirmed: np.ndarray) -> str:
+    others = np.ones(len(confirmed), dtype=bool)
+    others[reference] = False
+    return f"patches confirm only {confirmed[others].mean():.0%} of the observations"
+
+
+def _distrust(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"; patches of {len(names)} images were not trusted: {listed}"
+
+
+def _filter(model: Any, images: Sequence[Any], scales: np.ndarray, limit: np.ndarray) -> None:
+    """Drop observations above an image's limit (px that were compared), and points of flat rays."""
+    ids = np.array(sorted(model.point3D_ids()))
+    if not len(ids):
+        return
+    views, rows = _views(model, images, ids)
+    error = _errors(model, images, ids, views) * scales[views.image]
+    for k in np.flatnonzero(error > limit[views.image]):
+        if model.exists_point3D(int(ids[views.track[k]])):
+            model.delete_observation(images[views.image[k]].image_id, int(rows[k]))
+    manager = pycolmap.ObservationManager(model)
+    manager.filter_points3D_with_small_triangulation_angle(_MIN_ANGLE_DEG, model.point3D_ids())
+
+
+def _errors(model: Any, images: Sequence[Any], ids: np.ndarray, views: Any) -> np.ndarray:
+    """(K,) reprojection errors of observations in stored pixels, infinite behind the camera."""
+    xyz = np.array([model.points3D[int(i)].xyz for i in ids])
+    error = np.full(len(views.track), np.inf)
+    for index, image in enumerate(images):
+        pose = np.asarray(image.cam_from_world().matrix())
+        local = xyz[views.track] @ pose[:, :3].T + pose[:, 3]
+        mine = np.flatnonzero((views.image == index) & (local[:, 2] > 0))
+        if len(mine):
+            xy = project(model.camera(image.camera_id), local[mine]) - 0.5
+            error[mine] = np.linalg.norm(xy - views.xy_px[mine], axis=1)
+    return error
+
+
+def _give_back(
+    model: Any, images: Sequence[Any], scales: np.ndarray, original: Any, threads: int
+) -> None:
+    """Put observations of ``original`` that fit the poses, which stay, back into their tracks.
+
+    Points that are gone are placed anew from all of their observations; the others stay too.
+    """
+    image_of = {image.image_id: image for image in images}
+    lost = {int(i) for i in original.point3D_ids()} - {int(i) for i in model.point3D_ids()}
+    for point_id in sorted(lost):
+        point = original.point3D(point_id)
+        model.add_point3D_with_id(point_id, pycolmap.Point3D(xyz=point.xyz, color=point.color))
+    for point_id in original.point3D_ids():
+        for element in original.point3D(point_id).track.elements:
+            image = image_of[element.image_id]
+            if not image.points2D[element.point2D_idx].has_point3D():
+                model.add_observation(point_id, element)
+    if lost:
+        options = pycolmap.BundleAdjustmentOptions()
+        options.print_summary = False
+        options.ceres.solver_options.num_threads = threads
+        config = pycolmap.BundleAdjustmentConfig()  # without images: only these points move
+        for point_id in lost:
+            config.add_variable_point(point_id)
+        pycolmap.create_default_bundle_adjuster(options, config, model).solve()
+    _filter(model, images, scales, np.full(len(images), _DETECTED_PX))
 
 
 def _restore(model: Any, original: Any) -> None:
@@ -167,6 +266,8 @@ def _patch_shapes(
     images: Sequence[Any],
     ids: np.ndarray,
     views: Any,
+    scales: np.ndarray,
+    trusted: np.ndarray,
     options: PhotometricOptions,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reference row of each track, and (K, 2, 2) shape of its patch in every observation."""
@@ -197,8 +298,8 @@ def _patch_shapes(
             )
             jacobian[mine, :, column] = (ahead - behind) / (2 * step)
     determinant = np.linalg.det(jacobian)
-    footprint = np.sqrt(np.abs(determinant))
-    reference = photometric.pick_references(views, footprint, len(ids))
+    footprint = np.sqrt(np.abs(determinant)) * scales[views.image]  # in pixels that were compared
+    reference = photometric.pick_references(views, footprint, len(ids), trusted)
     # A plane seen edge-on has no inverse; such tracks are then found not comparable.
     own = jacobian[reference].copy()
     own[np.abs(np.linalg.det(own)) < 1e-9] = np.eye(2)

@@ -77,12 +77,15 @@ def refine_positions(
     reference: np.ndarray,
     affine: np.ndarray,
     gray: Callable[[int], np.ndarray],
-    num_images: int,
+    scale: np.ndarray,
     options: PhotometricOptions,
     *,
     workers: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Move observations until their patches agree with the reference view's.
+
+    Patches are compared at the size that the matcher saw, which is where the positions come from.
+    Larger images are then compared at their full size, wherever that shows more.
 
     Args:
         views: all observations.
@@ -90,7 +93,7 @@ def refine_positions(
         affine: (K, 2, 2) change of position in the observation's image for one pixel in the
             reference's.
         gray: image index -> (H, W) float32 grey values; called twice per image.
-        num_images: images.
+        scale: (N,) of each image, pixels that the matcher saw for a stored one; at most 1.
         options: see there.
         workers: images at a time, one thread each; does not change the result.
 
@@ -105,44 +108,68 @@ def refine_positions(
     positions = torch.from_numpy(views.xy_px.astype(np.float32))
     result = positions.clone()
     confirmed = np.zeros(len(result), dtype=bool)
-    templates = torch.zeros(len(reference), len(grid))
-    inside = torch.zeros(len(reference), dtype=torch.bool)
     reference_image = views.image[reference]
-    shapes = torch.from_numpy(affine.astype(np.float32))
+    # Pixels of each level for a stored one; where all images are seen as stored, one is enough.
+    levels = np.unique([scale, np.ones(len(scale))], axis=0)
+    templates = torch.zeros(len(levels), len(reference), len(grid))
+    inside = torch.zeros(len(levels), len(reference), dtype=torch.bool)
 
     def read_templates(index: int) -> None:
         tracks = np.flatnonzero(reference_image == index)
-        if len(tracks):
-            picture = _tensor(gray(index))
-            at = positions[reference[tracks]][:, None] + grid
-            templates[tracks] = _sample(picture, at, "cubic")[:, 0]
-            inside[tracks] = _within(picture, at)
+        if not len(tracks):
+            return
+        stored = gray(index)
+        for level, scales in enumerate(levels):
+            picture = _Picture(stored, scales[index])
+            at = picture.to_level(positions[reference[tracks]])[:, None] + grid
+            templates[level, tracks] = _sample(picture.planes, at, "cubic")[:, 0]
+            inside[level, tracks] = _within(picture.planes, at)
 
-    _each(read_templates, num_images, workers)
-    spread = ((weight * templates**2).sum(1) - (weight * templates).sum(1) ** 2).clamp_min(0).sqrt()
+    _each(read_templates, len(scale), workers)
+    spread = (
+        ((weight * templates**2).sum(-1) - (weight * templates).sum(-1) ** 2).clamp_min(0).sqrt()
+    )
     inside &= spread > 1.0  # grey values: nothing to hold on to below
     templates = _normalised(templates, weight)
-    confirmed[reference[inside.numpy()]] = True
+    confirmed[reference[inside[0].numpy()]] = True
 
-    determinant = np.abs(np.linalg.det(affine))
-    comparable = (determinant < options.max_scale**2) & (determinant > options.max_scale**-2)
-    is_reference = np.zeros(len(result), dtype=bool)
-    is_reference[reference] = True
-    candidates = ~is_reference & comparable & inside.numpy()[views.track]
+    shapes, candidates = [], []
+    for level, scales in enumerate(levels):
+        ratio = scales[views.image] / scales[reference_image[views.track]]
+        shape = affine * ratio[:, None, None]
+        shapes.append(torch.from_numpy(shape.astype(np.float32)))
+        determinant = np.abs(np.linalg.det(shape))
+        comparable = (determinant < options.max_scale**2) & (determinant > options.max_scale**-2)
+        comparable[reference] = False
+        candidates.append(comparable & inside[level].numpy()[views.track])
 
     def align(index: int) -> None:
-        rows = np.flatnonzero((views.image == index) & candidates)
+        rows = np.flatnonzero((views.image == index) & candidates[0])
         if not len(rows):
             return
-        own = templates[views.track[rows]]
-        moved, good = _align(
-            _tensor(gray(index)), positions[rows], shapes[rows], own, grid, weight, options
-        )
-        keep = rows[good.numpy()]
-        result[keep] = moved[good]
-        confirmed[keep] = True
+        stored = gray(index)
+        texture = torch.zeros(len(result))
+        for level, scales in enumerate(levels):
+            picture = _Picture(stored, scales[index])
+            moved, good, found = _align(
+                picture.planes,
+                picture.to_level(result[rows]),
+                shapes[level][rows],
+                templates[level, views.track[rows]],
+                grid,
+                weight,
+                options,
+            )
+            # Where an image is soft at its full size, that shows the same with less around it.
+            good &= found * scales[index] > texture[rows] * scale[index]
+            keep = rows[good.numpy()]
+            result[keep] = picture.to_stored(moved[good])
+            texture[keep] = found[good]
+            confirmed[keep] = True
+            if level + 1 < len(levels):
+                rows = keep[candidates[level + 1][keep] & (scale[index] < 1)]
 
-    _each(align, num_images, workers)
+    _each(align, len(scale), workers)
     return result.numpy().astype(np.float64), confirmed
 
 
@@ -166,25 +193,27 @@ def _align(
     grid: torch.Tensor,
     weight: torch.Tensor,
     options: PhotometricOptions,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gauss-Newton on the position, patches normalised by weighted mean and deviation.
 
     Returns:
-        (K, 2) positions and (K,) whether they can be trusted.
+        (K, 2) positions, (K,) whether they can be trusted, and (K,) how much texture they have.
     """
     pattern = torch.einsum("kij,pj->kpi", shapes, grid)
     xy = start.clone()
     good = _within(picture, xy[:, None] + pattern)
+    texture = torch.zeros(len(xy))
     # Bilinear steps find the place, cubic ones remove what bilinear's blur pulled.
     for mode, steps, tolerance in (("bilinear", options.iterations, 0.02), ("cubic", 3, 0.004)):
         active = torch.nonzero(good)[:, 0]
         for _ in range(steps):
             if not len(active):
                 break
-            delta, usable = _step(
+            delta, texture[active] = _step(
                 picture, xy[active], pattern[active], templates[active], weight, mode
             )
-            xy[active] += delta
+            usable = texture[active] > 1.0  # squared grey values a pixel: both directions hold
+            xy[active] += delta * usable[:, None]
             moved = (xy[active] - start[active]).norm(dim=1)
             usable &= moved < options.max_shift
             good[active] &= usable
@@ -194,7 +223,7 @@ def _align(
     value = _normalised(_sample(picture, at, "cubic")[:, 0], weight)
     correlation = (weight * value * templates[rows]).sum(1)
     good[rows] = (correlation > options.min_correlation) & _within(picture, at)
-    return xy, good
+    return xy, good, texture
 
 
 def _step(
@@ -205,7 +234,7 @@ def _step(
     weight: torch.Tensor,
     mode: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One Gauss-Newton step (K, 2), and (K,) whether the patch says where to go."""
+    """One Gauss-Newton step (K, 2), and (K,) the texture in the direction that has least."""
     sampled = _sample(picture, xy[:, None] + pattern, mode)  # (K, 3, P): value, d/dx, d/dy
     sampled = sampled - (sampled * weight).sum(2, keepdim=True)
     value, gradient = sampled[:, 0], sampled[:, 1:]
@@ -214,26 +243,43 @@ def _step(
     gx, gy = gradient.unbind(1)
     xx, xy_, yy = ((weight * a * b).sum(1) for a, b in ((gx, gx), (gx, gy), (gy, gy)))
     smallest = (xx + yy) / 2 - ((xx - yy) ** 2 / 4 + xy_**2).sqrt()
-    usable = smallest > 1.0  # squared grey values a pixel: texture in both directions
     determinant = (xx * yy - xy_**2).clamp_min(1e-6)
     bx, by = (gx * residual).sum(1), (gy * residual).sum(1)
     delta = torch.stack([yy * bx - xy_ * by, xx * by - xy_ * bx], 1) / determinant[:, None]
-    return delta.clamp(-1, 1) * usable[:, None], usable
+    return delta.clamp(-1, 1), smallest
 
 
 def _normalised(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    value = value - (value * weight).sum(1, keepdim=True)
-    return value / (weight * value**2).sum(1, keepdim=True).sqrt().clamp_min(1e-6)
+    value = value - (value * weight).sum(-1, keepdim=True)
+    return value / (weight * value**2).sum(-1, keepdim=True).sqrt().clamp_min(1e-6)
 
 
-def _tensor(gray: np.ndarray) -> torch.Tensor:
-    """(1, 3, H, W): grey values and their central differences."""
-    g = torch.from_numpy(np.ascontiguousarray(gray, dtype=np.float32))
-    dx = torch.zeros_like(g)
-    dy = torch.zeros_like(g)
-    dx[:, 1:-1] = (g[:, 2:] - g[:, :-2]) / 2
-    dy[1:-1] = (g[2:] - g[:-2]) / 2
-    return torch.stack([g, dx, dy])[None]
+class _Picture:
+    """An image at one level: its planes, and how its pixels lie to the stored ones."""
+
+    def __init__(self, gray: np.ndarray, scale: float) -> None:
+        import cv2
+
+        height, width = gray.shape
+        if scale < 1:
+            size = max(1, round(width * scale)), max(1, round(height * scale))
+            gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+        self.ratio = torch.tensor([gray.shape[1] / width, gray.shape[0] / height])
+        g = torch.from_numpy(np.ascontiguousarray(gray, dtype=np.float32))
+        # (1, 3, H, W), channels last: grey values and their central differences
+        planes = torch.zeros(*g.shape, 3)
+        planes[..., 0] = g
+        planes[:, 1:-1, 1] = (g[:, 2:] - g[:, :-2]) / 2
+        planes[1:-1, :, 2] = (g[2:] - g[:-2]) / 2
+        self.planes = planes.permute(2, 0, 1)[None]
+
+    def to_level(self, xy: torch.Tensor) -> torch.Tensor:
+        """Positions (K, 2) in stored pixels -> in this level's."""
+        return (xy + 0.5) * self.ratio - 0.5
+
+    def to_stored(self, xy: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``to_level``."""
+        return (xy + 0.5) / self.ratio - 0.5
 
 
 def _within(picture: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -270,27 +316,78 @@ def _sample(picture: torch.Tensor, at: torch.Tensor, mode: str) -> torch.Tensor:
     columns, rows = taps[..., 0, :].clamp(0, w - 1), taps[..., 1, :].clamp(0, h - 1)
     index = rows[..., :, None] * w + columns[..., None, :]
     product = weights[..., 1, :, None] * weights[..., 0, None, :]
-    table = picture[0].flatten(1).T.contiguous()  # (H W, C)
+    table = picture[0].permute(1, 2, 0).reshape(h * w, -1)  # a view, channels being last
     sampled = torch.nn.functional.embedding_bag(
         index.reshape(-1, 16), table, per_sample_weights=product.reshape(-1, 16), mode="sum"
     )
     return sampled.view(*at.shape[:2], picture.shape[1]).permute(0, 2, 1)
 
 
-def pick_references(views: TrackViews, footprint: np.ndarray, num_tracks: int) -> np.ndarray:
+def judge_images(
+    views: TrackViews,
+    reference: np.ndarray,
+    confirmed: np.ndarray,
+    num_images: int,
+    options: PhotometricOptions,
+) -> np.ndarray:
+    """Which images' patches agree with those of the others.
+
+    The image with the smallest share of confirmed comparisons, as either side of them, is set
+    aside until that share is ``options.min_share`` in all that are left.
+
+    Args:
+        views: all observations.
+        reference: (T,) row of ``views`` that each track was compared with.
+        confirmed: (K,) whether the comparison was good.
+        num_images: images.
+        options: see there.
+
+    Returns:
+        (num_images,) bool.
+    """
+    from scipy import sparse
+
+    others = np.ones(len(confirmed), dtype=bool)
+    others[reference] = False
+    sides = views.image[others], views.image[reference][views.track[others]]
+
+    def between(values: np.ndarray) -> sparse.csc_matrix:
+        found = sparse.csc_matrix((values, sides), (num_images, num_images))
+        return sparse.csc_matrix(found + found.T)
+
+    all_, good = between(np.ones(others.sum())), between(confirmed[others].astype(float))
+    made, agreed = all_.sum(1).A1, good.sum(1).A1
+    trusted = np.ones(num_images, dtype=bool)
+    while trusted.any():
+        share = np.where(trusted, agreed / np.maximum(made, 1), np.inf)
+        worst = int(share.argmin())
+        if share[worst] >= options.min_share:
+            break
+        trusted[worst] = False
+        made -= all_[:, [worst]].toarray()[:, 0]
+        agreed -= good[:, [worst]].toarray()[:, 0]
+    return trusted
+
+
+def pick_references(
+    views: TrackViews, footprint: np.ndarray, num_tracks: int, trusted: np.ndarray | None = None
+) -> np.ndarray:
     """The view each track is compared with: that of median size, so that none is far from it.
 
     Args:
         views: all observations.
         footprint: (K,) pixels that a unit of the scene covers at the point.
         num_tracks: tracks.
+        trusted: (number of images,) those preferred; by default all.
 
     Returns:
         (T,) rows of ``views``.
     """
-    order = np.lexsort((footprint, views.track))
-    counts = np.bincount(views.track, minlength=num_tracks)
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    first = np.ones(len(views.track), dtype=bool) if trusted is None else trusted[views.image]
+    order = np.lexsort((footprint, ~first, views.track))
+    starts = np.searchsorted(views.track[order], np.arange(num_tracks))
+    preferred = np.bincount(views.track[first], minlength=num_tracks)
+    counts = np.where(preferred > 0, preferred, np.bincount(views.track, minlength=num_tracks))
     chosen: np.ndarray = order[starts + (counts - 1) // 2]
     return chosen
 
@@ -306,6 +403,7 @@ def tangents(normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 __all__: Sequence[str] = (
     "PhotometricOptions",
     "TrackViews",
+    "judge_images",
     "local_normals",
     "pick_references",
     "refine_positions",
