@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gim_hloc.matchers.base import ImageData, ImageOptions
 
 _STRONGEST = 400  # local descriptors of an image that re-ranking compares
+_RATIO = 0.85  # of the distances to the nearest and the second nearest descriptor
 _CHUNK = 65536  # descriptors assigned to clusters at once: 16 MB of distances for 64 clusters
 
 
@@ -219,11 +220,14 @@ def mutual_neighbours(
 
 
 def _mutual(a: np.ndarray, b: np.ndarray) -> int:
-    """Number of mutual nearest neighbours of unit vectors (N, D) and (M, D)."""
-    if not len(a) or not len(b):
+    """Number of distinct mutual nearest neighbours of unit vectors (N, D) and (M, D)."""
+    if len(a) < 1 or len(b) < 2:
         return 0
     cosine = a @ b.T
-    return int((cosine.argmax(0)[cosine.argmax(1)] == np.arange(len(a))).sum())
+    mutual = cosine.argmax(0)[cosine.argmax(1)] == np.arange(len(a))
+    # Half of all descriptors have a mutual neighbour by chance; Lowe's ratio leaves few of these.
+    second, first = np.partition(cosine, -2, axis=1)[:, -2:].T
+    return int((mutual & (1 - first < _RATIO**2 * (1 - second))).sum())
 
 
 def cosine_scores(
