@@ -288,7 +288,7 @@ class PairOptions:
 class VerifyOptions:
     """Two-view geometric verification (COLMAP's ``TwoViewGeometryOptions``)."""
 
-    max_error: Positive = 4.0  # px, largest epipolar error of an inlier
+    max_error: Positive = 4.0  # px of the size that the matcher saw: epipolar error of an inlier
     min_num_inliers: Count = 15  # fewer: the pair is dropped
     # Smallest sum of the inliers' confidences, below which the pair is dropped; 0: none.
     # None: the matcher's own number at its operating point, none where it has no such number.
@@ -306,7 +306,7 @@ class MapOptions:
     init_min_num_inliers: Count | None = None  # of the first pair (COLMAP: 100)
     init_min_tri_angle: Positive | None = None  # degrees, of the first pair (COLMAP: 16)
     abs_pose_min_num_inliers: Count | None = None  # to register an image (COLMAP: 30)
-    filter_max_reproj_error: Positive | None = None  # px, observations above it go (COLMAP: 4)
+    filter_max_reproj_error: Positive | None = None  # px seen, above go (COLMAP: 4)
     ba_refine_principal_point: bool = False
     multiple_models: bool = True  # keep going with the images that did not fit the first model
 
@@ -362,11 +362,11 @@ class PhotometricOptions:
 
     radius: Count = 5  # px of the reference view; the patch has 2 radius + 1 pixels a side
     iterations: Count = 8  # Gauss-Newton steps at most, before three finer ones
-    max_shift: Positive = 2.5  # px; an observation that wants to move farther keeps its place
+    max_shift: Positive = 2.5  # px seen; an observation that wants to move farther keeps its place
     min_correlation: Share = 0.9  # of the grey values after the move, else it keeps its place
     max_scale: Annotated[float, Field(ge=1)] = 2.5  # change of size beyond which none is compared
     neighbours: Annotated[int, Field(ge=3)] = 10  # points that the local plane is fitted to
-    min_share: Share = 0.35  # of observations confirmed; below, pictures and model do not fit
+    min_share: Share = 0.35  # of an image's comparisons confirmed; below, it is not trusted
     min_confirmed: CountOrNone = 60  # observations; images with fewer confirmed keep all of theirs
     rounds: Count = 2  # refinement and bundle adjustment in turn
 

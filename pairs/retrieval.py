@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.pairs.base import Pair, best_of, best_pairs, unique_names
 
 if TYPE_CHECKING:
@@ -224,9 +223,12 @@ def _mutual(a: np.ndarray, b: np.ndarray) -> int:
     if len(a) < 1 or len(b) < 2:
         return 0
     cosine = a @ b.T
-    mutual = cosine.argmax(0)[cosine.argmax(1)] == np.arange(len(a))
+    rows, nearest = np.arange(len(a)), cosine.argmax(1)
+    mutual = cosine.argmax(0)[nearest] == rows
     # Half of all descriptors have a mutual neighbour by chance; Lowe's ratio leaves few of these.
-    second, first = np.partition(cosine, -2, axis=1)[:, -2:].T
+    first = cosine[rows, nearest]
+    cosine[rows, nearest] = -1
+    second = cosine.max(1)
     return int((mutual & (1 - first < _RATIO**2 * (1 - second))).sum())
 
 
@@ -411,6 +413,8 @@ def read_global_descriptors(path: Path | str, names: Sequence[str]) -> np.ndarra
     Raises:
         InputError: if the file cannot be read or lacks an image.
     """
+    from gim_hloc.hloc_files import read  # h5py comes with it
+
     with _open_h5(path, names, "global_descriptor") as file:
         rows = [read(file, f"{name}/global_descriptor").ravel() for name in names]
     widths = {len(row) for row in rows}
@@ -457,6 +461,8 @@ class LocalDescriptors(Lazy):
 
 
 def _read_local(path: Path | str, name: str) -> np.ndarray:
+    from gim_hloc.hloc_files import find, read  # h5py comes with it
+
     with _open_h5(path, [name], "descriptors") as file:
         rows = read(file, f"{name}/descriptors").T
         if find(file, f"{name}/scores") is None:
@@ -472,6 +478,8 @@ def strongest_first(rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
 @contextlib.contextmanager
 def _open_h5(path: Path | str, names: Sequence[str], dataset: str) -> Iterator[Any]:
     """Open a file in hloc's layout that has a dataset for each of the images."""
+    from gim_hloc.hloc_files import find, open_h5  # h5py comes with it
+
     with open_h5(path, "descriptor file") as file:
         missing = [name for name in names if find(file, f"{name}/{dataset}") is None]
         if missing:

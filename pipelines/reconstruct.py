@@ -1206,6 +1206,7 @@ class _Run:
                 "seed": self.options.seed,
                 "pycolmap": colmap.version(),
                 "poses": self._poses_key(),
+                "scale": self._scale(),
             }
         )
         self.stages["database"] = key
@@ -1235,6 +1236,7 @@ class _Run:
                     poses=self._poses_if("fixed"),
                     priors={n: -r.T @ t for n, (r, t) in prior.items()} if prior else None,
                     prior_stddev=self._prior_stddev(),
+                    scale=self._scale(),
                 )
         self._judge_poses(verified)
         self.state.setdefault("stages", {}).pop("sparse", None)
@@ -1346,7 +1348,19 @@ class _Run:
             seed=self.options.seed,
             threads=1 if self.options.deterministic else -1,
             log_dir=self.output / "logs",
+            # COLMAP takes one bound for all images: sizes that differ meet in the middle.
+            stored_px=float(np.exp(-np.mean(np.log(list(self._scale().values()))))),
         )
+
+    def _scale(self) -> dict[str, float]:
+        """Pixels that keypoints were found at for a stored one, at most 1."""
+        from gim_hloc import images as image_module
+
+        options = self.describer.image_options
+        return {
+            name: min(1.0, max(image_module.network_size(*r.upright_size, options)) / max(r.size))
+            for name, r in self.records.items()
+        }
 
     def _build(self, job: MapJob, verified: Sequence[PairVerification]) -> list[Any]:
         """COLMAP's models, largest first."""
@@ -1381,6 +1395,7 @@ class _Run:
                 if self.options.refine_keypoints:
                     with self._timed("refine"):
                         sentence = self._refine_by_patches(model, job.fixed)
+                    self._map_notes.append(f"The model was {sentence}.")
                     logger.info("Model %d: %s", index, sentence)
 
     def _check(self, job: MapJob, models: Sequence[Any]) -> list[Any]:
@@ -1516,6 +1531,7 @@ class _Run:
                 threads=1 if self.options.deterministic else -1,
                 progress=bar.update,
                 held=self._held(),
+                scale=self._scale(),
             )
             bar.total = bar.n
             bar.refresh()

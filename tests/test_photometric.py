@@ -59,7 +59,13 @@ def align(second: np.ndarray, shape: np.ndarray, true: np.ndarray, first: np.nda
     )
     shapes = np.concatenate([np.tile(np.eye(2), (count, 1, 1)), np.tile(shape, (count, 1, 1))])
     xy, confirmed = refine_positions(
-        views, np.arange(count), shapes, lambda i: (first, second)[i], np.ones(2), PhotometricOptions(), **kw
+        views,
+        np.arange(count),
+        shapes,
+        lambda i: (first, second)[i],
+        np.ones(2),
+        PhotometricOptions(),
+        **kw,
     )  # type: ignore[arg-type]
     assert np.array_equal(xy[:count], points)  # the view compared with keeps its place
     return np.linalg.norm(xy[count:] - truth, axis=1), confirmed[count:], xy

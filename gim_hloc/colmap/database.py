@@ -65,6 +65,7 @@ def build_database(
     poses: Mapping[str, Pose] | None = None,
     priors: Mapping[str, np.ndarray] | None = None,
     prior_stddev: float = 1.0,
+    scale: Mapping[str, float] | None = None,
 ) -> list[PairVerification]:
     """Write a COLMAP database: images, cameras, keypoints, matches and verified geometries.
 
@@ -88,6 +89,7 @@ def build_database(
             their confidences.
         priors: name -> (3,) camera centre that the mapper is to stay near.
         prior_stddev: standard deviation of priors, in their unit.
+        scale: name -> pixels that the matcher saw for a stored one, at most 1 (the default).
 
     Returns:
         One entry for each pair of ``matches``, in its order.
@@ -111,6 +113,9 @@ def build_database(
         def known_pose(name0: str, name1: str) -> bool:
             return poses is not None and name0 in poses and name1 in poses
 
+        def seen_by(pair: _Pair) -> list[float]:
+            return [(scale or {}).get(name, 1.0) for name in (pair.name0, pair.name1)]
+
         def estimate(pair: _Pair) -> Any:
             if not len(pair.rows):
                 return None
@@ -126,7 +131,8 @@ def build_database(
                     (camera_of[name], points[name].astype(np.float64), poses[name])
                     for name in (pair.name0, pair.name1)
                 ]
-                return _known_geometry(ends[0], ends[1], pair.rows, verify.max_error)
+                limits = [verify.max_error / seen for seen in seen_by(pair)]
+                return _known_geometry(ends[0], ends[1], pair.rows, limits)
             if pair.confidence(pair.rows) < least:
                 return None  # all the trials could not change that
             return pycolmap.estimate_two_view_geometry(
@@ -135,7 +141,8 @@ def build_database(
                 camera_of[pair.name1],
                 points[pair.name1].astype(np.float64),
                 pair.rows,
-                _two_view_options(verify, seed + pair.index),
+                # COLMAP takes one bound a pair; for an essential matrix this mean is exact.
+                _two_view_options(verify, seed + pair.index, 2 / sum(seen_by(pair))),
             )
 
         for pair, geometry in _ordered_map(estimate, matches, threads):
@@ -202,7 +209,7 @@ def _write_prior(database: Any, image_id: int, centre: np.ndarray, stddev: float
 _End = tuple[Any, np.ndarray, "Pose"]  # camera, keypoints (N, 2) corner origin, pose
 
 
-def _known_geometry(end0: _End, end1: _End, rows: np.ndarray, max_error: float) -> Any:
+def _known_geometry(end0: _End, end1: _End, rows: np.ndarray, max_error: Sequence[float]) -> Any:
     """Two-view geometry of a known relative pose: matches within ``max_error`` px of their lines.
 
     As in hloc's triangulation, the distance to the epipolar line counts in both images.
@@ -215,8 +222,8 @@ def _known_geometry(end0: _End, end1: _End, rows: np.ndarray, max_error: float) 
         for side, (camera, xy) in enumerate(((camera0, xy0), (camera1, xy1)))
     )
     error0, error1 = distances(essential, *rays)
-    good = (error0 <= camera0.cam_from_img_threshold(max_error)) & (
-        error1 <= camera1.cam_from_img_threshold(max_error)
+    good = (error0 <= camera0.cam_from_img_threshold(max_error[0])) & (
+        error1 <= camera1.cam_from_img_threshold(max_error[1])
     )
     geometry = pycolmap.TwoViewGeometry()
     geometry.config = int(pycolmap.TwoViewGeometryConfiguration.CALIBRATED)
@@ -268,10 +275,10 @@ def _config_name(config: Any) -> str:
     return str(config)
 
 
-def _two_view_options(verify: VerifyOptions, seed: int) -> Any:
+def _two_view_options(verify: VerifyOptions, seed: int, stored_px: float) -> Any:
     options = pycolmap.TwoViewGeometryOptions()
     options.min_num_inliers = verify.min_num_inliers
-    options.ransac.max_error = verify.max_error
+    options.ransac.max_error = verify.max_error * stored_px
     options.ransac.min_inlier_ratio = verify.min_inlier_ratio
     options.ransac.confidence = verify.confidence
     options.ransac.max_num_trials = verify.max_num_trials

@@ -51,6 +51,7 @@ class MapJob:
         threads: COLMAP's threads; one thread and a seed give the same model twice.
         log_dir: where COLMAP's own log goes.
         progress: called with (index of the model, images registered in it).
+        stored_px: stored pixels for one that the matcher saw, COLMAP's bounds being in stored ones.
     """
 
     database: Path
@@ -64,6 +65,7 @@ class MapJob:
     threads: int = -1
     log_dir: Path | None = None
     progress: Callable[[int, int], None] = lambda model, images: None
+    stored_px: float = 1.0
 
     @property
     def num_images(self) -> int:
@@ -299,6 +301,14 @@ def _incremental_options(job: MapJob, *, relaxed: bool = False) -> Any:
         value = getattr(options, name)
         if value is not None:
             setattr(pipeline.mapper, name, value)
+    for group, name in (
+        (pipeline.mapper, "init_max_error"),
+        (pipeline.mapper, "abs_pose_max_error"),
+        (pipeline.mapper, "filter_max_reproj_error"),
+        (pipeline.triangulation, "merge_max_reproj_error"),
+        (pipeline.triangulation, "complete_max_reproj_error"),
+    ):
+        setattr(group, name, getattr(group, name) * job.stored_px)
     return pipeline
 
 
