@@ -11,8 +11,9 @@ from scipy.spatial.transform import Rotation
 from synthetic import FOCAL, HEIGHT, WIDTH, Scene, camera_errors, make_scene
 
 from gim_hloc import colmap
-from gim_hloc.colmap import CameraOptions, MapOptions, VerifyOptions, checks, mapping
+from gim_hloc.colmap import checks, mapping
 from gim_hloc.errors import MappingError
+from gim_hloc.options import CameraOptions, MapOptions, VerifyOptions
 
 Pose = tuple[np.ndarray, np.ndarray]
 
@@ -268,6 +269,20 @@ def test_a_weak_but_right_image_stays_and_one_without_support_leaves() -> None:
     assert names == set(scene.names) - {bare}
     assert list(checked.reasons) == [bare]
     assert "only 8 points" in checked.reasons[bare]
+
+
+def test_images_without_points_do_not_disturb_the_joints() -> None:
+    model = model_of(two_places(8, 200))
+    for image_id in (1, 2):
+        for row, point in enumerate(model.image(image_id).points2D):
+            if point.has_point3D():
+                model.delete_observation(image_id, row)
+    parts = colmap.split_at_weak_joints(model, [])
+    assert len(parts) == 2
+    scene = make_scene(images=5)
+    for name in scene.names:
+        keep_observations(scene, name, 0)
+    assert len(colmap.split_at_weak_joints(model_of(scene), [])) == 1
 
 
 def test_models_without_points_are_none() -> None:

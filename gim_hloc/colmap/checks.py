@@ -123,26 +123,16 @@ def split_at_weak_joints(model: Any, notes: list[str]) -> list[Any]:
     with np.errstate(divide="ignore"):
         tree = -minimum_spanning_tree(coo_matrix(np.where(shared > 0, -shared, 0))).tocoo()
     edges = sorted(zip(tree.data.tolist(), tree.row.tolist(), tree.col.tolist(), strict=True))
-    count, label = connected_components(tree)
-    for joint, *ends in [(0.0, 0, int(np.argmax(label)))] if count > 1 else edges:
+    for joint, side in _cuts(edges, len(ids)):
         if joint >= WEAK_JOINT:
             break
-        left = [e for e in edges if e[1:] != tuple(ends)]
-        values, rows, columns = zip(*left, strict=True)
-        _, side = connected_components(
-            coo_matrix((values, (rows, columns)), shape=(len(ids), len(ids)))
-        )
-        inner = [
-            [value for value, a, _ in left if side[a] == side[end]]
-            for end in ends
-            if np.sum(side == side[end]) > 1
-        ]
-        if len(inner) < 2 or min(map(np.median, inner)) < INNER_RATIO * joint:
+        inner = [[value for value, a, b in edges if s[a] and s[b]] for s in (side, ~side)]
+        if not all(inner) or min(map(np.median, inner)) < INNER_RATIO * joint:
             continue
         parts = []
-        for end in ends:
+        for out in (side, ~side):
             part = copy.deepcopy(model)
-            _deregister(part, [i for i, s in zip(ids, side, strict=True) if s != side[end]])
+            _deregister(part, [i for i, leaves in zip(ids, out, strict=True) if leaves])
             parts.append(part)
         sizes = sorted((part.num_reg_images() for part in parts), reverse=True)
         notes.append(
@@ -151,6 +141,24 @@ def split_at_weak_joints(model: Any, notes: list[str]) -> list[Any]:
         )
         return [p for part in parts for p in split_at_weak_joints(part, notes)]
     return [model]
+
+
+def _cuts(
+    edges: Sequence[tuple[float, int, int]], count: int
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Points of each joint of a forest, weakest first, and (count,) bool: one side of it."""
+
+    def parts(kept: Sequence[tuple[float, int, int]]) -> np.ndarray:
+        rows, columns = np.array([e[1:] for e in kept], dtype=np.int64).reshape(-1, 2).T
+        graph = coo_matrix((np.ones(len(kept)), (rows, columns)), shape=(count, count))
+        return np.asarray(connected_components(graph, directed=False)[1])
+
+    label = parts(edges)
+    if label.max():
+        yield from ((0.0, label == k) for k in range(label.max() + 1))
+    for joint, a, b in edges:
+        label = parts([e for e in edges if e[1:] != (a, b)])
+        yield joint, label == label[a]
 
 
 # ------------------------------------------------------------------------- a camera that only turns
