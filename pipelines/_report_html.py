@@ -627,7 +627,8 @@ def _models(full: dict[str, Any]) -> str:
         rows = "".join(_camera_row(camera) for camera in cameras)
         table = (
             "<div class=scroll><table><thead><tr><th scope=col class=n>Camera<th scope=col>Model"
-            "<th scope=col>Pixels<th scope=col class=n>Images<th scope=col>Refined"
+            "<th scope=col>Pixels<th scope=col class=n>Images<th scope=col>From"
+            "<th scope=col>Refined<th scope=col>Standard error"
             f"<th scope=col>Parameters</tr></thead><tbody>{rows}</tbody></table></div>"
             if rows
             else ""
@@ -645,11 +646,21 @@ def _camera_row(camera: dict[str, Any]) -> str:
     )
     refined = _NONE
     if camera.get("refined") is not None:
-        refined = "yes" if camera["refined"] else "fixed"
+        refined = "yes" if camera["refined"] else "held"
+    if camera.get("principal_point_refined"):
+        refined += ", principal point too" if camera["refined"] else ", principal point refined"
+    error = _NONE
+    if camera.get("focal_stderr_px") is not None:
+        error = (
+            f"focal length {camera['focal_stderr_px']:.2g} px, "
+            f"principal point {camera['principal_point_stderr_px']:.2g} px"
+        )
     return (
         f"<tr><td class=n>{_esc(camera.get('id', '?'))}<td>{_esc(camera.get('model', '?'))}"
         f"<td>{_esc(camera.get('width', '?'))} &times; {_esc(camera.get('height', '?'))}"
-        f"<td class=n>{_number(camera.get('images'))}<td>{refined}<td><code>{params}</code>"
+        f"<td class=n>{_number(camera.get('images'))}"
+        f"<td>{_esc(camera.get('source') or _NONE)}<td>{refined}<td>{error}"
+        f"<td><code>{params}</code>"
     )
 
 

@@ -1214,6 +1214,7 @@ class _Run:
         with self._timed("verify"):
             if self._stage_done("database", key) and path.exists():
                 verified = colmap.read_verification(path, pairs)
+                self.cameras = colmap.read_cameras(path, self.cameras)
                 logger.info("Database reused: %s", path)
                 self._tell_doubtful(verified)
                 return verified
@@ -1295,6 +1296,7 @@ class _Run:
         job = self._map_job()
         try:
             models = self._build(job, verified)
+            job = dataclasses.replace(job, cameras=self.cameras)  # parted by zoom
             self._improve(job, models)
             models = self._check(job, models)
         except MappingError as error:
@@ -1377,26 +1379,37 @@ class _Run:
 
             job = dataclasses.replace(job, progress=registered)
             known = self._poses_if("fixed", "refine") is not None
-            mapped = colmap.triangulate_known(job) if known else colmap.run_mapping(job)
-        self._map_notes += mapped.notes
-        return mapped.models
+            if known:
+                mapped = colmap.triangulate_known(job)
+                self._map_notes += mapped.notes
+                return mapped.models
+            grouped = colmap.map_scene(job, split=self.options.cameras.camera_mode == "auto")
+        self.cameras = list(grouped.cameras)
+        self._map_notes += grouped.notes
+        return grouped.models
 
     def _improve(self, job: MapJob, models: Sequence[Any]) -> None:
-        """What follows mapping: warps read again, then patches compared."""
+        """What follows mapping: warps read again, patches compared, intrinsics settled."""
         from gim_hloc import colmap
 
         for index, model in enumerate(models):
             with colmap.colmap_log(job.log_dir):
+                fixed = job.fixed | colmap.hold_undetermined(model, job)
+                before = {camera["id"]: camera["params"] for camera in colmap.cameras_of(model)}
                 if self._reads_again():
                     with self._timed("reread"):
-                        sentence = self._refine_by_warps(model, job.fixed)
+                        sentence = self._refine_by_warps(model, fixed)
                     self._map_notes.append(f"The model was {sentence}.")
                     logger.info("Model %d: %s", index, sentence)
                 if self.options.refine_keypoints:
                     with self._timed("refine"):
-                        sentence = self._refine_by_patches(model, job.fixed)
+                        sentence = self._refine_by_patches(model, fixed)
                     self._map_notes.append(f"The model was {sentence}.")
                     logger.info("Model %d: %s", index, sentence)
+                with self._timed("map"):
+                    for note in colmap.settle(model, job, before):
+                        logger.info("Model %d: %s", index, note)
+                        self._map_notes.append(f"Model {index}: {note}")
 
     def _check(self, job: MapJob, models: Sequence[Any]) -> list[Any]:
         """What is left of models that known poses do not carry (see ``colmap.check_models``)."""
@@ -1611,9 +1624,11 @@ class _Run:
             if row["name"] in masked:
                 row["reason"] = masked[row["name"]]
         if self.known is None or self.options.poses != "fixed":
-            kept = colmap.fixed_cameras(self.cameras, self.options.cameras.refine_intrinsics)
-            for camera in (c for m in report["models"] for c in m["cameras"]):
-                camera["refined"] = camera["id"] not in kept
+            job = self._map_job()
+            for model, described in zip(loaded, report["models"], strict=True):
+                found = colmap.describe_intrinsics(model, job)
+                for camera in described["cameras"]:
+                    camera.update(found[camera["id"]])
         report["settings"] = _plain(
             {
                 "images": str(self.root),

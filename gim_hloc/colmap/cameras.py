@@ -202,13 +202,23 @@ def _group_key(record: ImageRecord, spec: CameraSpec | None, mode: CameraMode) -
 
 def _guessed_camera(record: ImageRecord, model: str) -> CameraSpec:
     focal = focal_prior(record)
+    return _camera_of_focal(model, record.width, record.height, focal)
+
+
+def guessed_again(spec: CameraSpec) -> CameraSpec:
+    """The same camera with its focal length guessed instead of known."""
+    guessed = _camera_of_focal(spec.model, spec.width, spec.height, None)
+    return dataclasses.replace(guessed, names=spec.names)
+
+
+def _camera_of_focal(model: str, width: int, height: int, focal: float | None) -> CameraSpec:
     # COLMAP's guess for an unknown camera.
-    value = focal if focal else 1.2 * max(record.width, record.height)
-    camera = _create_camera(model, value, record.width, record.height)
+    value = focal if focal else 1.2 * max(width, height)
+    camera = _create_camera(model, value, width, height)
     return CameraSpec(
         model=model,
-        width=record.width,
-        height=record.height,
+        width=width,
+        height=height,
         params=tuple(float(p) for p in camera.params),
         prior=focal is not None,
         given=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import pycolmap
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from gim_hloc.colmap.cameras import CameraSpec, unproject
+from gim_hloc.colmap.cameras import CameraSpec, camera_spec, unproject
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.epipolar import distances, essential_matrix
 from gim_hloc.geometry.pose import relative_pose
@@ -313,6 +314,50 @@ def _write_images(
         frame.add_data_id(image.data_id)
         database.write_frame(frame)
     return ids, camera_of
+
+
+def copy_with_cameras(source: Path, target: Path, cameras: Sequence[CameraSpec]) -> None:
+    """Copy a database, its images and what was found in them, but for the cameras."""
+    target.unlink(missing_ok=True)
+    with pycolmap.Database.open(source) as old, pycolmap.Database.open(target) as new:
+        images = sorted(old.read_all_images(), key=lambda image: image.image_id)
+        ids, _ = _write_images(new, cameras, [image.name for image in images])
+        for image in images:
+            new.write_keypoints(ids[image.name], old.read_keypoints(image.image_id))
+        for pair_id, rows in zip(*old.read_all_matches(), strict=True):
+            new.write_matches(*pycolmap.pair_id_to_image_pair(pair_id), rows)
+        for pair_id, geometry in zip(*old.read_two_view_geometries(), strict=True):
+            new.write_two_view_geometry(*pycolmap.pair_id_to_image_pair(pair_id), geometry)
+        for prior in old.read_all_pose_priors():
+            new.write_pose_prior(prior)
+
+
+def read_cameras(database: Path, known: Sequence[CameraSpec]) -> list[CameraSpec]:
+    """Cameras of a database made from ``known`` ones, which may have been parted since."""
+    given = {name: spec.given for spec in known for name in spec.names}
+    with pycolmap.Database.open(database) as db:
+        cameras = sorted(db.read_all_cameras(), key=lambda camera: camera.camera_id)
+        names: dict[int, list[str]] = {camera.camera_id: [] for camera in cameras}
+        for image in sorted(db.read_all_images(), key=lambda image: image.image_id):
+            names[image.camera_id].append(image.name)
+    return [
+        dataclasses.replace(
+            camera_spec(camera),
+            prior=camera.has_prior_focal_length,
+            given=any(given.get(name, False) for name in names[camera.camera_id]),
+            names=names[camera.camera_id],
+        )
+        for camera in cameras
+    ]
+
+
+def inlier_counts(database: Path) -> dict[tuple[str, str], int]:
+    """Names of each verified pair -> its inliers."""
+    with pycolmap.Database.open(database) as db:
+        names = {image.image_id: image.name for image in db.read_all_images()}
+        counts = zip(*db.read_two_view_geometry_num_inliers(), strict=True)
+        ends = ((pycolmap.pair_id_to_image_pair(pair_id), count) for pair_id, count in counts)
+        return {(names[a], names[b]): int(count) for (a, b), count in ends}
 
 
 def inlier_matches(database: Path, pairs: Sequence[tuple[str, str]]) -> list[np.ndarray]:

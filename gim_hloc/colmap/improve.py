@@ -29,7 +29,21 @@ def bundle_adjust(
 
     ``robust_px`` is the scale of a Cauchy loss: observations far above it hardly count.
     """
+    adjuster(model, fixed, threads, held, robust_px).solve()
+
+
+def adjuster(
+    model: Any,
+    fixed: set[int],
+    threads: int,
+    held: Collection[str] = (),
+    robust_px: float | None = None,
+    *,
+    principal_point: bool = False,
+) -> Any:
+    """The adjustment of ``bundle_adjust``, to be solved; with principal points free or not."""
     options = pycolmap.BundleAdjustmentOptions()
+    options.refine_principal_point = principal_point
     options.print_summary = False
     options.ceres.solver_options.num_threads = threads
     if robust_px is not None:
@@ -47,7 +61,7 @@ def bundle_adjust(
         config.set_constant_cam_intrinsics(camera_id)
     if config.num_constant_rig_from_world_poses() < 2:  # the world is not held in place otherwise
         config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
-    pycolmap.create_default_bundle_adjuster(options, config, model).solve()
+    return pycolmap.create_default_ceres_bundle_adjuster(options, config, model)
 
 
 # Of observations as detectors place them, in pixels that the matcher saw: COLMAP's own bound.
