@@ -648,7 +648,7 @@ def _camera_row(camera: dict[str, Any]) -> str:
     if camera.get("refined") is not None:
         refined = "yes" if camera["refined"] else "held"
     if camera.get("principal_point_refined"):
-        refined += ", principal point too" if camera["refined"] else ", principal point refined"
+        refined += ", principal point too"
     error = _NONE
     if camera.get("focal_stderr_px") is not None:
         error = (
@@ -659,7 +659,7 @@ def _camera_row(camera: dict[str, Any]) -> str:
         f"<tr><td class=n>{_esc(camera.get('id', '?'))}<td>{_esc(camera.get('model', '?'))}"
         f"<td>{_esc(camera.get('width', '?'))} &times; {_esc(camera.get('height', '?'))}"
         f"<td class=n>{_number(camera.get('images'))}"
-        f"<td>{_esc(camera.get('source') or _NONE)}<td>{refined}<td>{error}"
+        f"<td>{_esc(camera['source']) if 'source' in camera else _NONE}<td>{refined}<td>{error}"
         f"<td><code>{params}</code>"
     )
 

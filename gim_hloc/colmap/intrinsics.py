@@ -77,7 +77,10 @@ def standard_errors(
     if not cameras or not model.num_points3D():
         return dict.fromkeys(cameras, (math.inf, math.inf))
     problem = adjuster(model, fixed, threads, principal_point=principal_point)
-    covariance = pycolmap.estimate_ba_covariance(pycolmap.BACovarianceOptions(), model, problem)
+    # COLMAP's damping of 1e-8 leaves some problems without an inverse; this bounds errors at a
+    # thousand times the residuals.
+    options = pycolmap.BACovarianceOptions(damping=1e-6)
+    covariance = pycolmap.estimate_ba_covariance(options, model, problem)
     residuals = np.concatenate([i.errors_px for i in image_statistics(model).values()])
     unknowns = 3 * model.num_points3D() + 6 * model.num_reg_images()
     spare = 2 * len(residuals) - unknowns
@@ -330,7 +333,11 @@ def _regroup(job: MapJob, before: Grouped) -> Grouped:
     )
     try:
         copy_with_cameras(job.database, apart.database, apart.cameras)
-        alone = _cameras_alone(run_mapping(apart).models, apart, free=True)
+        models = run_mapping(apart).models
+        alone = _cameras_alone(models, apart, free=True)
+        # Crops need their principal points; where these leave focal lengths vague, without.
+        if any(one.error > _VAGUE for one in alone.values()):
+            alone = _cameras_alone(models, apart, free=False)
     except MappingError:
         return before
     finally:
