@@ -188,7 +188,7 @@ def settle(model: Any, job: MapJob, before: Mapping[int, Sequence[float]]) -> li
     if principal:
         notes.append(
             "the images determine the principal point of "
-            + _listed(principal, lambda i: f"{found[i].principal_stderr_px:.1f} px")
+            + _listed(principal, lambda i: _pixels(found[i].principal_stderr_px))
             + ", and it was refined."
         )
     if held:
@@ -197,7 +197,7 @@ def settle(model: Any, job: MapJob, before: Mapping[int, Sequence[float]]) -> li
             if ids:
                 notes.append(
                     "the images do not determine the focal length of "
-                    + _listed(ids, lambda i: f"{found[i].focal_stderr_px:.0f} px")
+                    + _listed(ids, lambda i: _pixels(found[i].focal_stderr_px))
                     + f"; it was held where {where}."
                 )
     return notes
@@ -226,6 +226,10 @@ def describe_intrinsics(model: Any, job: MapJob) -> dict[int, dict[str, Any]]:
                 row["principal_point_stderr_px"] = one.principal_stderr_px
         described[camera_id] = row
     return described
+
+
+def _pixels(error: float) -> str:
+    return f"{error:.2g} px" if math.isfinite(error) else "without bound"
 
 
 def _listed(ids: set[int], error: Callable[[int], str]) -> str:
