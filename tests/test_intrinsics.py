@@ -11,7 +11,8 @@ import pytest
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, Scene, camera_errors, make_scene
 
 from gim_hloc import colmap
-from gim_hloc.colmap import CameraOptions, CameraSpec, MapJob, VerifyOptions
+from gim_hloc.colmap import CameraSpec, MapJob
+from gim_hloc.options import CameraOptions, VerifyOptions
 
 CENTRE = np.array([WIDTH / 2, HEIGHT / 2])
 
