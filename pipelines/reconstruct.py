@@ -1427,7 +1427,8 @@ class _Run:
             raise MappingError(
                 " ".join(checked.notes)
                 or "No model came out: what COLMAP built has hardly a point (see the images in "
-                "the report). Is there parallax between the photographs, and enough overlap?"
+                "the report). Is there parallax between the photographs (a camera that only turns "
+                "has none), and enough overlap?"
             )
         return checked.models
 
