@@ -18,11 +18,11 @@ from synthetic import HEIGHT, WIDTH
 from test_known_poses import PARAMS, assert_poses, write_colmap, write_nerfstudio, write_tum
 
 from gim_hloc import colmap, matchers
-from gim_hloc.colmap import CameraOptions
 from gim_hloc.colmap.undistort import undistort
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_plugin import match_dense
 from gim_hloc.images import Exif, ImageRecord
+from gim_hloc.options import CameraOptions, VerifyOptions
 from gim_hloc.pairs.files import read_pairs
 from gim_hloc.pairs.retrieval import read_global_descriptors
 from gim_hloc.pipelines.imported import ImportedMatcher
@@ -524,7 +524,7 @@ def test_rows_beyond_the_keypoints_never_reach_colmap(tmp_path: Path) -> None:
                 names=["a", "b"],
                 keypoints=lambda name: np.zeros((10, 2), np.float32),
                 matches=[("a", "b", np.array(rows * 20))],
-                verify=colmap.VerifyOptions(),
+                verify=VerifyOptions(),
             )
 
 
