@@ -9,10 +9,12 @@ import pytest
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, camera_errors, make_scene
 
 from gim_hloc import colmap
+from gim_hloc.colmap import improve
 from gim_hloc.options import CameraOptions, VerifyOptions
 from gim_hloc.tracks.photometric import (
     PhotometricOptions,
     TrackViews,
+    judge_images,
     local_normals,
     pick_references,
     refine_positions,
@@ -58,12 +60,13 @@ def align(second: np.ndarray, shape: np.ndarray, true: np.ndarray, first: np.nda
         xy_px=np.concatenate([points, start]),
     )
     shapes = np.concatenate([np.tile(np.eye(2), (count, 1, 1)), np.tile(shape, (count, 1, 1))])
+    scale = kw.pop("scale", np.ones(2))
     xy, confirmed = refine_positions(
         views,
         np.arange(count),
         shapes,
         lambda i: (first, second)[i],
-        np.ones(2),
+        scale,
         PhotometricOptions(),
         **kw,
     )  # type: ignore[arg-type]
@@ -106,6 +109,56 @@ def test_other_content_and_blank_walls_are_not_confirmed() -> None:
     stripes = np.tile(np.sin(np.arange(200) / 2) * 50 + 100, (200, 1))  # nothing vertical to hold
     _, confirmed, _ = align(stripes, np.eye(2), np.array([100.0, 100.0]), stripes)
     assert not confirmed.any()
+
+
+def test_soft_images_are_compared_at_the_size_that_was_seen() -> None:
+    """Enlarged four times, with noise that grew with them: full size alone finds nothing better."""
+    rng = np.random.default_rng(2)
+    texture = Texture(shortest=24.0)  # px of the large image, which shows nothing finer
+    points = np.stack(np.meshgrid(np.arange(80, 321, 24), np.arange(80, 321, 24)), -1)
+    points = points.reshape(-1, 2).astype(np.float64)
+    true = np.array([1.3, -0.9])
+    pictures = [
+        picture(texture, np.eye(2), shift, 400)
+        + np.kron(rng.normal(0, 2, (100, 100)), np.ones((4, 4)))
+        for shift in (np.zeros(2), -true)
+    ]
+    start = points + true + rng.uniform(-3, 3, points.shape)  # a network pixel is four of these
+    views = TrackViews(
+        track=np.tile(np.arange(len(points)), 2),
+        image=np.repeat([0, 1], len(points)),
+        xy_px=np.concatenate([points, start]),
+    )
+    shapes = np.tile(np.eye(2), (2 * len(points), 1, 1))
+
+    def errors(scale: float) -> np.ndarray:
+        xy, confirmed = refine_positions(
+            views, np.arange(len(points)), shapes, pictures.__getitem__, np.full(2, scale),
+            PhotometricOptions(),
+        )  # fmt: skip
+        found = np.linalg.norm(xy[len(points) :] - points - true, axis=1)
+        return np.where(confirmed[len(points) :], found, np.inf)
+
+    assert np.median(errors(0.25)) < 0.4  # a tenth of a network pixel
+    assert (errors(0.25) < 1).mean() > 0.9
+    assert (errors(1.0) < 1).mean() < 0.6
+
+
+def test_blurred_images_are_not_trusted() -> None:
+    """Five images; two agree with nobody, not even with each other."""
+    rng = np.random.default_rng(0)
+    track, image = (a.ravel() for a in np.meshgrid(np.arange(400), np.arange(5), indexing="ij"))
+    views = TrackViews(track=track, image=image, xy_px=np.zeros((2000, 2)))
+    reference = np.arange(400) * 5 + rng.integers(0, 5, 400)
+    blurred = np.isin(image, [1, 3])
+    share = np.where(blurred | blurred[reference][track], 0.1, 0.7)
+    confirmed = rng.uniform(size=2000) < share
+    options = PhotometricOptions()
+    trusted = judge_images(views, reference, confirmed, 5, options)
+    assert trusted.tolist() == [True, False, True, False, True]
+    footprint = rng.uniform(1, 2, 2000)
+    assert not blurred[pick_references(views, footprint, 400, trusted)].any()
+    assert not judge_images(views, reference, np.zeros(2000, bool), 5, options).any()
 
 
 def test_workers_do_not_change_the_result() -> None:
@@ -190,6 +243,31 @@ def test_refinement_improves_a_whole_model(plane, tmp_path: Path) -> None:
     assert after[1] < before[1] / 3
     assert colmap.model_statistics(tmp_path)["mean_reprojection_error_px"] < 0.1
     assert list(model.cameras[1].params) == [FOCAL, FOCAL, WIDTH / 2, HEIGHT / 2]
+
+
+def test_dropped_observations_come_back_with_the_poses_held(plane) -> None:
+    _, _, path = plane
+    original = colmap.read_model(path)
+    model = colmap.read_model(path)
+    images = [model.image(i) for i in sorted(model.reg_image_ids())]
+    ids = sorted(model.point3D_ids())
+    kept = {i: model.point3D(i).xyz.copy() for i in ids[1::3]}
+    for point_id in ids[::3]:
+        model.delete_point3D(point_id)
+    for point_id in ids[2::3]:
+        if model.point3D(point_id).track.length() > 2:
+            element = model.point3D(point_id).track.elements[0]
+            model.delete_observation(element.image_id, element.point2D_idx)
+    poses = [np.array(image.cam_from_world().matrix()) for image in images]
+    before = model.compute_num_observations()
+    improve._give_back(model, images, np.ones(len(images)), original, 1)
+    assert all(
+        np.array_equal(pose, image.cam_from_world().matrix())
+        for pose, image in zip(poses, images, strict=True)
+    )
+    assert all(np.array_equal(model.point3D(i).xyz, xyz) for i, xyz in kept.items())
+    assert set(model.point3D_ids()) == set(ids)
+    assert before < model.compute_num_observations() == original.compute_num_observations()
 
 
 @pytest.mark.parametrize("min_share", [0.35, 0.0])  # told at once, or by the points it would cost
