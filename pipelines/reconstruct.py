@@ -51,7 +51,7 @@ from gim_hloc.store import (
 )
 
 if TYPE_CHECKING:
-    from gim_hloc.colmap import CameraSpec, MapJob, PairVerification
+    from gim_hloc.colmap import CameraSpec, MapJob, PairVerification, Refined
     from gim_hloc.images import ImageSet
     from gim_hloc.masks import MaskFolder
     from gim_hloc.pairs.select import Selection
@@ -1401,15 +1401,21 @@ class _Run:
                         sentence = self._refine_by_warps(model, fixed)
                     self._map_notes.append(f"The model was {sentence}.")
                     logger.info("Model %d: %s", index, sentence)
+                refined = None
                 if self.options.refine_keypoints:
                     with self._timed("refine"):
-                        sentence = self._refine_by_patches(model, fixed)
-                    self._map_notes.append(f"The model was {sentence}.")
-                    logger.info("Model %d: %s", index, sentence)
+                        refined = self._refine_by_patches(model, fixed)
+                    self._map_notes.append(f"The model was {refined.sentence}.")
+                    logger.info("Model %d: %s", index, refined.sentence)
                 with self._timed("map"):
-                    for note in colmap.settle(model, job, before):
-                        logger.info("Model %d: %s", index, note)
-                        self._map_notes.append(f"Model {index}: {note}")
+                    robust_px = refined.robust_px if refined else None
+                    notes = colmap.settle(model, job, before, robust_px)
+                    # Afterwards: what patches did not confirm says little about intrinsics.
+                    if refined is not None and refined.original is not None:
+                        notes.append(colmap.give_back(model, refined, job.threads))
+                for note in notes:
+                    logger.info("Model %d: %s", index, note)
+                    self._map_notes.append(f"Model {index}: {note}")
 
     def _check(self, job: MapJob, models: Sequence[Any]) -> list[Any]:
         """What is left of models that known poses do not carry (see ``colmap.check_models``)."""
@@ -1525,7 +1531,7 @@ class _Run:
             self._dense_encodings += len(pool.encoded)
         return sentence
 
-    def _refine_by_patches(self, model: Any, fixed: set[int]) -> str:
+    def _refine_by_patches(self, model: Any, fixed: set[int]) -> Refined:
         import cv2
 
         from gim_hloc import colmap
@@ -1537,7 +1543,7 @@ class _Run:
 
         total = 2 * self.options.refine.rounds * model.num_reg_images()
         with self._bar(total, "Refine", "views") as bar:
-            sentence = colmap.refine_tracks(
+            refined = colmap.refine_tracks(
                 model,
                 gray,
                 options=self.options.refine,
@@ -1549,7 +1555,7 @@ class _Run:
             )
             bar.total = bar.n
             bar.refresh()
-        return sentence
+        return refined
 
     # ----------------------------------------------------------------------------------- report
 

@@ -144,6 +144,19 @@ def test_a_well_seen_principal_point_is_found(tmp_path):
     )
 
 
+def test_images_that_are_not_trusted_hardly_move_the_intrinsics(tmp_path):
+    scene = make_scene(images=12, points=800, noise_px=0.05, arc_deg=200)
+    rng = np.random.default_rng(1)
+    for name in scene.names[::4]:
+        scene.keypoints[name] += rng.normal(0, 1, scene.keypoints[name].shape).astype(np.float32)
+    job = job_of(scene, tmp_path)
+    model = colmap.map_scene(job, split=True).models[0]
+    assert not colmap.determined(model, set(), 1)[1].principal  # all observations weigh the same
+    notes = colmap.settle(model, job, {}, 0.25)
+    assert "determine the principal point of camera 1" in notes[0]
+    assert list(model.camera(1).params[:3]) == pytest.approx([FOCAL, *CENTRE], abs=1)
+
+
 def test_given_intrinsics_stay(tmp_path):
     scene = make_scene(images=6, noise_px=0.2, arc_deg=80)
     for name in scene.names:

@@ -9,7 +9,6 @@ import pytest
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, camera_errors, make_scene
 
 from gim_hloc import colmap
-from gim_hloc.colmap import improve
 from gim_hloc.options import CameraOptions, VerifyOptions
 from gim_hloc.tracks.photometric import (
     PhotometricOptions,
@@ -232,10 +231,10 @@ def test_refinement_improves_a_whole_model(plane, tmp_path: Path) -> None:
     scene, pictures, path = plane
     model = colmap.read_model(path)
     before = camera_errors(colmap.model_cameras(path), scene.poses)
-    sentence = colmap.refine_tracks(
+    refined = colmap.refine_tracks(
         model, pictures.__getitem__, options=PhotometricOptions(), fixed={1}, threads=1
     )
-    assert sentence.startswith("refined")
+    assert refined.sentence.startswith("refined")
     model.write(tmp_path)
     after = camera_errors(colmap.model_cameras(tmp_path), scene.poses)
     assert model.num_reg_images() == 6
@@ -260,7 +259,8 @@ def test_dropped_observations_come_back_with_the_poses_held(plane) -> None:
             model.delete_observation(element.image_id, element.point2D_idx)
     poses = [np.array(image.cam_from_world().matrix()) for image in images]
     before = model.compute_num_observations()
-    improve._give_back(model, images, np.ones(len(images)), original, 1)
+    refined = colmap.Refined(sentence="", original=original, scales=np.ones(len(images)))
+    assert "observations and 500 of 500 points" in colmap.give_back(model, refined, 1)
     assert all(
         np.array_equal(pose, image.cam_from_world().matrix())
         for pose, image in zip(poses, images, strict=True)
@@ -277,14 +277,15 @@ def test_pictures_that_confirm_nothing_leave_the_model_alone(
     scene, pictures, path = plane
     model = colmap.read_model(path)
     rng = np.random.default_rng(0)
-    sentence = colmap.refine_tracks(
+    refined = colmap.refine_tracks(
         model,
         lambda name: rng.normal(128, 40, pictures[name].shape).astype(np.float32),
         options=PhotometricOptions(min_confirmed=0, min_share=min_share),
         fixed={1},
         threads=1,
     )
-    assert "kept as it was" in sentence
+    assert "kept as it was" in refined.sentence
+    assert refined.original is None
     model.write(tmp_path)
     kept, original = colmap.model_cameras(tmp_path), colmap.model_cameras(path)
     assert all(np.allclose(kept[n][1], original[n][1]) for n in scene.names)

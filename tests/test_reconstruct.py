@@ -6,6 +6,7 @@ fast; real photographs follow in ``test_real_scenes``.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -26,7 +27,7 @@ import pytest
 import yaml
 from fake_matcher import SCENE, FakeMatcher, write_images
 from PIL import Image
-from synthetic import INTRINSICS, camera_errors, make_scene
+from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, camera_errors, make_scene
 
 import gim_hloc
 from gim_hloc import colmap, store
@@ -92,6 +93,33 @@ def test_an_image_that_is_gone_when_it_is_exported_costs_the_export_only(
     assert colmap.read_model(written / "sparse" / "0").num_reg_images() == len(NAMES)
     assert colmap.read_model(tmp_path / "out" / "dense" / "sparse").num_reg_images() == len(NAMES)
     assert colmap.read_model(tmp_path / "out" / "sparse" / "0").num_reg_images() == len(NAMES)
+
+
+def test_what_patches_did_not_confirm_does_not_move_the_intrinsics(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def refine(model: Any, *_: Any, **__: Any) -> colmap.Refined:
+        """Find every third observation 3 px off, and take it from its track."""
+        original = copy.deepcopy(model)
+        taken.append(original.compute_num_observations())
+        for image_id in model.reg_image_ids():
+            image = model.image(image_id)
+            for row, point in enumerate(image.points2D):
+                if row % 3 == 0 and point.has_point3D():
+                    point.xy += [3, 0]
+                    model.delete_observation(image_id, row)
+        return colmap.Refined(sentence="refined", original=original, scales=np.ones(len(NAMES)))
+
+    monkeypatch.setattr(colmap, "refine_tracks", refine)
+    result = run(images, tmp_path / "out", intrinsics=None)
+    model = result.model()
+    assert list(model.camera(1).params[:3]) == pytest.approx(
+        [FOCAL, WIDTH / 2, HEIGHT / 2], abs=0.1
+    )
+    assert model.compute_num_observations() == taken[0]  # they are back
+    assert any("given back" in note for note in result.report["notes"])
 
 
 def test_whole_run_gives_true_poses_and_all_files(images: Path, tmp_path: Path) -> None:

@@ -31,7 +31,13 @@ from gim_hloc.colmap.database import (
     read_cameras,
     read_verification,
 )
-from gim_hloc.colmap.improve import bundle_adjust, refine_by_warps, refine_tracks
+from gim_hloc.colmap.improve import (
+    Refined,
+    bundle_adjust,
+    give_back,
+    refine_by_warps,
+    refine_tracks,
+)
 from gim_hloc.colmap.intrinsics import (
     Determined,
     Grouped,
@@ -99,6 +105,7 @@ __all__ = [
     "Mapped",
     "NewImage",
     "PairVerification",
+    "Refined",
     "add_images",
     "align",
     "assign_cameras",
@@ -116,6 +123,7 @@ __all__ = [
     "extract_colours",
     "find_model",
     "fixed_cameras",
+    "give_back",
     "has_cuda",
     "hold_undetermined",
     "image_statistics",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +72,23 @@ _MIN_ANGLE_DEG = 1.5  # between the rays of a point
 _ROBUST_PX = 0.25  # above the residuals of refined observations, below those of detected ones
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """What comparing patches did to a model.
+
+    Attributes:
+        sentence: for the log.
+        original: the model before, whose observations ``give_back`` takes; None if nothing changed.
+        scales: (N,) of the images in order of their ids, as in ``refine_tracks``.
+        robust_px: Cauchy loss that further adjustments need, as some images were not trusted.
+    """
+
+    sentence: str
+    original: Any = None
+    scales: Any = None
+    robust_px: float | None = None
+
+
 def refine_tracks(
     model: Any,
     gray: Callable[[str], np.ndarray],
@@ -81,14 +99,14 @@ def refine_tracks(
     progress: Callable[[], None] | None = None,
     held: Collection[str] = (),
     scale: Mapping[str, float] | None = None,
-) -> str:
+) -> Refined:
     """Move a model's observations by comparing patches, and adjust poses and points to them.
 
     Each image is judged by the share of its patches that agree with those of the others. One that
     is not trusted (blurred, say) keeps its observations, which then weigh little. In the others,
-    observations that no patch confirms leave their track while poses are adjusted, and join it
-    again afterwards. A model none of whose images can be trusted, or that would have to be adjusted
-    without most of its points, is left as it was.
+    observations that no patch confirms leave their track, until ``give_back`` puts them back. A
+    model none of whose images can be trusted, or that would have to be adjusted without most of its
+    points, is left as it was.
 
     Args:
         model: ``pycolmap.Reconstruction``, changed in place.
@@ -99,9 +117,6 @@ def refine_tracks(
         progress: called after each image of each round.
         held: images whose poses must not move.
         scale: name -> pixels that the matcher saw for a stored one, at most 1 (the default).
-
-    Returns:
-        A sentence for the log.
     """
     import copy
 
@@ -109,7 +124,7 @@ def refine_tracks(
 
     before = statistics(model)
     if not before["points"]:
-        return "left as it was: no points to refine"
+        return Refined(sentence="left as it was: no points to refine")
     original = copy.deepcopy(model)
     images = [model.image(i) for i in sorted(model.reg_image_ids())]
     scales = np.array([(scale or {}).get(image.name, 1.0) for image in images])
@@ -138,7 +153,7 @@ def refine_tracks(
         if round_ == 0:
             trusted = photometric.judge_images(views, reference, confirmed, len(images), options)
             if trusted.sum() < 2:
-                return "kept as it was: " + _unconfirmed(reference, confirmed)
+                return Refined(sentence="kept as it was: " + _unconfirmed(reference, confirmed))
             if not trusted.all():
                 robust_px = _ROBUST_PX / float(np.median(scales))
                 reference, xy_px, confirmed = compare(ids, views)
@@ -161,22 +176,20 @@ def refine_tracks(
         bundle_adjust(model, fixed, threads, held, robust_px)
     if model.num_points3D() < before["points"] / 3:
         _restore(model, original)
-        return (
-            f"kept as it was: patches confirm only {model.num_points3D()} of "
+        return Refined(
+            sentence=f"kept as it was: patches confirm only {model.num_points3D()} of "
             f"{before['points']:.0f} points"
         )
     model.update_point_3d_errors()
-    refined = statistics(model)
-    _give_back(model, images, scales, original, threads)
-    model.update_point_3d_errors()
     after = statistics(model)
-    return (
-        f"refined by patches: {before['mean_reprojection_error_px']:.2f} -> "
-        f"{refined['mean_reprojection_error_px']:.2f} px in {refined['observations']:.0f} "
-        f"observations that determine the poses, {after['observations']:.0f} of "
-        f"{before['observations']:.0f} observations and {after['points']:.0f} of "
-        f"{before['points']:.0f} points are left"
-        + _distrust([image.name for image, good in zip(images, trusted, strict=True) if not good])
+    return Refined(
+        sentence=f"refined by patches: {before['mean_reprojection_error_px']:.2f} -> "
+        f"{after['mean_reprojection_error_px']:.2f} px in {after['observations']:.0f} "
+        "observations that determine the poses"
+        + _distrust([image.name for image, good in zip(images, trusted, strict=True) if not good]),
+        original=original,
+        scales=scales,
+        robust_px=robust_px,
     )
 
 
@@ -221,13 +234,13 @@ def _errors(model: Any, images: Sequence[Any], ids: np.ndarray, views: Any) -> n
     return error
 
 
-def _give_back(
-    model: Any, images: Sequence[Any], scales: np.ndarray, original: Any, threads: int
-) -> None:
-    """Put observations of ``original`` that fit the poses, which stay, back into their tracks.
+def give_back(model: Any, refined: Refined, threads: int = -1) -> str:
+    """Put observations that refining took, and that fit the poses, back into their tracks.
 
-    Points that are gone are placed anew from all of their observations; the others stay too.
+    Poses and cameras stay. Points that are gone are placed anew from all of their observations; the
+    others stay too. Returns a sentence for the log.
     """
+    original, images = refined.original, [model.image(i) for i in sorted(model.reg_image_ids())]
     image_of = {image.image_id: image for image in images}
     lost = {int(i) for i in original.point3D_ids()} - {int(i) for i in model.point3D_ids()}
     for point_id in sorted(lost):
@@ -246,7 +259,14 @@ def _give_back(
         for point_id in lost:
             config.add_variable_point(point_id)
         pycolmap.create_default_bundle_adjuster(options, config, model).solve()
-    _filter(model, images, scales, np.full(len(images), _DETECTED_PX))
+    _filter(model, images, refined.scales, np.full(len(images), _DETECTED_PX))
+    model.update_point_3d_errors()
+    before, after = statistics(original), statistics(model)
+    return (
+        f"with what patches did not confirm given back, {after['observations']:.0f} of "
+        f"{before['observations']:.0f} observations and {after['points']:.0f} of "
+        f"{before['points']:.0f} points are left."
+    )
 
 
 def _restore(model: Any, original: Any) -> None:

@@ -63,7 +63,12 @@ class Determined:
 
 
 def standard_errors(
-    model: Any, fixed: set[int], threads: int, *, principal_point: bool
+    model: Any,
+    fixed: set[int],
+    threads: int,
+    *,
+    principal_point: bool,
+    robust_px: float | None = None,
 ) -> dict[int, tuple[float, float]]:
     """Camera id -> standard errors of focal length and principal point, px; infinite if unknown.
 
@@ -72,18 +77,21 @@ def standard_errors(
         fixed: ids of cameras whose intrinsics are known; they have no errors.
         threads: of the solver.
         principal_point: whether principal points are unknown too; else their errors are 0.
+        robust_px: of the adjustment's loss.
     """
     cameras = _cameras(model) - fixed
     if not cameras or not model.num_points3D():
         return dict.fromkeys(cameras, (math.inf, math.inf))
-    problem = adjuster(model, fixed, threads, principal_point=principal_point)
+    problem = adjuster(model, fixed, threads, (), robust_px, principal_point=principal_point)
     # COLMAP's damping of 1e-8 leaves some problems without an inverse; this bounds errors at a
     # thousand times the residuals.
     options = pycolmap.BACovarianceOptions(damping=1e-6)
     covariance = pycolmap.estimate_ba_covariance(options, model, problem)
-    residuals = np.concatenate([i.errors_px for i in image_statistics(model).values()])
+    squares = np.concatenate([i.errors_px for i in image_statistics(model).values()]) ** 2
+    if robust_px is not None:  # weighted as by the loss
+        squares /= 1 + squares / robust_px**2
     unknowns = 3 * model.num_points3D() + 6 * model.num_reg_images()
-    spare = 2 * len(residuals) - unknowns
+    spare = 2 * len(squares) - unknowns
     errors = {}
     for camera_id in cameras:
         camera = model.camera(camera_id)
@@ -94,7 +102,7 @@ def standard_errors(
             continue
         focal, principal = camera.focal_length_idxs(), camera.principal_point_idxs()
         free = [i for i in range(len(camera.params)) if principal_point or i not in principal]
-        variance = dict(zip(free, np.diag(block) * (residuals**2).sum() / spare, strict=True))
+        variance = dict(zip(free, np.diag(block) * squares.sum() / spare, strict=True))
         errors[camera_id] = (
             math.sqrt(max(variance[i] for i in focal)),
             math.sqrt(max(variance.get(i, 0.0) for i in principal)),
@@ -102,21 +110,25 @@ def standard_errors(
     return errors
 
 
-def determined(model: Any, fixed: set[int], threads: int) -> dict[int, Determined]:
+def determined(
+    model: Any, fixed: set[int], threads: int, robust_px: float | None = None
+) -> dict[int, Determined]:
     """What the images determine of each camera that is not ``fixed``."""
     found = {}
     if not _cameras(model) - fixed or not model.num_points3D():
         return {}
     # Errors are those of a minimum: a wrong principal point leaves residuals that are no noise.
     freed = copy.deepcopy(model)
-    adjuster(freed, fixed, threads, principal_point=True).solve()
-    free = standard_errors(freed, fixed, threads, principal_point=True)
+    adjuster(freed, fixed, threads, (), robust_px, principal_point=True).solve()
+    free = standard_errors(freed, fixed, threads, principal_point=True, robust_px=robust_px)
     held: dict[int, tuple[float, float]] = {}
     for camera_id, (focal, principal) in free.items():
         size = _size(model.camera(camera_id))
         both = focal <= MAX_FOCAL_STDERR * size and principal <= MAX_PRINCIPAL_STDERR * size
         if not both:
-            held = held or standard_errors(model, fixed, threads, principal_point=False)
+            held = held or standard_errors(
+                model, fixed, threads, principal_point=False, robust_px=robust_px
+            )
             focal = held[camera_id][0]
         found[camera_id] = Determined(
             focal_stderr_px=focal,
@@ -158,19 +170,25 @@ def hold_undetermined(model: Any, job: MapJob) -> set[int]:
     return weak
 
 
-def settle(model: Any, job: MapJob, before: Mapping[int, Sequence[float]]) -> list[str]:
+def settle(
+    model: Any,
+    job: MapJob,
+    before: Mapping[int, Sequence[float]],
+    robust_px: float | None = None,
+) -> list[str]:
     """Adjust a finished model once more, each camera as far as the images determine it, in place.
 
     Args:
         model: ``pycolmap.Reconstruction``.
         job: of its mapping.
         before: camera id -> parameters that cameras are held at which are not determined.
+        robust_px: scale of a Cauchy loss, as in ``bundle_adjust``.
 
     Returns:
         A sentence for each kind of what was done.
     """
     cameras = _cameras(model)
-    found = determined(model, cameras - unknown_cameras(model, job), job.threads)
+    found = determined(model, cameras - unknown_cameras(model, job), job.threads, robust_px)
     if not found:
         return []
     principal = {camera_id for camera_id, one in found.items() if one.principal}
@@ -180,9 +198,10 @@ def settle(model: Any, job: MapJob, before: Mapping[int, Sequence[float]]) -> li
         model.camera(camera_id).params = list(before[camera_id])
     # One switch frees the principal points of all cameras: two adjustments.
     if principal:
-        adjuster(model, cameras - principal, job.threads, principal_point=True).solve()
+        others = cameras - principal
+        adjuster(model, others, job.threads, (), robust_px, principal_point=True).solve()
     if focal or held:
-        bundle_adjust(model, cameras - focal, job.threads)
+        bundle_adjust(model, cameras - focal, job.threads, robust_px=robust_px)
     model.update_point_3d_errors()
     notes = []
     if principal:
