@@ -387,7 +387,7 @@ def _open(path: Path) -> ImageRecord:
     if not path.exists():
         raise InputError(f"There is no image {path}.")
     if not path.is_file():
-        raise InputError(f"{path} is a folder; give an image.")
+        raise InputError(f"{path} is a folder, pipe or device; give the file of an image.")
     found = images.scan(path.parent, names=[path.name], min_size=_MIN_SIDE)
     if found.rejected:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -502,6 +503,8 @@ def content(path: Path, kind: str) -> Path:
         path.write_bytes(path.read_bytes()[:5000])
     elif kind == "folder":
         path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
     return path
 
 
@@ -510,6 +513,7 @@ def content(path: Path, kind: str) -> Path:
     [
         ("missing", "There is no image"),
         ("folder", "is a folder"),
+        ("pipe", "pipe or device"),
         ("text", "unreadable"),
         ("empty", "empty"),
         ("pixel", "tiny"),

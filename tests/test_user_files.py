@@ -185,7 +185,7 @@ def test_trajectories_that_may_be_shifted_are_refused(tmp_path: Path) -> None:
 
 
 def test_images_txt_with_one_line_an_image(tmp_path: Path) -> None:
-    for count in (len(NAMES), len(NAMES) - 1):
+    for count in (len(NAMES), len(NAMES) - 1, 1):
         folder = write_colmap(tmp_path / f"m{count}", {n: SCENE.poses[n] for n in NAMES[:count]})
         path = folder / "images.txt"
         path.write_text("".join(line + "\n" for line in path.read_text().split("\n") if line))
@@ -196,6 +196,13 @@ def test_images_txt_with_one_line_an_image(tmp_path: Path) -> None:
         with (folder / "cameras.txt").open("a") as file:
             file.write(f"2 PINHOLE {WIDTH} {HEIGHT} 9 9 8 6\n")
         assert given(folder / "cameras.txt", *NAMES[:count]) == dict.fromkeys(NAMES[:count], PARAMS)
+
+
+def test_images_txt_without_the_last_empty_line(tmp_path: Path) -> None:
+    folder = write_colmap(tmp_path / "m", {n: SCENE.poses[n] for n in NAMES})
+    path = folder / "images.txt"
+    path.write_text(path.read_text().rstrip("\n") + "\n")
+    assert_poses(read_poses(folder, NAMES).poses, {n: SCENE.poses[n] for n in NAMES}, 1e-12)
 
 
 def test_images_txt_keeps_observations_and_blanks_in_names(tmp_path: Path) -> None:

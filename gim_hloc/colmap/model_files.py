@@ -124,7 +124,8 @@ def image_lines(path: Path) -> list[tuple[list[str], str | None]]:
     """
     found: list[tuple[list[str], str | None]] = []
     below = False  # whether the line can be that of the last image's observations
-    for number, line in enumerate(read_text(path, "list of images").split("\n"), 1):
+    text = read_text(path, "list of images").removesuffix("\n")  # which ends a line, and is none
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if line.startswith("#"):
             continue
