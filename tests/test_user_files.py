@@ -450,6 +450,15 @@ def test_quaternions_in_binary_models(binary: Path, tmp_path: Path) -> None:
         colmap.read_model(tmp_path / "m")
 
 
+def test_frames_of_another_model(binary: Path, tmp_path: Path) -> None:
+    pycolmap.Reconstruction(binary).write_text(tmp_path)
+    lines = (tmp_path / "images.txt").read_text().split("\n")
+    first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    (tmp_path / "images.txt").write_text("\n".join(lines[:first] + lines[first + 2 :]))
+    with pytest.raises(InputError, match="is not a readable COLMAP model"):
+        colmap.read_model(tmp_path)
+
+
 # ------------------------------------------------------------------------------------- h5 files
 
 

@@ -66,7 +66,9 @@ def read_model(path: Path | str) -> Any:
 
 def _read(folder: Path, source: Path) -> Any:
     try:
-        return pycolmap.Reconstruction(folder)
+        model = pycolmap.Reconstruction(folder)
+        model.reg_image_ids()  # raises where images and frames are not of one model
+        return model
     except Exception as error:
         raise InputError(f"{source} is not a readable COLMAP model: {error}") from None
 
