@@ -419,6 +419,8 @@ class _Localization:
                 intrinsics=options.intrinsics,
             ),
         )
+        for note in notes:
+            logger.warning("%s", note)
         self.notes += notes
         found: dict[str, tuple[CameraSpec, str]] = {}
         for spec in guessed:

@@ -517,7 +517,8 @@ class _Run:
                 + f" for {sum(len(spec.names) for spec in guessed)} images and not refined with "
                 "fixed poses: give --intrinsics, or --poses refine."
             )
-            logger.warning("%s", notes[-1])
+        for note in notes:
+            logger.warning("%s", note)
         return cameras, notes
 
     def _masks(self) -> MaskFolder | None:

@@ -271,6 +271,15 @@ def test_dry_run_estimates_and_writes_nothing(images: Path, tmp_path: Path) -> N
     assert 0 < len(encoded()) < len(NAMES)
 
 
+def test_images_without_the_intrinsics_that_others_have_are_named(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    intrinsics = tmp_path / "intrinsics.txt"
+    intrinsics.write_text(f"{NAMES[0].replace(' ', '?')} SIMPLE_PINHOLE {WIDTH} {HEIGHT} {FOCAL} 400 300\n")
+    run(images, tmp_path / "out", dry_run=True, camera_mode="auto", intrinsics=str(intrinsics))
+    assert f"names no camera for {len(NAMES) - 1} of {len(NAMES)} images" in caplog.text
+
+
 def test_run_yaml_records_settings(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path / "out")
     recorded = yaml.safe_load((tmp_path / "out/run.yaml").read_text())
