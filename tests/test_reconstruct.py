@@ -275,7 +275,9 @@ def test_images_without_the_intrinsics_that_others_have_are_named(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     intrinsics = tmp_path / "intrinsics.txt"
-    intrinsics.write_text(f"{NAMES[0].replace(' ', '?')} SIMPLE_PINHOLE {WIDTH} {HEIGHT} {FOCAL} 400 300\n")
+    intrinsics.write_text(
+        f"{NAMES[0].replace(' ', '?')} SIMPLE_PINHOLE {WIDTH} {HEIGHT} {FOCAL} 400 300\n"
+    )
     run(images, tmp_path / "out", dry_run=True, camera_mode="auto", intrinsics=str(intrinsics))
     assert f"names no camera for {len(NAMES) - 1} of {len(NAMES)} images" in caplog.text
 
