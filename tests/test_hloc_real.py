@@ -377,6 +377,10 @@ def test_the_drop_in_writes_what_hloc_writes(hloc: RealHloc, tmp_path: Path) -> 
             assert sorted(ours[group]) == sorted(arrays), (file, group)
             for key, values in arrays.items():
                 mine = ours[group][key]
+                if key in ("matches0", "matching_scores0"):
+                    # hloc's end at the last match, ours have a row for each keypoint.
+                    assert (mine[len(values) :] <= 0).all()
+                    mine = mine[: len(values)]
                 assert (mine.dtype, mine.shape) == (values.dtype, values.shape), (file, group, key)
                 # hloc scales by one, which changes the last digit of raw matches; where nothing
                 # is rounded (loc_) that digit reaches the keypoints.
