@@ -1,10 +1,4 @@
-"""Features and matches on disk: hloc's h5 layout, safe against being killed at any moment.
-
-HDF5 files that are cut off in the middle of a write are often lost as a whole. While a run works,
-finished entries are therefore appended to a *journal* beside the h5 file (one checksummed record an
-entry); when the step is complete, the journal and what is still valid of an earlier h5 file are
-written to a new h5 file, which replaces the old one in one step. A torn record at the end of a
-journal is recognised by its checksum and only that entry is computed again.
+"""Features and matches on disk: kept in a cache, exchanged in hloc's h5 layout.
 
 Layout (hloc's, ``hloc/utils/io.py``): one group a name, ``keypoints`` (N, 2) float32 in stored
 pixels with integer = pixel centre, ``descriptors`` (D, N) float16, ``scores`` (N), ``image_size``
@@ -18,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,15 +23,12 @@ import h5py
 import numpy as np
 import torch
 
-from gim_hloc import hloc_files
+from gim_hloc import cache, hloc_files
 from gim_hloc.errors import InputError, LockedError, OutputError
 from gim_hloc.matchers.base import Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
 
 logger = logging.getLogger(__name__)
-
-_MAGIC = b"GIMJ"
-_HEADER = struct.Struct("<4sIII")  # magic, length of the head, length of the body, crc32 of both
 
 Entry = tuple[dict[str, np.ndarray], dict[str, Any]]  # datasets, attributes
 
@@ -142,138 +132,15 @@ def _lock_file(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-# ---------------------------------------------------------------------------------------- journal
-
-
-class Journal:
-    """Append-only file of named entries, each complete or recognisably torn.
-
-    Thread-safe. The system keeps what was written when the process is killed.
-    """
-
-    def __init__(self, path: Path, settings: str) -> None:
-        self.path = path
-        self.settings = settings
-        self.torn = 0  # bytes dropped from the end of an earlier run's journal
-        self._offsets: dict[str, tuple[int, int, int]] = {}
-        self._attributes: dict[str, dict[str, Any]] = {}
-        self._mutex = threading.Lock()
-        end = self._scan() if path.exists() else 0
-        self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
-        self._file.truncate(end)
-        self._file.seek(end)
-        self._end = end
-        if end == 0:
-            self._write({"settings": settings}, b"")
-
-    def _scan(self) -> int:
-        """Index the complete records; returns where they end, 0 if the settings differ."""
-        size = self.path.stat().st_size
-        position = 0
-        with open(self.path, "rb") as file:
-            while True:
-                raw = file.read(_HEADER.size)
-                if len(raw) < _HEADER.size:
-                    break
-                magic, head_length, body_length, crc = _HEADER.unpack(raw)
-                start = position + _HEADER.size
-                if magic != _MAGIC or start + head_length + body_length > size:
-                    break
-                head_bytes, body = file.read(head_length), file.read(body_length)
-                if zlib.crc32(body, zlib.crc32(head_bytes)) != crc:
-                    break
-                head = json.loads(head_bytes)
-                if position == 0:
-                    if head.get("settings") != self.settings:
-                        logger.info("%s was written with other settings: started anew.", self.path)
-                        return 0
-                else:
-                    self._offsets[head["name"]] = (start, head_length, body_length)
-                    self._attributes[head["name"]] = head["attributes"]
-                position = start + head_length + body_length
-        self.torn = size - position
-        if self.torn:
-            logger.warning(
-                "%s ends in a torn record (the run was killed while writing it): %d bytes dropped,"
-                " that entry is computed again.",
-                self.path,
-                self.torn,
-            )
-        return position
-
-    def _write(self, head: dict[str, Any], body: bytes) -> tuple[int, int, int]:
-        head_bytes = json.dumps(head, ensure_ascii=False).encode()
-        crc = zlib.crc32(body, zlib.crc32(head_bytes))
-        record = _HEADER.pack(_MAGIC, len(head_bytes), len(body), crc) + head_bytes + body
-        self._file.seek(self._end)
-        self._file.write(record)
-        self._file.flush()
-        place = (self._end + _HEADER.size, len(head_bytes), len(body))
-        self._end += len(record)
-        return place
-
-    def append(self, name: str, arrays: Mapping[str, np.ndarray], attributes: dict) -> None:
-        """Add an entry; it survives the process as soon as this returns."""
-        described, parts = [], []
-        for key, value in arrays.items():
-            value = np.ascontiguousarray(value)
-            described.append([key, value.dtype.str, list(value.shape)])
-            parts.append(value.tobytes())
-        head = {"name": name, "arrays": described, "attributes": attributes}
-        with self._mutex:
-            try:
-                self._offsets[name] = self._write(head, b"".join(parts))
-            except OSError as error:
-                raise OutputError(
-                    f"Cannot write {self.path}: {error}. What was finished is kept; make room and "
-                    "repeat the command."
-                ) from None
-            self._attributes[name] = attributes
-
-    def read(self, name: str) -> Entry:
-        """Read an entry back."""
-        start, head_length, body_length = self._offsets[name]
-        with self._mutex:
-            self._file.seek(start)
-            head = json.loads(self._file.read(head_length))
-            body = self._file.read(body_length)
-        arrays, position = {}, 0
-        for key, dtype, shape in head["arrays"]:
-            count = int(np.prod(shape, dtype=np.int64))
-            array = np.frombuffer(body, np.dtype(dtype), count, position).reshape(shape)
-            arrays[key] = array
-            position += array.nbytes
-        return arrays, head["attributes"]
-
-    def attributes(self, name: str) -> dict[str, Any]:
-        """Attributes of an entry without reading its arrays."""
-        return self._attributes[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def names(self) -> list[str]:
-        """Names of the entries, oldest first."""
-        return list(self._offsets)
-
-    def close(self, *, remove: bool = False) -> None:
-        """Close the file, and delete it when its content stands elsewhere."""
-        self._file.close()
-        if remove:
-            self.path.unlink(missing_ok=True)
-
-
 # --------------------------------------------------------------------------------------- h5 files
 
 
 class H5Store:
-    """An h5 file of entries with its journal. One writer; many readers in this process.
+    """Entries by name: kept in a cache, and written for others to an h5 file of the current names.
 
-    An entry is valid when the file's settings equal ``settings`` and its ``source`` attribute
-    equals the hash of what it was made from.
+    The cache lies beside the h5 file and keeps what other names, sources and settings left there,
+    so that nothing is computed twice when they change back. Entries of an h5 file without a cache
+    are read from it. One writer; many readers in this process.
 
     Args:
         path: the h5 file, which may not exist yet.
@@ -294,133 +161,206 @@ class H5Store:
         self.settings = settings
         self.stamp = digest(settings)
         self.changed_settings: list[str] = []  # names of settings that differ from the file's
-        self._key = key_of or (lambda name: name)
-        self._old: h5py.File | None = None
-        self._valid: dict[str, str] = {}  # name -> source
+        self._group = key_of or (lambda name: name)
+        self._sources: dict[str, str] = {}  # name -> source of the entry that counts now
+        self._written: dict[str, list[Any]] = {}  # name -> source and checksum in the h5 file
+        self._file: h5py.File | None = None
         self._mutex = threading.Lock()
-        journal_path = path.with_name(path.name + ".journal")
+        self._cache_path = cache_path(path)
         if overwrite:
-            journal_path.unlink(missing_ok=True)
+            remove_cache(self._cache_path)
         elif path.exists():
-            self._open_old()
-        self._journal_path = journal_path
-        self._journal: Journal | None = (
-            Journal(journal_path, self.stamp) if journal_path.exists() else None
-        )
+            self._open_file()
+        self._cache = cache.Cache(self._cache_path)
 
-    def _open_old(self) -> None:
+    def _open_file(self) -> None:
         try:
-            file = h5py.File(self.path, "r")
-            stamp = file.attrs.get("settings_hash")
-            old_settings = json.loads(file.attrs.get("settings", "{}"))
-            if stamp == self.stamp:
-                self._valid = dict(json.loads(file.attrs.get("sources", "{}")))
-        except (OSError, ValueError, KeyError) as error:
-            logger.warning("%s is damaged (%s): its content is computed again.", self.path, error)
-            return
-        if stamp != self.stamp:
-            keys = {*old_settings, *self.settings}
-            self.changed_settings = sorted(
-                k for k in keys if old_settings.get(k) != self.settings.get(k)
-            )
-            file.close()
-            return
-        self._old = file
+            self._file = h5py.File(self.path, "r")
+            old_settings = json.loads(self._file.attrs.get("settings", "{}"))
+            if self._file.attrs.get("settings_hash") == self.stamp:
+                sources = json.loads(self._file.attrs.get("sources", "{}"))
+                # Files of 0.1 have no checksums.
+                self._written = {
+                    name: given if isinstance(given, list) else [given, None]
+                    for name, given in sources.items()
+                }
+            else:
+                keys = {*old_settings, *self.settings}
+                self.changed_settings = sorted(
+                    k for k in keys if old_settings.get(k) != self.settings.get(k)
+                )
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            logger.warning("%s is damaged (%s): it is written again.", self.path, error)
+            self._close_file()
 
     def count(self) -> int:
-        """Number of entries that are there, whatever they were made from."""
-        journal = self._journal.names() if self._journal is not None else []
-        return len({*self._valid, *journal})
+        """Number of entries that are there for these settings, whatever they were made from."""
+        return len({*self._written, *self._sources})
 
     def has(self, name: str, source: str) -> bool:
-        """Whether a valid entry made from ``source`` is there."""
-        if self._journal is not None and name in self._journal:
-            return bool(self._journal.attributes(name).get("source") == source)
-        return self._valid.get(name) == source
+        """Whether a whole entry made from ``source`` is there."""
+        if self._sources.get(name) == source:
+            return True
+        found = self._load(name, source) is not None
+        if found:
+            self._sources[name] = source
+        return found
 
     def put(
         self, name: str, arrays: Mapping[str, np.ndarray], source: str, **attributes: Any
     ) -> None:
         """Store an entry; it survives the process as soon as this returns."""
-        with self._mutex:
-            if self._journal is None:
-                self._journal = Journal(self._journal_path, self.stamp)
-        self._journal.append(name, arrays, {"source": source, **attributes})
+        self._cache.put(self._key(name, source), _with_attributes(arrays, attributes))
+        self._sources[name] = source
 
     def get(self, name: str) -> Entry:
-        """Read an entry.
+        """Read an entry that ``has`` found or ``put`` stored.
 
         Raises:
-            OutputError: when the file lost it.
+            OutputError: when it was lost meanwhile.
         """
-        if self._journal is not None and name in self._journal:
-            return self._journal.read(name)
+        source = self._sources.get(name) or self._written.get(name, [None])[0]
+        found = None if source is None else self._load(name, source)
+        if found is None:
+            raise OutputError(
+                f"{self._cache_path} lost the entry {name!r}. Repeat the command: it is computed "
+                "again."
+            )
+        return found
+
+    def _key(self, name: str, source: str) -> str:
+        return cache.key(self.stamp, name, source)
+
+    def _load(self, name: str, source: str) -> Entry | None:
+        arrays = self._cache.get(self._key(name, source))
+        if arrays is not None:
+            return _without_attributes(arrays, source)
+        given, checksum = self._written.get(name, (None, None))
+        if given != source:
+            return None
+        found = self._read_file(name)
+        if found is not None and checksum in (None, _checksum(found[0])):
+            return found
+        logger.warning("%s: the entry %r is damaged; it is computed again.", self.path, name)
+        del self._written[name]
+        return None
+
+    def _read_file(self, name: str) -> Entry | None:
         try:
             with self._mutex:
-                if self._old is None:
-                    raise KeyError(name)
-                group = self._old[self._key(name)]
+                if self._file is None:
+                    return None
+                group = self._file[self._group(name)]
                 arrays = {k: v[()] for k, v in group.items() if isinstance(v, h5py.Dataset)}
                 return arrays, {k: _plain(v) for k, v in group.attrs.items()}
-        except (KeyError, OSError) as error:
-            raise OutputError(
-                f"{self.path} lost the entry {name!r} ({error}): repeat with --overwrite."
-            ) from None
+        except (KeyError, OSError, ValueError, AttributeError, RuntimeError, TypeError):
+            return None  # h5py has many words for damage
 
-    def finalize(self, names: Sequence[str], attributes: Mapping[str, Any]) -> None:
-        """Write the h5 file with exactly ``names`` and drop the journal.
+    def finalize(
+        self, names: Sequence[str], attributes: Mapping[str, Any], *, keep: bool = True
+    ) -> None:
+        """Write the h5 file with exactly ``names``, unless it holds them already.
 
-        Nothing is rewritten when the file holds them already.
+        Args:
+            names: of entries that are there.
+            attributes: of the file.
+            keep: keep the cache; else all is in the h5 file alone.
         """
-        if self._old is not None and not self._journal and set(self._valid) == set(names):
-            self._drop_journal()
-            return
+        if not self._holds(names):
+            self._write(names, attributes)
+        if not keep:
+            self._cache.close()
+            remove_cache(self._cache_path)
+            self._cache = cache.Cache(self._cache_path)
+
+    def _holds(self, names: Sequence[str]) -> bool:
+        """Whether the h5 file has exactly these entries, all of them whole."""
+        if self._file is None or set(self._written) != set(names):
+            return False
+        for name in names:
+            source, checksum = self._written[name]
+            wanted = self._sources.get(name, source)
+            found = self._read_file(name) if source == wanted else None
+            if checksum is None or found is None or _checksum(found[0]) != checksum:
+                return False
+        return True
+
+    def _write(self, names: Sequence[str], attributes: Mapping[str, Any]) -> None:
         temporary = self.path.with_name(self.path.name + ".tmp")
-        sources = {}
+        written: dict[str, list[Any]] = {}
         try:
             with h5py.File(temporary, "w", libver="latest") as file:
                 for name in names:
                     arrays, entry_attributes = self.get(name)
-                    group = file.create_group(self._key(name))
-                    for key, value in arrays.items():
-                        group.create_dataset(key, data=value)
+                    group = file.create_group(self._group(name))
+                    for label, value in arrays.items():
+                        group.create_dataset(label, data=value)
                     group.attrs.update(entry_attributes)
                     if "keypoints" in arrays:
                         group["keypoints"].attrs["uncertainty"] = entry_attributes.get(
                             "uncertainty", 1.0
                         )
-                    sources[name] = entry_attributes["source"]
+                    written[name] = [entry_attributes["source"], _checksum(arrays)]
                 file.attrs["settings"] = json.dumps(self.settings, sort_keys=True, default=str)
                 file.attrs["settings_hash"] = self.stamp
                 # One JSON text rather than thousands of attribute reads when the file is opened.
-                _large_attribute(file, "sources", json.dumps(sources, ensure_ascii=False))
-                for key, value in attributes.items():
-                    file.attrs[key] = value
+                _large_attribute(file, "sources", json.dumps(written, ensure_ascii=False))
+                for label, value in attributes.items():
+                    file.attrs[label] = value
         except OSError as error:
             raise OutputError(
                 f"Cannot write {temporary}: {error}. What was finished is kept; make room and "
                 "repeat the command."
             ) from None
-        if self._old is not None:
-            self._old.close()
+        self._close_file()
         os.replace(temporary, self.path)
-        self._drop_journal()
-        self._old = h5py.File(self.path, "r")
-        self._valid = sources
+        self._file = h5py.File(self.path, "r")
+        self._written = written
 
-    def _drop_journal(self) -> None:
-        if self._journal is not None:
-            self._journal.close(remove=True)
-            self._journal = None
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def close(self) -> None:
-        """Close all files; the journal stays for the next run if it holds anything."""
-        if self._old is not None:
-            self._old.close()
-            self._old = None
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        """Close all files."""
+        self._close_file()
+        self._cache.close()
+
+
+def cache_path(path: Path) -> Path:
+    """The cache that belongs to an h5 file."""
+    return path.with_suffix(".cache")
+
+
+def remove_cache(path: Path) -> None:
+    """Delete a cache with what SQLite keeps beside it."""
+    for ending in ("", "-wal", "-shm", "-journal", ".damaged"):
+        Path(f"{path}{ending}").unlink(missing_ok=True)
+
+
+_ATTRIBUTES = "__attributes__"  # name of the array that holds an entry's attributes as JSON
+
+
+def _with_attributes(
+    arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    text = json.dumps(attributes, ensure_ascii=False).encode()
+    return {**arrays, _ATTRIBUTES: np.frombuffer(text, np.uint8)}
+
+
+def _without_attributes(arrays: dict[str, np.ndarray], source: str) -> Entry:
+    text = arrays.pop(_ATTRIBUTES).tobytes()
+    return arrays, {**json.loads(text), "source": source}
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    crc = 0
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        crc = zlib.crc32(f"{name} {value.dtype.str} {value.shape}".encode(), crc)
+        crc = zlib.crc32(value.tobytes(), crc)
+    return crc
 
 
 def _plain(value: Any) -> Any:

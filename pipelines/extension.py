@@ -155,8 +155,7 @@ class Extension:
         try:
             for name in (*names, "turns.json"):
                 source, target = self.folder / name, output / name
-                journal = target.with_name(f"{name}.journal")
-                if source.is_file() and not target.exists() and not journal.exists():
+                if source.is_file() and not target.exists():
                     temporary = target.with_name(f"{name}.tmp")
                     shutil.copyfile(source, temporary)
                     os.replace(temporary, target)

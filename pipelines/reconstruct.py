@@ -40,12 +40,14 @@ from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order
 from gim_hloc.store import (
     H5Store,
     OutputLock,
+    cache_path,
     digest,
     encoding_from_arrays,
     encoding_to_arrays,
     matches_to_arrays,
     pair_keys,
     refuse_foreign,
+    remove_cache,
     rows_from_matches0,
     scored_rows,
 )
@@ -592,11 +594,12 @@ class _Run:
         for name in ("sparse", "sparse.tmp", "export", "dense", "logs"):
             shutil.rmtree(self.output / name, ignore_errors=True)
         for name in (
-            "run.yaml", "pairs.txt", "features.h5", "matches.h5", "features.h5.journal",
-            "matches.h5.journal", "database.db", "report.html", "report.json",
-            "turns.json", "anchors.h5", "anchors.h5.journal", "readings.h5", "readings.h5.journal",
+            "run.yaml", "pairs.txt", "features.h5", "matches.h5", "anchors.h5", "readings.h5",
+            "database.db", "report.html", "report.json", "turns.json",
         ):  # fmt: skip
             (self.output / name).unlink(missing_ok=True)
+            if name.endswith(".h5"):
+                remove_cache(cache_path(self.output / name))
 
     def _read_state(self) -> dict[str, Any]:
         path = self.output / "run.yaml"
@@ -911,8 +914,9 @@ class _Run:
                     arrays = linking.matches_arrays(tracks, pair)
                     self.matches.put(name, arrays, source)
             attributes = {"matcher": self.matcher.info.name, "tracks": self.options.tracks}
-            self.features.finalize(self.names, attributes)
-            self.matches.finalize(names, attributes)
+            # Linking is quick, and every other list of pairs gives other tracks: none are kept.
+            self.features.finalize(self.names, attributes, keep=False)
+            self.matches.finalize(names, attributes, keep=False)
         self.keypoints = {name: self.features.get(name)[0]["keypoints"] for name in self.names}
         logger.info(
             "Linked into %.0f keypoints an image (%s tracks)",
@@ -1734,5 +1738,5 @@ def _estimate_disk(images: int, pairs: int, feature_bytes: float, keypoints: flo
     matches = pairs * (6 * keypoints + 2000)
     # Keypoints again, and at most a third of them matched (8 bytes, raw and verified).
     database = images * keypoints * 8 + pairs * keypoints * 16 / 3
-    # The journal stands beside the h5 file for a moment.
+    # The cache keeps the same beside the h5 files.
     return 2 * (features + matches) + database

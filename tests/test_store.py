@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gim_hloc.errors import InputError, LockedError, OutputError
@@ -21,8 +22,8 @@ from gim_hloc.matchers.base import Matches
 from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.store import (
     H5Store,
-    Journal,
     OutputLock,
+    cache_path,
     encoding_from_arrays,
     encoding_to_arrays,
     matches_to_arrays,
@@ -36,58 +37,6 @@ def entry(value: float) -> dict[str, np.ndarray]:
     return {"a": np.full((3, 2), value, np.float32), "b": np.arange(5, dtype=np.int32)}
 
 
-def filled(path: Path, names: list[str]) -> Journal:
-    journal = Journal(path, "s")
-    for i, name in enumerate(names):
-        journal.append(name, entry(i), {"source": name})
-    return journal
-
-
-def test_journal_survives_reopening(tmp_path: Path) -> None:
-    filled(tmp_path / "j", ["x/ö 1.jpg", "b"]).close()
-    journal = Journal(tmp_path / "j", "s")
-    assert journal.names() == ["x/ö 1.jpg", "b"]
-    arrays, attributes = journal.read("x/ö 1.jpg")
-    assert np.array_equal(arrays["a"], entry(0)["a"])
-    assert arrays["b"].dtype == np.int32
-    assert attributes == {"source": "x/ö 1.jpg"}
-
-
-@settings(max_examples=40, deadline=None)
-@given(cut=st.integers(1, 10_000))
-def test_journal_drops_only_the_torn_record(tmp_path_factory: pytest.TempPathFactory, cut: int):
-    path = tmp_path_factory.mktemp("j") / "j"
-    journal = filled(path, ["a", "b", "c"])
-    start_of = {name: journal._offsets[name][0] for name in "abc"}
-    journal.close()
-    size = path.stat().st_size
-    kept = max(0, size - cut)
-    os.truncate(path, kept)
-    reopened = Journal(path, "s")
-    expected = [
-        n
-        for n, end in zip("abc", [*list(start_of.values())[1:], size + 1], strict=True)
-        if kept >= (end - 16 if n != "c" else size)
-    ]
-    assert reopened.names() == expected
-    reopened.append("d", entry(9), {"source": "d"})
-    reopened.close()
-    assert Journal(path, "s").names() == [*expected, "d"]
-
-
-def test_journal_detects_a_flipped_byte(tmp_path: Path) -> None:
-    filled(tmp_path / "j", ["a", "b", "c"]).close()
-    raw = bytearray((tmp_path / "j").read_bytes())
-    raw[-3] ^= 0xFF
-    (tmp_path / "j").write_bytes(raw)
-    assert Journal(tmp_path / "j", "s").names() == ["a", "b"]
-
-
-def test_journal_of_other_settings_starts_anew(tmp_path: Path) -> None:
-    filled(tmp_path / "j", ["a"]).close()
-    assert Journal(tmp_path / "j", "other").names() == []
-
-
 def test_store_reuses_by_settings_and_source(tmp_path: Path) -> None:
     path = tmp_path / "f.h5"
     store = H5Store(path, {"size": 1})
@@ -95,7 +44,6 @@ def test_store_reuses_by_settings_and_source(tmp_path: Path) -> None:
     assert store.has("x.jpg", "s1")
     assert not store.has("x.jpg", "s2")
     store.finalize(["x.jpg"], {})
-    assert not (tmp_path / "f.h5.journal").exists()
     store.close()
 
     again = H5Store(path, {"size": 1})
@@ -124,26 +72,118 @@ def test_store_keeps_old_entries_beside_new_ones(tmp_path: Path) -> None:
         assert file["d/b.jpg/a"][0, 0] == 2
 
 
-def test_damaged_h5_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def stored(path: Path, *, keep: bool) -> None:
+    store = H5Store(path, {})
+    for name, value in (("a.jpg", 1.0), ("b.jpg", 2.0)):
+        store.put(name, entry(value), "s", turned=90)
+    store.finalize(["a.jpg", "b.jpg"], {}, keep=keep)
+    store.close()
+
+
+def damage(path: Path, how: str) -> None:
+    raw = bytearray(path.read_bytes())
+    if how == "cut":
+        raw = raw[: len(raw) // 2]
+    elif how == "emptied":
+        raw = bytearray()
+    else:  # a byte of b.jpg's first array
+        raw[raw.index(entry(2.0)["a"].tobytes()) + 5] ^= 0xFF
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "flipped"])
+def test_damaged_h5_is_written_again_from_the_cache(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "f.h5"
+    stored(path, keep=True)
+    damage(path, how)
+    again = H5Store(path, {})
+    assert [again.has(name, "s") for name in ("a.jpg", "b.jpg")] == [True, True]
+    again.finalize(["a.jpg", "b.jpg"], {})
+    again.close()
+    with h5py.File(path) as file:
+        assert np.array_equal(file["b.jpg/a"][()], entry(2.0)["a"])
+        assert file["b.jpg"].attrs["turned"] == 90
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "flipped"])
+def test_damage_without_a_cache_is_computed_again(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "f.h5"
+    stored(path, keep=False)
+    assert path.exists()
+    damage(path, how)
+    torn = H5Store(path, {})
+    assert not torn.has("b.jpg", "s")
+    assert torn.has("a.jpg", "s") == (how == "flipped")
+    assert "damaged" in caplog.text
+    torn.put("a.jpg", entry(1.0), "s")
+    torn.put("b.jpg", entry(3.0), "s")
+    torn.finalize(["a.jpg", "b.jpg"], {})
+    assert torn.get("b.jpg")[0]["a"][0, 0] == 3
+    torn.close()
+
+
+def test_flipped_byte_of_the_cache_costs_that_entry(tmp_path: Path) -> None:
     path = tmp_path / "f.h5"
     store = H5Store(path, {})
-    store.put("a.jpg", entry(1), "s")
-    store.finalize(["a.jpg"], {})
+    store.put("a.jpg", entry(1.0), "s")
+    store.put("b.jpg", entry(2.0), "s")
     store.close()
-    os.truncate(path, path.stat().st_size // 2)
-    torn = H5Store(path, {})
-    assert not torn.has("a.jpg", "s")
-    assert "damaged" in caplog.text
-    torn.put("a.jpg", entry(3), "s")
-    torn.finalize(["a.jpg"], {})
-    assert torn.get("a.jpg")[0]["a"][0, 0] == 3
-    torn.close()
+    damage(cache_path(path), "flipped")
+    again = H5Store(path, {})
+    assert [again.has(name, "s") for name in ("a.jpg", "b.jpg")] == [True, False]
+    again.close()
+
+
+def test_what_was_made_stays_when_settings_and_names_change_back(tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    stored(path, keep=True)
+    for settings, names in (({"size": 2}, ["a.jpg"]), ({}, ["a.jpg"])):
+        store = H5Store(path, settings)
+        if settings:
+            assert not store.has("a.jpg", "s")
+            store.put("a.jpg", entry(7.0), "s")
+        assert store.has("a.jpg", "s")
+        store.finalize(names, {})
+        store.close()
+    with h5py.File(path) as file:
+        assert list(file) == ["a.jpg"]
+    back = H5Store(path, {})
+    assert back.has("b.jpg", "s")
+    assert back.get("b.jpg")[0]["a"][0, 0] == 2
+    assert back.get("b.jpg")[1] == {"turned": 90, "source": "s"}
+    back.close()
+
+
+def test_h5_files_of_0_1_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    stored(path, keep=False)
+    with h5py.File(path, "r+") as file:
+        sources = {name: given[0] for name, given in json.loads(file.attrs["sources"]).items()}
+        del file.attrs["sources"]
+        file.attrs["sources"] = json.dumps(sources)
+    old = H5Store(path, {})
+    assert old.has("b.jpg", "s")
+    old.finalize(["a.jpg", "b.jpg"], {})
+    old.close()
+    with h5py.File(path) as file:  # with checksums now
+        assert json.loads(file.attrs["sources"])["b.jpg"][0] == "s"
+
+
+def test_nothing_to_write_is_a_file_too(tmp_path: Path) -> None:
+    store = H5Store(tmp_path / "f.h5", {})
+    store.finalize([], {"notes": "none"})
+    store.close()
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert (list(file), file.attrs["notes"]) == ([], "none")
 
 
 def test_missing_entry_is_a_users_error(tmp_path: Path) -> None:
     store = H5Store(tmp_path / "f.h5", {})
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="computed again"):
         store.get("nope")
+    store.close()
 
 
 def test_entries_survive_kill_9(tmp_path: Path) -> None:

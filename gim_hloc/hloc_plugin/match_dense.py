@@ -26,13 +26,15 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import h5py
 import numpy as np
 
+from gim_hloc.cache import Cache
+from gim_hloc.cache import key as cache_key
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.hloc_files import find, group, open_h5, read
@@ -41,7 +43,7 @@ from gim_hloc.matchers.base import ImageOptions
 from gim_hloc.pairs.files import read_pairs
 from gim_hloc.pipelines import linking
 from gim_hloc.pipelines.linking import Arrays, Kind, Pair
-from gim_hloc.store import Journal, digest
+from gim_hloc.store import digest, remove_cache
 from gim_hloc.tracks import quantized
 from gim_hloc.tracks.anchored import AnchoredOptions, Anchors, PairReading
 from gim_hloc.tracks.base import Tracks
@@ -358,19 +360,26 @@ class _Job:
             "tracks": self.tracks,
             "anchored": dataclasses.asdict(self.anchored) if anchors else None,
         }
-        journal = Journal(match_path.with_name(match_path.name + ".journal"), digest(settings))
-        try:
-            self._match(matcher, anchors, journal, batch_size, cache_gb)
+        made_from = {
+            name: digest([record.sha256, _content(anchors[name]) if anchors else None])
+            for name, record in self.records.items()
+        }
+
+        def key_of(pair: Pair) -> str:
+            return cache_key(digest(settings), [made_from[name] for name in pair])
+
+        with Cache(match_path.with_name(f"{match_path.name}.cache")) as cache:
+            self._match(matcher, anchors, cache, key_of, batch_size, cache_gb)
             del matcher
 
             def read(pair: Pair) -> Arrays:
-                return journal.read(_entry(pair))[0]
+                found = cache.get(key_of(pair))
+                if found is None:
+                    raise OutputError(f"{cache.path} lost {_entry(pair)!r}. Repeat the command.")
+                return found
 
             self._write(feature_path, match_path, self._link(read, anchors), read, anchors)
-        except BaseException:
-            journal.close()
-            raise
-        journal.close(remove=True)
+        remove_cache(cache.path)
 
     @functools.cached_property
     def free(self) -> frozenset[Pair]:
@@ -423,26 +432,15 @@ class _Job:
         self,
         matcher: Any,
         anchors: Mapping[str, Anchors],
-        journal: Journal,
+        cache: Cache,
+        key_of: Callable[[Pair], str],
         batch_size: int | None,
         cache_gb: float | None,
     ) -> None:
-        """Match what the journal does not hold yet."""
+        """Match what the cache does not hold yet."""
         from gim_hloc import engine, images
 
-        made_from = {
-            name: digest([record.sha256, _content(anchors[name]) if anchors else None])
-            for name, record in self.records.items()
-        }
-
-        def source(pair: Pair) -> str:
-            return digest([made_from[pair[0]], made_from[pair[1]]])
-
-        def held(pair: Pair) -> bool:
-            name = _entry(pair)
-            return name in journal and journal.attributes(name).get("source") == source(pair)
-
-        todo = [pair for pair in self.pairs if not held(pair)]
+        todo = [pair for pair in self.pairs if cache.get(key_of(pair)) is None]
         read = linking.reader(matcher, self.tracks, anchors, self.anchored)
         semidense = matcher.info.kind == "semidense"
 
@@ -464,7 +462,7 @@ class _Job:
         with self._bar(len(self.pairs), "Match", "pairs", len(self.pairs) - len(todo)) as bar:
 
             def done(pair: Pair, arrays: Arrays) -> None:
-                journal.append(_entry(pair), arrays, {"source": source(pair)})
+                cache.put(key_of(pair), arrays)
                 bar.update()
 
             engine.match_scheduled(

@@ -3,7 +3,7 @@
 Pairs are named by the frames that were *asked for*; the frames that the labels truly belong to
 stand beside them. Labels are original frame pixels in hloc's frame (integer = pixel centre).
 
-While a run works, finished pairs go to a journal beside the file (see `gim_hloc.store`); the h5
+While a run works, finished pairs go to a cache beside the file (see `gim_hloc.store`); the h5
 file itself is replaced in one step when all starts are done. Layout: one group ``<a>_<b>`` a
 requested pair with the dataset ``labels`` (n, 4) float32 and attributes; the file's attribute
 ``records`` lists all starts, failed ones included, as JSON.
@@ -106,11 +106,13 @@ class PropagatedStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        from gim_hloc.store import cache_path
+
         self.path = Path(path)
         self._file: h5py.File | None = None
         self._owner = -1
         if not self.path.is_file():
-            unfinished = self.path.with_name(self.path.name + ".journal").exists()
+            unfinished = cache_path(self.path).exists()
             raise InputError(
                 f"{self.path} is not finished: repeat the same `gim-video propagate`."
                 if unfinished
@@ -262,8 +264,8 @@ class PropagatedWriter:
             "facts": json.dumps(asdict(self._facts)),
             "records": json.dumps([asdict(record) for record in records]),
         }
-        self._store.finalize([record.name for record in records], attributes)
+        self._store.finalize([record.name for record in records], attributes, keep=False)
 
     def close(self) -> None:
-        """Close the files; what is not finished stays in the journal."""
+        """Close the files; what is not finished stays in the cache."""
         self._store.close()
