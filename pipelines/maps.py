@@ -153,7 +153,9 @@ def _sources(features: Path | None) -> dict[str, str]:
     if features is None:
         return {}
     with open_h5(features, "feature file") as file:
-        return _table(file, "sources")
+        table = _table(file, "sources")
+    # With the checksum of each entry, but in files of 0.1.
+    return {name: given[0] if isinstance(given, list) else given for name, given in table.items()}
 
 
 def _table(file: h5py.File, name: str) -> dict[str, Any]:

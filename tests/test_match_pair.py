@@ -170,7 +170,7 @@ def test_degenerate_matches(points: np.ndarray) -> None:
 
 
 def test_thresholds_are_checked() -> None:
-    with pytest.raises(InputError, match=r"--fit\.fundamental-px is 0"):
+    with pytest.raises(InputError, match=r"fit\.fundamental_px is 0; it must be above 0"):
         FitOptions(fundamental_px=0)
 
 

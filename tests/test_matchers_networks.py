@@ -219,7 +219,7 @@ def test_expected_names_are_kornias(state) -> None:
 
 
 def test_expected_names_with_another_size() -> None:
-    with pytest.raises(WeightsError, match=r"LightGlue.*\n.*missing: input_proj"):
+    with pytest.raises(WeightsError, match=r"LightGlue.*\n.*missing \(\d+\): input_proj"):
         weights.check_names(published_shapes(), {}, path="x", network="LightGlue")
 
 

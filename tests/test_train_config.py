@@ -199,6 +199,9 @@ def test_pairs_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, spec: Mapping[str, Any]) -> None:
             self.spec = spec
 
+        def look(self) -> None:
+            pass
+
         def scene_lengths(self) -> np.ndarray:
             return np.array([30, 70])
 
