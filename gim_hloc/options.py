@@ -67,14 +67,14 @@ def options(kind: type[Kind] | None = None, *, section: str = "") -> Any:
     config = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
     checked = made.__init__
-    numbers = {name for name, hint in get_type_hints(made).items() if _is_number(hint)}
+    numbers = {name: word for name, hint in get_type_hints(made).items() if (word := _number(hint))}
 
     @functools.wraps(checked)
     def init(self: Any, *args: Any, **values: Any) -> None:
-        for name in numbers.intersection(values):
+        for name in numbers.keys() & values.keys():
             if isinstance(values[name], bool):  # YAML's yes and on; pydantic takes them for 1
                 full = f"{section}.{name}" if section else name
-                raise InputError(f"{full} is {values[name]}; it must be a number.")
+                raise InputError(f"{full} is {values[name]}; it must be {numbers[name]}.")
         try:
             checked(self, *args, **values)
         except pydantic.ValidationError as error:
@@ -85,10 +85,13 @@ def options(kind: type[Kind] | None = None, *, section: str = "") -> Any:
     return made
 
 
-def _is_number(hint: Any) -> bool:
-    return hint in (int, float) or (
-        get_origin(hint) in (Union, types.UnionType) and any(map(_is_number, get_args(hint)))
-    )
+def _number(hint: Any) -> str | None:
+    """What a type wants in words, where it is a number or none."""
+    if hint in (int, float):
+        return _MUST[hint.__name__]
+    if get_origin(hint) not in (Union, types.UnionType):
+        return None
+    return next(filter(None, map(_number, get_args(hint))), None)
 
 
 def build(
@@ -115,22 +118,20 @@ def build(
     if not isinstance(values, Mapping):
         place = prefix.rstrip(".") or "the file"
         raise InputError(f"{said}{place} must hold settings (name: value), not {values!r}.")
-    current = kind() if base is None else base
     hints = get_type_hints(kind)
-    changes: dict[str, Any] = {}
+    found = {} if base is None else dict(vars(base))
     for key, value in values.items():
         if key not in hints:
             raise InputError(f"{said}{_unknown(str(key), kind, prefix)}")
         if dataclasses.is_dataclass(hints[key]):
             inner: Any = hints[key]
             given = {} if value is None else value
-            now = getattr(current, key)
-            changes[key] = build(inner, given, base=now, where=where, prefix=f"{prefix}{key}.")
+            now = found.get(key, inner())
+            found[key] = build(inner, given, base=now, where=where, prefix=f"{prefix}{key}.")
         else:
-            changes[key] = value
-    every = {f.name: getattr(current, f.name) for f in dataclasses.fields(current)} | changes  # type: ignore[arg-type]
+            found[key] = value
     try:
-        return kind(**every)
+        return kind(**found)
     except InputError as error:
         text = str(error)
         raise InputError(said + ("" if text.startswith(prefix) else prefix) + text) from None
@@ -172,6 +173,11 @@ def _refusal(error: pydantic.ValidationError, kind: Any, prefix: str) -> InputEr
     name = prefix + ".".join(str(part) for part in first["loc"])
     if first["type"] == "unexpected_keyword_argument":
         return InputError(_unknown(str(first["loc"][-1]), kind, prefix))
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):  # of a pair of numbers
+        name = name.rpartition(".")[0]
+        return InputError(f"{name} is {first['input']!r}; it must be a list with more entries.")
+    if first["type"] == "missing":
+        return InputError(f"{name} is missing.")
     if first["type"] in ("value_error", "assertion_error"):  # a rule of ours, in its own words
         return InputError(str(first["ctx"]["error"]))
     return InputError(f"{name} is {first['input']!r}; it must be {_must(first)}.")
@@ -190,6 +196,7 @@ _MUST = {
     "string": "text",
     "path": "a path",
     "tuple": "a list",
+    "too_long": "a list of {max_length} entries",
     "mapping": "a mapping",
     "dict": "a mapping",
     "dataclass": "a mapping",

@@ -33,7 +33,7 @@ COMMANDS = (
         ({"max_error": 1}, "no setting 'max_error'. Did you mean 'verify.max_error'?"),
         ({"quality": "best"}, "quality is 'best'; it must be 'fast', 'base' or 'precise'."),
         ({"workers": 1.5}, "workers is 1.5; it must be a whole number."),
-        ({"workers": True}, "workers is True; it must be a number."),
+        ({"workers": True}, "workers is True; it must be a whole number."),
         ({"cache_gb": float("inf")}, "cache_gb is inf; it must be finite."),
         ({"export": "ply"}, "export is 'ply'; it must be a list."),
         ({"export": ["obj"]}, "export.0 is 'obj'; it must be 'txt',"),

@@ -91,12 +91,15 @@ def test_dry_run_tells_the_plan(
         (["--preset", "small-gim_lofter"], "Did you mean 'small-gim_loftr'?"),
         (["--data", "nothing.yaml"], "There is no file nothing.yaml"),
         (["--config", "nothing.yaml"], "There is no file nothing.yaml"),
-        (["--model-options", "corse=3"], "no option 'corse'. Did you mean 'coarse'?"),
+        (["--model-options", "corse=3"], "no setting 'corse'. Did you mean 'coarse'?"),
         (["--model-options", "coarse"], "is no NAME=VALUE"),
-        (["--model-options", "coarse=wide"], "coarse of gim_loftr is 'wide'; it must be a whole"),
-        (["--model-options", "blocks=3", "--dry-run"], "blocks of gim_loftr is 3; it must be a li"),
+        (["--model-options", "coarse=wide"], "gim_loftr: coarse is 'wide'; it must be a whole"),
+        (["--model-options", "blocks=3", "--dry-run"], "gim_loftr: blocks is 3; it must be a list"),
         (["--model-options", "threshold=7"], "threshold is 7.0; a confidence is between 0 and 1"),
-        (["--optimiser.weight-decay", "-1"], "optimiser.weight_decay is -1.0; it must be 0 or mo"),
+        (
+            ["--optimiser.weight-decay", "-1"],
+            "weight_decay is -1.0; it must be at least 0",
+        ),
         (["--initial", "nothing.pth"], "There is no file nothing.pth"),
         (["--initial", "nothing.pth", "--dry-run"], "There is no file nothing.pth"),
         (["--weights", "nothing.ckpt"], "There is no file nothing.ckpt"),
@@ -112,7 +115,11 @@ def test_errors_are_one_line(
     change: list[str],
     message: str,
 ) -> None:
-    assert main(arguments(scenes, tmp_path / "run", *change)) == 2
+    try:
+        code: object = main(arguments(scenes, tmp_path / "run", *change))
+    except SystemExit as left:  # refused with the flags
+        code = left.code
+    assert code == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -124,7 +131,7 @@ def test_wrong_values_of_sources_are_one_line(
 ) -> None:
     path = tmp_path / "sources.yaml"
     for augment, message in (
-        ("{zoom0: 3}", "augment.zoom0 is 3; it must be a list of 2"),
+        ("{zoom0: 3}", "augment.zoom0 is 3; it must be a list"),
         ("{tries: many}", "augment.tries is 'many'; it must be a whole number"),
         ("{photometric: blue}", "augment.photometric is 'blue'; it must be"),
     ):

@@ -369,10 +369,10 @@ def test_depth_must_fit_its_image() -> None:
     ("wrong", "message"),
     [
         ({"box": (7, 100)}, "smaller than 8"),
-        ({"homography": 1.5}, "probability"),
+        ({"homography": 1.5}, "homography is 1.5; it must be at most 1"),
         ({"zoom0": (1.4, 0.6)}, "range"),
         ({"homography_offset": 0.5}, "corners"),
-        ({"tries": 0}, "positive"),
+        ({"tries": 0}, "tries is 0; it must be at least 1"),
         ({"photometric": "bright"}, "dark"),
     ],
 )

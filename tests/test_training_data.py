@@ -757,10 +757,13 @@ class TestDescriptions:
         [
             ({}, "known are megadepth"),
             ({"type": "coco"}, "coco"),
-            ({"type": "rendered", "scnes": 3}, r"'scnes'; known are .*scenes"),
-            ({"type": "rendered", "augment": {"zoom": 1}}, r"augment has no 'zoom'.*zoom0"),
+            ({"type": "rendered", "scnes": 3}, r"'scnes'. Did you mean 'scenes'"),
+            (
+                {"type": "rendered", "augment": {"zoom": 1}},
+                r"'augment.zoom'. Did you mean 'augment.zoom",
+            ),
             ({"type": "rendered", "augment": {"box": 1}}, "augment has no 'box'"),
-            ({"type": "megadepth"}, "needs root"),
+            ({"type": "megadepth"}, "root is missing"),
             ({"type": "rendered", "box": 640}, "list"),
             ({"type": "rendered", "box": [640, 480, 3]}, "2 entries"),
             ({"type": "rendered", "scenes": "many"}, "whole number"),

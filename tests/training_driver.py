@@ -18,8 +18,9 @@ import torch
 import yaml
 from torch import nn
 
+from gim_hloc.options import build
 from gim_hloc.training.batch import PairBatch, PairSample
-from gim_hloc.training.config import TrainConfig, from_mapping
+from gim_hloc.training.config import TrainConfig
 from gim_hloc.training.loader import PairData
 from gim_hloc.training.models.base import Match, TrainingModel
 
@@ -137,7 +138,7 @@ def make_config(**changes: Any) -> TrainConfig:
         for section in sections:
             place = place.setdefault(section, {})
         place[last] = value
-    return from_mapping(TrainConfig, nested, where="the test")
+    return build(TrainConfig, nested, where="the test")
 
 
 class Interrupted(Pairs):

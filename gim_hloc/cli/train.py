@@ -15,14 +15,13 @@ import tyro
 
 from gim_hloc.cli import common
 from gim_hloc.errors import GimError, InputError
+from gim_hloc.options import build, to_mapping
 from gim_hloc.training.config import (
     CONFIG_FILE,
     TrainConfig,
     dump,
-    from_mapping,
     read_config,
     read_sources,
-    to_mapping,
 )
 
 logger = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ def _config(arguments: _Arguments) -> TrainConfig:
         except yaml.YAMLError:
             raise InputError(f"--model-options {option!r}: the value is no YAML.") from None
     # Through the same door as a file, so that the same values are refused.
-    return from_mapping(TrainConfig, mapping, where="the command line")
+    return build(TrainConfig, mapping, where="the command line")
 
 
 def _run(arguments: _Arguments) -> int:

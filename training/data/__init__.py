@@ -11,15 +11,13 @@ A source is described by a mapping, as configuration files hold it::
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 from gim_hloc.errors import InputError
-from gim_hloc.option_values import convert
-from gim_hloc.training.data.source import PairSource, SourceOptions, require_known
+from gim_hloc.options import build
+from gim_hloc.training.data.source import PairSource, SourceOptions
 
 # Type -> module, options, what opens them.
 _TYPES: dict[str, tuple[str, str, str]] = {
@@ -56,21 +54,8 @@ def source_options(spec: Mapping[str, Any]) -> SourceOptions:
         )
     module, options, _ = _TYPES[kind]
     cls = getattr(importlib.import_module(f"{__name__}.{module}"), options)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     given = {key: value for key, value in spec.items() if key != "type"}
-    require_known(given, set(fields), f"The source {kind!r}")
-    needed = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-        and name not in given
-    ]
-    if needed:
-        raise InputError(f"The source {kind!r} needs {', '.join(needed)}.")
-    hints = typing.get_type_hints(cls)
-    values = {key: convert(value, hints[key], f"{kind}.{key}") for key, value in given.items()}
-    result: SourceOptions = cls(**values)
+    result: SourceOptions = build(cls, given, where=f"The source {kind!r}")
     return result
 
 

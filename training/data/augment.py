@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from gim_hloc.errors import InputError
+from gim_hloc.options import Count, Share, options
 from gim_hloc.training.batch import PairSample
 from gim_hloc.training.data import photometric
 from gim_hloc.training.data.photometric import Style
@@ -26,38 +27,29 @@ _MULTIPLE = 8  # network sizes are multiples of the coarsest feature cell that a
 _INSIDE = 1e-6  # px, rounding of positions on the border of an image
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class AugmentOptions:
     """How samples are made. The defaults are those of MegaDepth in ``training.md`` §3."""
 
     box: tuple[int, int] = (640, 640)  # (width, height) of network images, px; floored to 8
     train: bool = True  # False: fitted into the box and nothing else, nothing random
-    keep_scale: float = 0.5  # probability that an image only fills the box and is not zoomed
+    keep_scale: Share = 0.5  # probability that an image only fills the box and is not zoomed
     zoom0: tuple[float, float] = (0.6, 1.4)  # range of the factor of image 0
     zoom1: tuple[float, float] = (0.6, 1.4)  # range of the factor of image 1
     photometric: Style = "dark"  # kind of changes of colour
-    photometric_probability: float = 0.5  # of each image to go through them
-    homography: float = 0.9  # probability that image 1 is warped
+    photometric_probability: Share = 0.5  # of each image to go through them
+    homography: Share = 0.9  # probability that image 1 is warped
     homography_offset: float = 0.25  # largest offset of a corner, share of the box' side
     rotation_deg: float = 180.0  # largest rotation of that warp
-    flip_horizontal: float = 0.0  # probability that both images are mirrored left to right
-    flip_vertical: float = 0.0  # probability that both images are mirrored top to bottom
+    flip_horizontal: Share = 0.0  # probability that both images are mirrored left to right
+    flip_vertical: Share = 0.0  # probability that both images are mirrored top to bottom
     min_labels: int = 64  # labels that must remain where a sample has labels
-    tries: int = 30  # augmentations drawn until so many remain
+    tries: Count = 30  # augmentations drawn until so many remain
     max_labels: int | None = None  # keep the first rows, sorted by x0, y0, x1, y1; None: all
 
     def __post_init__(self) -> None:
         if min(self.network_box) < _MULTIPLE:
             raise InputError(f"The box {self.box} is smaller than {_MULTIPLE} x {_MULTIPLE}.")
-        for name in (
-            "keep_scale",
-            "photometric_probability",
-            "homography",
-            "flip_horizontal",
-            "flip_vertical",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}, a probability is in [0, 1].")
         for name in ("zoom0", "zoom1"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -65,12 +57,6 @@ class AugmentOptions:
         if not 0 <= self.homography_offset < 0.5:
             raise InputError(
                 f"homography_offset is {self.homography_offset}; from 0.5 on corners can meet."
-            )
-        if self.tries < 1:
-            raise InputError(f"tries is {self.tries}, it must be positive.")
-        if self.photometric not in photometric.STYLES:
-            raise InputError(
-                f"photometric is {self.photometric!r}; known are {', '.join(photometric.STYLES)}."
             )
 
     @property

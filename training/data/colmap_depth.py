@@ -9,12 +9,12 @@ workspace of COLMAP (``images/``, ``sparse/``, ``stereo/depth_maps/``) and the e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.options import options
 from gim_hloc.training.data.posed import PosedOptions, PosedViews, View
 
 _MODELS = ("sparse", "gt", "sparse/0", ".")
@@ -23,7 +23,7 @@ _MODEL_FILES = ("images.bin", "images.txt")
 _DEPTH_SUFFIXES = (".h5", ".npy", ".png")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ColmapOptions(PosedOptions):
     """Where the model is."""
 

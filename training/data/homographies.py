@@ -8,7 +8,6 @@ motion, which is exact at every pixel, or as labels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,30 +15,24 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.images import SUFFIXES, read_rgb
+from gim_hloc.options import Count, options
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import SUBSAMPLING_SEED, PairSource, SourceOptions
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class HomographyOptions(SourceOptions):
     """Which images, and how the truth is told."""
 
     root: Path  # folder of images, searched at any depth
     truth: Literal["depth", "labels"] = "depth"  # for losses of depth data, or of videos
-    labels: int = 4096  # points of a pair where the truth is labels
+    labels: Count = 4096  # points of a pair where the truth is labels
 
     AUGMENT: ClassVar[Mapping[str, Any]] = {
         "photometric": "dark",
         "homography": 1.0,
         "keep_scale": 0.2,
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.truth not in ("depth", "labels"):
-            raise InputError(f"truth is {self.truth!r}; known are 'depth' and 'labels'.")
-        if self.labels < 1:
-            raise InputError(f"labels is {self.labels}, it must be positive.")
 
 
 class Homographies(PairSource):

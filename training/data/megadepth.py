@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.files import read_text
+from gim_hloc.options import options
 from gim_hloc.pickles import read_npz
 from gim_hloc.training.data.posed import View, ViewPairs
 from gim_hloc.training.data.source import (
@@ -41,7 +41,7 @@ VALIDATION_SCENES = ("0022",)
 _HELD_OUT = ("0015", "0022")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class MegaDepthOptions(SourceOptions):
     """Which pairs of MegaDepth. The defaults are those of ``training.md`` §3."""
 

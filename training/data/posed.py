@@ -12,6 +12,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.images import read_rgb
+from gim_hloc.options import options
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.depth_maps import MILLIMETRES, read_depth
 from gim_hloc.training.data.source import (
@@ -28,7 +29,7 @@ _GRID = 16  # points along the long side of an image that overlap is measured wi
 _AGREEMENT = 0.1  # relative difference of depth of points that both images see
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class PosedOptions(SourceOptions):
     """Which pairs of posed images."""
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.options import Count, options
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import PairSource, SourceOptions
 
@@ -29,12 +30,12 @@ _COARSE = 24  # px, width of the images that overlap is measured on
 _AGREEMENT = 0.05  # relative difference of depth of points that both views see
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class RenderedOptions(SourceOptions):
     """Which rooms, and how they are seen."""
 
-    scenes: int = 1000  # different rooms
-    pairs_per_scene: int = 20  # views are new for each pair
+    scenes: Count = 1000  # different rooms
+    pairs_per_scene: Count = 20  # views are new for each pair
     size: tuple[int, int] = (640, 480)  # (width, height) of the images, px
     fov_deg: tuple[float, float] = (50.0, 85.0)  # range of the horizontal angle of view
     overlap: tuple[float, float] = (0.15, 0.8)  # of a pair, in both directions
@@ -48,9 +49,6 @@ class RenderedOptions(SourceOptions):
     AUGMENT: ClassVar[Mapping[str, Any]] = {"photometric": "dark"}
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scenes < 1 or self.pairs_per_scene < 1:
-            raise InputError("scenes and pairs_per_scene must be positive.")
         if min(self.size) < 16:
             raise InputError(f"size is {self.size}, it must be at least 16 x 16.")
         if not 0 <= self.overlap[0] < self.overlap[1] <= 1:

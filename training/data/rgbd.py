@@ -15,7 +15,6 @@ folder given may also hold several such scenes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,28 +22,20 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.images import SUFFIXES as IMAGE_SUFFIXES
+from gim_hloc.options import Count, options
 from gim_hloc.training.data.depth_maps import SUFFIXES as DEPTH_SUFFIXES
 from gim_hloc.training.data.posed import PosedOptions, PosedViews, View
 
 _INTRINSICS = ("intrinsics.txt", "intrinsic/intrinsic_color.txt", "intrinsic_color.txt")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class RgbdOptions(PosedOptions):
     """Where the frames are."""
 
     root: Path  # a scene, or a folder of scenes
-    stride: int = 1  # of the frames in order of name, every so many are used
+    stride: Count = 1  # of the frames in order of name, every so many are used
     poses: Literal["camera_to_world", "world_to_camera"] = "camera_to_world"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stride < 1:
-            raise InputError(f"stride is {self.stride}, it must be positive.")
-        if self.poses not in ("camera_to_world", "world_to_camera"):
-            raise InputError(
-                f"poses is {self.poses!r}; known are 'camera_to_world' and 'world_to_camera'."
-            )
 
 
 def open_rgbd(options: RgbdOptions) -> PosedViews:

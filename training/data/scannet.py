@@ -10,13 +10,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.options import options
 from gim_hloc.pickles import read_npz
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.depth_maps import MILLIMETRES
@@ -34,7 +34,7 @@ SIZE = (640, 480)  # of depth maps, of resized images and what the intrinsics ar
 _FRAME_STEP = 10  # only such frames were exported
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ScanNetOptions(SourceOptions):
     """Which pairs of ScanNet. The defaults are those of ``training.md`` §3."""
 

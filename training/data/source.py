@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from gim_hloc.errors import InputError
-from gim_hloc.option_values import convert
+from gim_hloc.options import build, options
 from gim_hloc.training.batch import PairSample
 from gim_hloc.training.data.augment import AugmentOptions, RawPair, TooFewLabelsError, make_sample
 from gim_hloc.training.data.truth import NoTruthError, likeness, require_truth
@@ -39,7 +38,7 @@ Split = Literal["train", "validation"]
 Key = int | tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SourceOptions:
     """What every source is told."""
 
@@ -52,32 +51,14 @@ class SourceOptions:
     # What a source changes about AugmentOptions' defaults.
     AUGMENT: ClassVar[Mapping[str, Any]] = {}
 
-    def __post_init__(self) -> None:
-        if self.split not in ("train", "validation"):
-            raise InputError(f"split is {self.split!r}; known are 'train' and 'validation'.")
-
     def augmentation(self) -> AugmentOptions:
         """How samples of the source are made."""
-        fields = {f.name for f in dataclasses.fields(AugmentOptions)} - {"box", "train"}
-        require_known(self.augment, fields, "augment")
+        for name in ("box", "train"):
+            if name in self.augment:
+                raise InputError(f"augment has no {name!r}: the source itself decides it.")
         values = {**self.AUGMENT, **self.augment}
-        hints = get_type_hints(AugmentOptions)
-        for name, value in values.items():
-            values[name] = convert(value, hints[name], f"augment.{name}")
-        return AugmentOptions(box=self.box, train=self.split == "train", **values)
-
-
-def require_known(given: Mapping[str, Any], known: Sequence[str] | set[str], where: str) -> None:
-    """Refuse keys that nothing reads.
-
-    Raises:
-        InputError: it lists the known ones.
-    """
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise InputError(
-            f"{where} has no {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}."
-        )
+        fixed = AugmentOptions(box=self.box, train=self.split == "train")
+        return build(AugmentOptions, values, base=fixed, prefix="augment.")
 
 
 class PairSource(Dataset[PairSample], ABC):

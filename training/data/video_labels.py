@@ -10,7 +10,6 @@ stored frames are much faster.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ import numpy as np
 from gim_hloc.errors import InputError
 from gim_hloc.files import read_text
 from gim_hloc.images import read_rgb
+from gim_hloc.options import options
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import PairSource, SourceOptions
 from gim_hloc.training.video.propagated import PropagatedStore
@@ -26,7 +26,7 @@ from gim_hloc.training.video.propagated import PropagatedStore
 _VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class VideoOptions(SourceOptions):
     """Where labels and frames are. The defaults are those of ``training.md`` §3 (WALK)."""
 

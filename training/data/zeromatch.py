@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +25,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.images import read_rgb
+from gim_hloc.options import options
 from gim_hloc.pickles import read_npz
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import SourceOptions
@@ -35,7 +35,7 @@ _NAME = re.compile(r"(\d+)_(\d+)\.npy")
 _LATE = 1e-6  # s: rounding of a time stamp
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ZeroMatchOptions(SourceOptions):
     """Where labels and frames are."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from gim_hloc.errors import InputError
-from gim_hloc.option_values import convert
+from gim_hloc.options import build, options
 from gim_hloc.training.models.base import TrainingModel
 
 _BUILDERS = {
@@ -40,32 +41,26 @@ def build_model(name: str, **options: Any) -> TrainingModel:
     return _builder(name)(name, **fitting(name, options))
 
 
-def fitting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def fitting(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a model in the types that it wants; nothing is built.
 
     Args:
         name: one of ``names()``.
-        options: keyword arguments of the model's ``build``, as a file or the command line has them.
+        values: keyword arguments of the model's ``build``, as a file or the command line has them.
 
     Raises:
         InputError: there is no such model, it has no such option, or a value is of another type.
     """
-    build = _builder(name)
-    hints = get_type_hints(build)
-    known = [
-        p.name
-        for p in inspect.signature(build).parameters.values()
+    maker = _builder(name)
+    hints = get_type_hints(maker)
+    fields = [
+        (p.name, hints[p.name], dataclasses.field(default=p.default))
+        for p in inspect.signature(maker).parameters.values()
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    found = {}
-    for key, value in options.items():
-        if key not in known:
-            raise InputError(
-                f"The model {name} has no option {key!r}.{_hint(key, known)} "
-                f"Its options: {', '.join(known)}."
-            )
-        found[key] = convert(value, hints[key], f"The option {key} of {name}")
-    return found
+    kind: Any = options(dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True))
+    made = build(kind, values, where=f"The model {name}")
+    return {key: getattr(made, key) for key in values}
 
 
 def _builder(name: str) -> Callable[..., TrainingModel]:

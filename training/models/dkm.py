@@ -7,7 +7,7 @@ are in ``losses.dkm``. Where positions come from, gradients do not go: see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def build(
     name: str,
     *,
     stem: int = _FULL.stem,
-    blocks: Sequence[int] = _FULL.blocks,
+    blocks: tuple[int, ...] = _FULL.blocks,
     projected: int = _FULL.projected,
     reduced: int = _FULL.reduced,
     position: int = _FULL.position,
@@ -81,7 +81,7 @@ def build(
     labels: int = 2048,
     draw: Draw = "threshold",
     num_matches: int = 5000,
-    upsample_size: Sequence[int] | None = None,
+    upsample_size: tuple[int, int] | None = None,
     recompute: bool = False,
 ) -> DKMTraining:
     """DKM to be trained; the defaults are the published network and training.

@@ -441,7 +441,7 @@ def build(
     name: str,
     *,
     encoder: int = 64,
-    blocks: Sequence[int] = (3, 4, 6),
+    blocks: tuple[int, ...] = (3, 4, 6),
     coarse: int = 256,
     middle: int = 196,
     fine: int = 128,

@@ -7,7 +7,7 @@ checkpoint, its parameters are none of the module's, and no optimiser or process
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def build(
     name: str,
     *,
     tokens: int = _FULL.tokens,
-    vgg: Sequence[int] = _FULL.vgg,
+    vgg: tuple[int, ...] = _FULL.vgg,
     projected: Mapping[int, int] | None = None,
     displacement: Mapping[int, int] | None = None,
     radius: Mapping[int, int] | None = None,
@@ -135,7 +135,7 @@ def build(
     labels: int = 2048,
     draw: Draw = "threshold",
     num_matches: int = 5000,
-    upsample_size: Sequence[int] | None = None,
+    upsample_size: tuple[int, int] | None = None,
     recompute: bool = False,
 ) -> RoMaTraining:
     """RoMa to be trained; the defaults are the published network and training.
