@@ -5,6 +5,8 @@ The commands print the message without a traceback and leave with ``exit_code``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class GimError(Exception):
     """Base of every error that a command reports as one message instead of a traceback."""
@@ -34,3 +36,9 @@ class MappingError(GimError):
     """COLMAP could not build a model from the matches."""
 
     exit_code = 4
+
+
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """The first of some names and how many more there are, for a message."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

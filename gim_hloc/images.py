@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, some
 from gim_hloc.products import find_products
 
 if TYPE_CHECKING:
@@ -309,8 +309,7 @@ def check_names(root: Path, names: Sequence[str]) -> list[str]:
             )
     missing = [name for name in unique if not (root / name).is_file()]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(f"Not found in {root}: {', '.join(missing[:3])}{more}.")
+        raise InputError(f"Not found in {root}: {some(missing, 3)}.")
     return unique
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gim_hloc import weights
-from gim_hloc.errors import InputError, OutputError
+from gim_hloc.errors import InputError, OutputError, some
 from gim_hloc.files import write_atomic
 from gim_hloc.images import (
     ImageRecord,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMED_EXAMPLES = 3
 
 EXCLUDED = ("person", "sky", "car")
 """What a reconstruction of a static scene does without."""
@@ -172,11 +171,11 @@ class MaskFolder:
         if without:
             warnings.append(
                 f"{len(without)} of {len(names)} images have no mask and are used whole: "
-                f"{_examples(without)}."
+                f"{some(without)}."
             )
         for path, sharers in users.items():
             if len(sharers) > 1:
-                warnings.append(f"Mask {path} is used for several images: {_examples(sharers)}.")
+                warnings.append(f"Mask {path} is used for several images: {some(sharers)}.")
         images = {self.root / name for name in names}
         unused = sorted(
             path.relative_to(self.root).as_posix()
@@ -184,7 +183,7 @@ class MaskFolder:
             if path not in users and path not in images and not path.name.startswith(".")
         )
         if unused:
-            warnings.append(f"{len(unused)} masks belong to no image: {_examples(unused)}.")
+            warnings.append(f"{len(unused)} masks belong to no image: {some(unused)}.")
         return warnings
 
 
@@ -270,12 +269,6 @@ def load_segmentation_state(
     state = weights.strip_prefixes(state, strip=(), drop=("._tmp_running_", "._running_iter"))
     counters = [key for key in module.state_dict() if key.endswith("num_batches_tracked")]
     weights.load_into(module, state, path=path, optional=counters)
-
-
-def _examples(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED_EXAMPLES])
-    rest = len(names) - _NAMED_EXAMPLES
-    return f"{shown} and {rest} more" if rest > 0 else shown
 
 
 def _read_bytes(path: Path) -> bytes:

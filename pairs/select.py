@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, some
 from gim_hloc.options import PairOptions
 from gim_hloc.pairs.base import Pair, canonical
 from gim_hloc.pairs.covisibility import covisibility
@@ -153,7 +153,7 @@ def select(
             described.append(_describe(options, names, local_descriptors, load_image))
             empty = [n for n, row in zip(names, described[0][0], strict=True) if not row.any()]
             if empty:
-                notes.append(f"Without any feature, so never similar: {_some(empty)}.")
+                notes.append(f"Without any feature, so never similar: {_counted(empty)}.")
         return described[0]
 
     # Retrieval comes last: it looks for what the name order did not give.
@@ -342,7 +342,7 @@ def _spatial(
         )
     without = [name for name in names if name not in positions]
     if without:
-        notes.append(f"Without a GPS position, so without spatial pairs: {_some(without)}.")
+        notes.append(f"Without a GPS position, so without spatial pairs: {_counted(without)}.")
     return spatial(
         positions,
         max_neighbours=k,
@@ -379,7 +379,7 @@ def _from_model(
         )
     outside = [name for name in names if name not in inside]
     if outside:
-        notes.append(f"Not in the model, so without pairs by {component}: {_some(outside)}.")
+        notes.append(f"Not in the model, so without pairs by {component}: {_counted(outside)}.")
     return pairs
 
 
@@ -399,7 +399,7 @@ def _connectivity_notes(names: list[str], pairs: list[Pair]) -> list[str]:
     notes = []
     alone = [name for name in names if sizes[root(name)] == 1]
     if alone:
-        notes.append(f"In no pair, so they cannot be registered: {_some(alone)}.")
+        notes.append(f"In no pair, so they cannot be registered: {_counted(alone)}.")
     groups = sorted((size for size in sizes.values() if size > 1), reverse=True)
     if len(groups) > 1:
         shown = ", ".join(map(str, groups[:5])) + (", …" if len(groups) > 5 else "")
@@ -410,7 +410,6 @@ def _connectivity_notes(names: list[str], pairs: list[Pair]) -> list[str]:
     return notes
 
 
-def _some(names: Sequence[str], shown: int = 5) -> str:
+def _counted(names: Sequence[str]) -> str:
     """A count and the first few names."""
-    listed = ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
-    return f"{len(names)} image{'s' if len(names) != 1 else ''} ({listed})"
+    return f"{len(names)} image{'s' if len(names) != 1 else ''} ({some(names)})"

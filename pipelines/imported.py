@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, some
 from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches
 from gim_hloc.store import H5Store, PairMissingError, digest, read_matches
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from gim_hloc.images import ImageRecord
 
 Pair = tuple[str, str]
-
-_LISTED = 5  # names in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ class ImportedMatcher:
             if missing:
                 raise InputError(
                     f"{self.features} holds no keypoints of {len(missing)} of {len(records)} "
-                    f"images: {_some(missing)}. Names must be paths relative to the image folder."
+                    f"images: {some(missing)}. Names must be paths relative to the image folder."
                 )
             half = []
             for name, record in records.items():
@@ -150,7 +148,7 @@ class ImportedMatcher:
         if missing_pairs:
             raise InputError(
                 f"{self.matches} holds no matches of {len(missing_pairs)} of {len(pairs)} pairs of "
-                f"the list: {_some(missing_pairs)}."
+                f"the list: {some(missing_pairs)}."
             )
         features.finalize(list(records), {"matcher": self.info.name})
         matches.finalize([f"{a}\t{b}" for a, b in pairs], {"matcher": self.info.name})
@@ -208,10 +206,6 @@ def _matches(
     matches0[rows[:, 0]] = rows[:, 1]
     scores0[rows[:, 0]] = scores
     return {"matches0": matches0, "matching_scores0": scores0}
-
-
-def _some(texts: Sequence[str]) -> str:
-    return ", ".join(texts[:_LISTED]) + (", ..." if len(texts) > _LISTED else "")
 
 
 __all__ = ["ImportedMatcher", "ImportedOptions"]

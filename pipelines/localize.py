@@ -28,7 +28,7 @@ from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.matchers.sparse import SparseMatcher
-from gim_hloc.options import CameraOptions, replace
+from gim_hloc.options import CameraOptions, replace, to_mapping
 from gim_hloc.pickles import read_npz
 from gim_hloc.pipelines import linking
 from gim_hloc.pipelines.maps import (
@@ -1287,9 +1287,9 @@ class _Localization:
             },
             "settings": {
                 "queries": str(self.root),
-                **{k: _plain(v) for k, v in dataclasses.asdict(self.options).items()},
+                **to_mapping(self.options),
                 "matcher_used": self.matcher.info.name,
-                "matcher_settings": _plain(dataclasses.asdict(self.matcher.options)),
+                "matcher_settings": to_mapping(self.matcher.options),
                 "weights_sha256": dict(self.matcher.weights_hashes),
                 "device": str(self.matcher.device),
             },
@@ -1365,14 +1365,6 @@ def _stored_vlad(path: Path, stamp: str) -> tuple[np.ndarray | None, np.ndarray 
     if str(stored.get("stamp")) != stamp:
         return None, None
     return stored.get("centres"), stored.get("rows")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
 
 
 def summary_text(result: LocalizeResult) -> str:

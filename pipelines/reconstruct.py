@@ -25,12 +25,12 @@ import yaml
 from tqdm import tqdm
 
 from gim_hloc import __version__, engine
-from gim_hloc.errors import GimError, InputError, MappingError
+from gim_hloc.errors import GimError, InputError, MappingError, some
 from gim_hloc.export import export_model
 from gim_hloc.files import write_atomic
 from gim_hloc.matchers.base import Encoding, Matcher, Matches, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
-from gim_hloc.options import CameraOptions, PoseUse, VerifyOptions, replace
+from gim_hloc.options import CameraOptions, PoseUse, VerifyOptions, replace, to_mapping
 from gim_hloc.pipelines import linking, turns
 from gim_hloc.pipelines.extension import Extension, gather
 from gim_hloc.pipelines.imported import ImportedMatcher
@@ -244,7 +244,7 @@ class _Run:
             if changed:
                 raise InputError(
                     f"{len(changed)} images of the map (or their masks) have changed since it was "
-                    f"made: {_some(changed)}. Reconstruct anew."
+                    f"made: {some(changed)}. Reconstruct anew."
                 )
         if options.dry_run and self.imported:
             raise InputError("--dry-run estimates matching, and --features leaves none to be done.")
@@ -350,10 +350,10 @@ class _Run:
         elif missing and self.options.poses != "prior":
             self._note(
                 f"{len(missing)} images have no pose in {path} and are registered by the mapper "
-                f"afterwards: {_some(missing)}."
+                f"afterwards: {some(missing)}."
             )
         elif missing:
-            self._note(f"{len(missing)} images have no pose in {path}: {_some(missing)}.")
+            self._note(f"{len(missing)} images have no pose in {path}: {some(missing)}.")
         if len(self.known.poses) < 2:
             raise InputError(f"{path} has a pose of one image only; two are needed.")
         if not pose_module.radius(self.known.centres().values()) > 0:
@@ -381,7 +381,7 @@ class _Run:
             images=tuple(r for r in self.image_set.images if r.name not in gone),
             rejected=(*self.image_set.rejected, *rejected),
         )
-        self._note(f"{len(names)} images are left out ({detail}): {_some(names)}.")
+        self._note(f"{len(names)} images are left out ({detail}): {some(names)}.")
         image_module.require_usable(self.image_set)
         self._take_images()
 
@@ -614,8 +614,8 @@ class _Run:
         state = {
             "gim_hloc": __version__,
             "images": str(self.root.resolve()),
-            "options": _plain(dataclasses.asdict(self.options)),
-            "matcher": _plain(dataclasses.asdict(self.matcher.options)),
+            "options": to_mapping(self.options),
+            "matcher": to_mapping(self.matcher.options),
             "weights": dict(self.matcher.weights_hashes),
             "versions": versions(),
             "stages": {**self.state.get("stages", {}), **self.stages},
@@ -1001,12 +1001,11 @@ class _Run:
 
     def _tell_turns(self) -> None:
         if self.turns:
-            listed = ", ".join(f"{n} by {90 * t}" for n, t in sorted(self.turns.items())[:8])
+            listed = some([f"{n} by {90 * t}" for n, t in sorted(self.turns.items())], 8)
             self.notes.append(
                 f"{len(self.turns)} images are stored turned without EXIF saying so and were "
-                f"matched upright (degrees clockwise): {listed}"
-                + (" and more" if len(self.turns) > 8 else "")
-                + ". Poses and keypoints are those of the stored files."
+                f"matched upright (degrees clockwise): {listed}. Poses and "
+                "keypoints are those of the stored files."
             )
             logger.info("%s", self.notes[-1])
 
@@ -1641,7 +1640,7 @@ class _Run:
                 found = colmap.describe_intrinsics(model, job)
                 for camera in described["cameras"]:
                     camera.update(found[camera["id"]])
-        report["settings"] = _plain(
+        report["settings"] = to_mapping(
             {
                 "images": str(self.root),
                 **dataclasses.asdict(self.options),
@@ -1698,23 +1697,8 @@ class _Run:
         return report
 
 
-def _some(names: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-
-
 def _pair_name(pair: Pair) -> str:
     return f"{pair[0]}\t{pair[1]}"  # the scan refuses names with tabs
-
-
-def _plain(value: Any) -> Any:
-    """Make a value that YAML and JSON can hold."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (str, int, float, bool)) or value is None:
-        return value
-    return str(value)
 
 
 def _duration(seconds: float) -> str:

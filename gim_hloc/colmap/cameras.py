@@ -16,7 +16,7 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.model_files import binary_cameras, image_cameras
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, some
 from gim_hloc.files import by_unicode_form, read_text
 from gim_hloc.images import doubtful_focal, focal_prior
 from gim_hloc.options import CameraMode, CameraOptions, RefineIntrinsics
@@ -171,9 +171,7 @@ def _doubts(images: Sequence[ImageRecord]) -> list[str]:
         if doubt is not None:
             doubtful.setdefault(doubt, []).append(record.name)
     return [
-        f"The focal length in EXIF of {names[0]}"
-        + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        + f" is implausible and was ignored: {doubt}."
+        f"The focal length in EXIF of {some(names, 1)} is implausible and was ignored: {doubt}."
         for doubt, names in doubtful.items()
     ]
 

@@ -12,6 +12,7 @@ import pycolmap
 
 from gim_hloc.colmap.cameras import project, size_of
 from gim_hloc.colmap.model import statistics
+from gim_hloc.errors import some
 
 if TYPE_CHECKING:
     from gim_hloc.geometry.warp import Warp
@@ -202,8 +203,7 @@ def _unconfirmed(reference: np.ndarray, confirmed: np.ndarray) -> str:
 def _distrust(names: Sequence[str]) -> str:
     if not names:
         return ""
-    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"; patches of {len(names)} images were not trusted: {listed}"
+    return f"; patches of {len(names)} images were not trusted: {some(names, 8)}"
 
 
 def _filter(model: Any, images: Sequence[Any], scales: np.ndarray, limit: np.ndarray) -> None:

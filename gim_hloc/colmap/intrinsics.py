@@ -26,7 +26,7 @@ from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, largest_c
 from gim_hloc.colmap.improve import adjuster, bundle_adjust
 from gim_hloc.colmap.mapping import ENOUGH, MapJob, Mapped, run_mapping
 from gim_hloc.colmap.model import colmap_log, image_statistics
-from gim_hloc.errors import MappingError
+from gim_hloc.errors import MappingError, some
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def _pixels(error: float) -> str:
 
 def _listed(ids: set[int], error: Callable[[int], str]) -> str:
     shown = [f"{camera_id} (standard error {error(camera_id)})" for camera_id in sorted(ids)]
-    return ("camera " if len(ids) == 1 else f"{len(ids)} cameras: ") + _some(shown)
+    return ("camera " if len(ids) == 1 else f"{len(ids)} cameras: ") + some(shown, 3)
 
 
 # ------------------------------------------------------------------------------------------- zooms
@@ -321,7 +321,7 @@ def _without_priors(job: MapJob, before: Grouped) -> Grouped:
     if mapped is None:
         return before
     note = (
-        f"With the focal lengths in EXIF ({_some([f'{s.params[0]:.0f} px' for s in doubted])}) "
+        f"With the focal lengths in EXIF ({some([f'{s.params[0]:.0f} px' for s in doubted], 3)}) "
         f"COLMAP placed {placed} images, without them {mapped.models[0].num_reg_images()}: they "
         "were not used."
     )
@@ -379,7 +379,7 @@ def _regroup(job: MapJob, before: Grouped) -> Grouped:
         notes.append(
             f"Images of {spec.width}x{spec.height} pixels were taken at {len(parts)} focal lengths "
             "(zoomed or cropped) and have a camera for each: "
-            + "; ".join(f"about {part.params[0]:.0f} px, {_some(part.names)}" for part in parts)
+            + "; ".join(f"about {part.params[0]:.0f} px, {some(part.names, 3)}" for part in parts)
             + "."
         )
     mapped = _try_cameras(job, cameras, keep=before.models[0].num_reg_images()) if notes else None
@@ -504,7 +504,3 @@ def _cameras(model: Any) -> set[int]:
 def _size(camera: Any) -> float:
     """Thousands of px of the longer side."""
     return max(camera.width, camera.height) / 1000
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
