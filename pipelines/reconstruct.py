@@ -152,6 +152,7 @@ class _Run:
         self.turns: dict[str, int] = {}  # image -> quarter turns clockwise to show it upright
         self._map_notes: list[str] = []  # kept, so that a reused model tells them again
         self._left_model: dict[str, str] = {}  # image -> why it left a model; kept likewise
+        self._intrinsics: list[dict[int, dict[str, Any]]] = []  # of each model's cameras; likewise
         self._turns_decided = False
         self._turn_rounds = 0
         self._encoded: set[str] = set()  # in this run, not reused
@@ -622,6 +623,7 @@ class _Run:
             "timings": {k: round(v, 3) for k, v in self.timings.items()},
             "map_notes": self._map_notes,
             "left_model": self._left_model,
+            "intrinsics": self._intrinsics,
         }
         write_atomic(self.output / "run.yaml", yaml.safe_dump(state, sort_keys=False))
 
@@ -1301,8 +1303,13 @@ class _Run:
         try:
             models = self._build(job, verified)
             job = dataclasses.replace(job, cameras=self.cameras)  # parted by zoom
-            self._improve(job, models)
+            improved = self._improve(job, models)
             models = self._check(job, models)
+            # Models may have been split: a part has the cameras of the whole.
+            self._intrinsics = [
+                next(rows for names, rows in improved if names >= set(colmap.poses_of(model)))
+                for model in models
+            ]
         except MappingError as error:
             shutil.rmtree(sparse, ignore_errors=True)
             self.stages.pop("sparse")
@@ -1336,6 +1343,7 @@ class _Run:
     def _reused_models(self, sparse: Path) -> list[Path]:
         self._map_notes = list(self.state.get("map_notes", []))
         self._left_model = dict(self.state.get("left_model", {}))
+        self._intrinsics = list(self.state.get("intrinsics", []))
         self.notes += self._map_notes
         logger.info("Model reused: %s", sparse)
         return sorted((p for p in sparse.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
@@ -1392,10 +1400,17 @@ class _Run:
         self._map_notes += grouped.notes
         return grouped.models
 
-    def _improve(self, job: MapJob, models: Sequence[Any]) -> None:
-        """What follows mapping: warps read again, patches compared, intrinsics settled."""
+    def _improve(
+        self, job: MapJob, models: Sequence[Any]
+    ) -> list[tuple[set[str], dict[int, dict[str, Any]]]]:
+        """What follows mapping: warps read again, patches compared, intrinsics settled.
+
+        Returns:
+            Images of each model, and what is known of its cameras by their ids.
+        """
         from gim_hloc import colmap
 
+        improved: list[tuple[set[str], dict[int, dict[str, Any]]]] = []
         for index, model in enumerate(models):
             with colmap.colmap_log(job.log_dir):
                 fixed = job.fixed | colmap.hold_undetermined(model, job)
@@ -1413,13 +1428,16 @@ class _Run:
                     logger.info("Model %d: %s", index, refined.sentence)
                 with self._timed("map"):
                     robust_px = refined.robust_px if refined else None
-                    notes = colmap.settle(model, job, before, robust_px)
+                    notes, found = colmap.settle(model, job, before, robust_px)
+                    rows = {} if self._held() else colmap.describe_intrinsics(model, job, found)
+                    improved.append((set(colmap.poses_of(model)), rows))
                     # Afterwards: what patches did not confirm says little about intrinsics.
                     if refined is not None and refined.original is not None:
                         notes.append(colmap.give_back(model, refined, job.threads))
                 for note in notes:
                     logger.info("Model %d: %s", index, note)
                     self._map_notes.append(f"Model {index}: {note}")
+        return improved
 
     def _check(self, job: MapJob, models: Sequence[Any]) -> list[Any]:
         """What is left of models that known poses do not carry (see ``colmap.check_models``)."""
@@ -1634,12 +1652,9 @@ class _Run:
                 row["turned_degrees"] = 90 * self.turns[row["name"]]
             if row["name"] in masked:
                 row["reason"] = masked[row["name"]]
-        if self.known is None or self.options.poses != "fixed":
-            job = self._map_job()
-            for model, described in zip(loaded, report["models"], strict=True):
-                found = colmap.describe_intrinsics(model, job)
-                for camera in described["cameras"]:
-                    camera.update(found[camera["id"]])
+        for rows, described in zip(self._intrinsics, report["models"], strict=False):
+            for camera in described["cameras"]:
+                camera.update(rows.get(camera["id"], {}))
         report["settings"] = to_mapping(
             {
                 "images": str(self.root),

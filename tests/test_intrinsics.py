@@ -66,7 +66,8 @@ def finish(job: MapJob, *, split: bool = True) -> tuple[MapJob, object, list[str
     job, model = dataclasses.replace(job, cameras=grouped.cameras), grouped.models[0]
     colmap.hold_undetermined(model, job)
     before = {camera["id"]: camera["params"] for camera in colmap.cameras_of(model)}
-    return job, model, grouped.notes + colmap.settle(model, job, before)
+    notes, _ = colmap.settle(model, job, before)
+    return job, model, grouped.notes + notes
 
 
 def by_focal(cameras: list[CameraSpec]) -> list[CameraSpec]:
@@ -129,14 +130,14 @@ def test_a_well_seen_principal_point_is_found(tmp_path):
     job = job_of(scene, tmp_path)
     mapped = colmap.map_scene(job, split=True).models[0]
     before = camera_errors(colmap.poses_of(mapped), scene.poses)
-    notes = colmap.settle(mapped, job, {})
+    notes, found = colmap.settle(mapped, job, {})
     assert "determine the principal point of camera 1" in notes[0]
     focal, *principal = mapped.camera(1).params[:3]
     assert focal == pytest.approx(FOCAL, abs=1)
     assert principal == pytest.approx(list(CENTRE + np.array([12, -8])), abs=3)
     after = camera_errors(colmap.poses_of(mapped), scene.poses)
     assert after[0] < 0.3 * before[0]
-    row = colmap.describe_intrinsics(mapped, job)[1]
+    row = colmap.describe_intrinsics(mapped, job, found)[1]
     assert (row["source"], row["refined"], row["principal_point_refined"]) == (
         "guessed",
         True,
@@ -152,7 +153,7 @@ def test_images_that_are_not_trusted_hardly_move_the_intrinsics(tmp_path):
     job = job_of(scene, tmp_path)
     model = colmap.map_scene(job, split=True).models[0]
     assert not colmap.determined(model, set(), 1)[1].principal  # all observations weigh the same
-    notes = colmap.settle(model, job, {}, 0.25)
+    notes, _ = colmap.settle(model, job, {}, 0.25)
     assert "determine the principal point of camera 1" in notes[0]
     assert list(model.camera(1).params[:3]) == pytest.approx([FOCAL, *CENTRE], abs=1)
 
@@ -171,12 +172,13 @@ def test_over_flat_ground_the_focal_length_stays_at_exif(tmp_path):
     job, model, notes = finish(job_of(flight(), tmp_path, focal_35mm=stated))
     prior = job.cameras[0].params[0]
     assert prior == pytest.approx(1.01 * FOCAL, rel=1e-3)
-    assert not colmap.determined(model, set(), 1)[1].focal
+    found = colmap.determined(model, set(), 1)
+    assert not found[1].focal
     assert model.camera(1).params[0] == prior
     assert list(model.camera(1).params[1:3]) == list(CENTRE)
     assert "do not determine the focal length of camera 1" in notes[-1]
     assert notes[-1].endswith("it was held where EXIF has it.")
-    row = colmap.describe_intrinsics(model, job)[1]
+    row = colmap.describe_intrinsics(model, job, found)[1]
     assert (row["source"], row["refined"], row["principal_point_refined"]) == ("EXIF", False, False)
     assert row.get("focal_stderr_px", np.inf) > 5
 

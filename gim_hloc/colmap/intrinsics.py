@@ -175,7 +175,7 @@ def settle(
     job: MapJob,
     before: Mapping[int, Sequence[float]],
     robust_px: float | None = None,
-) -> list[str]:
+) -> tuple[list[str], dict[int, Determined]]:
     """Adjust a finished model once more, each camera as far as the images determine it, in place.
 
     Args:
@@ -185,12 +185,12 @@ def settle(
         robust_px: scale of a Cauchy loss, as in ``bundle_adjust``.
 
     Returns:
-        A sentence for each kind of what was done.
+        A sentence for each kind of what was done, and what the images determine of each camera.
     """
     cameras = _cameras(model)
     found = determined(model, cameras - unknown_cameras(model, job), job.threads, robust_px)
     if not found:
-        return []
+        return [], {}
     principal = {camera_id for camera_id, one in found.items() if one.principal}
     focal = {camera_id for camera_id, one in found.items() if one.focal} - principal
     held = found.keys() - principal - focal
@@ -219,13 +219,13 @@ def settle(
                     + _listed(ids, lambda i: _pixels(found[i].focal_stderr_px))
                     + f"; it was held where {where}."
                 )
-    return notes
+    return notes, found
 
 
-def describe_intrinsics(model: Any, job: MapJob) -> dict[int, dict[str, Any]]:
-    """Camera id -> where its intrinsics came from and what became of them, for the report."""
-    unknown = unknown_cameras(model, job)
-    found = determined(model, _cameras(model) - unknown, job.threads)
+def describe_intrinsics(
+    model: Any, job: MapJob, found: Mapping[int, Determined]
+) -> dict[int, dict[str, Any]]:
+    """Camera id -> where its intrinsics are from and what ``settle`` found, for the report."""
     described: dict[int, dict[str, Any]] = {}
     for camera_id in _cameras(model):
         spec, camera = job.cameras[camera_id - 1], model.camera(camera_id)
