@@ -22,13 +22,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from gim_hloc import engine
+from gim_hloc import colmap, engine, matchers
+from gim_hloc import images as image_module
 from gim_hloc.errors import GimError, InputError, MappingError
 from gim_hloc.files import write_atomic
+from gim_hloc.masks import MaskFolder
 from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.matchers.sparse import SparseMatcher
 from gim_hloc.options import CameraOptions, replace, to_mapping
+from gim_hloc.pairs.files import read_pairs, write_pairs
+from gim_hloc.pairs.retrieval import Lazy, Rows, aggregate, codebook, retrieval
 from gim_hloc.pickles import read_npz
 from gim_hloc.pipelines import linking
 from gim_hloc.pipelines.maps import (
@@ -56,7 +60,6 @@ from gim_hloc.tracks.anchored import AnchoredOptions, Anchors, read_matches, rea
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, Located
     from gim_hloc.images import ImageRecord
-    from gim_hloc.masks import MaskFolder
 
 logger = logging.getLogger(__name__)
 
@@ -262,8 +265,6 @@ class _Localization:
     # ------------------------------------------------------------------------------------ order
 
     def run(self) -> LocalizeResult:
-        from gim_hloc import images as image_module
-
         options = self.options
         watch = engine.Stopwatch()
         self._check_folders()
@@ -352,7 +353,6 @@ class _Localization:
     def _masks(self) -> MaskFolder | None:
         if self.options.masks is None:
             return None
-        from gim_hloc.masks import MaskFolder
 
         masks = MaskFolder(
             self.options.masks, erode_px=self.options.mask_erode, image_root=self.root
@@ -406,8 +406,6 @@ class _Localization:
 
     def _cameras(self) -> tuple[dict[str, tuple[CameraSpec, str]], list[list[str]]]:
         """Intrinsics of every query and where they are from, and the queries that share them."""
-        from gim_hloc import colmap
-
         options = self.options
         colmap.camera_param_count(options.camera_model)  # an unknown name is an error
         records = list(self.records.values())
@@ -448,8 +446,6 @@ class _Localization:
     # --------------------------------------------------------------------------------- matchers
 
     def _load_matchers(self) -> None:
-        from gim_hloc import matchers
-
         options, made = self.options, self.map.options
         theirs = made.get("matcher")
         if made.get("features"):  # its keypoints came from a file
@@ -496,8 +492,6 @@ class _Localization:
 
     def _open_features(self, name: str, quality: Quality, made: Mapping[str, Any]) -> None:
         """The map's keypoints and descriptors, and the matcher that makes such of queries."""
-        from gim_hloc import matchers
-
         if self.map.features is None:
             raise InputError(
                 f"{self.map_folder} has no features.h5: give the map's keypoints and descriptors "
@@ -593,8 +587,6 @@ class _Localization:
     # ----------------------------------------------------------------------------------- encode
 
     def _read_query(self, name: str, wanted: Any, turn: int | None = None) -> Any:
-        from gim_hloc import images as image_module
-
         record = self.records[name]
         mask = self.masks.load(record) if self.masks is not None else None
         shown = image_module.turned(record, self.turns.get(name, 0) if turn is None else turn)
@@ -642,8 +634,6 @@ class _Localization:
         )
 
     def _pairs(self) -> list[Pair]:
-        from gim_hloc.pairs.files import read_pairs, write_pairs
-
         if self.mode == "exhaustive":
             pairs = [(q, m) for q in self.names for m in self.references]
         elif self.mode in ("retrieval", "covisibility"):
@@ -659,8 +649,6 @@ class _Localization:
         return pairs
 
     def _similar(self) -> list[Pair]:
-        from gim_hloc.pairs.retrieval import Lazy, Rows, aggregate, codebook, retrieval
-
         options = self.options
         features = self.map_features
         if features is None:
@@ -764,8 +752,6 @@ class _Localization:
 
     def _match_readings(self, marked: Sequence[Pair], put: Any) -> None:
         """Read warps, or semi-dense matches, at the map's keypoints that have a 3D point."""
-        from gim_hloc import images as image_module
-
         root = self.map.images
         if root is None:
             raise InputError("The folder of the map's images is not known: give --images.")
@@ -974,8 +960,6 @@ class _Localization:
         self, group: Sequence[str], of_query: Mapping[str, Sequence[str]]
     ) -> tuple[float, ...] | None:
         """Parameters of the camera of some queries; None when none of them has a pose."""
-        from gim_hloc import colmap
-
         found: list[tuple[Located, np.ndarray, np.ndarray]] = []
         for name in group:
             seen = self._seen(name, of_query[name])
@@ -1003,8 +987,6 @@ class _Localization:
         return self.positions[np.searchsorted(self.points, points)]
 
     def _points(self) -> tuple[np.ndarray, np.ndarray]:
-        from gim_hloc import colmap
-
         return colmap.point_positions(self.map.model)
 
     def _locate_one(
@@ -1042,8 +1024,6 @@ class _Localization:
         self, name: str, references: Sequence[str], seen: _Seen
     ) -> tuple[Located | None, np.ndarray]:
         """The best pose of a query, and the correspondences (K,) that it was sought in."""
-        from gim_hloc import colmap
-
         camera, how = self.cameras[name]
         xyz = self._xyz(seen.point)
         best, best_rows = None, np.zeros(0, np.int64)
@@ -1191,8 +1171,6 @@ class _Localization:
 
     def _write_model(self, results: Mapping[str, QueryResult]) -> Path | None:
         """Map and localised queries as one COLMAP model."""
-        from gim_hloc import colmap
-
         good = [r for r in results.values() if r.localized]
         folder = self.output / "sparse"
         if not good:

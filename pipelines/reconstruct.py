@@ -24,18 +24,26 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from gim_hloc import __version__, engine
+from gim_hloc import __version__, colmap, engine, matchers
+from gim_hloc import images as image_module
+from gim_hloc import poses as pose_module
 from gim_hloc.errors import GimError, InputError, MappingError, some
 from gim_hloc.export import export_model
 from gim_hloc.files import write_atomic
+from gim_hloc.masks import MaskFolder
 from gim_hloc.matchers.base import Encoding, Matcher, Matches, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.options import CameraOptions, PoseUse, VerifyOptions, replace, to_mapping
+from gim_hloc.pairs.files import read_pairs, write_pairs
+from gim_hloc.pairs.retrieval import Lazy
+from gim_hloc.pairs.select import plan, select
 from gim_hloc.pipelines import linking, turns
 from gim_hloc.pipelines.extension import Extension, gather
 from gim_hloc.pipelines.imported import ImportedMatcher
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import build_report, confidence_sums, scene_view, versions
+from gim_hloc.pipelines.report import write_report
+from gim_hloc.poses import radius
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
 from gim_hloc.store import (
     H5Store,
@@ -55,7 +63,6 @@ from gim_hloc.store import (
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, MapJob, PairVerification, Refined
     from gim_hloc.images import ImageSet
-    from gim_hloc.masks import MaskFolder
     from gim_hloc.pairs.select import Selection
     from gim_hloc.poses import KnownPoses
 
@@ -90,8 +97,6 @@ class ReconstructResult:
 
     def model(self, index: int = 0) -> Any:
         """Read a model as ``pycolmap.Reconstruction``."""
-        from gim_hloc import colmap
-
         return colmap.read_model(self.models[index])
 
 
@@ -169,10 +174,6 @@ class _Run:
     # ------------------------------------------------------------------------------------ order
 
     def run(self) -> ReconstructResult:
-        from gim_hloc import images as image_module
-        from gim_hloc import matchers
-        from gim_hloc.pairs.select import plan
-
         watch = engine.Stopwatch()
         self._check_folders()
         self._check_options()
@@ -326,8 +327,6 @@ class _Run:
 
     def _read_poses(self) -> None:
         """Read known poses and say which images have none."""
-        from gim_hloc import poses as pose_module
-
         if self.base is not None:
             self.known = self.base.poses(
                 list(self.records.values()), intrinsics=self.options.cameras.intrinsics
@@ -371,8 +370,6 @@ class _Run:
         self.notes.append(sentence)
 
     def _leave_out(self, names: Sequence[str], detail: str) -> None:
-        from gim_hloc import images as image_module
-
         gone = set(names)
         rejected = [
             image_module.RejectedImage(name=name, reason="no_pose", detail=detail) for name in names
@@ -403,8 +400,6 @@ class _Run:
         return digest([self.options.poses, self._prior_stddev(), listed])
 
     def _prior_stddev(self) -> float:
-        from gim_hloc.poses import radius
-
         if self.options.prior_stddev is not None or self.known is None:
             return self.options.prior_stddev or 1.0
         return 0.01 * radius(self.known.centres().values())
@@ -446,8 +441,6 @@ class _Run:
         refuse_foreign(self.output, other="poses.h5")
 
     def _matcher_overrides(self) -> dict[str, Any]:
-        from gim_hloc import matchers
-
         overrides = parse_matcher_options(self.options.matcher_options)
         for name in ("max_size", "max_keypoints"):
             value = getattr(self.options, name)
@@ -458,8 +451,6 @@ class _Run:
         return overrides
 
     def _load_describer(self) -> Matcher:
-        from gim_hloc import matchers
-
         name = linking.choose_describer(self.options.anchors)
         overrides: dict[str, Any] = {}
         if self.options.max_keypoints is not None:
@@ -501,8 +492,6 @@ class _Run:
         return list(dict.fromkeys((self.features, self.matches, self.described, self.readings)))
 
     def _assign_cameras(self) -> tuple[list[CameraSpec], list[str]]:
-        from gim_hloc import colmap
-
         colmap.camera_param_count(self.options.cameras.camera_model)  # an unknown name is an error
         known = None
         if self.known is not None and (
@@ -527,7 +516,6 @@ class _Run:
     def _masks(self) -> MaskFolder | None:
         if self.options.masks is None:
             return None
-        from gim_hloc.masks import MaskFolder
 
         masks = MaskFolder(
             self.options.masks, erode_px=self.options.mask_erode, image_root=self.root
@@ -673,8 +661,6 @@ class _Run:
     def _seeded(self) -> Iterator[None]:
         import torch
 
-        from gim_hloc import colmap
-
         threads = torch.get_num_threads()
         torch.manual_seed(self.options.seed)
         colmap.set_seed(self.options.seed)
@@ -699,8 +685,6 @@ class _Run:
     # ----------------------------------------------------------------------------------- encode
 
     def _read_image(self, name: str, turn: int | None = None, *, dense: bool = False) -> Any:
-        from gim_hloc import images as image_module
-
         record = self.records[name]
         mask = self.masks.load(record) if self.masks is not None else None
         shown = image_module.turned(record, self.turns.get(name, 0) if turn is None else turn)
@@ -744,10 +728,6 @@ class _Run:
     # ------------------------------------------------------------------------------------ pairs
 
     def _select_pairs(self) -> Selection:
-        from gim_hloc.pairs.files import write_pairs
-        from gim_hloc.pairs.retrieval import Lazy
-        from gim_hloc.pairs.select import select
-
         def local_descriptors() -> Lazy:
             return Lazy(self.names, lambda name: self.described.get(name)[0]["descriptors"].T)
 
@@ -770,8 +750,6 @@ class _Run:
 
     def _extended_pairs(self, chosen: Sequence[Pair]) -> list[Pair]:
         """The map's pairs, and of the chosen ones those with a new image."""
-        from gim_hloc.pairs.files import read_pairs
-
         old: list[Pair] = []
         if self.base is not None and (self.base.folder / "pairs.txt").is_file():
             left_out = [rejected.name for rejected in self.image_set.rejected]
@@ -1152,7 +1130,6 @@ class _Run:
         """The pair list when it can be had without features."""
         if self.plan.needs_descriptors or self.plan.mode == "exhaustive":
             return None
-        from gim_hloc.pairs.select import select
 
         if not hasattr(self, "_pairs_known"):
             level = logging.getLogger("gim_hloc.pairs").level
@@ -1199,8 +1176,6 @@ class _Run:
         return 1 if self.options.deterministic else engine.usable_cores()
 
     def _database(self, pairs: Sequence[Pair]) -> list[PairVerification]:
-        from gim_hloc import colmap
-
         path = self.output / "database.db"
         verify = self._verify_options()
         key = digest(
@@ -1292,8 +1267,6 @@ class _Run:
 
     def _map(self, verified: Sequence[PairVerification]) -> tuple[MappingError | None, list[Path]]:
         """Models of the verified pairs: mapped, improved, aligned, coloured and written."""
-        from gim_hloc import colmap
-
         self.mapper = self._mapper_name()
         self.stages["sparse"] = self._map_key()
         sparse = self.output / "sparse"
@@ -1323,8 +1296,6 @@ class _Run:
 
     def _map_key(self) -> str:
         """What a stored model is reused for."""
-        from gim_hloc import colmap
-
         return digest(
             {
                 "database": self.stages["database"],
@@ -1349,8 +1320,6 @@ class _Run:
         return sorted((p for p in sparse.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
 
     def _map_job(self) -> MapJob:
-        from gim_hloc import colmap
-
         return colmap.MapJob(
             database=self.output / "database.db",
             cameras=self.cameras,
@@ -1368,8 +1337,6 @@ class _Run:
 
     def _scale(self) -> dict[str, float]:
         """Pixels that keypoints were found at for a stored one, at most 1."""
-        from gim_hloc import images as image_module
-
         options = self.describer.image_options
         return {
             name: min(1.0, max(image_module.network_size(*r.upright_size, options)) / max(r.size))
@@ -1378,8 +1345,6 @@ class _Run:
 
     def _build(self, job: MapJob, verified: Sequence[PairVerification]) -> list[Any]:
         """COLMAP's models, largest first."""
-        from gim_hloc import colmap
-
         if not any(pair.inliers for pair in verified):
             raise self._nothing_matched(verified)
         with self._timed("map"), self._bar(len(self.names), "Map", "images") as bar:
@@ -1408,8 +1373,6 @@ class _Run:
         Returns:
             Images of each model, and what is known of its cameras by their ids.
         """
-        from gim_hloc import colmap
-
         improved: list[tuple[set[str], dict[int, dict[str, Any]]]] = []
         for index, model in enumerate(models):
             with colmap.colmap_log(job.log_dir):
@@ -1441,8 +1404,6 @@ class _Run:
 
     def _check(self, job: MapJob, models: Sequence[Any]) -> list[Any]:
         """What is left of models that known poses do not carry (see ``colmap.check_models``)."""
-        from gim_hloc import colmap
-
         if job.poses is not None:
             return list(models)
         with self._timed("check"):
@@ -1462,25 +1423,18 @@ class _Run:
 
     def _align(self, models: Sequence[Any]) -> None:
         """Put models that could move back into the world of the known poses."""
-        from gim_hloc import colmap
-
         known = self._poses_if("refine", "prior")
         if known is not None:
             for model in models:
                 colmap.align(model, known)
 
     def _colour(self, models: Sequence[Any]) -> None:
-        from gim_hloc import colmap
-        from gim_hloc import images as image_module
-
         for model in models:
             colmap.extract_colours(
                 model, lambda name: image_module.read_rgb(self.records[name], upright=False)
             )
 
     def _mapper_name(self) -> str:
-        from gim_hloc import colmap
-
         if self.known is not None:
             return f"known poses, {self.options.poses}"
         return colmap.resolve_mapper(self.options.mapper, len(self.names))
@@ -1508,8 +1462,6 @@ class _Run:
         return self.options.refine_warps and self.matcher.info.kind == "dense"
 
     def _refine_by_warps(self, model: Any, fixed: set[int]) -> str:
-        from gim_hloc import colmap
-
         matcher: Any = self.matcher
         registered = {model.image(i).name for i in model.reg_image_ids()}
         pairs = [p for p in self._pairs if registered.issuperset(p)]
@@ -1556,9 +1508,6 @@ class _Run:
     def _refine_by_patches(self, model: Any, fixed: set[int]) -> Refined:
         import cv2
 
-        from gim_hloc import colmap
-        from gim_hloc import images as image_module
-
         def gray(name: str) -> np.ndarray:
             rgb = image_module.read_rgb(self.records[name], upright=False)
             return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).astype(np.float32)
@@ -1588,8 +1537,6 @@ class _Run:
             InputError: an image is missing, cannot be read or is not the model's.
             OutputError: an image cannot be written.
         """
-        from gim_hloc import colmap
-
         said: list[str] = []
         with self._timed("export"):
             for index, model in enumerate(models):
@@ -1620,10 +1567,6 @@ class _Run:
         watch: engine.Stopwatch,
         failure: GimError | None,
     ) -> dict[str, Any]:
-        from gim_hloc import colmap
-        from gim_hloc import images as image_module
-        from gim_hloc.pipelines.report import write_report
-
         loaded = [colmap.read_model(path) for path in models]
         try:
             self._export(loaded)
