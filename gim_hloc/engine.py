@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -27,20 +26,13 @@ import torch
 
 from gim_hloc.matchers.base import Encoding, ImageData, Matcher, Matches
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
+from gim_hloc.workers import usable_cores
 
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))  # type: ignore[attr-defined,unused-ignore]
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
 
 
 def default_workers(device: torch.device, deterministic: bool) -> int:
