@@ -20,11 +20,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from gim_hloc.matchers.base import Encoding, ImageData, Matcher, Matches
+from gim_hloc.matchers.base import E, Encoding, ImageData, Matcher, Matches
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
 from gim_hloc.workers import usable_cores
 
@@ -131,10 +131,10 @@ def run_threads(
 
 
 def encode_images(
-    matcher: Matcher,
+    matcher: Matcher[E],
     names: Sequence[str],
     read: Callable[[str], ImageData],
-    done: Callable[[str, Encoding], None],
+    done: Callable[[str, E], None],
     *,
     workers: int = 1,
 ) -> None:
@@ -170,9 +170,9 @@ def encode_images(
 
 
 def _encode_next(
-    matcher: Matcher,
+    matcher: Matcher[E],
     ahead: list[tuple[str, Future[ImageData]]],
-    done: Callable[[str, Encoding], None],
+    done: Callable[[str, E], None],
 ) -> None:
     name, future = ahead.pop(0)
     done(name, matcher.encode(future.result()))
@@ -241,8 +241,22 @@ class ScheduleReport:
     notes: list[str] = field(default_factory=list)
 
 
+class Encoder(Protocol):
+    """What the schedule needs of a matcher."""
+
+    device: torch.device
+
+    def encode(self, image: Any) -> Any:
+        """What depends on one image only."""
+        ...
+
+    def smaller(self) -> bool:
+        """Make do with less memory from here on, if that is possible."""
+        ...
+
+
 def match_scheduled(
-    matcher: Any,
+    matcher: Encoder,
     pairs: Sequence[Pair],
     read: Callable[[str], ImageData],
     work: Callable[[list[tuple[Any, Any]]], Sequence[Result]],
@@ -256,7 +270,7 @@ def match_scheduled(
 
     Images are encoded when a pair needs them, and the order of the pairs is chosen such that this
     happens once per image while the budget allows it. When memory runs out, the batch is halved,
-    then the matcher's resolution (``matcher.halve()``), and the log says so.
+    then the matcher's resolution (``matcher.smaller()``), and the log says so.
 
     Args:
         matcher: what encodes.
@@ -282,7 +296,7 @@ def match_scheduled(
             elif workers > 1:
                 workers = 1
                 note = "Memory ran out: one pair at a time from here on."
-            elif hasattr(matcher, "halve") and matcher.halve():
+            elif matcher.smaller():
                 note = (
                     "Memory ran out: the matcher's resolution was halved for the pairs from here "
                     "on. Choose --quality fast, or a smaller size, to match all of them alike."
@@ -331,7 +345,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def _run_schedule(
-    matcher: Any,
+    matcher: Encoder,
     left: list[Pair],
     read: Callable[[str], ImageData],
     work: Callable[[list[tuple[Any, Any]]], Sequence[Result]],

@@ -21,12 +21,10 @@ from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
-import torch
 
 from gim_hloc import cache, hloc_files
 from gim_hloc.errors import InputError, LockedError, OutputError
 from gim_hloc.matchers.base import Matches, SparseEncoding
-from gim_hloc.matchers.sparse import make_encoding
 
 logger = logging.getLogger(__name__)
 
@@ -376,35 +374,11 @@ def _large_attribute(file: h5py.File, name: str, text: str) -> None:
 
 
 def encoding_to_arrays(encoding: SparseEncoding) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Datasets and attributes of a feature group in hloc's layout."""
-    arrays: dict[str, np.ndarray] = {
-        "keypoints": encoding.keypoints.cpu().numpy().astype(np.float32),
-        "descriptors": encoding.descriptors.cpu().numpy().astype(np.float16).T,
-        "scores": encoding.scores.cpu().numpy().astype(np.float32),
-        "image_size": np.array(encoding.size, dtype=np.int64),
-    }
-    attributes: dict[str, Any] = {
-        "network_size": [int(v) for v in encoding.network_size],
-        "to_original": [float(v) for v in np.asarray(encoding.to_original).ravel()],
-    }
-    return arrays, attributes
+    """See ``SparseEncoding.to_arrays``."""
+    return encoding.to_arrays()
 
 
-def encoding_from_arrays(
-    name: str, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]
-) -> SparseEncoding:
-    """Rebuild an encoding from its stored arrays; it matches exactly as the fresh one."""
-    width, height = (int(v) for v in arrays["image_size"])
-    network_width, network_height = (int(v) for v in attributes["network_size"])
-    return make_encoding(
-        name=name,
-        size=(width, height),
-        network_size=(network_width, network_height),
-        to_original=np.asarray(attributes["to_original"], dtype=np.float64).reshape(2, 3),
-        keypoints=torch.from_numpy(np.array(arrays["keypoints"], dtype=np.float32)),
-        descriptors=torch.from_numpy(np.array(arrays["descriptors"].T, order="C")),
-        scores=torch.from_numpy(np.array(arrays["scores"], dtype=np.float32)),
-    )
+encoding_from_arrays = SparseEncoding.from_arrays
 
 
 # ---------------------------------------------------------------------------------------- matches

@@ -29,7 +29,6 @@ from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
 from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
-from gim_hloc.matchers.sparse import SparseMatcher
 from gim_hloc.options import CameraOptions, replace, to_mapping
 from gim_hloc.pairs.files import read_pairs, write_pairs
 from gim_hloc.pairs.retrieval import Lazy, Rows, aggregate, codebook, retrieval
@@ -516,8 +515,7 @@ class _Localization:
                 f"The keypoints in {self.map.features} are not those of "
                 f"{self.describer.info.name}: choose the map's matcher, or give --features."
             )
-        if isinstance(self.describer, SparseMatcher):
-            self.describer.check_descriptors(width, str(self.map.features))
+        self.describer.info.check_descriptors(width, str(self.map.features))
         if differing:
             self._note(
                 f"The map's keypoints were made with other settings than those of the queries: "

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from gim_hloc.geometry.warp import Warp
     from gim_hloc.images import ImageRecord
-    from gim_hloc.matchers.base import ImageData, Matcher, Matches, Quality
+    from gim_hloc.matchers.base import ImageData, Matcher, Quality
 
 Format = Literal["npz", "csv", "h5"]
 
@@ -219,15 +219,13 @@ def _load_matcher(
 
 
 def _match(
-    matcher: Any,
+    matcher: Matcher,
     records: tuple[ImageRecord, ImageRecord],
     masks: Sequence[np.ndarray | None],
     fit_options: FitOptions | None,
     seconds: dict[str, float],
 ) -> MatchResult:
     from gim_hloc import images
-    from gim_hloc.matchers.base import SparseEncoding
-    from gim_hloc.matchers.dense import DenseMatcher
 
     with _timed(seconds, "read"):
         data = [
@@ -236,13 +234,8 @@ def _match(
         ]
     with _timed(seconds, "encode"):
         one, two = (matcher.encode(image) for image in data)
-    warp = None
     with _timed(seconds, "match"):
-        if isinstance(matcher, DenseMatcher):
-            warp = matcher.warp(one, two)
-            matches: Matches = matcher.draw(warp, one, two)
-        else:
-            matches = matcher.match(one, two)
+        matches = matcher.match(one, two)
         keypoints0, keypoints1, scores = (
             np.asarray(values.detach().cpu(), dtype=np.float32)
             for values in (matches.keypoints0, matches.keypoints1, matches.scores)
@@ -252,13 +245,10 @@ def _match(
         with _timed(seconds, "fit"):
             scale0, scale1 = (_scale(image) for image in data)
             fitted = fit_geometry(keypoints0, keypoints1, fit_options, scale0=scale0, scale1=scale1)
-    features = None
-    if (
-        matches.indices is not None
-        and isinstance(one, SparseEncoding)
-        and isinstance(two, SparseEncoding)
-    ):
+    features = indices = None
+    if matches.indices is not None:
         features = (one.keypoints.cpu().numpy(), two.keypoints.cpu().numpy())
+        indices = matches.indices.numpy()
     return MatchResult(
         matcher=matcher.info.name,
         images=records,
@@ -266,9 +256,9 @@ def _match(
         keypoints1=keypoints1,
         scores=scores,
         fit=fitted,
-        warp=warp,
+        warp=matches.warp,
         features=features,
-        indices=None if features is None else np.asarray(matches.indices),
+        indices=indices,
         seconds=seconds,
     )
 

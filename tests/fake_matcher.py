@@ -7,7 +7,6 @@ without a network. Options can make it slow, to be killed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,18 @@ class Options:
     version: int = 0  # stands for any setting
 
 
-class FakeMatcher:
+class FakeMatcher(matchers.MatcherBase[SparseEncoding]):
     """See the module."""
 
     calls: list[str] = []  # noqa: RUF012 - shared on purpose, tests clear it
 
     def __init__(self, options: Options) -> None:
-        self.info = matchers.describe(NAME)
-        self.options = options
-        self.image_options = ImageOptions(max_size=None)
-        self.device = torch.device("cpu")
-        self.weights_hashes: dict[str, str] = {}
+        super().__init__(
+            info=matchers.describe(NAME),
+            options=options,
+            image_options=ImageOptions(max_size=None),
+            device=torch.device("cpu"),
+        )
 
     def encode_settings(self) -> dict[str, Any]:
         return {"matcher": NAME, "version": self.options.version}
@@ -80,9 +80,6 @@ class FakeMatcher:
         )  # fmt: skip
         indices = torch.from_numpy(np.stack([rows_a, rows_b], 1))
         return Matches.from_indices(a, b, indices, torch.ones(len(indices)))
-
-    def match_batch(self, pairs: Sequence[tuple[SparseEncoding, SparseEncoding]]) -> list[Matches]:
-        return [self.match(a, b) for a, b in pairs]
 
 
 def _make(*, quality: str, device: str, **overrides: Any) -> FakeMatcher:

@@ -294,7 +294,7 @@ def test_operating_points_grow(presets) -> None:
 def test_halving_takes_the_second_pass_first() -> None:
     matcher = make(Shifted(), size=(480, 640), upsample_size=(1152, 1536))
     before, seen = matcher.encode_settings(), []
-    while matcher.halve():
+    while matcher.smaller():
         seen.append((matcher.options.size, matcher.options.upsample_size))
     assert seen == [
         ((480, 640), (576, 768)),

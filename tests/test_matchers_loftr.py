@@ -178,13 +178,13 @@ def test_half_precision_agrees() -> None:
 
 def test_halving() -> None:
     one = matcher(max_size=640)
-    assert one.halve()
+    assert one.smaller()
     assert one.options.max_size == one.image_options.max_size == 320
-    assert one.halve()
-    assert not one.halve()
+    assert one.smaller()
+    assert not one.smaller()
     assert one.image_options.multiple_of == 8
     whole = matcher(max_size=None)
-    assert whole.halve()
+    assert whole.smaller()
     assert whole.image_options.max_size == 2048
 
 

@@ -230,15 +230,15 @@ def test_base_is_the_reference_s_setting() -> None:
 def test_halving_takes_the_second_pass_first() -> None:
     matcher = make(Stubbed, size=(672, 672), upsample_size=(1344, 1344))
     seen = []
-    while matcher.halve():
+    while matcher.smaller():
         seen.append((matcher.options.size, matcher.options.upsample_size))
     assert seen == [((672, 672), None), ((336, 336), None), ((168, 168), None)]
     assert matcher.encode(picture(100, 100)).features["image"].shape[-1] == 168
     larger = make(Stubbed, size=(448, 434), upsample_size=(1344, 1344))
-    assert larger.halve()
+    assert larger.smaller()
     assert (larger.options.size, larger.options.upsample_size) == ((448, 434), (672, 672))
-    assert larger.halve()
-    assert larger.halve()
+    assert larger.smaller()
+    assert larger.smaller()
     assert (larger.options.size, larger.options.upsample_size) == ((224, 210), None)
 
 
@@ -249,7 +249,7 @@ def test_settings_name_what_decides_the_numbers() -> None:
     assert {"size", "upsample_size", "pad"} <= settings["encode"].keys()
     assert {"num_matches", "seed"} <= settings["match"].keys()
     before = matcher.encode_settings()
-    assert matcher.halve()
+    assert matcher.smaller()
     assert matcher.encode_settings() != before
 
 

@@ -77,7 +77,7 @@ class Matcher:
         self.scratch(len(pairs))
         return [float(a.features["x"][0] * 1000 + b.features["x"][0]) for a, b in pairs]
 
-    def halve(self) -> bool:
+    def smaller(self) -> bool:
         self.scale *= 2
         return self.scale <= 8
 

@@ -69,7 +69,7 @@ class Matcher:
             features={"x": torch.full((BYTES // 4,), float(int(name)))},
         )
 
-    def halve(self) -> bool:
+    def smaller(self) -> bool:
         self.halved += 1
         return self.halved < 3
 

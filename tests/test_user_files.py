@@ -711,6 +711,6 @@ def test_a_damaged_retrieval_file_is_made_again(data: bytes, tmp_path: Path) -> 
 
 def test_descriptors_of_another_width() -> None:
     matcher = matchers.load("sift", device="cpu")
-    matcher.check_descriptors(128, "f.h5")
+    matcher.info.check_descriptors(128, "f.h5")
     with pytest.raises(InputError, match=r"f\.h5: the descriptors have 256 numbers, .* sift 128"):
-        matcher.check_descriptors(256, "f.h5")
+        matcher.info.check_descriptors(256, "f.h5")

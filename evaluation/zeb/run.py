@@ -70,7 +70,7 @@ from gim_hloc.files import write_atomic
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Matches
+    from gim_hloc.matchers.base import ImageData, ImageOptions, Matcher, MatcherInfo, Matches
 
 logger = logging.getLogger(__name__)
 
@@ -710,7 +710,7 @@ def share(pairs: Sequence[Any], options: RunOptions) -> frozenset[str]:
 # --------------------------------------------------------------------------------------------- keys
 
 
-def matcher_settings(matcher: Any) -> dict[str, Any]:
+def matcher_settings(matcher: Matcher) -> dict[str, Any]:
     """Everything that decides the matches of ZEB's pairs, JSON-able."""
     return {
         "encode": matcher.encode_settings(),
@@ -738,7 +738,7 @@ def require_unused(output: Path, names: Iterable[str], folder: str = "*") -> Non
             )
 
 
-def _write_settings(output: Path, name: str, matcher: Any) -> str:
+def _write_settings(output: Path, name: str, matcher: Matcher) -> str:
     """Make the folder of a matcher's predictions; returns its name."""
     settings = json.dumps(matcher_settings(matcher), indent=1, sort_keys=True, default=str)
     key = f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
@@ -929,12 +929,9 @@ class _Unreadable:
 
 
 class _Encoder:
-    """What the scheduler needs of a matcher.
+    """What the scheduler needs of a matcher."""
 
-    It has no ``halve``: a benchmark must not go on at another resolution when memory runs out.
-    """
-
-    def __init__(self, matcher: Any, clock: _Clock) -> None:
+    def __init__(self, matcher: Matcher, clock: _Clock) -> None:
         self._matcher, self._clock = matcher, clock
         self.device = matcher.device
 
@@ -952,6 +949,10 @@ class _Encoder:
                 logger.exception("%s cannot be encoded", image.name)
                 return _Unreadable(f"{image.name} cannot be encoded ({_words(error)})")
 
+    def smaller(self) -> bool:
+        """No: a benchmark must not go on at another resolution when memory runs out."""
+        return False
+
 
 class _SetRun:
     """One matcher on one set."""
@@ -961,7 +962,7 @@ class _SetRun:
         output: Path,
         key: str,
         name: str,
-        matcher: Any,
+        matcher: Matcher,
         selection: Selection,
         options: RunOptions,
         report: RunReport,

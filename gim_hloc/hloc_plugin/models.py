@@ -15,7 +15,7 @@ import torch
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_plugin.memory import EncodingMemory, content_key
 from gim_hloc.matchers.base import Encoding, ImageData, Matcher, SparseEncoding
-from gim_hloc.matchers.sparse import SparseMatcher, make_encoding
+from gim_hloc.matchers.sparse import make_encoding
 
 MAX_KEYPOINTS = 32767  # hloc stores rows of keypoints as int16
 
@@ -208,8 +208,7 @@ class SparseMatcherModel(MatcherModel):
                 f"There are {count} keypoints and {len(descriptors)} descriptors; hloc's "
                 "descriptors are (D, N)."
             )
-        if isinstance(self.matcher, SparseMatcher):
-            self.matcher.check_descriptors(descriptors.shape[1], f"image{side}")
+        self.matcher.info.check_descriptors(descriptors.shape[1], f"image{side}")
         scores = data.get(f"scores{side}", data.get(f"keypoint_scores{side}"))
         height, width = data[f"image{side}"].shape[-2:]
         return make_encoding(

@@ -1,7 +1,8 @@
 """Matchers behind one two-phase interface: ``encode`` once per image, ``match`` per pair.
 
 ``names()`` lists them, ``describe()`` tells their licences and weights, ``load(name)`` makes one,
-``register()`` adds a foreign one.
+``register()`` adds a foreign one
+(derived from ``MatcherBase``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from gim_hloc.matchers.base import (
     Quality,
     SparseEncoding,
 )
-from gim_hloc.matchers.registry import describe, load, names, register
+from gim_hloc.matchers.common import MatcherBase
+from gim_hloc.matchers.registry import (
+    choose_detector,
+    describe,
+    load,
+    load_sparse,
+    names,
+    register,
+)
 
 __all__ = [
     "Encoding",
@@ -25,12 +34,15 @@ __all__ = [
     "ImageOptions",
     "Kind",
     "Matcher",
+    "MatcherBase",
     "MatcherInfo",
     "Matches",
     "Quality",
     "SparseEncoding",
+    "choose_detector",
     "describe",
     "load",
+    "load_sparse",
     "names",
     "register",
 ]

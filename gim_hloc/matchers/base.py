@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 
+from gim_hloc.errors import InputError
+from gim_hloc.geometry.warp import Warp, transform
+from gim_hloc.geometry.warp import inverse as invert_affine
 from gim_hloc.options import Quality as Quality
 
 Kind = Literal["sparse", "semidense", "dense"]
+"""sparse: matches are of keypoints; semidense: they start at cells of image 0 and end anywhere in
+image 1; dense: every pixel has one (a warp)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,27 @@ class MatcherInfo:
     # Sum of the inliers' confidences that no pair of unrelated images reaches, by operating point;
     # calibrated (docs/accuracy.md), and empty where it is not.
     min_confidence_sum: Mapping[Quality, float] = field(default_factory=dict)
+    descriptor_dim: int | None = None  # numbers in a descriptor; None takes any
+    # Whether a matcher without keypoints is faster on a processor with several pairs side by side.
+    side_by_side: bool = False
+
+    @property
+    def has_keypoints(self) -> bool:
+        """Whether images have keypoints before they are matched."""
+        return self.kind == "sparse"
+
+    @property
+    def has_warps(self) -> bool:
+        """Whether ``warp_batch`` answers."""
+        return self.kind == "dense"
+
+    def check_descriptors(self, width: int, where: str) -> None:
+        """Refuse descriptors that another extractor made; ``InputError`` begins with ``where``."""
+        if self.descriptor_dim is not None and width != self.descriptor_dim:
+            raise InputError(
+                f"{where}: the descriptors have {width} numbers, those of {self.name} "
+                f"{self.descriptor_dim}. Extract features with the matcher that matches them."
+            )
 
 
 @dataclass(kw_only=True)
@@ -96,6 +122,66 @@ class SparseEncoding(Encoding):
     def __len__(self) -> int:
         return int(self.keypoints.shape[0])
 
+    @classmethod
+    def make(
+        cls,
+        *,
+        name: str,
+        size: tuple[int, int],
+        network_size: tuple[int, int],
+        to_original: np.ndarray,
+        keypoints: torch.Tensor,
+        descriptors: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> SparseEncoding:
+        """Make an encoding from what is stored, on the processor.
+
+        Fresh encodings are made here too: network keypoints are derived from the rounded stored
+        ones in both cases, so that both match alike.
+        """
+        keypoints = keypoints.detach().float().cpu()
+        return cls(
+            name=name,
+            size=(int(size[0]), int(size[1])),
+            network_size=(int(network_size[0]), int(network_size[1])),
+            to_original=np.asarray(to_original, dtype=np.float64),
+            keypoints=keypoints,
+            network_keypoints=apply_affine(invert_affine(to_original), keypoints),
+            descriptors=descriptors.detach().half().cpu(),
+            scores=scores.detach().float().cpu(),
+        )
+
+    def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Datasets and attributes of a feature group in hloc's layout."""
+        arrays: dict[str, np.ndarray] = {
+            "keypoints": self.keypoints.cpu().numpy().astype(np.float32),
+            "descriptors": self.descriptors.cpu().numpy().astype(np.float16).T,
+            "scores": self.scores.cpu().numpy().astype(np.float32),
+            "image_size": np.array(self.size, dtype=np.int64),
+        }
+        attributes: dict[str, Any] = {
+            "network_size": [int(v) for v in self.network_size],
+            "to_original": [float(v) for v in np.asarray(self.to_original).ravel()],
+        }
+        return arrays, attributes
+
+    @classmethod
+    def from_arrays(
+        cls, name: str, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]
+    ) -> SparseEncoding:
+        """Undo ``to_arrays``; the encoding matches exactly as the fresh one."""
+        width, height = (int(v) for v in arrays["image_size"])
+        network_width, network_height = (int(v) for v in attributes["network_size"])
+        return cls.make(
+            name=name,
+            size=(width, height),
+            network_size=(network_width, network_height),
+            to_original=np.asarray(attributes["to_original"], dtype=np.float64).reshape(2, 3),
+            keypoints=torch.from_numpy(np.array(arrays["keypoints"], dtype=np.float32)),
+            descriptors=torch.from_numpy(np.array(arrays["descriptors"].T, order="C")),
+            scores=torch.from_numpy(np.array(arrays["scores"], dtype=np.float32)),
+        )
+
 
 @dataclass(kw_only=True)
 class Matches:
@@ -107,12 +193,14 @@ class Matches:
         scores: (M,) float32 confidence in [0, 1].
         indices: (M, 2) int64 rows into the two encodings' keypoints, or None for matchers without
             keypoints.
+        warp: what a dense matcher drew them from, else None.
     """
 
     keypoints0: torch.Tensor
     keypoints1: torch.Tensor
     scores: torch.Tensor
     indices: torch.Tensor | None = None
+    warp: Warp | None = None
 
     def __len__(self) -> int:
         return int(self.scores.shape[0])
@@ -141,9 +229,15 @@ class ImageOptions:
     multiple_of: int = 1  # both sides are rounded down to a multiple of this (by resizing)
 
 
+E = TypeVar("E", bound=Encoding)
+
+
 @runtime_checkable
-class Matcher(Protocol):
-    """The two-phase interface that every matcher offers. Networks behind it are ``nn.Module``s."""
+class Matcher(Protocol[E]):
+    """What every matcher offers, and all that callers use. Derive from ``MatcherBase``.
+
+    ``E`` is its kind of encoding: a ``Matcher[SparseEncoding]`` has keypoints.
+    """
 
     info: MatcherInfo
     options: Any  # frozen dataclass with the resolved numbers
@@ -151,27 +245,43 @@ class Matcher(Protocol):
     device: torch.device
     weights_hashes: dict[str, str]  # file name -> sha256 of the weights in use
 
-    def encode(self, image: ImageData) -> Encoding:
+    def encode_settings(self) -> dict[str, Any]:
+        """Everything that decides encodings, flat and JSON-able."""
+        ...
+
+    def match_settings(self) -> dict[str, Any]:
+        """Everything that decides matches of given encodings, flat and JSON-able."""
+        ...
+
+    def encode(self, image: ImageData) -> E:
         """Compute what depends on one image only."""
         ...
 
-    def match(self, a: Encoding, b: Encoding) -> Matches:
+    def match(self, a: E, b: E) -> Matches:
         """Match two encodings."""
         ...
 
-    def match_batch(self, pairs: Sequence[tuple[Encoding, Encoding]]) -> list[Matches]:
+    def match_batch(self, pairs: Sequence[tuple[E, E]]) -> list[Matches]:
         """Match many pairs; the same results as ``match`` on each, up to float noise."""
+        ...
+
+    def warp_batch(self, pairs: Sequence[tuple[E, E]]) -> list[Warp]:
+        """Where each point of one image lies in the other, both ways, of many pairs.
+
+        Raises:
+            InputError: the matcher is not dense (``info.has_warps``).
+        """
+        ...
+
+    def smaller(self) -> bool:
+        """Make do with less memory from here on; earlier encodings are of no use afterwards.
+
+        Returns:
+            Whether that was possible.
+        """
         ...
 
 
 def apply_affine(matrix: np.ndarray, xy: torch.Tensor) -> torch.Tensor:
-    """Map points (N, 2) by a (2, 3) affine matrix, in float64, returning float32."""
-    m = torch.from_numpy(np.asarray(matrix, dtype=np.float64))
-    return (xy.double().cpu() @ m[:, :2].T + m[:, 2]).float()
-
-
-def invert_affine(matrix: np.ndarray) -> np.ndarray:
-    """Inverse of a (2, 3) affine matrix, float64."""
-    full = np.vstack([np.asarray(matrix, dtype=np.float64), [0.0, 0.0, 1.0]])
-    inverse: np.ndarray = np.linalg.inv(full)[:2]
-    return inverse
+    """Map points (N, 2) by a (2, 3) affine matrix, in float64, returning float32 in main memory."""
+    return transform(matrix, xy.cpu())

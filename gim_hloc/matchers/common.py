@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from gim_hloc.errors import InputError
-from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches, Quality
+from gim_hloc.geometry.warp import Warp
+from gim_hloc.matchers.base import E, ImageData, ImageOptions, MatcherInfo, Matches, Quality
 from gim_hloc.options import build
 
 Options = TypeVar("Options")
-AnyEncoding = TypeVar("AnyEncoding", bound=Encoding)
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -103,11 +103,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-class MatcherBase(ABC, Generic[AnyEncoding]):
-    """Base of all matchers: ``encode`` once per image, ``match`` per pair.
+class MatcherBase(ABC, Generic[E]):
+    """Base of all matchers: what of the protocol has a default.
 
-    A subclass names the option fields that decide its encodings in ``encode_fields``; all others
-    decide matches.
+    A subclass has ``encode`` and ``match``, and names the option fields that decide its encodings
+    in ``encode_fields``; all others decide matches.
     """
 
     encode_fields: tuple[str, ...] = ()
@@ -128,16 +128,24 @@ class MatcherBase(ABC, Generic[AnyEncoding]):
         self.weights_hashes = dict(weights_hashes or {})
 
     @abstractmethod
-    def encode(self, image: ImageData) -> AnyEncoding:
+    def encode(self, image: ImageData) -> E:
         """Compute what depends on one image only."""
 
     @abstractmethod
-    def match(self, a: AnyEncoding, b: AnyEncoding) -> Matches:
+    def match(self, a: E, b: E) -> Matches:
         """Match two encodings."""
 
-    def match_batch(self, pairs: Sequence[tuple[AnyEncoding, AnyEncoding]]) -> list[Matches]:
-        """Match many pairs."""
+    def match_batch(self, pairs: Sequence[tuple[E, E]]) -> list[Matches]:
+        """Match many pairs, one by one."""
         return [self.match(a, b) for a, b in pairs]
+
+    def warp_batch(self, pairs: Sequence[tuple[E, E]]) -> list[Warp]:
+        """Only dense matchers have warps."""
+        raise InputError(f"{self.info.name} has no warps; choose a dense matcher.")
+
+    def smaller(self) -> bool:
+        """Nothing to make smaller."""
+        return False
 
     def _versions(self) -> dict[str, str]:
         """Libraries whose version changes numbers, and that version."""
@@ -165,7 +173,3 @@ class MatcherBase(ABC, Generic[AnyEncoding]):
         ]
         mine = set(self._encode_weights())
         return self._settings(fields, [key for key in self.weights_hashes if key not in mine])
-
-    def settings(self) -> dict[str, Any]:
-        """Both parts, for the record of a run."""
-        return {"encode": self.encode_settings(), "match": self.match_settings()}

@@ -108,7 +108,7 @@ class DenseMatcher(MatcherBase[DenseEncoding]):
     exact: tuple[str, ...] = ()  # features that stay as computed: what a Gaussian process reads
     dtype: torch.dtype = torch.float32  # that the network computes in
     patch: int = 1  # px: sides of the first pass are multiples of it
-    smallest_side: int = 128  # px, of the first pass: below, halving gives up
+    smallest_side: int = 128  # px, of the first pass: below, ``smaller`` gives up
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -128,7 +128,7 @@ class DenseMatcher(MatcherBase[DenseEncoding]):
         settings.pop("compile", None)
         return settings
 
-    def halve(self) -> bool:
+    def smaller(self) -> bool:
         """Make do with less memory: halve the second pass, leave it out, then halve the first.
 
         Encodings made before are of no use afterwards.
@@ -189,6 +189,7 @@ class DenseMatcher(MatcherBase[DenseEncoding]):
             keypoints0=transform(warp.frame0, rows[:, :2]).cpu(),
             keypoints1=transform(warp.frame1, rows[:, 2:]).cpu(),
             scores=certainty.cpu(),
+            warp=warp,
         )
 
     def place(self, image: ImageData) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:

@@ -18,6 +18,7 @@ from gim_hloc import weights
 from gim_hloc.errors import InputError
 from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
 from gim_hloc.matchers.common import (
+    MatcherBase,
     Precision,
     resolve_device,
     resolve_dtype,
@@ -25,7 +26,7 @@ from gim_hloc.matchers.common import (
     resolve_precision,
 )
 from gim_hloc.matchers.registry import describe
-from gim_hloc.matchers.sparse import SparseMatcher, encode_network_keypoints, no_matches
+from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
 from gim_hloc.networks.keypoints import Subpixel
 from gim_hloc.options import Count, options
 
@@ -218,7 +219,7 @@ def _lightglue_key(key: str) -> str:
     return key
 
 
-class LightGlueMatcher(SparseMatcher):
+class LightGlueMatcher(MatcherBase[SparseEncoding]):
     """A detector with descriptors, and LightGlue.
 
     ``match`` may be called from several threads.
@@ -246,7 +247,6 @@ class LightGlueMatcher(SparseMatcher):
             device=device,
             weights_hashes={file: weights.sha256(path) for file, path in paths.items()},
         )
-        self.descriptor_dim = descriptor_dim(name)
         # GIM publishes both networks in one file.
         extractor_file, glue_file = info.checkpoint[0], info.checkpoint[-1]
         self.extractor: Any = load_extractor(name, paths[extractor_file]).eval().to(device)
@@ -263,7 +263,7 @@ class LightGlueMatcher(SparseMatcher):
         return [self.info.checkpoint[0]]
 
     def match_settings(self) -> dict[str, Any]:
-        """See ``SparseMatcher``; with the number format that "auto" stands for."""
+        """See ``MatcherBase``; with the number format that "auto" stands for."""
         resolved = resolve_precision(self.options.precision, self.device)
         return super().match_settings() | {"precision": resolved}
 

@@ -208,7 +208,7 @@ class LoFTRMatcher(MatcherBase[LoFTREncoding]):
         resolved = resolve_precision(self.options.precision, self.device)
         return super().encode_settings() | {"precision": resolved}
 
-    def halve(self) -> bool:
+    def smaller(self) -> bool:
         """Make do with less memory: see images at half the size from here on.
 
         Encodings made before are of no use afterwards.

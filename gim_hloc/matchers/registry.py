@@ -13,7 +13,7 @@ from typing import Any, get_args, overload
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError, WeightsError
-from gim_hloc.matchers.base import Matcher, MatcherInfo, Quality
+from gim_hloc.matchers.base import Matcher, MatcherInfo, Quality, SparseEncoding
 
 Factory = Callable[..., Matcher]
 """``factory(*, quality, device, **overrides) -> Matcher``."""
@@ -80,6 +80,26 @@ def load(
     return matcher
 
 
+def load_sparse(
+    name: str, *, quality: Quality = "base", device: str = "auto", **overrides: Any
+) -> Matcher[SparseEncoding]:
+    """``load`` a matcher with keypoints.
+
+    Raises:
+        InputError: the matcher has none, and as ``load`` does.
+    """
+    if not describe(name).has_keypoints:
+        raise InputError(f"{name} has no keypoints; choose a sparse matcher.")
+    return load(name, quality=quality, device=device, **overrides)
+
+
+def choose_detector(name: str = "auto") -> str:
+    """Name of the sparse matcher that gives anchors: the one asked for, or what works here."""
+    if name != "auto":
+        return name
+    return "sift" if missing_weights("aliked_lightglue") else "aliked_lightglue"
+
+
 def register(name: str, factory: Factory | str, info: MatcherInfo) -> None:
     """Add a matcher under a new name.
 
@@ -134,6 +154,7 @@ register(
     MatcherInfo(
         name="aliked_lightglue",
         kind="sparse",
+        descriptor_dim=128,
         checkpoint=("aliked-n16.pth", "aliked_lightglue.pth"),
         licence="BSD-3-Clause (ALIKED), Apache-2.0 (LightGlue)",
         commercial=True,
@@ -149,6 +170,7 @@ register(
     MatcherInfo(
         name="disk_lightglue",
         kind="sparse",
+        descriptor_dim=128,
         checkpoint=("disk-depth-save.pth", "disk_lightglue.pth"),
         licence="Apache-2.0 (DISK), Apache-2.0 (LightGlue)",
         commercial=True,
@@ -164,6 +186,7 @@ register(
     MatcherInfo(
         name="sift",
         kind="sparse",
+        descriptor_dim=128,
         checkpoint=(),
         licence="Apache-2.0 (OpenCV)",
         commercial=True,
@@ -179,6 +202,7 @@ register(
     MatcherInfo(
         name="root_sift",
         kind="sparse",
+        descriptor_dim=128,
         checkpoint=(),
         licence="Apache-2.0 (OpenCV)",
         commercial=True,
@@ -252,6 +276,7 @@ register(
     MatcherInfo(
         name="gim_loftr",
         kind="semidense",
+        side_by_side=True,
         checkpoint=("gim_loftr_50h.ckpt",),
         licence="MIT code, weights for research only (GIM)",
         commercial=False,
@@ -270,6 +295,7 @@ for _name, _scenes, _file in (
         MatcherInfo(
             name=_name,
             kind="semidense",
+            side_by_side=True,
             checkpoint=(_file,),
             licence="Apache-2.0 (LoFTR)",
             commercial=True,
@@ -284,6 +310,7 @@ register(
     MatcherInfo(
         name="gim_lightglue",
         kind="sparse",
+        descriptor_dim=256,
         checkpoint=("gim_lightglue_100h.ckpt",),
         licence="MIT code, weights for research only (GIM); SuperPoint: Magic Leap, non-commercial",
         commercial=False,
@@ -298,6 +325,7 @@ register(
     MatcherInfo(
         name="lightglue",
         kind="sparse",
+        descriptor_dim=256,
         checkpoint=("superpoint_v1.pth", "superpoint_lightglue.pth"),
         licence="Magic Leap, non-commercial (SuperPoint), Apache-2.0 (LightGlue)",
         commercial=False,
@@ -313,6 +341,7 @@ for _name, _scenes in (("superglue_outdoor", "MegaDepth"), ("superglue_indoor", 
         MatcherInfo(
             name=_name,
             kind="sparse",
+            descriptor_dim=256,
             checkpoint=(f"{_name}.safetensors",),
             licence="Magic Leap, non-commercial (SuperPoint and SuperGlue)",
             commercial=False,

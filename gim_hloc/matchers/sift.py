@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 
 from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
-from gim_hloc.matchers.common import resolve_device, resolve_options
+from gim_hloc.matchers.common import MatcherBase, resolve_device, resolve_options
 from gim_hloc.matchers.registry import describe
-from gim_hloc.matchers.sparse import SparseMatcher, encode_network_keypoints, no_matches
+from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
 from gim_hloc.options import Count, options
 
 _CHUNK = 4096  # rows of the similarity matrix at once: bounds memory at _CHUNK x N floats
@@ -48,10 +48,9 @@ def sift(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -
     return SiftMatcher("sift", options=options, device=resolve_device(device))
 
 
-class SiftMatcher(SparseMatcher):
+class SiftMatcher(MatcherBase[SparseEncoding]):
     """OpenCV's SIFT, RootSIFT descriptors, mutual nearest neighbours and the ratio test."""
 
-    descriptor_dim = 128
     encode_fields = (
         "max_size",
         "max_keypoints",
@@ -130,14 +129,13 @@ def root_sift(
     return RootSiftMatcher("root_sift", options=options, device=resolve_device(device))
 
 
-class RootSiftMatcher(SparseMatcher):
+class RootSiftMatcher(MatcherBase[SparseEncoding]):
     """The benchmark's variant, kept number by number for comparison with published tables.
 
     OpenCV's default upscale is part of it: its keypoints lie a quarter pixel right of and below
     the true place (in the octave that OpenCV doubles). ``sift`` has no such shift.
     """
 
-    descriptor_dim = 128
     encode_fields = ("max_size", "pixels_per_keypoint", "contrast_threshold")
 
     def __init__(self, name: str, *, options: RootSiftOptions, device: torch.device) -> None:

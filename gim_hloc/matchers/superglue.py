@@ -16,9 +16,9 @@ from pydantic import Field
 from gim_hloc import weights
 from gim_hloc.errors import InputError
 from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
-from gim_hloc.matchers.common import resolve_device, resolve_options
+from gim_hloc.matchers.common import MatcherBase, resolve_device, resolve_options
 from gim_hloc.matchers.registry import describe
-from gim_hloc.matchers.sparse import SparseMatcher, encode_network_keypoints, no_matches
+from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
 from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.options import Count, options
 
@@ -110,7 +110,7 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-class SuperGlueMatcher(SparseMatcher):
+class SuperGlueMatcher(MatcherBase[SparseEncoding]):
     """SuperPoint and SuperGlue.
 
     Args:
@@ -149,7 +149,6 @@ class SuperGlueMatcher(SparseMatcher):
             device=device,
             weights_hashes=hashes,
         )
-        self.descriptor_dim = 256
         self.network = network.eval().requires_grad_(False).to(device)
         self.detector = SuperPoint().eval().requires_grad_(False).to(device)
         state = network.keypoint_detector.state_dict()

@@ -8,6 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 
 Pair = tuple[str, str]
+Arrays = dict[str, np.ndarray]
+
+
+def matches0_arrays(rows: np.ndarray, scores: np.ndarray, count: int) -> Arrays:
+    """Matches of a pair in hloc's layout.
+
+    Args:
+        rows: (M, 2) rows of both images' keypoints.
+        scores: (M,).
+        count: keypoints of image 0.
+
+    Returns:
+        ``matches0`` (count,) int32, -1 for none, and ``matching_scores0`` (count,) float16.
+    """
+    matches0 = np.full(count, -1, dtype=np.int32)
+    scores0 = np.zeros(count, dtype=np.float16)
+    matches0[rows[:, 0]] = rows[:, 1]
+    scores0[rows[:, 0]] = scores
+    return {"matches0": matches0, "matching_scores0": scores0}
 
 
 @dataclass(kw_only=True)
@@ -38,6 +57,15 @@ class Tracks:
         """(name0, name1, rows) of every pair, as ``colmap.build_database`` takes them."""
         for (a, b), rows in self.matches.items():
             yield a, b, rows
+
+    def matches_arrays(self, pair: Pair) -> Arrays:
+        """Matches of a pair in hloc's layout, none where the pair has none."""
+        nothing = np.zeros((0, 2), np.int64)
+        return matches0_arrays(
+            self.matches.get(pair, nothing),
+            self.scores.get(pair, nothing[:, 0]),
+            len(self.keypoints[pair[0]]),
+        )
 
     def track_lengths(self) -> np.ndarray:
         """(T,) int64 number of different images of each track."""

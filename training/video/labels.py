@@ -20,6 +20,7 @@ import numpy as np
 
 from gim_hloc.errors import GimError, InputError, WeightsError
 from gim_hloc.images import ImageRecord
+from gim_hloc.matchers.base import Matcher
 from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.masks import FrameMasks
 from gim_hloc.training.video.store import LabelStore
@@ -286,12 +287,9 @@ class _Unusable:
 
 
 class _Encoder:
-    """What the scheduler needs of a matcher.
+    """What the scheduler needs of a matcher."""
 
-    It has no ``halve``: labels of one store are made at one resolution.
-    """
-
-    def __init__(self, matcher: Any) -> None:
+    def __init__(self, matcher: Matcher) -> None:
         self._matcher = matcher
         self.device = matcher.device
 
@@ -309,6 +307,10 @@ class _Encoder:
                 raise
             _tell(f"{image.name} cannot be encoded", error)
             return _Unusable(f"{_ERROR} {image.name} cannot be encoded ({_words(error)})")
+
+    def smaller(self) -> bool:
+        """No: labels of one store are made at one resolution."""
+        return False
 
 
 class LabelRound:
@@ -330,7 +332,7 @@ class LabelRound:
 
     def __init__(
         self,
-        matcher: Any,
+        matcher: Matcher,
         store: LabelStore,
         frame: Callable[[int], ImageRecord],
         masks: FrameMasks,

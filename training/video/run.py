@@ -27,6 +27,7 @@ import numpy as np
 
 from gim_hloc.errors import GimError, InputError, LockedError, OutputError
 from gim_hloc.files import write_atomic
+from gim_hloc.matchers.base import Matcher
 from gim_hloc.training.video.folder import ImageFormat, VideoFolder, VideoInfo
 from gim_hloc.training.video.frames import (
     FrameSource,
@@ -426,7 +427,7 @@ def _work(job: _Job, tick: Callable[[int], None] = lambda count: None) -> list[R
 
 
 def _store_info(
-    job: _Job, labeller: str, zoom: bool, matcher: Any, base: StoreInfo | None
+    job: _Job, labeller: str, zoom: bool, matcher: Matcher, base: StoreInfo | None
 ) -> StoreInfo:
     options = job.options.rounds
     settings: dict[str, Any] = {
