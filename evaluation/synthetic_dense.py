@@ -31,7 +31,7 @@ import torch
 
 from gim_hloc.errors import InputError
 from gim_hloc.files import write_atomic
-from gim_hloc.geometry.sampling import pair_seed
+from gim_hloc.geometry.seeds import pair_seed
 from gim_hloc.geometry.warp import Warp, cell_centres, inverse, read_grid, transform
 from gim_hloc.matchers import common, registry
 from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Quality

@@ -1193,7 +1193,7 @@ class _Run:
         self.stages["database"] = key
         prior = self._poses_if("prior")
         with self._timed("verify"):
-            if self._stage_done("database", key) and path.exists():
+            if self._stage_done("database", key) and colmap.database_ok(path, self.names, pairs):
                 verified = colmap.read_verification(path, pairs)
                 self.cameras = colmap.read_cameras(path, self.cameras)
                 logger.info("Database reused: %s", path)

@@ -123,7 +123,7 @@ def draw(self: Any, warp: Any, a: Any, b: Any) -> Any:
     """Matches of a warp, drawn in no time: how they are spread is not what is measured."""
     import torch
 
-    from gim_hloc.geometry.sampling import pair_seed
+    from gim_hloc.geometry.seeds import pair_seed
     from gim_hloc.geometry.warp import transform
     from gim_hloc.matchers.base import Matches
 

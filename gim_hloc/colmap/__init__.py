@@ -27,9 +27,11 @@ from gim_hloc.colmap.checks import Checked, check_models, only_turns, split_at_w
 from gim_hloc.colmap.database import (
     PairVerification,
     build_database,
+    database_ok,
     inlier_matches,
     read_cameras,
     read_verification,
+    write_database,
 )
 from gim_hloc.colmap.improve import (
     Refined,
@@ -85,6 +87,7 @@ from gim_hloc.colmap.model import (
     write_models,
 )
 from gim_hloc.colmap.undistort import pinhole, run_dense, undistort
+from gim_hloc.colmap.verification import Verification
 
 # pycolmap's import puts a stack trace in the place of whatever SIGTERM was to do: ending at once,
 # or storing the state of a training. Python still knows what that was.
@@ -106,6 +109,7 @@ __all__ = [
     "NewImage",
     "PairVerification",
     "Refined",
+    "Verification",
     "add_images",
     "align",
     "assign_cameras",
@@ -118,6 +122,7 @@ __all__ = [
     "check_names",
     "check_params",
     "colmap_log",
+    "database_ok",
     "describe_intrinsics",
     "determined",
     "extract_colours",
@@ -158,6 +163,7 @@ __all__ = [
     "triangulate_known",
     "undistort",
     "version",
+    "write_database",
     "write_model",
     "write_models",
 ]

@@ -421,6 +421,15 @@ def camera_spec(camera: Any) -> CameraSpec:
     )
 
 
+def colmap_camera(spec: CameraSpec) -> Any:
+    """A known camera as a ``pycolmap.Camera`` without an id."""
+    camera = pycolmap.Camera(
+        model=spec.model, width=spec.width, height=spec.height, params=list(spec.params)
+    )
+    camera.has_prior_focal_length = spec.prior
+    return camera
+
+
 def camera_key(camera: CameraSpec) -> tuple[Any, ...]:
     """What two cameras of the same intrinsics have in common."""
     return (camera.model, camera.width, camera.height, camera.params)

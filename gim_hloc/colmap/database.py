@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
+import logging
 import os
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +21,15 @@ import pycolmap
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from gim_hloc.colmap.cameras import CameraSpec, camera_spec, unproject
-from gim_hloc.errors import InputError
-from gim_hloc.geometry.epipolar import distances, essential_matrix
-from gim_hloc.geometry.pose import relative_pose
+from gim_hloc.colmap.cameras import CameraSpec, camera_spec, colmap_camera
+from gim_hloc.colmap.verification import Verification, colmap_keypoints, geometry_of
+from gim_hloc.errors import InputError, LockedError, OutputError
 from gim_hloc.options import VerifyOptions
 
 if TYPE_CHECKING:
     from gim_hloc.poses import Pose
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -50,6 +55,8 @@ class PairVerification:
 
 
 _Entry = tuple[str, str, np.ndarray] | tuple[str, str, np.ndarray, np.ndarray | None]
+# Two images, their matches (M, 2), and what ``Verification.verify`` found.
+_Verified = tuple[str, str, np.ndarray, Mapping[str, np.ndarray]]
 
 
 def build_database(
@@ -68,134 +75,154 @@ def build_database(
     prior_stddev: float = 1.0,
     scale: Mapping[str, float] | None = None,
 ) -> list[PairVerification]:
-    """Write a COLMAP database: images, cameras, keypoints, matches and verified geometries.
-
-    Verification runs here rather than through COLMAP's ``verify_matches``: that reads names from a
-    blank-separated file, shows no progress, and draws its random numbers per thread. Each pair has
-    its own seed, so the result does not depend on the number of threads.
+    """Verify pairs in threads, and write them with ``write_database``.
 
     Args:
-        path: database to write; written under a temporary name, then renamed.
-        cameras: every image of ``names`` belongs to exactly one.
-        names: images in the order of their ids.
-        keypoints: name -> (N, 2) float32 x, y in stored pixels, hloc's frame.
+        path: as of ``write_database``.
+        cameras: as of both.
+        names: as of ``write_database``.
+        keypoints: as of ``write_database``.
         matches: (name0, name1, (M, 2) rows into the two images' keypoints), and as a fourth entry
             their confidences (M,), which ``verify.min_confidence_sum`` needs.
-        verify: thresholds of the two-view estimation.
-        seed: base of the pairs' seeds.
+        verify: options of ``Verification``.
+        seed: as of ``Verification``.
         threads: pairs verified at a time.
         progress: called with the number of pairs just finished.
-        poses: name -> (R, t), world to camera, exact ones. A pair with two of them is not
-            estimated: its inliers are the matches that fit the known relative pose, whatever
-            their confidences.
-        priors: name -> (3,) camera centre that the mapper is to stay near.
-        prior_stddev: standard deviation of priors, in their unit.
-        scale: name -> pixels that the matcher saw for a stored one, at most 1 (the default).
+        poses: as of ``Verification``.
+        priors: as of ``write_database``.
+        prior_stddev: as of ``write_database``.
+        scale: as of ``Verification``.
 
     Returns:
         One entry for each pair of ``matches``, in its order.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    for stale in (temporary, *(Path(f"{temporary}{end}") for end in ("-wal", "-shm", "-journal"))):
-        stale.unlink(missing_ok=True)
-    results: list[PairVerification] = []
-    with pycolmap.Database.open(temporary) as database:
-        ids, camera_of = _write_images(database, cameras, names)
-        points: dict[str, np.ndarray] = {}
-        for name in names:
-            xy_colmap = np.asarray(keypoints(name), dtype=np.float32).reshape(-1, 2) + 0.5
-            points[name] = xy_colmap
-            database.write_keypoints(ids[name], xy_colmap)
-            if priors is not None and name in priors:
-                _write_prior(database, ids[name], priors[name], prior_stddev)
+    work = Verification(
+        cameras=cameras, options=verify, seed=seed, poses=poses or {}, scale=scale or {}
+    )
+    points = {name: keypoints(name) for name in names}
 
-        least = verify.min_confidence_sum or 0.0
+    def verified(entry: _Entry) -> _Verified:
+        name0, name1, rows, *scores = entry
+        result = work.verify(name0, name1, points[name0], points[name1], rows, *scores)
+        return name0, name1, rows, result
 
-        def known_pose(name0: str, name1: str) -> bool:
-            return poses is not None and name0 in poses and name1 in poses
-
-        def seen_by(pair: _Pair) -> list[float]:
-            return [(scale or {}).get(name, 1.0) for name in (pair.name0, pair.name1)]
-
-        def estimate(pair: _Pair) -> Any:
-            if not len(pair.rows):
-                return None
-            counts = len(points[pair.name0]), len(points[pair.name1])
-            if (pair.rows.max(0) >= counts).any():  # COLMAP would read what lies behind them
-                raise InputError(
-                    f"The matches of {pair.name0} and {pair.name1} name keypoints "
-                    f"{pair.rows.max(0).tolist()} of images with {counts[0]} and {counts[1]}: they "
-                    "belong to other features. Match the images again."
-                )
-            if poses is not None and known_pose(pair.name0, pair.name1):
-                ends = [
-                    (camera_of[name], points[name].astype(np.float64), poses[name])
-                    for name in (pair.name0, pair.name1)
-                ]
-                limits = [verify.max_error / seen for seen in seen_by(pair)]
-                return _known_geometry(ends[0], ends[1], pair.rows, limits)
-            if pair.confidence(pair.rows) < least:
-                return None  # all the trials could not change that
-            return pycolmap.estimate_two_view_geometry(
-                camera_of[pair.name0],
-                points[pair.name0].astype(np.float64),
-                camera_of[pair.name1],
-                points[pair.name1].astype(np.float64),
-                pair.rows,
-                # COLMAP takes one bound a pair; for an essential matrix this mean is exact.
-                _two_view_options(verify, seed + pair.index, 2 / sum(seen_by(pair))),
-            )
-
-        for pair, geometry in _ordered_map(estimate, matches, threads):
-            name0, name1, rows = pair.name0, pair.name1, pair.rows
-            if ids[name0] > ids[name1]:
-                raise InputError(
-                    f"Pair {name0} {name1} is not in the order of the image list; sort it."
-                )
-            if len(rows):
-                database.write_matches(ids[name0], ids[name1], rows)
-            # A pair below a bound is left out: the mapper must not trust it.
-            found, sane = rows, True
-            if geometry is not None:
-                found = geometry.inlier_matches
-                sane = _config_name(geometry.config) not in ("UNDEFINED", "DEGENERATE")
-            enough = sane and len(found) >= verify.min_num_inliers
-            confidence = pair.confidence(found)
-            doubtful = enough and confidence < least and not known_pose(name0, name1)
-            verified = geometry is not None and enough and not doubtful
-            if verified:
-                database.write_two_view_geometry(ids[name0], ids[name1], geometry)
-            results.append(
-                PairVerification(
-                    name0=name0,
-                    name1=name1,
-                    matches=len(rows),
-                    inliers=len(found) if verified else 0,
-                    confidence=None if pair.scores is None else confidence,
-                    doubtful=doubtful,
-                )
-            )
+    def told(pairs: Iterable[_Verified]) -> Iterator[_Verified]:
+        for pair in pairs:
+            yield pair
             if progress is not None:
                 progress(1)
-    _write_results(temporary, ids, results)
-    os.replace(temporary, path)
+
+    pool = ThreadPoolExecutor(threads)  # COLMAP releases the GIL
+    try:
+        return write_database(
+            path,
+            cameras=cameras,
+            names=names,
+            keypoints=points.__getitem__,
+            pairs=told(pool.map(verified, matches)),
+            priors=priors,
+            prior_stddev=prior_stddev,
+        )
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_database(
+    path: Path,
+    *,
+    cameras: Sequence[CameraSpec],
+    names: Sequence[str],
+    keypoints: Callable[[str], np.ndarray],
+    pairs: Iterable[_Verified],
+    priors: Mapping[str, np.ndarray] | None = None,
+    prior_stddev: float = 1.0,
+) -> list[PairVerification]:
+    """Write a COLMAP database: images, cameras, keypoints, matches and verified geometries.
+
+    Args:
+        path: database to write; written under a temporary name, read back, then renamed.
+        cameras: every image of ``names`` belongs to exactly one.
+        names: images in the order of their ids.
+        keypoints: name -> (N, 2) x, y in stored pixels, hloc's frame.
+        pairs: (name0, name1, (M, 2) rows into the two images' keypoints, what
+            ``Verification.verify`` found of them).
+        priors: name -> (3,) camera centre that the mapper is to stay near.
+        prior_stddev: standard deviation of priors, in their unit.
+
+    Returns:
+        One entry for each of ``pairs``, in their order.
+
+    Raises:
+        InputError: a pair is not in the order of ``names``.
+        OutputError: it cannot be written whole; what was there is left as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    write = functools.partial(_write, path)
+    counts = dict.fromkeys(("images", "keypoints", "matches", "two_view_geometries"), 0)
+    results = []
+    try:
+        _remove(temporary)
+        with write(pycolmap.Database.open, temporary) as database:
+            ids, camera_of = write(_write_images, database, cameras, names)
+            for name in names:
+                xy_colmap = colmap_keypoints(keypoints(name))
+                write(database.write_keypoints, ids[name], xy_colmap)
+                if priors is not None and name in priors:
+                    write(_write_prior, database, ids[name], priors[name], prior_stddev)
+                counts["images"] += 1
+                counts["keypoints"] += len(xy_colmap)
+            for pair in pairs:
+                results.append(write(_write_pair, database, ids, camera_of, pair))
+                counts["matches"] += results[-1].matches
+                counts["two_view_geometries"] += results[-1].inliers
+        own = [(_pair_id(ids, r.name0, r.name1), r.confidence, r.doubtful) for r in results]
+        write(_finish, temporary, own, counts)
+        # SQLite would take a log that an ended reader left for one of the new file.
+        write(_remove, path, "-wal", "-shm", "-journal")
+        write(os.replace, temporary, path)
+    finally:
+        _remove(temporary)
     return results
 
 
-# COLMAP's tables have no place for confidences, and none for pairs that were dropped.
-_RESULTS = "gim_hloc_verification"
+def _write(path: Path, act: Callable[..., Any], *args: Any) -> Any:
+    """Do a part of the writing of a file."""
+    try:
+        return act(*args)
+    except (RuntimeError, sqlite3.Error, OSError) as error:
+        raise OutputError(
+            f"The database {path} cannot be written ({error}); what was there is left as it was. "
+            "Is the disk full?"
+        ) from None
 
 
-def _write_results(path: Path, ids: Mapping[str, int], results: list[PairVerification]) -> None:
-    rows = [
-        (pycolmap.image_pair_to_pair_id(ids[r.name0], ids[r.name1]), r.confidence, r.doubtful)
-        for r in results
-    ]
-    with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute(
-            f"CREATE TABLE {_RESULTS} (pair_id INTEGER PRIMARY KEY, confidence REAL, doubtful)"
-        )
-        database.executemany(f"INSERT INTO {_RESULTS} VALUES (?, ?, ?)", rows)
+def _remove(path: Path, *endings: str) -> None:
+    """Remove files that SQLite keeps of a database."""
+    for ending in endings or ("", "-wal", "-shm", "-journal"):
+        Path(f"{path}{ending}").unlink(missing_ok=True)
+
+
+def _write_pair(
+    database: Any, ids: Mapping[str, int], camera_of: Mapping[str, Any], pair: _Verified
+) -> PairVerification:
+    name0, name1, rows, result = pair
+    rows = np.ascontiguousarray(np.reshape(rows, (-1, 2)), dtype=np.uint32)
+    if ids[name0] > ids[name1]:
+        raise InputError(f"Pair {name0} {name1} is not in the order of the image list; sort it.")
+    if len(rows):
+        database.write_matches(ids[name0], ids[name1], rows)
+    if "config" in result:
+        geometry = geometry_of(result, camera_of[name0], camera_of[name1])
+        database.write_two_view_geometry(ids[name0], ids[name1], geometry)
+    confidence = float(result["confidence"])
+    return PairVerification(
+        name0=name0,
+        name1=name1,
+        matches=len(rows),
+        inliers=len(result["inliers"]),
+        confidence=None if np.isnan(confidence) else confidence,
+        doubtful=bool(result["doubtful"]),
+    )
 
 
 def _write_prior(database: Any, image_id: int, centre: np.ndarray, stddev: float) -> None:
@@ -207,86 +234,6 @@ def _write_prior(database: Any, image_id: int, centre: np.ndarray, stddev: float
     database.write_pose_prior(prior)
 
 
-_End = tuple[Any, np.ndarray, "Pose"]  # camera, keypoints (N, 2) corner origin, pose
-
-
-def _known_geometry(end0: _End, end1: _End, rows: np.ndarray, max_error: Sequence[float]) -> Any:
-    """Two-view geometry of a known relative pose: matches within ``max_error`` px of their lines.
-
-    As in hloc's triangulation, the distance to the epipolar line counts in both images.
-    """
-    (camera0, xy0, (r0, t0)), (camera1, xy1, (r1, t1)) = end0, end1
-    turn, shift = relative_pose(r0, t0, r1, t1)
-    essential = essential_matrix(turn, shift)
-    rays = (
-        unproject(camera, xy[rows[:, side]])
-        for side, (camera, xy) in enumerate(((camera0, xy0), (camera1, xy1)))
-    )
-    error0, error1 = distances(essential, *rays)
-    good = (error0 <= camera0.cam_from_img_threshold(max_error[0])) & (
-        error1 <= camera1.cam_from_img_threshold(max_error[1])
-    )
-    geometry = pycolmap.TwoViewGeometry()
-    geometry.config = int(pycolmap.TwoViewGeometryConfiguration.CALIBRATED)
-    geometry.inlier_matches = np.ascontiguousarray(rows[good], dtype=np.uint32)
-    geometry.cam2_from_cam1 = pycolmap.Rigid3d(np.column_stack([turn, shift]))
-    geometry.E = essential
-    return geometry
-
-
-@dataclass(frozen=True)
-class _Pair:
-    index: int
-    name0: str
-    name1: str
-    rows: np.ndarray  # (M, 2) uint32
-    scores: np.ndarray | None  # (M,)
-
-    def confidence(self, rows: np.ndarray) -> float:
-        """Sum over some of the rows; unbounded without scores, so that no bound drops the pair."""
-        if self.scores is None:
-            return np.inf
-        key = np.array([1 << 32, 1], dtype=np.uint64)
-        mine, asked = (some.astype(np.uint64) @ key for some in (self.rows, rows))
-        return float(self.scores[np.isin(mine, asked)].sum(dtype=np.float64))
-
-
-def _ordered_map(
-    estimate: Callable[[_Pair], Any], matches: Iterable[_Entry], threads: int
-) -> Iterator[tuple[_Pair, Any]]:
-    """Run ``estimate`` over pairs in threads (it releases the GIL), yielding in input order."""
-    pending: list[tuple[_Pair, Future[Any]]] = []
-    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        for index, (name0, name1, rows, *scores) in enumerate(matches):
-            rows = np.ascontiguousarray(np.asarray(rows).reshape(-1, 2), dtype=np.uint32)
-            pair = _Pair(index, name0, name1, rows, scores[0] if scores else None)
-            pending.append((pair, pool.submit(estimate, pair)))
-            while len(pending) > 4 * threads:  # bound the memory of what waits
-                pair, future = pending.pop(0)
-                yield pair, future.result()
-        for pair, future in pending:
-            yield pair, future.result()
-
-
-def _config_name(config: Any) -> str:
-    value = int(config)
-    for name, member in pycolmap.TwoViewGeometryConfiguration.__members__.items():
-        if int(member) == value:
-            return str(name)
-    return str(config)
-
-
-def _two_view_options(verify: VerifyOptions, seed: int, stored_px: float) -> Any:
-    options = pycolmap.TwoViewGeometryOptions()
-    options.min_num_inliers = verify.min_num_inliers
-    options.ransac.max_error = verify.max_error * stored_px
-    options.ransac.min_inlier_ratio = verify.min_inlier_ratio
-    options.ransac.confidence = verify.confidence
-    options.ransac.max_num_trials = verify.max_num_trials
-    options.ransac.random_seed = seed % (2**31 - 1)
-    return options
-
-
 def _write_images(
     database: Any, cameras: Sequence[CameraSpec], names: Sequence[str]
 ) -> tuple[dict[str, int], dict[str, Any]]:
@@ -294,10 +241,7 @@ def _write_images(
     camera_of: dict[str, Any] = {}
     rig_of: dict[str, int] = {}
     for spec in cameras:
-        camera = pycolmap.Camera(
-            model=spec.model, width=spec.width, height=spec.height, params=list(spec.params)
-        )
-        camera.has_prior_focal_length = spec.prior
+        camera = colmap_camera(spec)
         camera.camera_id = database.write_camera(camera)
         rig = pycolmap.Rig()
         rig.add_ref_sensor(camera.sensor_id)
@@ -316,10 +260,128 @@ def _write_images(
     return ids, camera_of
 
 
+# COLMAP's tables have no place for confidences, and none for pairs that were dropped; and neither
+# COLMAP nor SQLite sees a byte that changed on the disk.
+_RESULTS = "gim_hloc_verification"
+_CHECKSUM = "gim_hloc_checksum"
+_Own = tuple[int, float | None, bool]  # pair id, confidence, doubtful
+
+
+def _pair_id(ids: Mapping[str, int], name0: str, name1: str) -> int:
+    return int(pycolmap.image_pair_to_pair_id(ids[name0], ids[name1]))
+
+
+def _connected(path: Path) -> contextlib.closing[sqlite3.Connection]:
+    """A file that exists; text, which may be damaged, as bytes."""
+    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)
+    database.text_factory = bytes
+    return contextlib.closing(database)
+
+
+def _finish(path: Path, own: list[_Own], counts: Mapping[str, int]) -> None:
+    """Add the tables that COLMAP does not know; all must then be on the disk as it was given."""
+    with _connected(path) as database:
+        with database:
+            database.execute(
+                f"CREATE TABLE {_RESULTS} (pair_id INTEGER PRIMARY KEY, confidence REAL, doubtful)"
+            )
+            database.executemany(f"INSERT INTO {_RESULTS} VALUES (?, ?, ?)", own)
+            database.execute(f"CREATE TABLE {_CHECKSUM} (crc32 INTEGER)")
+            database.execute(f"INSERT INTO {_CHECKSUM} VALUES (?)", (_checksum(database),))
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # COLMAP writes without, and a disk may tell only now
+    with _connected(path) as database:
+        for table, count in counts.items():
+            what = "count(*)" if table == "images" else "total(rows)"
+            (found,) = database.execute(f"SELECT {what} FROM {table}").fetchone()
+            if found != count:
+                raise OSError(f"{found:.0f} of {count} {table} arrived")
+        if not _whole(database):
+            raise OSError("what was read back is not what was written")
+
+
+def _checksum(database: sqlite3.Connection) -> int:
+    """Of the definition and every value of every table but the checksum's own."""
+    query = "SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY name"
+    total = 0
+    for name, definition in database.execute(query).fetchall():
+        if name in (_CHECKSUM.encode(), b"sqlite_sequence"):
+            continue
+        rows = database.execute(f"SELECT * FROM {name.decode()} ORDER BY rowid")
+        for value in itertools.chain([definition], itertools.chain.from_iterable(rows)):
+            data = value if isinstance(value, bytes) else repr(value).encode()
+            total = zlib.crc32(data, total)
+    return total
+
+
+def _whole(database: sqlite3.Connection) -> bool:
+    (checked,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    (stored,) = database.execute(f"SELECT crc32 FROM {_CHECKSUM}").fetchone()
+    return bool(checked == b"ok" and stored == _checksum(database))
+
+
+def database_ok(path: Path, names: Sequence[str], pairs: Sequence[tuple[str, str]]) -> bool:
+    """Whether a database is there, undamaged, and of these images and pairs.
+
+    Raises:
+        OutputError: that cannot be told: locked, not permitted, a failing disk.
+    """
+    if not path.exists():
+        return False
+    try:
+        with _connected(path) as database:
+            if _whole(database):
+                query = "SELECT name FROM images ORDER BY image_id"
+                found = [name.decode() for (name,) in database.execute(query)]
+                ids = {name: image_id for image_id, name in enumerate(names, 1)}
+                kept = {row[0] for row in database.execute(f"SELECT pair_id FROM {_RESULTS}")}
+                return found == list(names) and kept == {_pair_id(ids, *pair) for pair in pairs}
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        kind = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")
+        if not kind.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")):
+            raise _unreadable(path, error) from None
+    logger.warning("The database %s is damaged, or of another version; it is written anew.", path)
+    return False
+
+
+def _unreadable(path: Path, error: Exception) -> OutputError:
+    kind = LockedError if "locked" in str(error) else OutputError
+    what = f"nothing of {error} is in it" if isinstance(error, KeyError) else error
+    return kind(
+        f"The database {path} cannot be read ({what}). If it is damaged, delete it and run again: "
+        "it is written anew from the matches."
+    )
+
+
+@contextlib.contextmanager
+def open_database(path: Path) -> Iterator[Any]:
+    """A ``pycolmap.Database`` to read; ``OutputError`` where there is none, or a damaged one."""
+    try:
+        with _connected(path) as database:  # COLMAP would make what is missing
+            database.execute("SELECT 1 FROM images").fetchone()
+        with pycolmap.Database.open(path) as database:
+            yield database
+    except (RuntimeError, ValueError, KeyError, sqlite3.Error) as error:
+        raise _unreadable(path, error) from None
+
+
+def _own_results(path: Path) -> list[_Own]:
+    with _connected(path) as database:
+        query = f"SELECT pair_id, confidence, doubtful FROM {_RESULTS}"
+        return database.execute(query).fetchall()
+
+
 def copy_with_cameras(source: Path, target: Path, cameras: Sequence[CameraSpec]) -> None:
     """Copy a database, its images and what was found in them, but for the cameras."""
-    target.unlink(missing_ok=True)
-    with pycolmap.Database.open(source) as old, pycolmap.Database.open(target) as new:
+    with open_database(source) as old:
+        _write(target, _copy, old, target, cameras)
+        _write(target, _finish, target, _own_results(source), {})
+
+
+def _copy(old: Any, target: Path, cameras: Sequence[CameraSpec]) -> None:
+    _remove(target)
+    with pycolmap.Database.open(target) as new:
         images = sorted(old.read_all_images(), key=lambda image: image.image_id)
         ids, _ = _write_images(new, cameras, [image.name for image in images])
         for image in images:
@@ -335,7 +397,7 @@ def copy_with_cameras(source: Path, target: Path, cameras: Sequence[CameraSpec])
 def read_cameras(database: Path, known: Sequence[CameraSpec]) -> list[CameraSpec]:
     """Cameras of a database made from ``known`` ones, which may have been parted since."""
     given = {name: spec.given for spec in known for name in spec.names}
-    with pycolmap.Database.open(database) as db:
+    with open_database(database) as db:
         cameras = sorted(db.read_all_cameras(), key=lambda camera: camera.camera_id)
         names: dict[int, list[str]] = {camera.camera_id: [] for camera in cameras}
         for image in sorted(db.read_all_images(), key=lambda image: image.image_id):
@@ -353,7 +415,7 @@ def read_cameras(database: Path, known: Sequence[CameraSpec]) -> list[CameraSpec
 
 def inlier_counts(database: Path) -> dict[tuple[str, str], int]:
     """Names of each verified pair -> its inliers."""
-    with pycolmap.Database.open(database) as db:
+    with open_database(database) as db:
         names = {image.image_id: image.name for image in db.read_all_images()}
         counts = zip(*db.read_two_view_geometry_num_inliers(), strict=True)
         ends = ((pycolmap.pair_id_to_image_pair(pair_id), count) for pair_id, count in counts)
@@ -362,7 +424,7 @@ def inlier_counts(database: Path) -> dict[tuple[str, str], int]:
 
 def inlier_matches(database: Path, pairs: Sequence[tuple[str, str]]) -> list[np.ndarray]:
     """Verified matches (M, 2) of some pairs, in their order; empty where there are none."""
-    with pycolmap.Database.open(database) as db:
+    with open_database(database) as db:
         ids = {image.name: image.image_id for image in db.read_all_images()}
         result = []
         for name0, name1 in pairs:
@@ -376,32 +438,31 @@ def inlier_matches(database: Path, pairs: Sequence[tuple[str, str]]) -> list[np.
 
 def read_verification(database: Path, pairs: Sequence[tuple[str, str]]) -> list[PairVerification]:
     """What verification left of each pair, from a database that ``build_database`` wrote."""
-    with pycolmap.Database.open(database) as db:
+    with open_database(database) as db:
         ids = {image.name: image.image_id for image in db.read_all_images()}
         matches = dict(zip(*db.read_num_matches(), strict=True))
         inliers = dict(zip(*db.read_two_view_geometry_num_inliers(), strict=True))
-    with contextlib.closing(sqlite3.connect(database)) as own:
-        kept = {row[0]: row[1:] for row in own.execute(f"SELECT * FROM {_RESULTS}")}
-    result = []
-    for name0, name1 in pairs:
-        pair_id = pycolmap.image_pair_to_pair_id(ids[name0], ids[name1])
-        confidence, doubtful = kept[pair_id]
-        result.append(
-            PairVerification(
-                name0=name0,
-                name1=name1,
-                matches=int(matches.get(pair_id, 0)),
-                inliers=int(inliers.get(pair_id, 0)),
-                confidence=confidence,
-                doubtful=bool(doubtful),
+        kept = {pair_id: own for pair_id, *own in _own_results(database)}
+        result = []
+        for name0, name1 in pairs:
+            pair_id = _pair_id(ids, name0, name1)
+            confidence, doubtful = kept[pair_id]
+            result.append(
+                PairVerification(
+                    name0=name0,
+                    name1=name1,
+                    matches=int(matches.get(pair_id, 0)),
+                    inliers=int(inliers.get(pair_id, 0)),
+                    confidence=confidence,
+                    doubtful=bool(doubtful),
+                )
             )
-        )
     return result
 
 
 def largest_component(database: Path) -> int:
     """Number of images in the largest set that verified pairs connect."""
-    with pycolmap.Database.open(database) as db:
+    with open_database(database) as db:
         pairs, inliers = db.read_two_view_geometry_num_inliers()
         ends = [
             pycolmap.pair_id_to_image_pair(pair)

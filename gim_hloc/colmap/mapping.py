@@ -15,7 +15,7 @@ import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, fixed_cameras
 from gim_hloc.colmap.checks import num_supported, split_at_weak_joints
-from gim_hloc.colmap.database import largest_component
+from gim_hloc.colmap.database import largest_component, open_database
 from gim_hloc.colmap.improve import bundle_adjust
 from gim_hloc.colmap.model import align, colmap_log, rigid, version
 from gim_hloc.errors import InputError, MappingError
@@ -399,7 +399,7 @@ def triangulate_known(job: MapJob) -> Mapped:
 def _posed_model(database: Path, poses: Mapping[str, Pose]) -> Any:
     """A reconstruction of the database's cameras and those of its images that have a pose."""
     model = pycolmap.Reconstruction()
-    with pycolmap.Database.open(database) as db:
+    with open_database(database) as db:
         for camera in db.read_all_cameras():
             model.add_camera_with_trivial_rig(camera)
         for image in db.read_all_images():

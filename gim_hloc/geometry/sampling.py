@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 _ROWS = {"cpu": 256, "cuda": 4096}  # of the N x N matrix that exist at a time
 _MOST_CATEGORIES = 1 << 24  # that ``torch.multinomial`` takes; a warp of 2048 x 4096 has as many
-
-
-def pair_seed(seed: int, *names: str) -> int:
-    """Seed of a pair: depends on the names alone, not on order of work or number of workers."""
-    text = "\0".join([str(seed), *names]).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
 
 
 def kernel_density(points: torch.Tensor, std: float = 0.1) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from gim_hloc.geometry.sampling import balanced_sample, pair_seed
+from gim_hloc.geometry.sampling import balanced_sample
+from gim_hloc.geometry.seeds import pair_seed
 from gim_hloc.geometry.warp import Warp, cell_centres, normalised_frame, read_grid, transform
 from gim_hloc.matchers.base import Encoding, ImageData, Matches
 from gim_hloc.matchers.common import MatcherBase, Precision, resolve_precision

@@ -15,7 +15,8 @@ from torch import nn
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
-from gim_hloc.geometry.sampling import balanced_sample, pair_seed
+from gim_hloc.geometry.sampling import balanced_sample
+from gim_hloc.geometry.seeds import pair_seed
 from gim_hloc.geometry.warp import cell_centres, normalised_frame, transform
 from gim_hloc.matchers.dense import matchable
 from gim_hloc.networks.dense import attenuated_certainty
