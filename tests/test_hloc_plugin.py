@@ -422,11 +422,11 @@ class Shifting:
         )
 
     @torch.inference_mode()
-    def match(self, a: Any, b: Any) -> Any:
+    def match_batch(self, pairs: Any) -> Any:
+        assert len(pairs) == 1
         xy = torch.tensor([[10.0, 20.0], [0.0, 0.0]])
-        return matchers.base.Matches(
-            keypoints0=xy, keypoints1=xy + torch.tensor([3.0, -2.0]), scores=torch.ones(2)
-        )
+        there = xy + torch.tensor([3.0, -2.0])
+        return [matchers.Matches(keypoints0=xy, keypoints1=there, scores=torch.ones(2))]
 
 
 def make_dense(kind: str = "dense", gigabytes: float | None = None) -> tuple[Any, Shifting]:

@@ -143,7 +143,8 @@ def main(argv: list[str]) -> None:
     from gim_hloc.evaluation import synthetic_dense
     from gim_hloc.matchers import lightglue, sift
 
-    folder, side, output = Path(argv[0]), argv[1], Path(argv[2])
+    folder, output = Path(argv[0]), Path(argv[2])
+    side: Any = argv[1]
     conf, describer = json.loads(argv[3]), argv[4]
     output.mkdir(parents=True)
     registration.register()

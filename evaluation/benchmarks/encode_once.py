@@ -33,6 +33,7 @@ from gim_hloc.cli import common
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.evaluation.benchmarks.measure import machine, now, versions
 from gim_hloc.evaluation.made_up import write_checkpoint
+from gim_hloc.matchers.base import Matcher
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.schedule import Budget, EncodingPool, encoding_bytes, order_pairs
 
@@ -152,13 +153,12 @@ def provide_weights(names: Sequence[str], folder: Path) -> list[str]:
     return made
 
 
-def time_matcher(matcher: Any, read: dict[str, Any], *, progress: bool = True) -> Timing:
+def time_matcher(matcher: Matcher, read: dict[str, Any], *, progress: bool = True) -> Timing:
     """Time both ways on all pairs of some images, pair by pair in turn."""
     names = sorted(read)
     order = order_pairs(list(itertools.combinations(names, 2)), len(names))
     encode_s: list[float] = []
     match_s: list[float] = []
-    dense = matcher.info.kind == "dense"
 
     def clock() -> float:
         if matcher.device.type == "cuda":
@@ -173,8 +173,8 @@ def time_matcher(matcher: Any, read: dict[str, Any], *, progress: bool = True) -
 
     def match(a: Any, b: Any) -> list[torch.Tensor]:
         start = clock()
-        if dense:
-            warp = matcher.warp(a, b)
+        if matcher.info.has_warps:  # drawing matches from them is no part of the network
+            (warp,) = matcher.warp_batch([(a, b)])
             found = [warp.flow0, warp.flow1, warp.certainty0, warp.certainty1]
         else:
             matches = matcher.match(a, b)
@@ -238,7 +238,7 @@ def compare_precisions(name: str, options: EncodeOnceOptions, read_pair: Any) ->
     overrides = parse_matcher_options(options.matcher_options)
     found = {}
     for precision in ("float32", "float16"):
-        matcher: Any = matchers.load(
+        matcher = matchers.load(
             name, device=options.device, **{**overrides, "precision": precision}
         )
         a, b = (matcher.encode(image) for image in read_pair(matcher))
@@ -250,7 +250,7 @@ def compare_precisions(name: str, options: EncodeOnceOptions, read_pair: Any) ->
             matcher.match(a, b)
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) / rounds
-        warp = matcher.warp(a, b) if matcher.info.kind == "dense" else None
+        warp = matcher.warp_batch([(a, b)])[0] if matcher.info.has_warps else None
         found[precision] = (1 / seconds, torch.cuda.max_memory_allocated() / 2**30, warp)
         del matcher, a, b
         torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from gim_hloc import images as image_module
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.benchmarks.measure import machine
-from gim_hloc.matchers.base import Encoding, Quality, SparseEncoding
+from gim_hloc.matchers.base import Quality, SparseEncoding
 from gim_hloc.pairs.base import top_k
 from gim_hloc.pairs.retrieval import retrieval, vlad
 from gim_hloc.pairs.spatial import earth_centred_m
@@ -79,12 +79,10 @@ def measure(scene: Path, options: BenchmarkOptions) -> str:
     """One line of the table."""
     image_set = image_module.scan(scene / "images")
     centres, axes, names = _positions(scene, image_set)
-    matcher = matchers.load(options.matcher, quality=options.quality)
+    matcher = matchers.load_sparse(options.matcher, quality=options.quality)
     local: dict[str, np.ndarray] = {}
 
-    def keep(name: str, encoding: Encoding) -> None:
-        if not isinstance(encoding, SparseEncoding):
-            raise InputError(f"{options.matcher} gives no local descriptors")
+    def keep(name: str, encoding: SparseEncoding) -> None:
         local[name] = encoding.descriptors.cpu().numpy()
 
     engine.encode_images(

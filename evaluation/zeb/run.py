@@ -653,7 +653,7 @@ class _ZebSelection(Selection):
     ) -> DumpRecord:
         points0 = prediction.points0.astype(np.float64)
         points1 = prediction.points1.astype(np.float64)
-        if protocol.padded_slip and info.kind == "dense":
+        if protocol.padded_slip and info.has_warps:
             points0 = slip(points0, prediction.size0, self.zeb_set)
             points1 = slip(points1, prediction.size1, self.zeb_set)
         return evaluate_pair(

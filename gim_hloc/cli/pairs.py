@@ -94,20 +94,20 @@ def _local_descriptors(arguments: Arguments, image_set: ImageSet) -> Mapping[str
     from tqdm import tqdm
 
     from gim_hloc import engine, images, matchers
-    from gim_hloc.matchers.base import Encoding, SparseEncoding
+    from gim_hloc.matchers.base import SparseEncoding
 
-    if matchers.describe(arguments.matcher).kind != "sparse":
+    if not matchers.describe(arguments.matcher).has_keypoints:
         raise InputError(
             f"Retrieval needs local descriptors, and {arguments.matcher} has none: choose a sparse "
             "matcher with --matcher, or give --features"
         )
-    matcher = matchers.load(arguments.matcher, quality=arguments.quality, device=arguments.device)
+    matcher = matchers.load_sparse(
+        arguments.matcher, quality=arguments.quality, device=arguments.device
+    )
     descriptors: dict[str, np.ndarray] = {}
     with tqdm(total=len(image_set), desc="Describing images", unit="image") as progress:
 
-        def keep(name: str, encoding: Encoding) -> None:
-            if not isinstance(encoding, SparseEncoding):
-                raise InputError(f"{arguments.matcher} gives no local descriptors")
+        def keep(name: str, encoding: SparseEncoding) -> None:
             descriptors[name] = encoding.descriptors.cpu().numpy()
             progress.update()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from gim_hloc.matchers.base import (
     Matches,
     apply_affine,
 )
-from gim_hloc.matchers.common import resolve_device
+from gim_hloc.matchers.common import MatcherBase, resolve_device
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class HeldImage(Encoding):
     image: torch.Tensor  # (1, C, H, W) on the model's device
 
 
-class HlocMatcher:
+class HlocMatcher(MatcherBase[HeldImage]):
     """A dense model of hloc, e.g. its LoFTR.
 
     Args:
@@ -38,15 +38,10 @@ class HlocMatcher:
         InputError: hloc is not installed.
     """
 
-    weights_hashes: Mapping[str, str] = {}
-
     def __init__(self, model: Mapping[str, Any], image_options: ImageOptions) -> None:
         register()
         load = import_hloc("utils.base_model").dynamic_load
-        self.device = resolve_device("auto")
-        self.image_options = image_options
-        self.options = dict(model)
-        self.info = MatcherInfo(
+        info = MatcherInfo(
             name=str(model["name"]),
             kind="semidense",
             checkpoint=(),
@@ -56,12 +51,22 @@ class HlocMatcher:
             default_size=image_options.max_size or 0,
             summary="a model of hloc",
         )
-        self._model = load(import_hloc("matchers"), model["name"])(dict(model))
-        self._model = self._model.eval().to(self.device)
+        super().__init__(
+            info=info,
+            options=dict(model),
+            image_options=image_options,
+            device=resolve_device("auto"),
+        )
+        made = load(import_hloc("matchers"), model["name"])(dict(model))
+        self._model = made.eval().to(self.device)
 
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides matches."""
+    def encode_settings(self) -> dict[str, Any]:
+        """All of them: images are only held."""
         return {"hloc": self.options}
+
+    def match_settings(self) -> dict[str, Any]:
+        """None."""
+        return {}
 
     def encode(self, image: ImageData) -> HeldImage:
         """Hold the image where the model wants it."""
@@ -82,7 +87,3 @@ class HlocMatcher:
             keypoints1=apply_affine(b.to_original, found["keypoints0"]),
             scores=found["scores"].float().cpu(),
         )
-
-    def match_batch(self, pairs: Sequence[tuple[HeldImage, HeldImage]]) -> list[Matches]:
-        """Match many pairs, one by one."""
-        return [self.match(a, b) for a, b in pairs]

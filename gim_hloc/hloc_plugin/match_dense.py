@@ -19,47 +19,49 @@ The command ``python -m gim_hloc.hloc_plugin.match_dense`` has hloc's arguments,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
-import hashlib
+import itertools
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import h5py
 import numpy as np
+from tqdm import tqdm
 
-from gim_hloc.cache import Cache
-from gim_hloc.cache import key as cache_key
+from gim_hloc import cache, engine, images, matchers
 from gim_hloc.cli import common
-from gim_hloc.errors import InputError, OutputError
+from gim_hloc.errors import InputError, OutputError, some
 from gim_hloc.hloc_files import find, group, open_h5, read
-from gim_hloc.hloc_plugin import confs
-from gim_hloc.matchers.base import ImageOptions
+from gim_hloc.hloc_plugin import confs, models
+from gim_hloc.hloc_plugin.foreign import HlocMatcher
+from gim_hloc.hloc_plugin.registration import import_hloc, register
+from gim_hloc.matchers.base import ImageOptions, Matcher, SparseEncoding
 from gim_hloc.pairs.files import read_pairs
-from gim_hloc.pipelines import linking
-from gim_hloc.pipelines.linking import Arrays, Kind, Pair
 from gim_hloc.store import digest, remove_cache
 from gim_hloc.tracks import quantized
-from gim_hloc.tracks.anchored import AnchoredOptions, Anchors, PairReading
-from gim_hloc.tracks.base import Tracks
-
-if TYPE_CHECKING:
-    from gim_hloc.images import ImageRecord
+from gim_hloc.tracks.anchored import AnchoredOptions
+from gim_hloc.tracks.base import Arrays, Pair, Tracks
+from gim_hloc.tracks.linker import ImagePoints, Kind, Linker, Quantized, linker_for
+from gim_hloc.tracks.quantized import QuantizedOptions, Raw
 
 logger = logging.getLogger(__name__)
 
 Conf = Mapping[str, Any]
-Raw = tuple[np.ndarray, np.ndarray, np.ndarray]  # ends in both images (M, 2), scores (M,)
 
 # Attribute of an image in a feature file: the match files whose rows are rows of its keypoints.
 _USERS = "match_files"
 _GPU_BATCH = 16  # pairs a network call; halved where memory is short
 _PREPROCESSING = {"grayscale": True, "resize_max": 1024, "dfactor": 8}  # hloc's defaults
+_OURS = ("gim_dkm", "gim_roma", "gim_loftr", "gim_hloc_dense")  # models that are not hloc's
+_NOTHING = np.zeros((0, 2), np.float32)
 
 
 def main(
@@ -121,7 +123,10 @@ def main(
             'one of hloc\'s or ours, e.g. dict(match_dense.confs["gim_dkm"], max_error=1).'
         )
     feature_path, match_path = _paths(conf, Path(pairs), export_dir, matches, features)
-    references = _reference_files(features_ref)
+    references = [features_ref] if isinstance(features_ref, (str, Path)) else features_ref or ()
+    for path in references:
+        if not Path(path).is_file():
+            raise InputError(f"The reference features {path} do not exist.")
     wanted = _unique(read_pairs(pairs, directed=True))
     if not wanted:
         raise InputError(f"{pairs} lists no pair: there is nothing to match.")
@@ -134,7 +139,7 @@ def main(
     for path in (feature_path, match_path):
         path.parent.mkdir(parents=True, exist_ok=True)
     names = sorted({name for pair in wanted for name in pair})
-    fixed = _keypoints(references, names)
+    fixed = _keypoints([Path(path) for path in references], names)
     if feature_path.exists():
         there = _keypoints([feature_path], names)
         if overwrite:
@@ -145,22 +150,28 @@ def main(
                     "%d images keep their keypoints in %s, which other pairs use: %s.",
                     len(there),
                     feature_path,
-                    ", ".join(sorted(there)[:5]),
+                    some(sorted(there)),
                 )
         fixed |= there
     job = _Job(
-        conf=conf,
         pairs=wanted,
         records=_records(Path(image_dir), names),
         fixed=fixed,
-        tracks=tracks,
-        describer=describer,
         anchored=dataclasses.replace(anchored or AnchoredOptions(), max_keypoints=max_kps),
         quantized=_quantized(conf, max_kps),
-        max_kps=max_kps,
         progress=progress,
     )
-    job.run(feature_path, match_path, batch_size, cache_gb)
+    matcher = _load(conf)
+    linker = (
+        Quantized(matcher, job.quantized, functools.partial(models.match_free, matcher, fixed))
+        if tracks == "quantized"
+        else linker_for(matcher, tracks, anchored=job.anchored)
+    )
+    with cache.Cache(match_path.with_name(f"{match_path.name}.cache")) as found:
+        points = job.points(describer) if tracks == "anchored" else []
+        arrays = job.match(linker, points, found, batch_size, cache_gb)
+        job.write(feature_path, match_path, linker, job.link(linker, arrays), arrays)
+    remove_cache(found.path)
     return feature_path, match_path
 
 
@@ -182,23 +193,11 @@ def _paths(
     if export_dir is None:
         raise InputError("Give export_dir, or features and matches as paths.")
     prefix = "feats_" if features is None else features
-    feature_path = Path(export_dir, f"{prefix}{conf['output']}.h5")
-    if matches is None:
-        matches = Path(export_dir, f"{conf['output']}_{pairs.stem}.h5")
-    return feature_path, Path(matches)
+    default = Path(export_dir, f"{conf['output']}_{pairs.stem}.h5")
+    return Path(export_dir, f"{prefix}{conf['output']}.h5"), Path(matches or default)
 
 
-def _reference_files(features_ref: Path | Sequence[Path] | None) -> list[Path]:
-    if features_ref is None:
-        return []
-    files = [features_ref] if isinstance(features_ref, (str, Path)) else list(features_ref)
-    for path in files:
-        if not Path(path).is_file():
-            raise InputError(f"The reference features {path} do not exist.")
-    return [Path(path) for path in files]
-
-
-def _unique(pairs: Iterable[Pair]) -> list[Pair]:
+def _unique(pairs: Sequence[Pair]) -> list[Pair]:
     """Pairs without those that occur the other way round before."""
     kept: dict[Pair, None] = {}
     for a, b in pairs:
@@ -207,9 +206,9 @@ def _unique(pairs: Iterable[Pair]) -> list[Pair]:
     return list(kept)
 
 
-def _key(pair: Pair) -> str:
+def _key(pair: Pair, between: str = "/") -> str:
     """Group of a pair in hloc's files."""
-    return "/".join(name.replace("/", "-") for name in pair)
+    return between.join(name.replace("/", "-") for name in pair)
 
 
 def _check_keys(pairs: Sequence[Pair], match_path: Path) -> None:
@@ -230,14 +229,11 @@ def _missing(pairs: Sequence[Pair], match_path: Path) -> list[Pair]:
         return list(pairs)
     with open_h5(match_path, "match file") as file:
         return [
-            (a, b)
-            for a, b in pairs
+            pair
+            for pair in pairs
             if not any(
-                find(file, f"{key}/matches0") is not None
-                for key in (
-                    *(_key((a, b)), _key((b, a))),
-                    *(_key((a, b)).replace("/", "_"), _key((b, a)).replace("/", "_")),
-                )
+                find(file, f"{_key(ends, between)}/matches0") is not None
+                for ends, between in itertools.product((pair, pair[::-1]), "/_")
             )
         ]
 
@@ -262,9 +258,7 @@ def _only_used_here(feature_path: Path, match_path: Path, pairs: Sequence[Pair])
     return free
 
 
-def _records(root: Path, names: Sequence[str]) -> dict[str, ImageRecord]:
-    from gim_hloc import images
-
+def _records(root: Path, names: Sequence[str]) -> dict[str, images.ImageRecord]:
     found = images.scan(root, names=names, min_size=1)
     records = {record.name: record for record in found.images}
     for rejected in found.rejected:
@@ -291,23 +285,17 @@ def _keypoints(files: Sequence[Path], names: Sequence[str]) -> dict[str, np.ndar
     return found
 
 
-def _quantized(conf: Conf, max_kps: int | None) -> quantized.QuantizedOptions:
+def _quantized(conf: Conf, max_kps: int | None) -> QuantizedOptions:
     """Numbers of hloc's aggregation; no size of a cell means that of the error."""
-    values = [
-        conf["max_error"],
-        conf["max_error"] if conf["cell_size"] is None else conf["cell_size"],
-    ]
+    error, cell = conf["max_error"], conf["cell_size"]
+    values = [error, error if cell is None else cell]
     if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
         raise InputError(f"max_error and cell_size are {values}; both are numbers of pixels.")
-    return quantized.QuantizedOptions(
-        max_error=values[0], cell_size=values[1], max_keypoints=max_kps
-    )
+    return QuantizedOptions(max_error=values[0], cell_size=values[1], max_keypoints=max_kps)
 
 
-def _load(conf: Conf) -> Any:
+def _load(conf: Conf) -> Matcher:
     """The matcher that hloc would use."""
-    from gim_hloc.hloc_plugin import models
-
     preprocessing = {**_PREPROCESSING, **conf.get("preprocessing", {})}
     image_options = ImageOptions(
         max_size=preprocessing["resize_max"],
@@ -315,12 +303,10 @@ def _load(conf: Conf) -> Any:
         multiple_of=int(preprocessing["dfactor"] or 1),
     )
     model = conf["model"]
-    if model["name"] not in ("gim_dkm", "gim_roma", "gim_loftr", "gim_hloc_dense"):
-        from gim_hloc.hloc_plugin.foreign import HlocMatcher
-
+    if model["name"] not in _OURS:
         return HlocMatcher(model, image_options)
     matcher = models.load_matcher(model, None if "matcher" in model else model["name"])
-    if matcher.info.kind not in models.DenseModel.kinds:
+    if matcher.info.has_keypoints:
         raise InputError(f"{matcher.info.name} is a sparse matcher; use match_features.")
     matcher.image_options = image_options
     return matcher
@@ -337,267 +323,155 @@ class _Job:
         fixed: name -> (N, 2) keypoints that stay as they are.
     """
 
-    conf: Conf
     pairs: list[Pair]
-    records: dict[str, ImageRecord]
+    records: dict[str, images.ImageRecord]
     fixed: dict[str, np.ndarray]
-    tracks: Kind
-    describer: str
     anchored: AnchoredOptions
-    quantized: quantized.QuantizedOptions
-    max_kps: int | None
+    quantized: QuantizedOptions
     progress: bool
-
-    def run(
-        self, feature_path: Path, match_path: Path, batch_size: int | None, cache_gb: float | None
-    ) -> None:
-        """Match, link and write."""
-        matcher = _load(self.conf)
-        anchors = self._anchors() if self.tracks == "anchored" else {}
-        settings = {
-            "matcher": matcher.settings(),
-            "image_options": dataclasses.asdict(matcher.image_options),
-            "tracks": self.tracks,
-            "anchored": dataclasses.asdict(self.anchored) if anchors else None,
-        }
-        made_from = {
-            name: digest([record.sha256, _content(anchors[name]) if anchors else None])
-            for name, record in self.records.items()
-        }
-
-        def key_of(pair: Pair) -> str:
-            return cache_key(digest(settings), [made_from[name] for name in pair])
-
-        with Cache(match_path.with_name(f"{match_path.name}.cache")) as cache:
-            self._match(matcher, anchors, cache, key_of, batch_size, cache_gb)
-            del matcher
-
-            def read(pair: Pair) -> Arrays:
-                found = cache.get(key_of(pair))
-                if found is None:
-                    raise OutputError(f"{cache.path} lost {_entry(pair)!r}. Repeat the command.")
-                return found
-
-            self._write(feature_path, match_path, self._link(read, anchors), read, anchors)
-        remove_cache(cache.path)
 
     @functools.cached_property
     def free(self) -> frozenset[Pair]:
         """Pairs of which each match gives its query a keypoint of its own."""
-        if self.max_kps is not None:
+        if self.quantized.max_keypoints is not None:
             return frozenset()
         return frozenset(p for p in self.pairs if p[0] not in self.fixed and p[1] in self.fixed)
 
-    def _anchors(self) -> dict[str, Anchors]:
-        """Anchors of all images: keypoints that are fixed, else a detector's and a grid."""
-        joint = {name for pair in self.pairs if pair not in self.free for name in pair}
-        todo = sorted(joint - set(self.fixed))
-        nothing = np.zeros((0, 2), np.float32)
-        keypoints: dict[str, tuple[np.ndarray, np.ndarray | None]] = dict.fromkeys(
-            todo, (nothing, None)
-        )
-        if todo and self.describer != "none":
-            keypoints |= self._describe(todo)
-        anchors = {
-            name: linking.make_anchors(self.records[name].size, xy, scores, None, self.anchored)
-            for name, (xy, scores) in keypoints.items()
-        }
-        for name in self.records.keys() - set(todo):
-            xy = self.fixed.get(name, nothing)
-            tier = np.ones(len(xy), np.uint8)
-            anchors[name] = Anchors(xy_px=xy, tier=tier, size=self.records[name].size)
-        return anchors
-
-    def _describe(self, names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-        from gim_hloc import engine, images, matchers
-
-        detector = matchers.load(linking.choose_describer(self.describer))
-        found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-        with self._bar(len(names), "Anchors", "images") as bar:
-
-            def done(name: str, encoding: Any) -> None:
-                found[name] = (encoding.keypoints.numpy(), encoding.scores.numpy())
-                bar.update()
-
-            engine.encode_images(
-                detector,
-                names,
-                lambda name: images.load(self.records[name], detector.image_options),
-                done,
-                workers=engine.default_workers(detector.device, False),
-            )
-        return found
-
-    def _match(
+    def match(
         self,
-        matcher: Any,
-        anchors: Mapping[str, Anchors],
-        cache: Cache,
-        key_of: Callable[[Pair], str],
+        linker: Linker,
+        points: Sequence[ImagePoints],
+        found: cache.Cache,
         batch_size: int | None,
         cache_gb: float | None,
-    ) -> None:
-        """Match what the cache does not hold yet."""
-        from gim_hloc import engine, images
-
-        todo = [pair for pair in self.pairs if cache.get(key_of(pair)) is None]
-        read = linking.reader(matcher, self.tracks, anchors, self.anchored)
-        semidense = matcher.info.kind == "semidense"
-
-        def work(encodings: list[tuple[Any, Any]]) -> list[Arrays]:
-            # As hloc does: the free ends of semi-dense matches belong in image 0, unless its
-            # keypoints are fixed.
-            raw = self.tracks == "quantized"
-            turned = [raw and (a.name in self.fixed) != semidense for a, _ in encodings]
-            asked = [(b, a) if t else (a, b) for (a, b), t in zip(encodings, turned, strict=True)]
-            return [
-                found | {"keypoints0": found["keypoints1"], "keypoints1": found["keypoints0"]}
-                if t
-                else found
-                for found, t in zip(read(asked), turned, strict=True)
-            ]
-
-        cpu = matcher.device.type == "cpu"
-        side_by_side = semidense and "hloc" not in matcher.settings()
+    ) -> Callable[[Pair], Arrays]:
+        """Match what the cache does not hold yet; returns what reads a pair from it."""
+        matcher = linker.matcher
+        linker.prepare(points)
+        given = {image.name: image.keypoints.tobytes().hex() for image in points}
+        settings = digest([linker.settings(), dataclasses.asdict(matcher.image_options)])
+        sources = {n: digest([r.sha256, given.get(n)]) for n, r in self.records.items()}
+        keys = {p: cache.key(settings, [sources[name] for name in p]) for p in self.pairs}
+        todo = [pair for pair in self.pairs if found.get(keys[pair]) is None]
         with self._bar(len(self.pairs), "Match", "pairs", len(self.pairs) - len(todo)) as bar:
 
             def done(pair: Pair, arrays: Arrays) -> None:
-                cache.put(key_of(pair), arrays)
+                found.put(keys[pair], arrays)
                 bar.update()
 
             engine.match_scheduled(
                 matcher,
                 todo,
                 lambda name: images.load(self.records[name], matcher.image_options),
-                work,
+                linker.reduce,
                 done,
                 cache_gb=cache_gb,
-                batch_size=batch_size or (1 if cpu else _GPU_BATCH),
-                workers=engine.default_workers(matcher.device, False) if side_by_side else 1,
+                batch_size=batch_size or (1 if matcher.device.type == "cpu" else _GPU_BATCH),
+                workers=engine.default_workers(matcher.device, not matcher.info.side_by_side),
             )
 
-    # ------------------------------------------------------------------------------------ link
+        def stored(pair: Pair) -> Arrays:
+            arrays = found.get(keys[pair])
+            if arrays is None:
+                raise OutputError(f"{found.path} lost {' '.join(pair)}. Repeat the command.")
+            return arrays
 
-    def _link(self, read: Any, anchors: Mapping[str, Anchors]) -> Tracks:
+        return stored
+
+    def points(self, describer: str) -> list[ImagePoints]:
+        """Keypoints of all images: those that are fixed, else a detector's and room for a grid."""
+        joint = {name for pair in self.pairs if pair not in self.free for name in pair}
+        todo = sorted(joint - self.fixed.keys())
+        points = {
+            name: ImagePoints(
+                name=name,
+                size=record.size,
+                keypoints=self.fixed.get(name, _NOTHING),
+                fixed=name not in todo,
+            )
+            for name, record in self.records.items()
+        }
+        if todo and describer != "none":
+            detector = matchers.load_sparse(matchers.choose_detector(describer))
+            with self._bar(len(todo), "Anchors", "images") as bar:
+
+                def done(name: str, encoding: SparseEncoding) -> None:
+                    points[name].keypoints = encoding.keypoints.numpy()
+                    points[name].scores = encoding.scores.numpy()
+                    bar.update()
+
+                engine.encode_images(
+                    detector,
+                    todo,
+                    lambda name: images.load(self.records[name], detector.image_options),
+                    done,
+                    workers=engine.default_workers(detector.device, False),
+                )
+        return list(points.values())
+
+    def _raw(self, linker: Linker, pair: Pair, arrays: Arrays) -> Raw:
+        """Matches of a pair by coordinates; of free ones, what was read at the map's keypoints."""
+        return linker.points(pair, arrays, at=1 if pair in self.free else None)
+
+    def link(self, linker: Linker, stored: Callable[[Pair], Arrays]) -> Tracks:
         """Keypoints of the images that have none yet, and matches of all pairs."""
         joint = [pair for pair in self.pairs if pair not in self.free]
-        options = self.quantized
-        tracks = linking.link(
-            sorted(self.records),
-            lambda: anchors,
-            joint,
-            read,
-            self.tracks,
-            anchored=self.anchored,
-            quantized=options,
-        )
+        tracks = linker.link(sorted(self.records), joint, stored)
         tracks.lengths = None
-        for name, xy in self.fixed.items():
-            tracks.keypoints[name] = xy
-        reach = dict.fromkeys(self.records, float(options.max_error))
+        tracks.keypoints |= self.fixed
+        reach = dict.fromkeys(self.records, float(self.quantized.max_error))
+        # In the order in which hloc aggregates pairs, which numbers keypoints.
+        count = Counter(name for pair in self.pairs for name in pair)
+        ordered = sorted(self.free, key=lambda p: (min(count[p[0]], count[p[1]]), p))
         for query in sorted({a for a, _ in self.free}):
-            own = [pair for pair in self._hlocs_order() if pair in self.free and pair[0] == query]
-            raws = [self._raw(pair, read(pair), anchors) for pair in own]
+            raws = [self._raw(linker, p, stored(p)) for p in ordered if p[0] == query]
             xy, scores = _unrepeated(
                 np.concatenate([raw[0] for raw in raws]), np.concatenate([raw[2] for raw in raws])
             )
             tracks.keypoints[query] = np.concatenate([tracks.keypoints[query], xy])
             tracks.keypoint_scores[query] = np.concatenate([tracks.keypoint_scores[query], scores])
             reach[query] = 1e-3  # every match has its own keypoint
-        there: dict[str, Any] = {}
+        given = functools.cache(lambda name: quantized.given(tracks.keypoints[name], reach[name]))
         for pair in self.pairs:
-            if not self.fixed.keys() & set(pair):
-                continue
-            for name in pair:
-                if name not in there:
-                    there[name] = quantized.given(tracks.keypoints[name], reach[name])
-            tracks.matches[pair], tracks.scores[pair] = quantized.assign(
-                pair, self._raw(pair, read(pair), anchors), there[pair[0]], there[pair[1]]
-            )
+            if self.fixed.keys() & set(pair):
+                raw = self._raw(linker, pair, stored(pair))
+                tracks.matches[pair], tracks.scores[pair] = quantized.assign(
+                    pair, raw, given(pair[0]), given(pair[1])
+                )
         return tracks
 
-    def _hlocs_order(self) -> list[Pair]:
-        """Pairs in the order in which hloc aggregates them, which numbers keypoints."""
-        count: dict[str, int] = {}
-        for pair in self.pairs:
-            for name in pair:
-                count[name] = count.get(name, 0) + 1
-        return sorted(self.pairs, key=lambda pair: (min(count[pair[0]], count[pair[1]]), pair))
-
-    def _raw(self, pair: Pair, arrays: Arrays, anchors: Mapping[str, Anchors]) -> Raw:
-        """Matches of a pair by coordinates."""
-        if self.tracks == "quantized":
-            return arrays["keypoints0"], arrays["keypoints1"], arrays["scores"]
-        reading = PairReading.from_arrays(arrays)
-        index0, xy1, score0 = reading.direction(0)
-        index1, xy0, score1 = reading.direction(1)
-        mine, theirs = anchors[pair[0]].xy_px[index0], anchors[pair[1]].xy_px[index1]
-        if pair in self.free:  # what was read at the keypoints that are to be matched
-            return xy0, theirs, score1
-        return (
-            np.concatenate([mine, xy0]),
-            np.concatenate([xy1, theirs]),
-            np.concatenate([score0, score1]),
-        )
-
-    # ----------------------------------------------------------------------------------- write
-
-    def _write(
+    def write(
         self,
         feature_path: Path,
         match_path: Path,
-        linked: Tracks,
-        read: Any,
-        anchors: Mapping[str, Anchors],
+        linker: Linker,
+        tracks: Tracks,
+        stored: Callable[[Pair], Arrays],
     ) -> None:
         """Add to both files. Features first: a pair in the match file has its keypoints."""
         found = sorted(self.records.keys() - self.fixed.keys())
         own = str(match_path.resolve())
-        with _Rewritten(feature_path) as file:
+        with _rewritten(feature_path) as file:
             for name in found:
-                _put(
-                    file,
-                    name,
-                    {
-                        "keypoints": linked.keypoints[name].astype(np.float32),
-                        "score": linked.keypoint_scores[name],
-                    },
-                )
+                xy = tracks.keypoints[name].astype(np.float32)
+                _put(file, name, {"keypoints": xy, "score": tracks.keypoint_scores[name]})
                 file[name].attrs[_USERS] = [own]
             for name in self.fixed:
                 if name in file and own not in (users := file[name].attrs.get(_USERS, [own])):
                     file[name].attrs[_USERS] = [*users, own]
-        with _Rewritten(match_path) as file:
+        with _rewritten(match_path) as file:
             for pair in self.pairs:
-                xy0, xy1, scores = self._raw(pair, read(pair), anchors)
-                raw = {"keypoints0": xy0, "keypoints1": xy1, "scores": scores}
-                reverse = _key(pair[::-1])
-                if reverse in file:
+                raw = self._raw(linker, pair, stored(pair))
+                if (reverse := _key(pair[::-1])) in file:
                     del file[reverse]
-                _put(file, _key(pair), raw | linking.matches_arrays(linked, pair))
+                named = dict(zip(("keypoints0", "keypoints1", "scores"), raw, strict=True))
+                _put(file, _key(pair), named | tracks.matches_arrays(pair))
         if found:
-            mean = np.mean([len(linked.keypoints[name]) for name in found])
+            mean = np.mean([len(tracks.keypoints[name]) for name in found])
             logger.info("%d images have %.1f keypoints on average.", len(found), mean)
 
-    def _bar(self, total: int, text: str, unit: str, done: int = 0) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(
-            total=total,
-            desc=text,
-            unit=unit,
-            initial=done,
-            disable=not self.progress,
-            smoothing=0.1,
-        )
-
-
-def _entry(pair: Pair) -> str:
-    return "\t".join(pair)
-
-
-def _content(anchors: Anchors) -> str:
-    return hashlib.sha256(anchors.xy_px.tobytes()).hexdigest()
+    def _bar(self, total: int, text: str, unit: str, done: int = 0) -> tqdm:
+        return tqdm(total=total, desc=text, unit=unit, initial=done, disable=not self.progress)
 
 
 def _unrepeated(xy: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -612,34 +486,25 @@ def _unrepeated(xy: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _put(file: h5py.File, key: str, arrays: Arrays) -> None:
     if key in file:
         del file[key]
-    group = file.create_group(key)
     for name, values in arrays.items():
-        group.create_dataset(name, data=values)
+        file[f"{key}/{name}"] = values
 
 
-class _Rewritten:
+@contextlib.contextmanager
+def _rewritten(path: Path) -> Iterator[h5py.File]:
     """An h5 file with what is put into it, complete or as it was."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(path.name + ".tmp")
-
-    def __enter__(self) -> h5py.File:
-        self._temporary.unlink(missing_ok=True)
-        try:
-            if self._path.exists():
-                shutil.copyfile(self._path, self._temporary)
-            self._file = h5py.File(self._temporary, "a")
-        except OSError as error:
-            raise OutputError(f"Cannot write {self._path}: {error}") from error
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        if path.exists():
+            shutil.copyfile(path, temporary)
+        with h5py.File(temporary, "a") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------- command line
@@ -683,8 +548,6 @@ def command(argv: Sequence[str] | None = None) -> int:
 def _conf(name: str) -> Conf:
     if name in confs.MATCH_DENSE:
         return confs.MATCH_DENSE[name]
-    from gim_hloc.hloc_plugin.registration import import_hloc, register
-
     register()
     table: dict[str, Conf] = import_hloc("match_dense").confs
     if name not in table:

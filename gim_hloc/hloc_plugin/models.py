@@ -6,15 +6,17 @@ image that hloc hands over, which is all that hloc knows: it scales them itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from gim_hloc import matchers
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_plugin.memory import EncodingMemory, content_key
-from gim_hloc.matchers.base import Encoding, ImageData, Matcher, SparseEncoding
+from gim_hloc.matchers.base import Encoding, ImageData, Matcher, Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
 
 MAX_KEYPOINTS = 32767  # hloc stores rows of keypoints as int16
@@ -33,18 +35,39 @@ def matcher_name(model: Mapping[str, Any], default: str | None = None) -> str:
     return str(name)
 
 
-def load_matcher(model: Mapping[str, Any], default: str | None = None) -> Any:
+def load_matcher(model: Mapping[str, Any], default: str | None = None) -> Matcher:
     """Load the matcher of a ``model`` configuration; see ``gim_hloc.hloc_plugin.confs``.
 
     Raises:
         InputError: unknown matcher or option.
         WeightsError: the weights cannot be had.
     """
-    from gim_hloc import matchers
-
     ours = ("name", "matcher", "cache_gb", "min_confidence_sum")
     options = {k: v for k, v in model.items() if k not in ours}
     return matchers.load(matcher_name(model, default), **options)
+
+
+def match_free(
+    matcher: Matcher, fixed: Container[str], pairs: Sequence[tuple[Encoding, Encoding]]
+) -> list[Matches]:
+    """Match pairs with their free ends where hloc wants them: in image 0.
+
+    Semi-dense matches start at cells of the image that comes first, and end anywhere in the other.
+
+    Args:
+        matcher: dense or semi-dense.
+        fixed: names of images whose keypoints are given, so that they must not have the free ends.
+        pairs: encodings.
+    """
+    cells_first = matcher.info.kind == "semidense"
+    turned = [(a.name in fixed) != cells_first for a, _ in pairs]
+    found = matcher.match_batch(
+        [(b, a) if turn else (a, b) for turn, (a, b) in zip(turned, pairs, strict=True)]
+    )
+    return [
+        dataclasses.replace(m, keypoints0=m.keypoints1, keypoints1=m.keypoints0) if turn else m
+        for turn, m in zip(turned, found, strict=True)
+    ]
 
 
 def as_image(tensor: torch.Tensor, name: str) -> ImageData:
@@ -97,16 +120,11 @@ class DenseModel(MatcherModel):
             ``keypoints0`` and ``keypoints1`` (M, 2), ``scores`` (M,).
         """
         a, b = (self._encoding(data[f"image{side}"]) for side in (0, 1))
-        # hloc wants the free end of semi-dense matches in image 0, where LoFTR's is in the other.
-        turn = self.matcher.info.kind == "semidense"
-        found = self.matcher.match(b, a) if turn else self.matcher.match(a, b)
-        ends = [found.keypoints0, found.keypoints1]
-        if turn:
-            ends.reverse()
+        (found,) = match_free(self.matcher, (), [(a, b)])
         device = data["image0"].device
         return {
-            "keypoints0": ends[0].clone().to(device),
-            "keypoints1": ends[1].clone().to(device),
+            "keypoints0": found.keypoints0.clone().to(device),
+            "keypoints1": found.keypoints1.clone().to(device),
             "scores": found.scores.clone().to(device),
         }
 
@@ -139,8 +157,6 @@ class ExtractorModel(MatcherModel):
             ``keypoints`` (1, N, 2), ``descriptors`` (1, D, N), ``scores`` (1, N).
         """
         found = self.matcher.encode(as_image(data["image"], "image"))
-        if not isinstance(found, SparseEncoding):
-            raise InputError(f"{self.matcher.info.name} has no keypoints.")
         check_number(len(found), "the number of keypoints")
         device = data["image"].device
         return {
@@ -188,7 +204,7 @@ class SparseMatcherModel(MatcherModel):
         a, b = (self._encoding(data, side) for side in "01")
         found = self.matcher.match(a, b)
         if found.indices is None:
-            raise InputError(f"{self.matcher.info.name} has no keypoints.")
+            raise InputError(f"The matches of {self.matcher.info.name} are not of keypoints.")
         device = data["keypoints0"].device
         rows = found.indices.to(device)
         matches0 = torch.full((1, len(a)), -1, dtype=torch.int64, device=device)
