@@ -19,6 +19,7 @@ pytest.importorskip("lightning.fabric")
 from training_scene import make_pairs
 
 from gim_hloc.cli.train import main
+from gim_hloc.lock import FolderLock
 from gim_hloc.training.config import read_config
 
 COMMAND = Path(sys.executable).with_name("gim-train")
@@ -62,6 +63,17 @@ def arguments(scenes: Path, out: Path, *more: str) -> list[str]:
         "--data.workers", "0", "--optimiser.canonical-batch", "4", "--precision", "32",
         "--log.every", "1", "--log.pictures-every", "3", "--quiet", *more,
     ]  # fmt: skip
+
+
+def test_two_trainings_in_one_folder(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second is refused before it touches anything."""
+    out = tmp_path / "run"
+    with FolderLock(out):
+        assert main(arguments(scenes, out)) == 3
+    assert "Another run is working in" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from torch import nn
 
 from gim_hloc import weights
 from gim_hloc.errors import GimError, InputError
+from gim_hloc.lock import FolderLock
 from gim_hloc.training import checkpoints, logs, schedules, validation
 from gim_hloc.training.batch import PairBatch, collate
 from gim_hloc.training.checkpoints import Best, Progress
@@ -189,6 +190,7 @@ def train(
 
     Raises:
         InputError: a setting makes no run, or a source cannot be opened.
+        LockedError: another training works in the folder.
         OutputError: the folder holds another run, or cannot be written.
         NotFiniteError: too many steps in a row were not finite.
         PeerError: another process of the run has ended.
@@ -204,7 +206,10 @@ def train(
         logging.getLogger("gim_hloc").setLevel(logging.ERROR)
     config.check_world(fabric.world_size)
     last = Path(folder) / checkpoints.FOLDER / checkpoints.LAST
-    with lost_peers_are_named(last) if fabric.world_size > 1 else contextlib.nullcontext():
+    with (
+        lost_peers_are_named(last) if fabric.world_size > 1 else contextlib.nullcontext(),
+        FolderLock(Path(folder)) if fabric.is_global_zero else contextlib.nullcontext(),
+    ):
         run = _Run(config, Path(folder), fabric, build=build, data=data, progress=progress)
         # Processors too have kernels that add in the order in which threads come (index_put_).
         same = config.runtime.deterministic or fabric.device.type == "cpu"
