@@ -145,6 +145,11 @@ def replace(current: Kind, values: Mapping[str, Any]) -> Kind:
     return dataclasses.replace(current, **values)  # type: ignore[type-var]
 
 
+def select(kind: type[Kind], current: Any) -> Kind:
+    """Options of a class from others that have all its fields."""
+    return kind(**{f.name: getattr(current, f.name) for f in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
 def to_mapping(value: Any) -> Any:
     """Options as dictionaries, lists, numbers and text: what YAML and JSON can hold."""
     if dataclasses.is_dataclass(value):

@@ -13,19 +13,19 @@ import pytest
 from gim_hloc.errors import InputError, LockedError
 from gim_hloc.evaluation.benchmarks._slow_propagation import SlowPropagation, as_rows
 from gim_hloc.evaluation.benchmarks.propagation import MadeUpVideo, compare, made_up_video
-from gim_hloc.store import OutputLock
+from gim_hloc.lock import FolderLock
 from gim_hloc.training.video import propagation
+from gim_hloc.training.video.options import PropagationOptions
 from gim_hloc.training.video.propagated import PropagatedStore
 from gim_hloc.training.video.propagation import (
-    PropagationOptions,
     Propagator,
     find_starts,
-    make_options,
     propagate,
     propagate_video,
     rounds_by_step,
 )
-from gim_hloc.training.video.store import LabelStore, StoreInfo
+from gim_hloc.training.video.store import LabelStore, LabelWriter, StoreInfo
+from gim_hloc.workers import Where
 
 Pair = tuple[int, int]
 
@@ -321,22 +321,15 @@ def test_the_target_is_within_reach() -> None:
 
 
 def test_options_are_checked() -> None:
-    for bad in (
-        {"join": "pixels"},
-        {"min_joined": 0},
-        {"confidence": 1.0},
-        {"require": "most"},
-        {"require": "0"},
-        {"min_final": -1},
-    ):
+    for bad in ({"join": "pixels"}, {"min_joined": 0}, {"require": "most"}, {"require": "0"}):
         with pytest.raises(InputError, match=next(iter(bad))):
             PropagationOptions(**bad)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="no preset"):
-        make_options("papers")
     with pytest.raises(InputError, match="multiples of the smallest"):
         propagation.check_steps((10, 25))
-    paper = make_options("paper", min_final=10)
-    assert (paper.min_joined, paper.join, paper.min_final) == (1024, "distance", 10)
+    told = PropagationOptions(preset="paper", min_final=10).settings()
+    assert (told["min_joined"], told["join"], told["min_final"]) == (1024, "distance", 10)
+    told = PropagationOptions(preset="paper", join="pixel", min_joined=9).settings()
+    assert (told["min_joined"], told["join"]) == (9, "pixel")
 
 
 # ----------------------------------------------------------------------------------- exact truth
@@ -436,14 +429,14 @@ def write_stores(
             gap=10,
             settings={"matcher": "sift"},
         )
-        with LabelStore.open(path, "a", info=info) as store:
+        with LabelWriter(path, info) as writer:
             for (i, j), arrays in labels.items():
                 if len(arrays[k]):
-                    store.write(i, j, arrays[k])
+                    writer.put(i, j, arrays[k])
                 else:
-                    store.fail(i, j, "no matches")
-            store.merge()
-        stores.append(LabelStore.open(path))
+                    writer.fail(i, j, "no matches")
+            writer.write()
+        stores.append(LabelStore(path))
     return stores
 
 
@@ -466,7 +459,7 @@ def test_files_hold_what_memory_holds(
     tmp_path: Path, stores: list[LabelStore], labels: dict[Pair, list[np.ndarray]]
 ) -> None:
     base = rounds_by_step(reversed(stores))
-    assert [store.attrs["zoom"] for store in base[10]] == [False, True]
+    assert [store.info.zoom for store in base[10]] == [False, True]
     path = tmp_path / "out" / "propagated.h5"
     summary = propagate_video(base, path, SMALL)
     expected = list(propagate(labels, steps=STEPS, size=SIZE, options=SMALL))
@@ -544,40 +537,65 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert len(calls) == 5 + count - 4
 
 
-def test_other_options_or_labels_start_anew(
+def test_other_options_or_labels_are_done_anew_and_come_back(
     tmp_path: Path, stores: list[LabelStore], labels: dict[Pair, list[np.ndarray]]
 ) -> None:
     path = tmp_path / "p.h5"
     base = rounds_by_step(stores)
-    propagate_video(base, path, SMALL)
+    count = len(propagate_video(base, path, SMALL).records)
     before = content(path)
-    other = PropagationOptions(start_labels_above=3, min_joined=20, min_final=8)
+    other = dataclasses.replace(SMALL, min_joined=20)
     assert propagate_video(base, path, other).resumed == 0
     assert content(path) != before
+    assert propagate_video(base, path, SMALL).resumed == count
+    assert content(path) == before
     assert propagate_video(base, path, SMALL, overwrite=True).resumed == 0
     assert content(path) == before
     # Memory is not an option that decides labels.
-    more = PropagationOptions(start_labels_above=3, min_joined=12, min_final=8, memory_mb=7)
-    assert propagate_video(base, path, more).resumed > 0
-    for store in stores:
-        store.close()
+    more = dataclasses.replace(SMALL, memory_mb=7)
+    assert propagate_video(base, path, more).resumed == count
     changed = {**labels, (0, 10): [rows[:15] for rows in labels[0, 10]]}
     (tmp_path / "again").mkdir()
-    base = rounds_by_step(write_stores(tmp_path / "again", changed))
-    assert propagate_video(base, path, SMALL).resumed == 0
+    again = rounds_by_step(write_stores(tmp_path / "again", changed))
+    assert propagate_video(again, path, SMALL).resumed == 0
+
+
+def test_propagated_labels_of_0_1_are_taken_over(tmp_path: Path, stores: list[LabelStore]) -> None:
+    """Their file had no cache once it was finished."""
+    path = tmp_path / "p.h5"
+    base = rounds_by_step(stores)
+    count = len(propagate_video(base, path, SMALL).records)
+    before = content(path)
+    path.with_suffix(".cache").unlink()
+    assert propagate_video(base, path, SMALL).resumed == count
+    assert content(path) == before
+
+
+def test_flipped_bytes_are_noticed_and_heal(tmp_path: Path, stores: list[LabelStore]) -> None:
+    path = tmp_path / "p.h5"
+    base = rounds_by_step(stores)
+    propagate_video(base, path, SMALL)
+    before, whole = content(path), path.read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(10):
+        damaged = bytearray(whole)
+        damaged[generator.integers(len(whole))] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        propagate_video(base, path, SMALL)
+        assert content(path) == before
 
 
 def test_several_processes_give_the_same(tmp_path: Path, stores: list[LabelStore]) -> None:
     base = rounds_by_step(stores)
     one = propagate_video(base, tmp_path / "one.h5", SMALL)
-    two = propagate_video(base, tmp_path / "two.h5", SMALL, workers=2)
+    two = propagate_video(base, tmp_path / "two.h5", SMALL, where=Where(devices=("cpu", "cpu")))
     assert one.records == two.records
     assert content(tmp_path / "one.h5") == content(tmp_path / "two.h5")
 
 
 def test_only_one_run_writes(tmp_path: Path, stores: list[LabelStore]) -> None:
     path = tmp_path / "p.h5"
-    with OutputLock(path.parent / f".{path.name}.writing"), pytest.raises(LockedError):
+    with FolderLock(path.parent), pytest.raises(LockedError):
         propagate_video(rounds_by_step(stores), path, SMALL)
 
 

@@ -25,7 +25,6 @@ from gim_hloc.errors import InputError
 from gim_hloc.training.video import hdr, sources
 from gim_hloc.training.video.frames import (
     ImageSequence,
-    PickOptions,
     VideoReader,
     measure_motion,
     on_grid,
@@ -33,8 +32,13 @@ from gim_hloc.training.video.frames import (
     pick_frames,
     write_frames,
 )
-from gim_hloc.training.video.run import LabelOptions
-from gim_hloc.training.video.sampling import SamplingOptions, make_plan, time_range
+from gim_hloc.training.video.options import (
+    FrameOptions,
+    FramesOptions,
+    LabelOptions,
+    SamplingOptions,
+)
+from gim_hloc.training.video.sampling import make_plan, time_range
 
 av = pytest.importorskip("av", reason="PyAV reads videos")
 
@@ -322,7 +326,7 @@ def test_written_frames_stay(numbers: Path, tmp_path: Path) -> None:
         return tmp_path / f"{n}.png"
 
     place(20).write_bytes(b"mine")
-    assert write_frames(reader, [10, 20, 30], place, image_format="png") == 2
+    assert write_frames(reader, [10, 20, 30], place, FrameOptions(format="png")) == 2
     assert place(20).read_bytes() == b"mine"
     assert read_number(np.array(Image.open(place(30)))) == 30
     assert write_frames(reader, [10, 20, 30], place) == 0
@@ -398,7 +402,7 @@ def test_frames_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def pick(number: int, prefix: str = "v") -> set[str]:
-        options = PickOptions(num=number, min_motion=0)
+        options = FramesOptions(num=number, min_motion=0)
         return {p.path.name for p in pick_frames(video, out, options, prefix=prefix).frames}
 
     first = pick(8)
@@ -415,7 +419,7 @@ def test_frames_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, -5])
 def test_no_image_is_reduced_to_nothing(size: int) -> None:
     with pytest.raises(InputError, match="max_size"):
-        PickOptions(num=3, max_size=size)
+        FramesOptions(num=3, max_size=size)
     with pytest.raises(InputError, match="max_size"):
         LabelOptions(max_size=size)
 
@@ -438,7 +442,7 @@ def test_sharpest_frames_with_motion(tmp_path: Path) -> None:
             view = cv2.GaussianBlur(view, (0, 0), 3)
         Image.fromarray(view).save(tmp_path / f"{n:03d}.png")
     source = ImageSequence(tmp_path, fps=20)
-    report = pick_frames(source, tmp_path / "out", PickOptions(fps=2), prefix="v")
+    report = pick_frames(source, tmp_path / "out", FramesOptions(fps=2), prefix="v")
     assert [f.index for f in report.frames] == sorted(sharp)
     assert (report.buckets, report.still) == (6, 2)
     assert report.frames[1].motion == pytest.approx(12 / 200, abs=0.005)
@@ -447,7 +451,7 @@ def test_sharpest_frames_with_motion(tmp_path: Path) -> None:
     rows = (tmp_path / "out" / "frames.csv").read_text().splitlines()
     assert rows[0] == "file,index,time_s,sharpness,motion"
     assert rows[2].startswith("v_000016.jpg,16,0.800000,")
-    everything = pick_frames(source, tmp_path / "all", PickOptions(num=6, min_motion=0))
+    everything = pick_frames(source, tmp_path / "all", FramesOptions(num=6, min_motion=0))
     assert len(everything.frames) == 6
 
 
@@ -467,17 +471,17 @@ def test_motion_is_measured_in_shares_of_the_long_side() -> None:
 def test_a_resting_camera_gives_few_frames(data: Path, tmp_path: Path) -> None:
     """Only the box moves in this video; whoever wants it all says so."""
     source = open_source(data / "video" / "drive_highway.mp4")
-    report = pick_frames(source, tmp_path / "a", PickOptions(num=5, max_size=320, end=2.0))
+    report = pick_frames(source, tmp_path / "a", FramesOptions(num=5, max_size=320, end=2.0))
     assert 2 <= len(report.frames) <= 5
     assert Image.open(report.frames[0].path).size == (320, 180)
     for frame in report.frames:
         assert frame.time <= 2.0
 
 
-@pytest.mark.parametrize("values", [{}, {"fps": 1.0, "num": 3}, {"fps": 0.0}, {"num": 0}])
+@pytest.mark.parametrize("values", [{"fps": 1.0, "num": 3}, {"fps": 0.0}, {"num": 0}])
 def test_bad_choices_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        PickOptions(**values)
+        FramesOptions(**values)
 
 
 # ------------------------------------------------------------------------------------------ sources

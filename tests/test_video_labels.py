@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -25,14 +29,12 @@ from PIL import Image
 from gim_hloc import matchers
 from gim_hloc.cli.video import main
 from gim_hloc.errors import GimError, InputError, LockedError, OutputError
+from gim_hloc.lock import FolderLock
 from gim_hloc.matchers import registry
 from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
-from gim_hloc.store import OutputLock
 from gim_hloc.training.video.folder import VideoFolder
 from gim_hloc.training.video.labels import (
-    LabelRound,
-    RoundOptions,
     clean,
     crop_box,
     default_labellers,
@@ -41,12 +43,17 @@ from gim_hloc.training.video.labels import (
     zoomed_image,
     zoomed_size,
 )
-from gim_hloc.training.video.masks import MaskOptions, prepare_masks
+from gim_hloc.training.video.masks import prepare_masks
+from gim_hloc.training.video.options import (
+    CleaningOptions,
+    LabellerOptions,
+    LabelOptions,
+    MaskOptions,
+)
 from gim_hloc.training.video.propagated import PropagatedStore
-from gim_hloc.training.video.run import LabelOptions, LabelReport, label_video
-from gim_hloc.training.video.sampling import SamplingOptions
+from gim_hloc.training.video.run import LabelReport, label_video
 from gim_hloc.training.video.sources import find_source
-from gim_hloc.training.video.store import LabelStore
+from gim_hloc.training.video.store import LabelStore, StoreInfo
 
 WIDTH, HEIGHT = 200, 150
 FAKE = "fake_labeller"
@@ -180,9 +187,10 @@ def errors(store: LabelStore, i: int, j: int) -> np.ndarray:
 def small(**changes: Any) -> LabelOptions:
     values: dict[str, Any] = {
         "labellers": (FAKE,),
-        "sampling": SamplingOptions(gap=2, steps=(2, 4, 8)),
-        "masks": MaskOptions(masks="none"),
-        "image_format": "png",
+        "gap": 2,
+        "steps": (2, 4, 8),
+        "masks": "none",
+        "format": "png",
     }
     return LabelOptions(**{**values, **changes})
 
@@ -195,7 +203,7 @@ def stored(folder: VideoFolder) -> dict[str, Any]:
     """All labels and failures of a video."""
     found: dict[str, Any] = {}
     for path in folder.label_paths():
-        with LabelStore.open(path) as store:
+        with LabelStore(path) as store:
             for i, j in store.pairs().tolist():
                 found[f"{path.name} {i} {j}"] = store.read(i, j).tobytes()
             for i, j, reason in store.failures():
@@ -227,7 +235,7 @@ def test_outliers_overlays_and_masked_points_go() -> None:
     labels, reason = clean(
         np.concatenate([good0, wild0, logo0]),
         np.concatenate([good1, wild1, logo1]),
-        RoundOptions(),
+        CleaningOptions(),
     )
     assert reason is None
     assert labels.dtype == np.float32
@@ -241,7 +249,7 @@ def test_outliers_overlays_and_masked_points_go() -> None:
     mask = np.ones((480, 640), bool)
     mask[:, :320] = False
     for side in ("mask0", "mask1"):
-        masked, _ = clean(good0, good1, RoundOptions(), **{side: mask})
+        masked, _ = clean(good0, good1, CleaningOptions(), **{side: mask})
         points = masked[:, :2] if side == "mask0" else masked[:, 2:]
         expected = (np.rint(good0 if side == "mask0" else good1)[:, 0] >= 320).sum()
         assert len(masked) == expected
@@ -251,22 +259,22 @@ def test_outliers_overlays_and_masked_points_go() -> None:
 def test_movement_in_one_direction_is_no_overlay() -> None:
     good0, good1 = two_views(100)
     good1 = good0 + np.array([0.0, 5.0])
-    assert len(clean(good0, good1, RoundOptions())[0]) == 100
-    labels, reason = clean(good0, good0 + 0.5, RoundOptions())
+    assert len(clean(good0, good1, CleaningOptions())[0]) == 100
+    labels, reason = clean(good0, good0 + 0.5, CleaningOptions())
     assert len(labels) == 0
     assert reason == "100 matches, 100 of them still, 0 left"
-    assert len(clean(good0, good0 + 0.5, RoundOptions(static_px=0))[0]) > 90
+    assert len(clean(good0, good0 + 0.5, CleaningOptions(static_px=0))[0]) > 90
 
 
 def test_failures_have_reasons() -> None:
     good0, good1 = two_views(6)
-    assert clean(good0, good1, RoundOptions())[1] == "6 matches, 0 of them still, 6 left"
+    assert clean(good0, good1, CleaningOptions())[1] == "6 matches, 0 of them still, 6 left"
     good0, good1 = two_views(50)
-    labels, reason = clean(good0, good1, RoundOptions(min_labels=60))
+    labels, reason = clean(good0, good1, CleaningOptions(min_labels=60))
     assert len(labels) == 0
     assert reason == "50 matches, 50 on one epipolar geometry"
     bad = np.full((50, 2), np.nan)
-    assert clean(bad, good1, RoundOptions())[1] == "0 matches, 0 of them still, 0 left"
+    assert clean(bad, good1, CleaningOptions())[1] == "0 matches, 0 of them still, 0 left"
 
 
 def test_the_fit_is_the_same_every_time() -> None:
@@ -274,10 +282,10 @@ def test_the_fit_is_the_same_every_time() -> None:
     generator = np.random.default_rng(2)
     wild0, wild1 = generator.uniform(0, 480, (2, 150, 2))
     first, second = np.concatenate([good0, wild0]), np.concatenate([good1, wild1])
-    reference, _ = clean(first, second, RoundOptions())
+    reference, _ = clean(first, second, CleaningOptions())
     for _ in range(3):
-        clean(second, first, RoundOptions())  # something in between
-        again, _ = clean(first, second, RoundOptions())
+        clean(second, first, CleaningOptions())  # something in between
+        again, _ = clean(first, second, CleaningOptions())
         np.testing.assert_array_equal(again, reference)
 
 
@@ -318,12 +326,12 @@ def test_crops_hold_their_points(points: list[list[float]]) -> None:
 
 
 def test_boxes() -> None:
-    options = RoundOptions()
+    options = LabellerOptions()
     assert zoom_box("gim_dkm", (1920, 1080), options) == (900, 1600)
     assert zoom_box("gim_dkm", (1080, 1920), options) == (1600, 900)
     assert zoom_box("gim_dkm", (640, 360), options) == (360, 640)
     assert zoom_box("sift", (1920, 1080), options) == (1080, 1920)
-    assert zoom_box("sift", (1920, 1080), RoundOptions(zoom_box=(480, 640))) == (480, 640)
+    assert zoom_box("sift", (1920, 1080), LabellerOptions(zoom_box=(480, 640))) == (480, 640)
 
 
 @pytest.mark.parametrize("crop", [(10, 20, 90, 80), (0, 0, 160, 120), (33, 7, 64, 119)])
@@ -362,35 +370,30 @@ def test_every_frame_is_encoded_once(clip: Path, tmp_path: Path, fake: type[Fake
     zoomed = Counter(name for name in fake.encoded if "/" in name)
     assert set(zoomed.values()) == {1}
     assert len(zoomed) == 2 * len(plan.pairs)
-    assert [(r.zoom, r.tried, r.labelled, len(r.encoded)) for r in report.rounds] == [
-        (False, len(plan.pairs), len(plan.pairs), 12),
-        (True, len(plan.pairs), len(plan.pairs), 2 * len(plan.pairs)),
+    assert [(r.zoom, r.tried, r.pairs, r.failed) for r in report.rounds] == [
+        (zoom, len(plan.pairs), len(plan.pairs), 0) for zoom in (False, True)
     ]
-    with LabelStore.open(report.folder.label_path(FAKE, False)) as store:
+    with LabelStore(report.folder.label_path(FAKE, False)) as store:
         np.testing.assert_array_equal(store.pairs(), sorted(plan.pairs.tolist()))
-        assert store.attrs | {"settings": None} == {
-            "video": "clip",
-            "labeller": FAKE,
-            "zoom": False,
-            "steps": (2, 4, 8),
-            "size": (WIDTH, HEIGHT),
-            "fps": 30.0,
-            "gap": 2,
-            "settings": None,
-        }
-        assert not store.unmerged
+        assert replace(store.info, settings={}) == StoreInfo(
+            video="clip",
+            labeller=FAKE,
+            zoom=False,
+            steps=(2, 4, 8),
+            size=(WIDTH, HEIGHT),
+            fps=30.0,
+            gap=2,
+        )
     assert (report.folder.root / "frames.csv").read_text().splitlines()[3] == "4,4,0.133333"
     assert any("12 frames 2 apart" in line for line in report.lines())
 
 
 def test_labels_are_the_truth(clip: Path, tmp_path: Path) -> None:
     """SIFT on frames whose motion is known, whole and zoomed, half a pixel anywhere would show."""
-    sampling = SamplingOptions(gap=4, steps=(4, 8), limit=4)
-    options = small(labellers=("sift",), sampling=sampling)
-    options = replace(options, rounds=RoundOptions(zoom_box=(300, 400)))
+    options = small(labellers=("sift",), gap=4, steps=(4, 8), limit=4, zoom_box=(300, 400))
     report = run(clip, tmp_path, options)
     for zoom in (False, True):
-        with LabelStore.open(report.folder.label_path("sift", zoom)) as store:
+        with LabelStore(report.folder.label_path("sift", zoom)) as store:
             assert len(store.pairs()) == 5, store.failures()
             for i, j in store.pairs().tolist():
                 distance = errors(store, i, j)
@@ -409,12 +412,13 @@ def test_overlays_are_told_in_frame_pixels(tmp_path: Path) -> None:
     for static in (0.0, 1.0):
         options = small(
             labellers=("sift",),
-            sampling=SamplingOptions(gap=4, steps=(4,)),
-            rounds=RoundOptions(static_px=static),
+            gap=4,
+            steps=(4,),
+            static_px=static,
         )
         report = run(clip, tmp_path / str(static), options)
         for zoom in (False, True):
-            with LabelStore.open(report.folder.label_path("sift", zoom)) as store:
+            with LabelStore(report.folder.label_path("sift", zoom)) as store:
                 labels = store.read(0, 4)
             still = (np.abs(labels[:, 2:] - labels[:, :2]) < 1).all(axis=1)
             found[static, zoom] = int(still.sum())
@@ -434,23 +438,23 @@ def test_masked_frames_give_no_labels_there(
         if n == 6:
             keep[:] = 0
         Image.fromarray(keep).save(masks / f"{n:08d}.png.png")
-    options = small(masks=MaskOptions(masks=str(masks), erode_px=2))
+    options = small(masks=str(masks), mask_erode=2)
     report = run(clip, tmp_path / "out", options)
     for zoom in (False, True):
-        with LabelStore.open(report.folder.label_path(FAKE, zoom)) as store:
+        with LabelStore(report.folder.label_path(FAKE, zoom)) as store:
             for i, j in store.pairs().tolist():
                 assert 6 not in (i, j)
                 assert store.read(i, j)[:, [0, 2]].min() >= WIDTH // 2 + 1.5
             reasons = {(i, j): why for i, j, why in store.failures()}
             assert set(reasons) == {p for p in map(tuple, report.plan.pairs.tolist()) if 6 in p}
             assert all("00000006.png is masked as a whole" in why for why in reasons.values())
-    # One mask for all frames, and other masks are other settings.
-    with pytest.raises(OutputError, match="masks"):
-        run(clip, tmp_path / "out", small())
-    single = small(masks=MaskOptions(masks=str(masks / "00000000.png.png"), erode_px=2))
+    # Other masks are other settings, and one may serve all frames.
+    report = run(clip, tmp_path / "out", small())
+    with LabelStore(report.folder.label_path(FAKE, False)) as store:
+        assert store.read(4, 6)[:, 0].min() < WIDTH // 4
+    single = small(masks=str(masks / "00000000.png.png"), mask_erode=2)
     other = run(clip, tmp_path / "single", single)
-    with LabelStore.open(other.folder.label_path(FAKE, False)) as store:
-        assert store.has(4, 6)
+    with LabelStore(other.folder.label_path(FAKE, False)) as store:
         assert store.read(4, 6)[:, [0, 2]].min() >= WIDTH // 2 + 1.5
     with pytest.raises(InputError, match="--masks"):
         prepare_masks([], tmp_path, MaskOptions(masks=str(tmp_path / "nothing")))
@@ -459,7 +463,7 @@ def test_masked_frames_give_no_labels_there(
     (masks / "odd").mkdir()
     Image.fromarray(np.full((9, 9), 255, np.uint8)).save(masks / "odd" / "00000004.png.png")
     for odd in (masks / "odd", masks / "odd" / "00000004.png.png"):
-        options = small(masks=MaskOptions(masks=str(odd)), overwrite=True)
+        options = small(masks=str(odd), overwrite=True)
         with pytest.raises(InputError, match="9 x 9"):
             run(clip, tmp_path / "single", options)
     assert stored(other.folder) == before
@@ -470,18 +474,17 @@ def test_zoom_rounds_follow_their_base(
 ) -> None:
     fake.fail_on = {(4, 8)}
     report = run(clip, tmp_path, small())
-    with LabelStore.open(report.folder.label_path(FAKE, True)) as store:
-        why = store.failure(4, 8)
-        assert why is not None
+    with LabelStore(report.folder.label_path(FAKE, True)) as store:
+        ((i, j, why),) = store.failures()
+        assert (i, j) == (4, 8)
         assert why.startswith(f"no plain labels of {FAKE}: error: cannot be matched (ArithmeticErr")
-    sift = replace(small(labellers=("sift", FAKE)), rounds=RoundOptions(zoom_base=FAKE))
-    report = run(clip, tmp_path, sift)
-    with LabelStore.open(report.folder.label_path("sift", True)) as store:
-        assert "no plain labels" in (store.failure(4, 8) or "")
+    report = run(clip, tmp_path, small(labellers=("sift", FAKE), zoom_base=FAKE))
+    with LabelStore(report.folder.label_path("sift", True)) as store:
+        assert "no plain labels" in {(i, j): why for i, j, why in store.failures()}[4, 8]
         assert store.info.settings["zoom_base"] == FAKE
-        assert store.has(0, 2)
+        assert [0, 2] in store.pairs().tolist()
     with pytest.raises(InputError, match="not among the labellers"):
-        run(clip, tmp_path, small(rounds=RoundOptions(zoom_base="gim_dkm")))
+        run(clip, tmp_path, small(zoom_base="gim_dkm"))
 
 
 def test_failures_stay_and_errors_are_tried_again(
@@ -489,19 +492,17 @@ def test_failures_stay_and_errors_are_tried_again(
 ) -> None:
     fake.fail_on = {(0, 2), (10, 18)}
     # Pairs far apart have fewer common points: those fail by what they are.
-    scarce = RoundOptions(min_labels=540)
-    first = run(clip, tmp_path, small(zoom=False, rounds=scarce))
-    (store,) = first.stores
-    assert 2 < store.failed < len(first.plan.pairs)
-    assert store.pairs + store.failed == len(first.plan.pairs)
+    first = run(clip, tmp_path, small(zoom=False, min_labels=540))
+    (plain,) = first.rounds
+    assert 2 < plain.failed < len(first.plan.pairs)
+    assert plain.pairs + plain.failed == len(first.plan.pairs)
     fake.fail_on = set()
     fake.encoded.clear()
-    second = run(clip, tmp_path, small(zoom=False, rounds=scarce))
+    second = run(clip, tmp_path, small(zoom=False, min_labels=540))
     assert sorted(fake.encoded) == [f"{n:08d}.png" for n in (0, 2, 10, 18)]
     assert [r.tried for r in second.rounds] == [2]
-    again = run(clip, tmp_path, small(zoom=False, rounds=scarce, retry_failed=True))
-    assert [r.tried for r in again.rounds] == [second.stores[0].failed]
-    assert again.stores == second.stores
+    again = run(clip, tmp_path, small(zoom=False, min_labels=540, retry_failed=True))
+    assert again.rounds == [replace(second.rounds[0], tried=second.rounds[0].failed)]
 
 
 def test_a_broken_labeller_stops_the_run(
@@ -512,70 +513,77 @@ def test_a_broken_labeller_stops_the_run(
         run(clip, tmp_path, small(zoom=False))
     fake.fail_on = set()
     report = run(clip, tmp_path, small(zoom=False))
-    assert [(s.pairs, s.failed) for s in report.stores] == [(len(report.plan.pairs), 0)]
+    assert [(r.pairs, r.failed) for r in report.rounds] == [(len(report.plan.pairs), 0)]
 
 
 def test_other_settings_do_not_mix(
     clip: Path, tmp_path: Path, fake: type[FakeLabeller], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(clip, tmp_path, small())
-    with pytest.raises(OutputError, match="fit"):
-        run(clip, tmp_path, small(rounds=RoundOptions(fit_px=1.0)))
+    """They are labelled anew; going back costs nothing."""
+    first = run(clip, tmp_path, small())
+    before = stored(first.folder)
+    count = len(first.plan.pairs)
     with pytest.raises(OutputError, match="max_size"):
         run(clip, tmp_path, small(max_size=100))
-    monkeypatch.setitem(
-        registry._entries,
-        FAKE,
-        replace(registry._entries[FAKE], factory=lambda **_: FakeLabeller(version=2)),
-    )
-    with pytest.raises(OutputError, match="encode"):
-        run(clip, tmp_path, small())
+    other = run(clip, tmp_path, small(static_px=20.0))
+    assert [r.tried for r in other.rounds] == [count, count]
+    assert stored(other.folder) != before
+    with monkeypatch.context() as patch:
+        entry = replace(registry._entries[FAKE], factory=lambda **_: FakeLabeller(version=2))
+        patch.setitem(registry._entries, FAKE, entry)
+        assert [r.tried for r in run(clip, tmp_path, small()).rounds] == [count, count]
     fake.encoded.clear()
-    report = run(clip, tmp_path, small(overwrite=True))
-    assert sum(r.tried for r in report.rounds) == 2 * len(report.plan.pairs)
+    back = run(clip, tmp_path, small())
+    assert [r.tried for r in back.rounds] == [0, 0]
+    assert fake.encoded == []
+    assert stored(back.folder) == before
+    anew = run(clip, tmp_path, small(overwrite=True))
+    assert [r.tried for r in anew.rounds] == [count, count]
+    assert stored(anew.folder) == before
     # More pairs of the same video are no other settings.
-    wider = small(sampling=SamplingOptions(gap=2, steps=(2, 4, 8, 16)))
-    report = run(clip, tmp_path, wider)
-    assert sum(r.tried for r in report.rounds) == 2 * 4
-    with LabelStore.open(report.folder.label_path(FAKE, False)) as store:
-        assert store.attrs["steps"] == (2, 4, 8, 16)
+    report = run(clip, tmp_path, small(steps=(2, 4, 8, 16)))
+    assert [r.tried for r in report.rounds] == [4, 4]
+    with LabelStore(report.folder.label_path(FAKE, False)) as store:
+        assert store.info.steps == (2, 4, 8, 16)
 
 
 def test_shards_together_are_the_whole(
     clip: Path, tmp_path: Path, fake: type[FakeLabeller]
 ) -> None:
     whole = run(clip, tmp_path / "whole", small())
+    tried = 0
     for i in (2, 0, 1):
-        report = run(clip, tmp_path / "parts", small(shard=(i, 3)))
-    assert report.missing == 0
-    assert stored(report.folder) == stored(whole.folder)
+        report = run(clip, tmp_path / "parts", small(shard=f"{i}/3"))
+        tried += report.rounds[0].tried
+    assert tried == len(whole.plan.pairs)
     assert not report.folder.label_path(FAKE, False).exists()
     fake.encoded.clear()
     merged = run(clip, tmp_path / "parts", small())
     assert fake.encoded == []
-    assert merged.folder.label_path(FAKE, False).exists()
     assert stored(merged.folder) == stored(whole.folder)
-    names = sorted(p.name for p in merged.folder.labels.iterdir() if not p.name.startswith("."))
-    assert names == [f"{FAKE}-zoom.h5", f"{FAKE}.h5"]
+    names = sorted(p.name for p in merged.folder.labels.iterdir())
+    kinds = (FAKE, f"{FAKE}-zoom")
+    assert names == sorted(f"{kind}.{ending}" for kind in kinds for ending in ("cache", "h5"))
+    # What is finished is not done again by shards.
+    again = run(clip, tmp_path / "parts", small(shard="0/2"))
+    assert [r.tried for r in again.rounds] == [0, 0]
 
 
 def test_runs_do_not_meet(clip: Path, tmp_path: Path, fake: type[FakeLabeller]) -> None:
-    folder = VideoFolder(tmp_path / "clip")
-    with OutputLock(folder.labels):
-        with pytest.raises(LockedError):
-            run(clip, tmp_path, small())
-        with pytest.raises(LockedError):
-            run(clip, tmp_path, small(shard=(0, 2)))
-    with OutputLock(folder.labels / ".shards" / "0-of-2"):
-        with pytest.raises(LockedError):
-            run(clip, tmp_path, small(shard=(0, 2)))
-        with pytest.raises(LockedError, match="0-of-2"):
-            run(clip, tmp_path, small())
-        assert run(clip, tmp_path, small(shard=(1, 2))).missing > 0
+    root = tmp_path / "clip"
+    with FolderLock(root):
+        for options in (small(), small(shard="0/2")):
+            with pytest.raises(LockedError, match=str(root)):
+                run(clip, tmp_path, options)
+    with FolderLock(root, "shard-0-of-2"):
+        for options in (small(), small(shard="0/2")):
+            with pytest.raises(LockedError, match=str(root)):
+                run(clip, tmp_path, options)
+        assert run(clip, tmp_path, small(shard="1/2")).rounds[0].tried > 0
 
 
 @pytest.mark.parametrize(
-    "values", [{"shard": (2, 2)}, {"devices": ()}, {"labellers": ("sift", "sift")}]
+    "values", [{"gap": 0}, {"steps": ()}, {"zoom_box": (8, 800)}, {"labellers": ("sift", "sift")}]
 )
 def test_bad_options_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(InputError):
@@ -608,20 +616,17 @@ def test_sift_is_the_papers() -> None:
     assert matcher.options.contrast_threshold == 1e-5
     assert matcher.options.ratio == 0.8
     assert isinstance(matcher, matchers.Matcher)
-    assert LabelRound is not None
 
 
 # ----------------------------------------------------------------------------------- killed workers
 
 
 def _count_records(folder: VideoFolder) -> int:
+    """Pairs that are kept, without a writer: a run is at work."""
     total = 0
-    for path in folder.label_paths():
-        try:
-            with LabelStore.open(path) as store:
-                total += len(store.pairs()) + len(store.failures())
-        except InputError:
-            continue
+    for path in folder.labels.glob("*.cache"):
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as file:
+            total += file.execute("SELECT count(*) FROM entries").fetchone()[0]
     return total
 
 
@@ -652,27 +657,22 @@ def test_killed_and_resumed_equals_uninterrupted(clip: Path, tmp_path: Path, rou
     resumed = run(clip, tmp_path / "killed", options)
     assert sum(r.tried for r in resumed.rounds) == total - before
     assert stored(resumed.folder) == stored(whole.folder)
-    assert resumed.stores == [
-        replace(s, path=tmp_path / "killed" / s.path.relative_to(tmp_path / "whole"))
-        for s in whole.stores
+    assert [(r.pairs, r.labels, r.failed) for r in resumed.rounds] == [
+        (r.pairs, r.labels, r.failed) for r in whole.rounds
     ]
 
 
 @pytest.mark.slow
-def test_a_dead_worker_is_replaced(clip: Path, tmp_path: Path) -> None:
-    """One of two workers is killed: the run notices, starts it again and ends complete."""
-    import multiprocessing
-    import threading
-
-    options = small(labellers=("sift",), devices=("cpu", "cpu"))
-    whole = run(clip, tmp_path / "whole", small(labellers=("sift",)))
+def test_two_processes_of_which_one_is_killed_give_the_same(clip: Path, tmp_path: Path) -> None:
+    options = small(labellers=("sift",), zoom=False)
+    whole = run(clip, tmp_path / "whole", options)
     folder = VideoFolder(tmp_path / "two" / "clip")
     killed: list[int] = []
 
     def kill() -> None:
         while not killed:
             children = multiprocessing.active_children()
-            if children and folder.labels.is_dir() and _count_records(folder) >= 3:
+            if children and _count_records(folder) >= 3:
                 pid = children[0].pid
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
@@ -681,115 +681,22 @@ def test_a_dead_worker_is_replaced(clip: Path, tmp_path: Path) -> None:
 
     watcher = threading.Thread(target=kill, daemon=True)
     watcher.start()
-    report = run(clip, tmp_path / "two", options)
+    report = run(clip, tmp_path / "two", replace(options, devices=("cpu", "cpu")))
     watcher.join(timeout=1)
     assert killed
-    assert report.deaths == 1
-    assert report.missing == 0
     assert stored(report.folder) == stored(whole.folder)
 
 
 @pytest.mark.slow
-def test_errors_of_workers_arrive(clip: Path, tmp_path: Path) -> None:
-    options = small(labellers=("sift",), devices=("cpu", "cpu"), zoom=False)
-    run(clip, tmp_path, small(labellers=("sift",), zoom=False))
-    with pytest.raises(OutputError, match="other settings"):
-        run(clip, tmp_path, replace(options, rounds=RoundOptions(fit_px=2.0)))
-
-
-class _FakeRay:
-    """Stands for the module: tasks run in this process, one after the other, when waited for."""
-
-    class exceptions:
-        class RayError(Exception):
-            pass
-
-    def __init__(self, gpus: int = 0, dies: bool = False) -> None:
-        self.gpus, self.dies = gpus, dies
-        self.asked: list[dict[str, Any]] = []  # options of tasks and actors
-        self.cancelled = 0
-
-    def init(self, **options: Any) -> None:
-        pass
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 2.0, **({"GPU": float(self.gpus)} if self.gpus else {})}
-
-    def remote(self, what: Any) -> Any:
-        def options(**values: Any) -> Any:
-            self.asked.append(values)
-            return SimpleNamespace(remote=lambda *a: self._actor(what) if not a else (what, a))
-
-        return SimpleNamespace(options=options)
-
-    def _actor(self, kind: Any) -> Any:
-        actor = kind()
-        names = [name for name in dir(actor) if not name.startswith("_")]
-        methods = {n: SimpleNamespace(remote=getattr(actor, n)) for n in names}
-        return SimpleNamespace(**methods)
-
-    def wait(self, tasks: list[Any], **options: Any) -> tuple[list[Any], list[Any]]:
-        return tasks[:1], tasks[1:]
-
-    def get(self, task: Any) -> Any:
-        if not isinstance(task, tuple):
-            return task
-        if self.dies:
-            raise self.exceptions.RayError("The worker died.\n  SIGKILL\n")
-        function, arguments = task
-        return function(*arguments)
-
-    def cancel(self, task: Any, force: bool) -> None:
-        self.cancelled += 1
-
-    def kill(self, actor: Any) -> None:
-        pass
-
-
-def test_workers_on_ray(
-    clip: Path, tmp_path: Path, fake: type[FakeLabeller], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The labels are those of one process, paths hold anywhere, errors are for people."""
-    whole = run(clip, tmp_path / "whole", small())
-    monkeypatch.chdir(tmp_path)
-    ray = _FakeRay()
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    for devices in (("cpu", "cpu"), ("auto",)):
-        out = Path(f"on-ray-{len(devices)}")
-        options = small(backend="ray", devices=devices)
-        report = run(clip, out, options)
-        assert stored(report.folder) == stored(whole.folder)
-        assert len(report.rounds) == 2 * len(devices)
-    assert [o["num_gpus"] for o in ray.asked if "num_gpus" in o] == [0, 0, 0]
-    with pytest.raises(OutputError, match="other settings") as caught:
-        run(clip, out, replace(options, rounds=RoundOptions(fit_px=2.0)))
-    assert "Traceback" not in str(caught.value)
-    with pytest.raises(InputError, match="no GPU"):
-        run(clip, tmp_path / "none", small(backend="ray", devices=("cuda:0",)))
-    monkeypatch.setitem(sys.modules, "ray", _FakeRay(dies=True))
-    with pytest.raises(OutputError, match="SIGKILL"):
-        run(clip, tmp_path / "dead", options)
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match="pip install"):
-        run(clip, tmp_path / "not-there", options)
-
-
-@pytest.mark.slow
-def test_workers_on_a_true_ray(clip: Path, tmp_path: Path) -> None:
-    """SIFT in two tasks of a local Ray gives what one process gives; errors arrive."""
+def test_workers_on_ray_give_the_same(clip: Path, tmp_path: Path) -> None:
+    """Also where folders are given relative to another working folder than the workers'."""
     ray = pytest.importorskip("ray")
-    options = small(labellers=("sift",), zoom=False)
+    options = small(labellers=("sift",))
     whole = run(clip, tmp_path / "whole", options)
     try:
-        report = run(clip, tmp_path / "ray", replace(options, backend="ray", devices=("cpu",) * 2))
-        assert stored(report.folder) == stored(whole.folder)
-        with pytest.raises(OutputError, match="other settings") as caught:
-            run(
-                clip,
-                tmp_path / "ray",
-                replace(options, backend="ray", rounds=RoundOptions(fit_px=2.0)),
-            )
-        assert "Traceback" not in str(caught.value)
+        with contextlib.chdir(tmp_path):
+            report = run(clip, Path("ray"), replace(options, engine="ray", workers=2))
+            assert stored(report.folder) == stored(whole.folder)
     finally:
         ray.shutdown()
 
@@ -802,7 +709,9 @@ def test_command_frames(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "4 of 24 frames" in capsys.readouterr().out
     assert len(list((tmp_path / "images").glob("clip_*.jpg"))) == 4
     both = ["frames", str(clip), str(tmp_path), "--num", "4", "--fps", "1"]
-    assert main(both) == 2
+    with pytest.raises(SystemExit) as left:
+        main(both)
+    assert left.value.code == 2
     assert "either fps or num" in capsys.readouterr().err
 
 
@@ -822,6 +731,20 @@ def test_command_label(
     assert "1 of 2 videos failed: empty" in told.err
     assert f"{FAKE}: 29 pairs labelled" in told.out
     assert len(VideoFolder(out / "clip").stores()) == 1
+    # For scripts, a line of JSON a video.
+    assert main(["label", str(clip), *arguments[2:], "--masks", "none", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["video"], told["rounds"][0]["pairs"], told["rounds"][0]["tried"]) == (
+        "clip",
+        29,
+        0,
+    )
+    with FolderLock(out / "clip"):
+        assert main(["label", str(clip), *arguments[2:], "--masks", "none"]) == 3
+        assert main(["propagate", str(out)]) == 3
+    with FolderLock(tmp_path / "images"):
+        assert main(["frames", str(clip), str(tmp_path / "images")]) == 3
+    assert capsys.readouterr().err.count("Another run is working in") == 3
     assert main([*arguments, "--shard", "half"]) == 2
     assert "--shard" in capsys.readouterr().err
 

@@ -22,6 +22,7 @@ from gim_hloc.training.video._show_pictures import (
     thumbnail_pair,
 )
 from gim_hloc.training.video.folder import VideoFolder, VideoInfo
+from gim_hloc.training.video.options import ShowOptions
 from gim_hloc.training.video.propagated import (
     PropagatedStore,
     PropagatedWriter,
@@ -29,8 +30,8 @@ from gim_hloc.training.video.propagated import (
     VideoFacts,
 )
 from gim_hloc.training.video.propagation import FILE_NAME
-from gim_hloc.training.video.show import ShowOptions, show, show_folder
-from gim_hloc.training.video.store import LabelStore, StoreInfo
+from gim_hloc.training.video.show import show, show_folder
+from gim_hloc.training.video.store import LabelWriter, StoreInfo
 
 SIZE = (160, 90)
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -321,14 +322,14 @@ def folder(tmp_path: Path) -> VideoFolder:
     info = StoreInfo(
         video="walk", labeller="sift", zoom=False, steps=(10, 20, 40), size=SIZE, fps=30.0, gap=10
     )
-    with LabelStore.open(video.label_path("sift", False), "a", info=info) as store:
+    with LabelWriter(video.label_path("sift", False), info) as writer:
         for step in info.steps:
             for i in range(0, 240 - step, 10):
                 ends = [points - np.stack([0.2 * f * lift, 0 * lift], 1) for f in (i, i + step)]
                 seen = np.all([(e[:, 0] >= 0) & (e[:, 0] <= SIZE[0] - 1) for e in ends], axis=0)
-                store.write(i, i + step, np.concatenate(ends, axis=1)[seen])
-        store.fail(5, 15, "no matches")
-        store.merge()
+                writer.put(i, i + step, np.concatenate(ends, axis=1)[seen])
+        writer.fail(5, 15, "no matches")
+        writer.write()
     return video
 
 

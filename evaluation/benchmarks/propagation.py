@@ -22,7 +22,8 @@ from gim_hloc.cli import common
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.benchmarks._slow_propagation import SlowPropagation, as_rows
 from gim_hloc.evaluation.benchmarks.measure import machine, now, versions
-from gim_hloc.training.video.propagation import PropagationOptions, Propagator, find_starts
+from gim_hloc.training.video.options import PropagationOptions
+from gim_hloc.training.video.propagation import Propagator, find_starts
 
 #: Times faster than plain Python that must be reached.
 LEAST_GAIN = 20.0

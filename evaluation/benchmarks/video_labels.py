@@ -39,21 +39,21 @@ from gim_hloc.evaluation.benchmarks.measure import machine, now, versions
 from gim_hloc.files import write_atomic
 from gim_hloc.geometry.epipolar import distances, essential_matrix
 from gim_hloc.geometry.pose import relative_pose
+from gim_hloc.options import to_mapping
 from gim_hloc.training.video.folder import VideoFolder
-from gim_hloc.training.video.labels import LabelRound, RoundOptions, frame_record, load_labeller
-from gim_hloc.training.video.masks import FrameMasks, MaskOptions
+from gim_hloc.training.video.labels import LabelTask
+from gim_hloc.training.video.masks import FrameMasks
+from gim_hloc.training.video.options import LabelOptions, PropagationOptions, SamplingOptions
 from gim_hloc.training.video.propagated import PropagatedStore
 from gim_hloc.training.video.propagation import (
     Propagator,
     StoredLabels,
-    make_options,
     propagate_video,
     rounds_by_step,
 )
-from gim_hloc.training.video.run import LabelOptions, label_video
-from gim_hloc.training.video.sampling import SamplingOptions
+from gim_hloc.training.video.run import label_video
 from gim_hloc.training.video.sources import find_source
-from gim_hloc.training.video.store import LabelStore, StoreInfo
+from gim_hloc.training.video.store import LabelStore
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class VideoLabels:
     """Long side of the frames in pixels."""
     steps: tuple[int, ...] = (1, 2, 4)
     """Frames between those of a labelled pair."""
-    preset: str = "code"
+    preset: Literal["code", "paper"] = "code"
     """Constants of propagation."""
     min_joined: int | None = None
     """Labels that must survive a join; the preset's by default."""
@@ -192,15 +192,16 @@ def measure(
         Rows, figures about the chains, and the comparison distance by distance.
     """
     label_options = LabelOptions(
+        **to_mapping(sampling),
         labellers=options.labellers,
         zoom=options.zoom,
-        sampling=sampling,
-        masks=MaskOptions(masks="none"),
+        masks="none",
         max_size=options.size,
-        image_format="png",
-        progress=True,
+        format="png",
     )
-    report = label_video(find_source(str(clip)), options.work / "labels", label_options)
+    report = label_video(
+        find_source(str(clip)), options.work / "labels", label_options, progress=True
+    )
     folder = report.folder
     rows: list[Row] = []
     stores = folder.stores(options.labellers)
@@ -215,11 +216,9 @@ def measure(
         ),
         error,
     )
-    changes = {} if options.min_joined is None else {"min_joined": options.min_joined}
     target = folder.root / f"propagated-{options.preset}-{options.min_joined}.h5"
-    summary = propagate_video(
-        rounds_by_step(stores), target, make_options(options.preset, **changes)
-    )
+    constants = PropagationOptions(preset=options.preset, min_joined=options.min_joined)
+    summary = propagate_video(rounds_by_step(stores), target, constants)
     with PropagatedStore(target) as propagated:
         chained = {}
         for a, b in propagated.pairs().tolist():
@@ -321,32 +320,21 @@ def match_directly(
         "direct: <labeller>" and "direct: all" -> pair -> labels.
     """
     info = folder.info
-    options = RoundOptions(fit_px=1.0)
     found: dict[str, dict[tuple[int, int], np.ndarray]] = {}
     pooled: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
     for name in labellers:
-        matcher = load_labeller(name, quality="base", size=info.size, device="auto")
-        about = StoreInfo(
-            video=info.id,
+        label = LabelTask(
             labeller=name,
-            zoom=False,
-            steps=(),
+            frames=folder.frames,
+            format=info.image_format,
             size=info.size,
-            fps=info.fps,
-            gap=1,
-            settings={"match": matcher.match_settings(), "encode": matcher.encode_settings()},
-        )
-        with LabelStore.open(folder.root / "direct" / f"{name}.h5", "a", info=about) as store:
-            LabelRound(
-                matcher,
-                store,
-                lambda n: frame_record(folder.frame_path(n), info.size),
-                FrameMasks(settings={}),
-                options,
-            ).run(pairs)
-            found[f"direct: {name}"] = {p: store.read(*p) for p in pairs if store.has(*p)}
-        for pair, labels in found[f"direct: {name}"].items():
-            pooled[pair].append(labels)
+            masks=FrameMasks(settings={}),
+            options=LabelOptions(fit_px=1.0),
+        ).open("auto")
+        labels = {pair: rows for pair, rows in label(pairs) if not isinstance(rows, str)}
+        found[f"direct: {name}"] = labels
+        for pair, rows in labels.items():
+            pooled[pair].append(rows)
     found["direct: all"] = {pair: np.concatenate(every) for pair, every in pooled.items()}
     return found
 
@@ -407,7 +395,9 @@ def _propagate_pairs(
         StoredLabels(by_step),
         steps=by_step,
         size=size,
-        options=make_options(options.preset, min_joined=options.reach_joined, min_final=8),
+        options=PropagationOptions(
+            preset=options.preset, min_joined=options.reach_joined, min_final=8
+        ),
     )
     found = {}
     for a, b in pairs:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -17,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 
 from gim_hloc._version import __version__
-from gim_hloc.errors import GimError, OutputError
+from gim_hloc.errors import GimError, InputError, OutputError
 from gim_hloc.options import build, read_yaml
 
 Kind = TypeVar("Kind")
@@ -104,6 +105,39 @@ def parse(kind: Any, **settings: Any) -> Any:
         raise SystemExit(_PIPE_CLOSED) from None
 
 
+def dispatch(
+    commands: Mapping[str, Callable[[Sequence[str]], int]],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+) -> int:
+    """Run the command that the first argument names on the other ones.
+
+    Args:
+        commands: by name; the first line of their docstrings is their help.
+        argv: arguments; None: those of the process.
+        prog: name of the program.
+        description: what it does.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in commands:
+        return commands[given[0]](given[1:])
+    _answer_at_once(given, prog)
+    about = "".join(
+        f"  {name:<12}{(c.__doc__ or '').splitlines()[0]}\n" for name, c in commands.items()
+    )
+    if not given or given[0] in ("-h", "--help", "--help-all"):
+        sys.stdout.write(
+            f"{description}\n\n{about}\n{prog} COMMAND --help tells what each can be told.\n"
+        )
+        return 0
+    close = difflib.get_close_matches(given[0], commands, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Commands: {', '.join(commands)}."
+    sys.stderr.write(f"error: {prog} has no command {given[0]!r}. {hint}\n")
+    return InputError.exit_code
+
+
 def parse_options(
     kind: type[Kind],
     argv: Sequence[str] | None,
@@ -111,7 +145,8 @@ def parse_options(
     prog: str,
     description: str,
     positionals: Mapping[str, str],
-) -> tuple[Kind, dict[str, Path], Terminal]:
+    texts: Container[str] = (),
+) -> tuple[Kind, dict[str, Any], Terminal]:
     """Options of a command line. The base classes of ``kind`` are the groups of its help.
 
     Args:
@@ -120,6 +155,7 @@ def parse_options(
         prog: name of the command.
         description: what it does, with examples and exit codes.
         positionals: name -> help of the paths that it wants.
+        texts: those of them that are no paths but texts, such as addresses.
 
     Returns:
         The options, the paths by name, and what the terminal is told.
@@ -132,7 +168,10 @@ def parse_options(
     groups = {part.__name__: part for part in kind.__bases__ if dataclasses.is_dataclass(part)}
     own = set(hints).difference(*(get_type_hints(part) for part in groups.values()))
 
-    fields: list[Any] = [(name, _path(name, text)) for name, text in positionals.items()]
+    fields: list[Any] = [
+        (name, _positional(str if name in texts else Path, name, text))
+        for name, text in positionals.items()
+    ]
     for name, part in groups.items():
         default = part(**_values(base, part))
         title = name.removesuffix("Options").lower()
@@ -169,8 +208,8 @@ def _values(options: Any, part: Any) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(part)}
 
 
-def _path(name: str, text: str) -> Any:
-    return Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar=name.upper(), help=text)]
+def _positional(kind: type, name: str, text: str) -> Any:
+    return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(metavar=name.upper(), help=text)]
 
 
 def _answer_at_once(given: Sequence[str], prog: str) -> None:

@@ -7,24 +7,27 @@
         frames.csv              frame, time, number in the file: one line per sampled frame
         frames/00000120.jpg     sampled frames; the number counts frames of the video's time grid
         masks/00000120.jpg.png  where labels may be (only with masks), black = left out
-        labels/gim_dkm.h5       labels by labeller and round: see `store`
+        labels/gim_dkm.h5       labels by labeller and round, finished: see `store`
         labels/gim_dkm-zoom.h5
+        labels/gim_dkm.cache    what was labelled so far, and with other settings
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
+from gim_hloc.training.video.options import ImageFormat
 from gim_hloc.training.video.store import LabelStore
 
-ImageFormat = Literal["jpg", "png"]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,27 +119,32 @@ class VideoFolder:
         return self.labels / f"{labeller}{'-zoom' if zoom else ''}.h5"
 
     def label_paths(self) -> list[Path]:
-        """Paths of all labels, sorted; they need not be merged yet."""
-        if not self.labels.is_dir():
-            return []
-        found = set(self.labels.glob("*.h5"))
-        found |= {path.with_suffix("") for path in self.labels.glob("*.h5.parts")}
-        return sorted(path for path in found if not path.name.startswith("."))
+        """Files of finished labels, sorted."""
+        return sorted(p for p in self.labels.glob("*.h5") if not p.name.startswith("."))
 
-    def stores(self, labellers: Sequence[str] | None = None) -> list[LabelStore]:
-        """All labels, open for reading.
+    def stores(self, labellers: Sequence[str] = ()) -> list[LabelStore]:
+        """All finished labels, open for reading.
 
         Args:
-            labellers: only of these; None takes all.
+            labellers: only of these; none takes all.
 
         Raises:
-            InputError: there are none.
+            InputError: there are none, or a file is damaged.
         """
-        stores = [LabelStore.open(path) for path in self.label_paths()]
-        if labellers is not None:
+        paths = self.label_paths()
+        begun = {path.name.split(".")[0] for path in self.labels.glob("*.cache")}
+        unfinished = sorted(begun - {path.stem for path in paths})
+        if unfinished:
+            logger.warning(
+                "%s: %s not finished, and left out. Repeat gim-video label.",
+                self.labels,
+                f"{', '.join(unfinished)} {'are' if len(unfinished) > 1 else 'is'}",
+            )
+        stores = [LabelStore(path) for path in paths]
+        if labellers:
             stores = [store for store in stores if store.info.labeller in labellers]
         if not stores:
-            raise InputError(f"{self.labels} holds no labels: label the video first.")
+            raise InputError(f"{self.labels} holds no finished labels: gim-video label makes them.")
         return stores
 
 

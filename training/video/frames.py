@@ -19,9 +19,10 @@ import numpy as np
 
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
+from gim_hloc.lock import FolderLock
 from gim_hloc.training.video import hdr
-from gim_hloc.training.video.folder import ImageFormat
-from gim_hloc.training.video.sampling import SamplingOptions, time_range
+from gim_hloc.training.video.options import FrameOptions, FramesOptions, SamplingOptions
+from gim_hloc.training.video.sampling import time_range
 
 if TYPE_CHECKING:
     import av
@@ -31,7 +32,9 @@ logger = logging.getLogger(__name__)
 _ALIKE = 30  # grey levels by which the surroundings of a tracked corner differ at most
 _PROBED = 48  # frames decoded to see whether time stamps are in display order
 _EVEN = 0.1  # share by which the spacing of evenly spaced frames may vary, and of those that do
-_SMALLEST = 16  # px: long side that images are reduced to at least
+_PICKED_FPS = 2.0  # frames a second that a reconstruction gets by default
+_SHARPNESS_SIZE = 960  # px: long side at which sharpness is judged
+_MOTION_SIZE = 480  # px: long side at which motion is measured
 _SLACK = 0.1  # s by which the last packet may end before a file says that it ends
 _HD_ROWS = 720  # from this height on, untagged videos are taken for BT.709, below for BT.601
 
@@ -527,25 +530,20 @@ def reduced_size(size: tuple[int, int], max_size: int | None) -> tuple[int, int]
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def check_max_size(max_size: int | None) -> None:
-    """Refuse sizes that no image can usefully be reduced to.
-
-    Raises:
-        InputError: it is smaller than 16 pixels.
-    """
-    if max_size is not None and max_size < _SMALLEST:
-        raise InputError(f"max_size is {max_size}, it must be at least {_SMALLEST} pixels.")
-
-
-def encode_image(rgb: np.ndarray, image_format: ImageFormat, quality: int) -> bytes:
-    """A JPEG (colours at full resolution) or PNG file of an image."""
+def frame_file(rgb: np.ndarray, options: FrameOptions) -> bytes:
+    """JPEG (colours at full resolution) or PNG of a frame, reduced as the options say."""
+    import cv2
     from PIL import Image
 
+    size = (rgb.shape[1], rgb.shape[0])
+    reduced = reduced_size(size, options.max_size)
+    if reduced != size:
+        rgb = cv2.resize(rgb, reduced, interpolation=cv2.INTER_AREA)
     buffer = io.BytesIO()
-    if image_format == "png":
+    if options.format == "png":
         Image.fromarray(rgb).save(buffer, "PNG", compress_level=3)
     else:
-        Image.fromarray(rgb).save(buffer, "JPEG", quality=quality, subsampling="4:4:4")
+        Image.fromarray(rgb).save(buffer, "JPEG", quality=options.jpeg_quality, subsampling="4:4:4")
     return buffer.getvalue()
 
 
@@ -553,10 +551,8 @@ def write_frames(
     source: FrameSource,
     indices: Sequence[int] | np.ndarray,
     path_of: Callable[[int], Path],
+    options: FrameOptions = FrameOptions(),
     *,
-    max_size: int | None = None,
-    image_format: ImageFormat = "jpg",
-    quality: int = 95,
     progress: bool = False,
 ) -> int:
     """Write frames of the time grid as images; those that exist stay.
@@ -565,9 +561,7 @@ def write_frames(
         source: the video.
         indices: frames on the time grid.
         path_of: frame -> path of its image; its folder must exist.
-        max_size: reduce the long side to this many pixels.
-        image_format: of the files.
-        quality: of JPEG.
+        options: size and format of the images.
         progress: show a progress bar.
 
     Returns:
@@ -577,7 +571,6 @@ def write_frames(
         InputError: the video cannot be read.
         OutputError: an image cannot be written.
     """
-    import cv2
     from tqdm import tqdm
 
     missing = [int(n) for n in indices if not path_of(int(n)).exists()]
@@ -585,13 +578,9 @@ def write_frames(
     for n, position in zip(missing, on_grid(source, missing).tolist(), strict=True):
         users.setdefault(position, []).append(n)
     bar = tqdm(total=len(missing), desc="frames", unit="frame", disable=None if progress else True)
-    size = reduced_size(source.size, max_size)
     with bar:
         for frame in source.read(users) if users else ():
-            rgb = frame.rgb()
-            if size != source.size:
-                rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
-            content = encode_image(rgb, image_format, quality)
+            content = frame_file(frame.rgb(), options)
             for n in users[frame.index]:
                 try:
                     write_atomic(path_of(n), content)
@@ -618,33 +607,6 @@ def warn_of_damage(source: FrameSource) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PickOptions:
-    """Which frames of a video a reconstruction gets."""
-
-    fps: float | None = None  # frames per second: one per bucket of 1 / fps seconds
-    num: int | None = None  # or so many frames: as many buckets of equal length
-    min_motion: float = 0.01  # since the frame chosen last, share of the long side; 0 takes all
-    start: float | None = None  # first moment, s; None: the first frame
-    end: float | None = None  # last moment, s; None: the last frame
-    max_size: int | None = None  # reduce the long side to this many pixels
-    image_format: ImageFormat = "jpg"  # of the files
-    quality: int = 95  # of JPEG
-    sharpness_size: int = 960  # long side at which sharpness is judged, px
-    motion_size: int = 480  # long side at which motion is measured, px
-
-    def __post_init__(self) -> None:
-        if (self.fps is None) == (self.num is None):
-            raise InputError("Give either fps or num: how many frames to choose.")
-        if self.fps is not None and not self.fps > 0:
-            raise InputError(f"fps is {self.fps}, it must be positive.")
-        if self.num is not None and self.num < 1:
-            raise InputError(f"num is {self.num}, it must be positive.")
-        if self.min_motion < 0:
-            raise InputError(f"min_motion is {self.min_motion}, it must not be negative.")
-        check_max_size(self.max_size)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Picked:
     """One chosen frame."""
 
@@ -668,7 +630,7 @@ class PickReport:
 def pick_frames(
     source: FrameSource,
     out: str | os.PathLike[str],
-    options: PickOptions,
+    options: FramesOptions,
     *,
     prefix: str = "frame",
     progress: bool = False,
@@ -689,7 +651,8 @@ def pick_frames(
 
     Raises:
         InputError: the range is empty, or the video cannot be read.
-        OutputError: the folder cannot be written.
+        LockedError: another run writes to the folder.
+        OutputError: the folder cannot be written, or has a ``frames.csv`` of something else.
     """
     from tqdm import tqdm
 
@@ -699,8 +662,9 @@ def pick_frames(
     start, end = time_range(duration, whole) if duration > 0 else (0.0, 0.0)
     inside = np.flatnonzero((source.times >= start) & (source.times <= end))
     shown = end - start + 1 / source.fps
-    buckets = options.num or max(1, math.ceil(shown * (options.fps or 1.0) - 1e-6))
-    width = shown / buckets if options.num else 1 / (options.fps or 1.0)
+    fps = options.fps or _PICKED_FPS
+    buckets = options.num or max(1, math.ceil(shown * fps - 1e-6))
+    width = shown / buckets if options.num else 1 / fps
     out = Path(out)
     report = PickReport()
     best: tuple[float, Frame] | None = None
@@ -713,14 +677,17 @@ def pick_frames(
             return
         report.buckets += 1
         sharpness, frame = best
-        gray = frame.gray(options.motion_size)
+        gray = frame.gray(_MOTION_SIZE)
         motion = math.nan if chosen_gray is None else measure_motion(chosen_gray, gray)
         if motion < options.min_motion:
             report.still += 1
             return
         chosen_gray = gray
-        path = out / f"{prefix}_{frame.index:06d}.{options.image_format}"
-        _write_reduced(path, frame.rgb(), options)
+        path = out / f"{prefix}_{frame.index:06d}.{options.format}"
+        try:
+            write_atomic(path, frame_file(frame.rgb(), options))
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error}.") from error
         report.frames.append(
             Picked(
                 path=path,
@@ -732,30 +699,27 @@ def pick_frames(
         )
         listing.add(report.frames[-1])
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be made: {error}.") from error
-    listing = _Listing(out / "frames.csv", prefix)
-    bar = tqdm(
-        source.read(inside.tolist()),
-        total=len(inside),
-        desc="frames",
-        unit="frame",
-        disable=None if progress else True,
-    )
-    for frame in bar:
-        bucket = min(buckets - 1, int((frame.time - start) / width + 1e-9))
-        if bucket != current:
-            finish()
-            best, current = None, bucket
-        sharpness = measure_sharpness(frame.gray(options.sharpness_size))
-        if best is None or sharpness > best[0]:
-            best = sharpness, frame
-    finish()
-    report.damaged = source.damaged
-    warn_of_damage(source)
-    listing.finish(report.frames)
+    with FolderLock(out):
+        listing = _Listing(out / "frames.csv", prefix)
+        bar = tqdm(
+            source.read(inside.tolist()),
+            total=len(inside),
+            desc="frames",
+            unit="frame",
+            disable=None if progress else True,
+        )
+        for frame in bar:
+            bucket = min(buckets - 1, int((frame.time - start) / width + 1e-9))
+            if bucket != current:
+                finish()
+                best, current = None, bucket
+            sharpness = measure_sharpness(frame.gray(_SHARPNESS_SIZE))
+            if best is None or sharpness > best[0]:
+                best = sharpness, frame
+        finish()
+        report.damaged = source.damaged
+        warn_of_damage(source)
+        listing.finish(report.frames)
     return report
 
 
@@ -794,19 +758,6 @@ def measure_motion(before: np.ndarray, after: np.ndarray) -> float:
     return float(np.median(shift) / max(before.shape))
 
 
-def _write_reduced(path: Path, rgb: np.ndarray, options: PickOptions) -> None:
-    import cv2
-
-    rows, columns = rgb.shape[:2]
-    size = reduced_size((columns, rows), options.max_size)
-    if size != (columns, rows):
-        rgb = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
-    try:
-        write_atomic(path, encode_image(rgb, options.image_format, options.quality))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}.") from error
-
-
 class _Listing:
     """The file ``frames.csv``: frames of this run, and of other videos in the same folder.
 
@@ -818,10 +769,16 @@ class _Listing:
     def __init__(self, path: Path, prefix: str) -> None:
         self._path = path
         mine = re.compile(rf"{re.escape(prefix)}_\d+\.(jpg|png)")
-        rows = []
-        if path.is_file():
+        rows: list[list[str]] = []
+        if path.exists():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(self._COLUMNS)]
+                rows = list(csv.reader(file))
+            if rows[:1] != [list(self._COLUMNS)]:
+                raise OutputError(
+                    f"{path} is no list of gim-video, which would be replaced: move it away, or "
+                    "choose another folder."
+                )
+            rows = [row for row in rows if len(row) == len(self._COLUMNS)]
         self._others = [r for r in rows[1:] if not mine.fullmatch(r[0])]
         self._before = [r for r in rows[1:] if mine.fullmatch(r[0])]
         self._write([*self._others, *self._before])

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,18 +25,30 @@ from gim_hloc.images import ImageRecord
 from gim_hloc.matchers.base import Matcher
 from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.masks import FrameMasks
-from gim_hloc.training.video.store import LabelStore
+from gim_hloc.training.video.options import (
+    CleaningOptions,
+    ImageFormat,
+    LabellerOptions,
+    LabelOptions,
+)
 
 logger = logging.getLogger(__name__)
+
+Crop: TypeAlias = tuple[int, int, int, int]
+"""Left, top, right and bottom (exclusive), pixels of the frame."""
+Item: TypeAlias = tuple[int, int] | tuple[int, int, Crop, Crop]
+"""A pair of frames; in zoom rounds with what is compared of them."""
+
+ERROR = "error:"
+"""In reasons that say nothing about the pair, which is tried again."""
 
 PAPER = ("gim_dkm", "gim_loftr", "gim_lightglue", "sift")
 FREE = ("aliked_lightglue", "disk_lightglue", "sift")
 ZOOM_BOX = (900, 1600)  # (height, width) px
 
 _STEP = 8  # px: sides of enlarged crops are multiples of it
-_ZOOM_CHUNK = 256  # pairs scheduled together in zoom rounds, where no two pairs share a crop
-_ERROR = "error:"  # in reasons that say nothing about the pair: it is tried again
-_MOST_ERRORS = 20  # in a row, after which a round stops: a device that failed, a broken matcher
+_FIT_CONFIDENCE = 0.999999  # of the fundamental matrix
+_FIT_ITERATIONS = 100_000
 _FEWEST = 8  # matches without which no fundamental matrix is fitted
 # What GIM's video labels set beyond its operating points. SIFT: one keypoint per 64 pixels of the
 # frame at nearly any contrast, no limit on the distance.
@@ -45,28 +59,6 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "sift": {"max_size": None, "contrast_threshold": 1e-5, "max_distance": 2.0},
 }
 _SIFT_PIXELS = 64  # pixels of a frame per SIFT keypoint at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundOptions:
-    """How matches become labels; the defaults are those of GIM's code."""
-
-    quality: str = "base"  # operating point of the labellers
-    zoom_base: str | None = None  # whose plain labels zoom rounds crop to; None: the first labeller
-    zoom_box: tuple[int, int] | None = None  # (height, width), px; None: 900 x 1600, SIFT: frame
-    static_px: float = 1.0  # matches that move less in x and in y are overlays; 0 keeps them
-    fit_px: float = 0.5  # of the fundamental matrix (MAGSAC): distance to epipolar lines, px
-    fit_confidence: float = 0.999999  # of the fit
-    fit_iterations: int = 100_000  # of the fit, at most
-    min_labels: int = 1  # pairs with fewer are noted as failed
-
-    def __post_init__(self) -> None:
-        if self.zoom_box is not None and min(self.zoom_box) < 4 * _STEP:
-            raise InputError(f"zoom_box is {self.zoom_box}; give at least {4 * _STEP} px a side.")
-        if self.fit_px <= 0 or self.static_px < 0:
-            raise InputError("fit_px must be positive and static_px must not be negative.")
-        if self.min_labels < 1 or self.fit_iterations < 1:
-            raise InputError("min_labels and fit_iterations must be positive.")
 
 
 def default_labellers() -> tuple[str, ...]:
@@ -90,7 +82,8 @@ def default_labellers() -> tuple[str, ...]:
     return FREE
 
 
-def load_labeller(name: str, *, quality: str, size: tuple[int, int], device: str) -> Any:
+@functools.lru_cache(maxsize=1)  # in one process, for all its rounds
+def load_labeller(name: str, *, quality: str, size: tuple[int, int], device: str) -> Matcher:
     """A matcher as labels are made with.
 
     Args:
@@ -117,7 +110,7 @@ def load_labeller(name: str, *, quality: str, size: tuple[int, int], device: str
 def clean(
     points0: np.ndarray,
     points1: np.ndarray,
-    options: RoundOptions,
+    options: CleaningOptions,
     *,
     mask0: np.ndarray | None = None,
     mask1: np.ndarray | None = None,
@@ -151,8 +144,8 @@ def clean(
     inside = epipolar_inliers(
         labels,
         threshold=options.fit_px,
-        confidence=options.fit_confidence,
-        max_iterations=options.fit_iterations,
+        confidence=_FIT_CONFIDENCE,
+        max_iterations=_FIT_ITERATIONS,
     )
     kept = labels[inside]
     if len(kept) < options.min_labels:
@@ -195,7 +188,7 @@ def zoomed_size(width: int, height: int, box: tuple[int, int]) -> tuple[int, int
     return tuple(sides)  # type: ignore[return-value]
 
 
-def zoom_box(labeller: str, size: tuple[int, int], options: RoundOptions) -> tuple[int, int]:
+def zoom_box(labeller: str, size: tuple[int, int], options: LabellerOptions) -> tuple[int, int]:
     """(height, width) of the box that crops are enlarged to.
 
     By default that of the reference: the frame for SIFT, 900 x 1600 for networks; upright for
@@ -267,16 +260,37 @@ def zoomed_image(
 # ------------------------------------------------------------------------------------------- rounds
 
 
-@dataclass(kw_only=True)
-class RoundReport:
-    """What one labeller did in one round, in this process."""
+def label_settings(matcher: Matcher, options: LabelOptions) -> dict[str, Any]:
+    """All that decides the labels of a round but frames, masks and crops; JSON-able."""
+    return {
+        "encode": matcher.encode_settings(),
+        "match": matcher.match_settings(),
+        "static_px": options.static_px,
+        "fit": [options.fit_px, _FIT_CONFIDENCE, _FIT_ITERATIONS],
+        "min_labels": options.min_labels,
+    }
 
-    labeller: str
-    zoom: bool
-    tried: int = 0  # pairs, now
-    labelled: int = 0  # of them
-    labels: int = 0  # of those together
-    encoded: list[str] = field(default_factory=list)  # names of frames or crops, repetitions too
+
+@dataclass(frozen=True, kw_only=True)
+class LabelTask:
+    """One labeller in one round: pairs of frames -> (n, 4) labels, or why there are none.
+
+    See ``workers.Task``. Pairs of one chunk share the encodings of their frames.
+    """
+
+    labeller: str  # name of the matcher
+    frames: Path  # folder of the stored frames
+    format: ImageFormat  # of them
+    size: tuple[int, int]  # (width, height) of them, pixels
+    masks: FrameMasks
+    options: LabelOptions
+
+    def open(self, device: str) -> Callable[[Sequence[Item]], Iterator[tuple[Item, Any]]]:
+        """Load the matcher."""
+        matcher = load_labeller(
+            self.labeller, quality=self.options.quality, size=self.size, device=device
+        )
+        return _Labeller(self, matcher).label
 
 
 class _Unusable:
@@ -306,141 +320,81 @@ class _Encoder:
             if spoils_the_rest(error):
                 raise
             _tell(f"{image.name} cannot be encoded", error)
-            return _Unusable(f"{_ERROR} {image.name} cannot be encoded ({_words(error)})")
+            return _Unusable(f"{ERROR} {image.name} cannot be encoded ({_words(error)})")
 
     def smaller(self) -> bool:
-        """No: labels of one store are made at one resolution."""
+        """No: labels of one round are made at one resolution."""
         return False
 
 
-class LabelRound:
-    """One labeller in one round on some pairs of frames.
+class _Labeller:
+    """A `LabelTask` at work."""
 
-    Args:
-        matcher: the labeller.
-        store: open for adding.
-        frame: frame -> record of its image.
-        masks: of the frames.
-        options: see there.
-        base: plain labels to crop to; makes this a zoom round.
-        batch_size: pairs a network call; None: 1 on a processor, 4 on a GPU. A killed process loses
-            as many.
-        workers: threads side by side on a processor.
-        cache_gb: memory for encodings, 10^9 bytes; None chooses.
-        tick: called with the number of pairs that are done, now or before.
-    """
-
-    def __init__(
-        self,
-        matcher: Matcher,
-        store: LabelStore,
-        frame: Callable[[int], ImageRecord],
-        masks: FrameMasks,
-        options: RoundOptions,
-        *,
-        base: LabelStore | None = None,
-        batch_size: int | None = None,
-        workers: int = 1,
-        cache_gb: float | None = None,
-        tick: Callable[[int], None] = lambda count: None,
-    ) -> None:
-        self.matcher, self.store, self.frame = matcher, store, frame
-        self.masks, self.options, self.base = masks, options, base
-        self.batch_size = batch_size or (1 if matcher.device.type == "cpu" else 4)
-        self.workers, self.cache_gb, self.tick = workers, cache_gb, tick
-        self.box = zoom_box(store.info.labeller, store.info.size, options)
-        self._errors = 0  # in a row
+    def __init__(self, task: LabelTask, matcher: Matcher) -> None:
+        self.task, self.matcher = task, matcher
+        self.box = zoom_box(task.labeller, task.size, task.options)
         # A frame is in at most six pairs, which follow each other.
         self._mask = functools.lru_cache(maxsize=16)(self._load_mask)
         self._rgb = functools.lru_cache(maxsize=8)(self._load_rgb)
 
-    def run(self, pairs: Sequence[tuple[int, int]]) -> RoundReport:
-        """Label the pairs that are neither labelled nor noted as failed; errors are tried again.
+    def label(self, items: Sequence[Item]) -> Iterator[tuple[Item, np.ndarray | str]]:
+        """Label pairs, which share the encodings of whole frames."""
+        import torch
 
-        Raises:
-            OutputError: the store cannot be written.
-            GimError: many pairs in a row ended with an error: it is not their fault.
-            RuntimeError, MemoryError: memory ran out with one pair at a time.
-        """
-        todo = [(i, j) for i, j in pairs if not self.store.has(i, j)]
-        todo = [(i, j) for i, j in todo if _ERROR in (self.store.failure(i, j) or _ERROR)]
-        self.tick(len(pairs) - len(todo))
-        info = self.store.info
-        report = RoundReport(labeller=info.labeller, zoom=info.zoom, tried=len(todo))
-        if self.base is None:
-            self._match(todo, report)
-            return report
-        ready = []
-        for i, j in todo:
-            if self.base.has(i, j):
-                ready.append((i, j))
-                continue
-            why = self.base.failure(i, j) or "not tried"
-            self._note((i, j), f"no plain labels of {self.base.info.labeller}: {why}", report)
-        for start in range(0, len(ready), _ZOOM_CHUNK):
-            self._match(ready[start : start + _ZOOM_CHUNK], report)
-        return report
+        from gim_hloc.engine import default_workers, match_scheduled
 
-    def _match(self, pairs: Sequence[tuple[int, int]], report: RoundReport) -> None:
-        from gim_hloc.engine import match_scheduled
+        named = {self._names(item): item for item in items}
+        views: dict[str, tuple[int, Crop | None]] = {}
+        for names, item in named.items():
+            crops = item[2:] or (None, None)
+            views |= {
+                n: (frame, crop) for n, frame, crop in zip(names, item[:2], crops, strict=True)
+            }
+        device = self.matcher.device
+        for names, result in _streamed(
+            lambda done: match_scheduled(
+                _Encoder(self.matcher),
+                list(named),
+                lambda name: self._read(name, *views[name]),
+                self._match_batch,
+                done,
+                batch_size=self.task.options.batch_size or (1 if device.type == "cpu" else 4),
+                workers=min(default_workers(device, False), torch.get_num_threads()),
+                cache_gb=self.task.options.cache_gb,
+            )
+        ):
+            item = named[names]
+            yield item, result if isinstance(result, str) else self._clean(item, result)
 
-        if not pairs:
-            return
-        named = {self._names(i, j): (i, j) for i, j in pairs}
-        base = self.base
-        read = self._read_frame if base is None else functools.partial(self._read_crop, base)
-        schedule = match_scheduled(
-            _Encoder(self.matcher),
-            list(named),
-            read,
-            self._match_batch,
-            lambda names, result: self._note(named[names], result, report),
-            batch_size=self.batch_size,
-            workers=self.workers,
-            cache_gb=self.cache_gb,
-        )
-        report.encoded += schedule.encoded
-
-    def _names(self, i: int, j: int) -> tuple[str, str]:
+    @staticmethod
+    def _names(item: Item) -> tuple[str, str]:
         """What a pair encodes: two frames, or two crops that no other pair has."""
-        if self.base is None:
+        i, j = item[:2]
+        if len(item) == 2:
             return f"{i:08d}", f"{j:08d}"
         return f"{i:08d}_{j:08d}/0", f"{i:08d}_{j:08d}/1"
 
-    def _read_frame(self, name: str) -> Any:
+    def _record(self, frame: int) -> ImageRecord:
+        return frame_record(self.task.frames / f"{frame:08d}.{self.task.format}", self.task.size)
+
+    def _read(self, name: str, frame: int, crop: Crop | None) -> Any:
         from gim_hloc import images
 
-        record = self.frame(int(name))
+        options, mask = self.matcher.image_options, self._mask(frame)
         try:
-            return images.load(record, self.matcher.image_options, mask=self._mask(int(name)))
+            if crop is None:
+                return images.load(self._record(frame), options, mask=mask)
+            return zoomed_image(self._rgb(frame), crop, self.box, options, name=name, mask=mask)
         except InputError as error:
-            return _Unusable(f"{_ERROR} {error}")
+            return _Unusable(f"{ERROR} {error}")
 
-    def _read_crop(self, base: LabelStore, name: str) -> Any:
-        pair, _, side = name.partition("/")
-        i, j = (int(part) for part in pair.split("_"))
-        columns = slice(2 * int(side), 2 * int(side) + 2)
-        frame = (i, j)[int(side)]
-        try:
-            xy = base.read(i, j)[:, columns]
-            return zoomed_image(
-                self._rgb(frame),
-                crop_box(xy, self.store.info.size),
-                self.box,
-                self.matcher.image_options,
-                name=name,
-                mask=self._mask(frame),
-            )
-        except GimError as error:
-            return _Unusable(f"{_ERROR} {error}")
-
-    def _load_rgb(self, index: int) -> np.ndarray:
+    def _load_rgb(self, frame: int) -> np.ndarray:
         from gim_hloc.images import read_rgb
 
-        return read_rgb(self.frame(index), upright=False)
+        return read_rgb(self._record(frame), upright=False)
 
-    def _load_mask(self, index: int) -> np.ndarray | None:
-        return self.masks.load(self.frame(index))
+    def _load_mask(self, frame: int) -> np.ndarray | None:
+        return self.task.masks.load(self._record(frame))
 
     def _match_batch(self, encodings: list[tuple[Any, Any]]) -> list[Any]:
         """Match a batch; what cannot be matched gives the reason."""
@@ -459,36 +413,46 @@ class LabelRound:
                 return [self._match_batch([pair])[0] for pair in encodings]
             a, b = encodings[rows[0]]
             _tell(f"{a.name} and {b.name} cannot be matched", error)
-            results[rows[0]] = f"{_ERROR} cannot be matched ({_words(error)})"
+            results[rows[0]] = f"{ERROR} cannot be matched ({_words(error)})"
             return results
         for row, matches in zip(rows, found, strict=True):
             results[row] = (matches.keypoints0.cpu().numpy(), matches.keypoints1.cpu().numpy())
         return results
 
-    def _note(self, pair: tuple[int, int], result: Any, report: RoundReport) -> None:
-        """Store the labels of a pair, or why it has none."""
-        i, j = pair
-        if not isinstance(result, str):
-            masks = (self._mask(i), self._mask(j))
-            labels, reason = clean(
-                result[0], result[1], self.options, mask0=masks[0], mask1=masks[1]
-            )
-            if reason is None:
-                self.store.write(i, j, labels)
-                self._errors = 0
-                report.labelled += 1
-                report.labels += len(labels)
-                self.tick(1)
-                return
-            result = reason
-        self.store.fail(i, j, result)
-        self.tick(1)
-        self._errors = self._errors + 1 if _ERROR in result else 0
-        if self._errors >= _MOST_ERRORS:
-            raise GimError(
-                f"{self._errors} pairs in a row cannot be labelled with "
-                f"{self.store.info.labeller}. The last: {result}. The same command tries again."
-            )
+    def _clean(self, item: Item, points: tuple[np.ndarray, np.ndarray]) -> np.ndarray | str:
+        mask0, mask1 = (self._mask(frame) for frame in item[:2])
+        labels, reason = clean(*points, self.task.options, mask0=mask0, mask1=mask1)
+        return reason or labels
+
+
+def _streamed(start: Callable[[Callable[[Any, Any], None]], Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield what work gives to a callback, as soon as it does; the work runs in a thread."""
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    left = threading.Event()
+
+    def done(item: Any, result: Any) -> None:
+        if left.is_set():
+            raise GimError("nobody takes the results")
+        results.put((item, result))
+
+    def work() -> None:
+        try:
+            start(done)
+        except BaseException as error:
+            results.put(error)
+        else:
+            results.put(None)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (result := results.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        left.set()
+        thread.join()
 
 
 def _unusable(a: Any, b: Any) -> str | None:

@@ -15,20 +15,12 @@ from gim_hloc import weights
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.images import ImageRecord
 from gim_hloc.masks import EXCLUDED, MaskFolder, exclusion_masks
+from gim_hloc.training.video.options import MaskOptions
 
 logger = logging.getLogger(__name__)
 
+_SIZE = 720  # px: long side that the segmentation sees
 _WEIGHTS = ("encoder_epoch_20.pth", "decoder_epoch_20.pth")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskOptions:
-    """What labels keep off."""
-
-    masks: str = "auto"  # auto: segment where its weights are; segment; none; a folder or an image
-    classes: tuple[str, ...] = EXCLUDED  # left out by the segmentation
-    max_size: int = 720  # long side that the segmentation sees, px
-    erode_px: int = 4  # labels keep this distance from what is left out, px of the frames
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +31,7 @@ class FrameMasks:
         settings: what decides the masks, JSON-able.
         folder: of masks named as their frames, or None.
         single: one mask of all frames, or None.
-        erode_px: see `MaskOptions`.
+        erode_px: labels keep this distance from what is left out, px of the frames.
     """
 
     settings: dict[str, Any]
@@ -107,18 +99,18 @@ def prepare_masks(
             )
     if choice == "none":
         return FrameMasks(settings={"masks": "none"})
-    settings: dict[str, Any] = {"masks": choice, "erode_px": options.erode_px}
+    settings: dict[str, Any] = {"masks": choice, "erode_px": options.mask_erode}
     if choice == "segment":
-        settings |= {"classes": sorted(options.classes), "max_size": options.max_size}
+        settings |= {"classes": sorted(EXCLUDED), "max_size": _SIZE}
         settings |= {"weights": [weights.sha256(weights.locate(name)) for name in _WEIGHTS]}
         todo = [record for record in records if not (out / f"{record.name}.png").exists()]
         if todo:
-            exclusion_masks(todo, out, options.classes, max_size=options.max_size, device=device)
-        return FrameMasks(settings=settings, folder=out, erode_px=options.erode_px)
+            exclusion_masks(todo, out, EXCLUDED, max_size=_SIZE, device=device)
+        return FrameMasks(settings=settings, folder=out, erode_px=options.mask_erode)
     path = Path(choice)
     if path.is_file():
         settings["masks"] = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-        single = FrameMasks(settings=settings, single=path, erode_px=options.erode_px)
+        single = FrameMasks(settings=settings, single=path, erode_px=options.mask_erode)
         for record in records[:1]:  # one that does not fit is told now, not pair by pair
             single.load(record)
         return single
@@ -133,7 +125,7 @@ def prepare_masks(
     for file in sorted(path.rglob("*.png")):
         digest.update(file.relative_to(path).as_posix().encode() + b"\0" + file.read_bytes())
     settings["masks"] = f"sha256:{digest.hexdigest()}"
-    masks = FrameMasks(settings=settings, folder=path, erode_px=options.erode_px)
+    masks = FrameMasks(settings=settings, folder=path, erode_px=options.mask_erode)
     for record in (r for r in records if MaskFolder(path).find(r.name) is not None):
         masks.load(record)
         break

@@ -3,7 +3,7 @@
 Pairs are named by the frames that were *asked for*; the frames that the labels truly belong to
 stand beside them. Labels are original frame pixels in hloc's frame (integer = pixel centre).
 
-While a run works, finished pairs go to a cache beside the file (see `gim_hloc.store`); the h5
+Finished pairs go to a cache beside the file, which keeps them for when options change back; the h5
 file itself is replaced in one step when all starts are done. Layout: one group ``<a>_<b>`` a
 requested pair with the dataset ``labels`` (n, 4) float32 and attributes; the file's attribute
 ``records`` lists all starts, failed ones included, as JSON.
@@ -12,20 +12,21 @@ requested pair with the dataset ``labels`` (n, 4) float32 and attributes; the fi
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
 
-from gim_hloc.errors import InputError
+from gim_hloc import cache
+from gim_hloc.errors import InputError, OutputError
+from gim_hloc.training.video.store import h5_aside, write_checked
 
-if TYPE_CHECKING:
-    from gim_hloc.store import H5Store
+logger = logging.getLogger(__name__)
 
 #: Part of the settings: raised when the same labels would be propagated to other values.
 FORMAT = 1
@@ -106,13 +107,11 @@ class PropagatedStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        from gim_hloc.store import cache_path
-
         self.path = Path(path)
         self._file: h5py.File | None = None
         self._owner = -1
         if not self.path.is_file():
-            unfinished = cache_path(self.path).exists()
+            unfinished = _cache_path(self.path).exists()
             raise InputError(
                 f"{self.path} is not finished: repeat the same `gim-video propagate`."
                 if unfinished
@@ -120,15 +119,13 @@ class PropagatedStore:
             )
         try:
             attributes = self._open().attrs
-            self.settings: dict[str, Any] = json.loads(attributes["settings"])
-            self.facts = VideoFacts(
-                **{
-                    **(facts := json.loads(attributes["facts"])),
-                    "size": tuple(facts["size"]),
-                }
-            )
-            self.records = [StartRecord.from_json(r) for r in json.loads(attributes["records"])]
-            self.notes: list[str] = json.loads(attributes["notes"])
+            names = ("settings", "facts", "records", "notes")
+            self.about: dict[str, Any] = {name: json.loads(attributes[name]) for name in names}
+            self.settings: dict[str, Any] = self.about["settings"]
+            facts = self.about["facts"]
+            self.facts = VideoFacts(**{**facts, "size": tuple(facts["size"])})
+            self.records = [StartRecord.from_json(r) for r in self.about["records"]]
+            self.notes: list[str] = self.about["notes"]
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise InputError(
                 f"{self.path} is not a file of propagated labels, or damaged ({error}): delete it "
@@ -209,63 +206,124 @@ class PropagatedStore:
     def __enter__(self) -> PropagatedStore:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class PropagatedWriter:
     """Writes the propagated labels of one video; killed at any moment, it goes on from there.
 
+    A context manager. One process at a time has it.
+
     Args:
         path: the h5 file to make.
         settings: whatever decides the labels: options, and the state of the labels they are made
-            from. A file made with others is started anew.
+            from. What was made with others is kept and not used.
         facts: of the video.
         overwrite: start anew in any case.
+
+    Raises:
+        LockedError: another process has the cache.
+        OutputError: it cannot be written.
     """
 
     def __init__(
         self, path: Path, settings: dict[str, Any], facts: VideoFacts, *, overwrite: bool = False
     ) -> None:
-        from gim_hloc.store import H5Store
-
         self.path = path
         self._facts = facts
-        self._store: H5Store = H5Store(path, {**settings, "format": FORMAT}, overwrite=overwrite)
-        self._source = self._store.stamp
+        self._settings = {**settings, "format": FORMAT}
+        self._stamp = cache.key(self._settings)
+        new = not _cache_path(path).exists()
+        self._cache = cache.Cache(_cache_path(path))
+        if new and path.exists() and not overwrite:  # of 0.1, or the cache was removed
+            self._take_over()
+        if overwrite:
+            self._cache.prune({k for k in self._cache.keys() if not k.startswith(self._stamp)})  # noqa: SIM118
 
-    @property
-    def changed_settings(self) -> list[str]:
-        """Names of settings that differ from those of the file that is there."""
-        return self._store.changed_settings
+    def _take_over(self) -> None:
+        try:
+            with PropagatedStore(self.path) as store:
+                stamp = cache.key(store.settings)
+                for record in store.records:
+                    labels = None if record.failure else store.read(record.start, record.target)[0]
+                    self._cache.put(f"{stamp}/{record.name}", _entry(record, labels))
+        except InputError as error:
+            logger.warning("%s What it held is made again.", error)
+
+    def _get(self, name: str) -> tuple[StartRecord, np.ndarray | None] | None:
+        arrays = self._cache.get(f"{self._stamp}/{name}")
+        if arrays is None:
+            return None
+        return StartRecord.from_json(json.loads(str(arrays["record"]))), arrays.get("labels")
 
     def done(self, start: int, target: int) -> StartRecord | None:
         """What became of a start in an earlier run; None where it is still to do."""
-        name = pair_name(start, target)
-        if not self._store.has(name, self._source):
-            return None
-        _, attributes = self._store.get(name)
-        return StartRecord.from_json(json.loads(attributes["record"]))
+        found = self._get(pair_name(start, target))
+        return None if found is None else found[0]
 
     def put(self, record: StartRecord, labels: np.ndarray | None) -> None:
         """Keep what became of a start; it survives the process as soon as this returns."""
-        arrays = {} if labels is None else {"labels": np.asarray(labels, dtype=np.float32)}
-        self._store.put(record.name, arrays, self._source, record=json.dumps(asdict(record)))
+        self._cache.put(f"{self._stamp}/{record.name}", _entry(record, labels))
 
     def finish(self, records: Sequence[StartRecord], notes: Sequence[str] = ()) -> None:
-        """Write the h5 file with exactly these starts, and notes on the whole video."""
-        attributes = {
-            "notes": json.dumps(list(notes)),
-            "facts": json.dumps(asdict(self._facts)),
-            "records": json.dumps([asdict(record) for record in records]),
+        """Write the h5 file with exactly these starts, and notes on the whole video.
+
+        Raises:
+            OutputError: it cannot be written; what was there is then as it was.
+        """
+        about = {
+            "settings": self._settings,
+            "facts": asdict(self._facts),
+            "records": [asdict(record) for record in records],
+            "notes": list(notes),
         }
-        self._store.finalize([record.name for record in records], attributes, keep=False)
+
+        def whole(path: Path) -> bool:
+            try:
+                with PropagatedStore(path) as store:
+                    for start, target in store:
+                        store.read(start, target)
+                    return store.about == json.loads(json.dumps(about))
+            except InputError:
+                return False
+
+        if whole(self.path):
+            return
+        with h5_aside(self.path, whole) as file:
+            for record in records:
+                group = file.create_group(record.name)
+                group.attrs["record"] = json.dumps(asdict(record))
+                if record.failure:
+                    continue
+                labels = (self._get(record.name) or (record, None))[1]
+                if labels is None:
+                    raise OutputError(
+                        f"{self._cache.path} lost the labels of {record.name}. Repeat the command: "
+                        "they are made again."
+                    )
+                write_checked(group, "labels", labels)
+            for name, value in about.items():
+                # Longer than attributes may be in old versions of the format.
+                file.attrs.create(name, json.dumps(value), dtype=h5py.string_dtype())
 
     def close(self) -> None:
-        """Close the files; what is not finished stays in the cache."""
-        self._store.close()
+        """Give the cache back; what is finished stays in it."""
+        self._cache.close()
+
+    def __enter__(self) -> PropagatedWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _cache_path(path: Path) -> Path:
+    return path.with_suffix(".cache")
+
+
+def _entry(record: StartRecord, labels: np.ndarray | None) -> dict[str, np.ndarray]:
+    arrays = {"record": np.array(json.dumps(asdict(record)))}
+    if labels is not None:
+        arrays["labels"] = labels.astype(np.float32)
+    return arrays

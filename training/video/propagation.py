@@ -22,25 +22,33 @@ import io
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import re
 import statistics
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
-from gim_hloc.errors import InputError, OutputError
+from gim_hloc import workers
+from gim_hloc.errors import InputError
 from gim_hloc.files import write_atomic
+from gim_hloc.lock import FolderLock
+from gim_hloc.store import digest
 from gim_hloc.training.video.fit import epipolar_inliers
-from gim_hloc.training.video.propagated import PropagatedWriter, StartRecord, VideoFacts
+from gim_hloc.training.video.options import FINAL_CONFIDENCE, FINAL_ITERATIONS, PropagationOptions
+from gim_hloc.training.video.propagated import (
+    PropagatedWriter,
+    StartRecord,
+    VideoFacts,
+)
+from gim_hloc.training.video.store import LabelStore
+from gim_hloc.workers import Where
 
 if TYPE_CHECKING:
     from gim_hloc.training.video.folder import VideoFolder
@@ -56,82 +64,7 @@ _COLUMNS = (
     *("ended", "failure"),
 )
 _REACHED = "the target was reached"
-_BLOCK = 16  # starts that a worker gets at a time: neighbours, which share their sub-chains
-
-
-@dataclass(frozen=True, kw_only=True)
-class PropagationOptions:
-    """The constants of propagation. Defaults are those of the reference's code."""
-
-    join: Literal["pixel", "distance"] = "pixel"  # points in the middle frame round to one pixel,
-    # or are nearest to each other and closer than join_distance
-    join_distance: float = 1.0  # pixels, for "distance"
-    start_labels_above: int = 32  # a start pair must have more labels than this in each round
-    min_joined: int = 512  # labels that must be left after a join, else the chain is shortened
-    min_final: int = 64  # labels that must be left after the last robust fit
-    reach: int = 1000  # longest chain, in largest steps
-    require: str = "all"  # rounds that must have labelled the pairs around a start: "all", "any",
-    # or a number
-    threshold: float = 1.0  # of the last fit (fundamental matrix, MAGSAC), pixels
-    confidence: float = 0.999999  # of the fit
-    max_iterations: int = 1000  # of the fit
-    memory_mb: int = 1024  # for sub-chains that are kept, per process; does not change results
-
-    def __post_init__(self) -> None:
-        if self.join not in ("pixel", "distance"):
-            raise InputError(f'join is {self.join!r}; it is "pixel" or "distance".')
-        for name in ("join_distance", "threshold", "reach", "max_iterations", "min_joined"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}, it must be positive.")
-        for name in ("start_labels_above", "min_final", "memory_mb"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}, it must not be negative.")
-        if not 0 < self.confidence < 1:
-            raise InputError(f"confidence is {self.confidence}, it must lie between 0 and 1.")
-        self.required(1)
-
-    def required(self, rounds: int) -> int:
-        """How many of ``rounds`` labelling rounds must have a pair."""
-        if self.require == "all":
-            return rounds
-        if self.require == "any":
-            return 1
-        try:
-            number = int(self.require)
-        except ValueError:
-            number = 0
-        if number < 1:
-            raise InputError(
-                f'require is {self.require!r}; it is "all", "any" or a positive number.'
-            )
-        return number
-
-    def settings(self) -> dict[str, Any]:
-        """Those options that decide the labels, JSON-able."""
-        return {key: value for key, value in asdict(self).items() if key != "memory_mb"}
-
-
-#: Values of GIM's released code, and of its paper where the two differ.
-PRESETS: dict[str, dict[str, Any]] = {
-    "code": {},
-    "paper": {"join": "distance", "join_distance": 1.0, "min_joined": 1024},
-}
-
-
-def make_options(preset: str = "code", **overrides: Any) -> PropagationOptions:
-    """Options of a preset.
-
-    Args:
-        preset: "code" or "paper". The steps of frames (20, 40, 80 in the paper) are chosen when
-            videos are labelled.
-        **overrides: options that differ from it.
-
-    Raises:
-        InputError: an unknown preset or a value out of range.
-    """
-    if preset not in PRESETS:
-        raise InputError(f"There is no preset {preset!r}; there are: {', '.join(PRESETS)}.")
-    return PropagationOptions(**{**PRESETS[preset], **overrides})
+_CHUNK = 16  # starts that a worker gets at a time: neighbours, which share their sub-chains
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -310,8 +243,8 @@ class _Joiner:
         if not len(left) or not len(right.cells0):
             nothing = np.empty(0, dtype=np.int64)
             return _Link(left.head, nothing, right, nothing)
-        by_distance = self._options.join == "distance"
-        rows0, rows1 = (self._near if by_distance else self._shared)(left, right)
+        join = self._near if self._options.by_distance else self._shared
+        rows0, rows1 = join(left, right)
         first = rows0 if left.first is None else left.first[rows0]
         return _Link(left.head, first, right, rows1)
 
@@ -460,10 +393,12 @@ class Propagator:
                 link, begin, end, hops = _Link(candidate, None, candidate, None), p, q, 1
                 continue
             joined = self._join(link, candidate)
-            if len(joined) >= self.options.min_joined:
+            if len(joined) >= self.options.fewest_joined:
                 link, end, hops = joined, q, hops + 1
                 continue
-            ended = ended or f"{len(joined)} labels left at {q}; {self.options.min_joined} needed"
+            ended = (
+                ended or f"{len(joined)} labels left at {q}; {self.options.fewest_joined} needed"
+            )
             shorter = (p, q - smallest)
             segments = deque([shorter] if shorter[1] > p else [])
         if link is None:
@@ -499,7 +434,7 @@ class Propagator:
                 link = _Link(candidate, None, candidate, None)
                 continue
             link = self._join(link, candidate)
-            if len(link) < self.options.min_joined:
+            if len(link) < self.options.fewest_joined:
                 return None
         return None if link is None else link.segment()
 
@@ -527,9 +462,9 @@ class Propagator:
     def _fit(self, rows: np.ndarray) -> np.ndarray:
         inliers = epipolar_inliers(
             rows,
-            threshold=self.options.threshold,
-            confidence=self.options.confidence,
-            max_iterations=self.options.max_iterations,
+            threshold=self.options.final_px,
+            confidence=FINAL_CONFIDENCE,
+            max_iterations=FINAL_ITERATIONS,
         )
         kept: np.ndarray = rows[inliers]
         return kept
@@ -575,27 +510,6 @@ def propagate(
 
 
 # ------------------------------------------------------------------------------------------- videos
-
-
-class Labels(Protocol):
-    """What propagation needs of the labels of one labelling round; `LabelStore` has it."""
-
-    @property
-    def attrs(self) -> Mapping[str, Any]:
-        """Fields of `StoreInfo` by name: ``video``, ``labeller``, ``zoom``, ``steps``, ``size``."""
-        ...
-
-    def pairs(self) -> np.ndarray:
-        """(P, 2) frame indices."""
-        ...
-
-    def counts(self) -> np.ndarray:
-        """(P,) labels of the pairs."""
-        ...
-
-    def read(self, i: int, j: int) -> np.ndarray:
-        """(n, 4) float32 x0, y0, x1, y1."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -691,7 +605,7 @@ class PropagationSummary:
 class StoredLabels(Mapping[Pair, Sequence[np.ndarray]]):
     """The labels of a video, read when they are asked for."""
 
-    def __init__(self, base: Mapping[int, Sequence[Labels]]) -> None:
+    def __init__(self, base: Mapping[int, Sequence[LabelStore]]) -> None:
         self._base = base
         self.counts: dict[int, list[dict[Pair, int]]] = {}
         for step, stores in base.items():
@@ -720,26 +634,26 @@ class StoredLabels(Mapping[Pair, Sequence[np.ndarray]]):
 
 
 def propagate_video(
-    base: Mapping[int, Sequence[Labels]],
+    base: Mapping[int, Sequence[LabelStore]],
     output: str | os.PathLike[str],
     options: PropagationOptions = PropagationOptions(),
     *,
-    workers: int = 1,
+    where: Where = Where(),
     overwrite: bool = False,
     progress: bool = False,
 ) -> PropagationSummary:
     """Propagate the labels of one video into one h5 file.
 
     Beside ``NAME.h5``, ``NAME.json`` and ``NAME.csv`` say what became of every start. A run that
-    was interrupted goes on where it stopped; labels or options that have changed since start it
-    anew.
+    was interrupted goes on where it stopped; what was made of other labels or with other options
+    stands until this is finished, and is kept for when they come back.
 
     Args:
         base: step -> labels of the labelling rounds, in the order in which they are pooled. A round
             that holds several steps stands under each.
         output: the h5 file; see `PropagatedStore`.
         options: the constants.
-        workers: processes. More than one need labels that are `LabelStore` files.
+        where: who does the work.
         overwrite: start anew in any case.
         progress: show a bar.
 
@@ -749,11 +663,9 @@ def propagate_video(
     Raises:
         InputError: labels of different videos or frame sizes, steps that do not fit, a round that
             is missing at a step while all are required, damaged labels.
-        OutputError: the file cannot be written, or a worker died.
-        LockedError: another run writes the file.
+        OutputError: the file cannot be written, or workers died.
+        LockedError: another run works in the folder.
     """
-    from gim_hloc.store import OutputLock
-
     began = time.perf_counter()
     output = Path(output)
     steps = check_steps(base)
@@ -762,26 +674,26 @@ def propagate_video(
     starts = find_starts(labels.counts, options)
     notes = () if starts else (_why_no_starts(labels.counts, options),)
     settings = {"options": options.settings(), "steps": list(steps), "labels": _states(base)}
-    with OutputLock(output.parent / f".{output.name}.writing"):
-        writer = PropagatedWriter(output, settings, facts, overwrite=overwrite)
-        if writer.changed_settings:
-            logger.info(
-                "%s was made with other %s: started anew.",
-                output,
-                " and ".join(writer.changed_settings),
-            )
-        try:
-            records = _fill(writer, starts, base, labels, facts, options, workers, progress)
-            writer.finish([record for record, _ in records], notes)
-        finally:
-            writer.close()
+    task = PropagationTask(
+        paths={step: [store.path.resolve() for store in stores] for step, stores in base.items()},
+        size=facts.size,
+        options=options,
+    )
+    with (
+        FolderLock(output.parent),
+        PropagatedWriter(output, settings, facts, overwrite=overwrite) as writer,
+    ):
+        before = {pair: record for pair in starts if (record := writer.done(*pair)) is not None}
+        records = before | _propagate(task, starts, before, where, writer, progress)
+        ordered = [records[pair] for pair in starts]
+        writer.finish(ordered, notes)
         summary = PropagationSummary(
             path=output,
             facts=facts,
-            records=tuple(record for record, _ in records),
+            records=tuple(ordered),
             rounds=rounds,
             steps=steps,
-            resumed=sum(old for _, old in records),
+            resumed=len(before),
             seconds=time.perf_counter() - began,
             notes=notes,
         )
@@ -793,112 +705,55 @@ def propagate_video(
     return summary
 
 
-def _fill(
-    writer: PropagatedWriter,
+def _propagate(
+    task: PropagationTask,
     starts: Sequence[Pair],
-    base: Mapping[int, Sequence[Labels]],
-    labels: StoredLabels,
-    facts: VideoFacts,
-    options: PropagationOptions,
-    workers: int,
+    before: Mapping[Pair, StartRecord],
+    where: Where,
+    writer: PropagatedWriter,
     progress: bool,
-) -> list[tuple[StartRecord, bool]]:
-    """Do what is not done yet; returns records by start, and whether each was there before."""
-    from tqdm import tqdm
+) -> dict[Pair, StartRecord]:
+    """Do what was not done before."""
+    todo = [pair for pair in starts if pair not in before]
+    records: dict[Pair, StartRecord] = {}
+    bar = tqdm(total=len(starts), initial=len(before), unit="start", disable=not progress)
 
-    records: dict[Pair, tuple[StartRecord, bool]] = {}
-    for pair in starts:
-        before = writer.done(*pair)
-        if before is not None:
-            records[pair] = (before, True)
-    todo = [pair for pair in starts if pair not in records]
-    if workers > 1 and len(todo) > 1:
-        results = _in_processes(base, facts, options, todo, workers)
-    else:
-        propagator = Propagator(labels, steps=base, size=facts.size, options=options)
-        results = (propagator.run(*pair) for pair in todo)
-    with tqdm(
-        total=len(starts),
-        initial=len(records),
-        desc=facts.video,
-        unit="start",
-        disable=None if progress else True,
-    ) as bar:
-        for result in results:
-            writer.put(result.record, result.labels)
-            records[result.record.start, result.record.target] = (result.record, False)
-            bar.update()
-    return [records[pair] for pair in starts]
+    def done(pair: Pair, result: Propagated) -> None:
+        writer.put(result.record, result.labels)
+        records[pair] = result.record
+        bar.update()
+
+    # Each worker walks through stretches of the video, so that few sub-chains are made twice.
+    count = len(where.devices) or where.workers or 1
+    chunk = max(1, min(_CHUNK, -(-len(todo) // count)))
+    with bar:
+        workers.run(task, todo, where, done, chunk=chunk)
+    return records
 
 
-def _in_processes(
-    base: Mapping[int, Sequence[Labels]],
-    facts: VideoFacts,
-    options: PropagationOptions,
-    todo: Sequence[Pair],
-    workers: int,
-) -> Iterator[Propagated]:
-    paths: dict[int, list[Path]] = {}
-    for step, stores in base.items():
-        paths[step] = [getattr(store, "path", Path()) for store in stores]
-        if not all(hasattr(store, "path") for store in stores):
-            raise InputError("Several workers need labels that are files; use one worker.")
-    # Each worker walks through one stretch of the video, so that few sub-chains are made twice.
-    size = max(1, min(_BLOCK, -(-len(todo) // workers)))
-    blocks = [todo[k : k + size] for k in range(0, len(todo), size)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(workers, len(blocks)), context, _begin_worker, (paths, facts.size, options)
-    ) as pool:
-        try:
-            for results in pool.map(_work, blocks):
-                yield from results
-        except BrokenProcessPool:
-            raise OutputError(
-                f"A worker died while propagating {facts.video} (out of memory?). What was "
-                "finished is kept; repeat the command, with fewer workers."
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)  # where the caller stops early
+@dataclass(frozen=True, kw_only=True)
+class PropagationTask:
+    """Starts -> what becomes of them; see ``workers.Task``."""
 
+    paths: Mapping[int, Sequence[Path]]  # step -> files of the labels
+    size: tuple[int, int]  # (width, height) of the frames in pixels
+    options: PropagationOptions
 
-_worker: Propagator | None = None  # of a worker process
-
-
-def _begin_worker(
-    paths: Mapping[int, Sequence[Path]], size: tuple[int, int], options: PropagationOptions
-) -> None:
-    import cv2
-
-    from gim_hloc.training.video.store import LabelStore
-
-    global _worker
-    cv2.setNumThreads(1)
-    opened: dict[Path, LabelStore] = {}
-    for path in (path for some in paths.values() for path in some):
-        if path not in opened:
-            opened[path] = LabelStore.open(path, "r")
-    base = {step: [opened[path] for path in some] for step, some in paths.items()}
-    _worker = Propagator(StoredLabels(base), steps=base, size=size, options=options)
-
-
-def _work(pairs: Sequence[Pair]) -> list[Propagated]:
-    if _worker is None:
-        raise RuntimeError("the worker was not begun")
-    return [_worker.run(*pair) for pair in pairs]
-
-
-def _round_name(attrs: Mapping[str, Any]) -> str:
-    return f"{attrs['labeller']}{' (zoom)' if attrs['zoom'] else ''}"
+    def open(self, device: str) -> Callable[[Sequence[Pair]], Iterator[tuple[Pair, Propagated]]]:
+        """Open the labels; all work is the processor's."""
+        stores = {path: LabelStore(path) for some in self.paths.values() for path in some}
+        base = {step: [stores[path] for path in some] for step, some in self.paths.items()}
+        propagator = Propagator(
+            StoredLabels(base), steps=base, size=self.size, options=self.options
+        )
+        return lambda pairs: ((pair, propagator.run(*pair)) for pair in pairs)
 
 
 def _check_rounds(
-    base: Mapping[int, Sequence[Labels]], options: PropagationOptions
+    base: Mapping[int, Sequence[LabelStore]], options: PropagationOptions
 ) -> tuple[VideoFacts, tuple[str, ...]]:
     """Facts on the video that all labels agree on, and the names of the rounds."""
-    present = {
-        step: [_round_name(store.attrs) for store in stores] for step, stores in base.items()
-    }
+    present = {step: [store.info.name for store in stores] for step, stores in base.items()}
     names = list(dict.fromkeys(name for some in present.values() for name in some))
     if not names:
         raise InputError("There are no labels to propagate: label the video first.")
@@ -909,35 +764,27 @@ def _check_rounds(
                 f"{', '.join(missing)}: no labels at step {step}, while all rounds are required. "
                 "Finish labelling, leave that labeller out, or require fewer (--require any)."
             )
-    first = next(store.attrs for stores in base.values() for store in stores)
-    for store in (store for stores in base.values() for store in stores):
-        for key, what in (("video", "the video"), ("size", "frames of size"), ("fps", "fps")):
-            mine, other = store.attrs[key], first[key]
-            mine, other = (tuple(v) if key == "size" else v for v in (mine, other))
+    infos = [store.info for stores in base.values() for store in stores]
+    first = infos[0]
+    for info in infos:
+        for name, what in (("video", "the video"), ("size", "frames of size"), ("fps", "fps")):
+            mine, other = getattr(info, name), getattr(first, name)
             if mine != other:
                 raise InputError(
-                    f"Labels of {_round_name(store.attrs)} are of {what} {mine}, those of "
-                    f"{_round_name(first)} of {other}: they cannot be joined. Label again."
+                    f"Labels of {info.name} are of {what} {mine}, those of {first.name} of "
+                    f"{other}: they cannot be joined. Label again."
                 )
-    width, height = (int(v) for v in first["size"])
-    facts = VideoFacts(
-        video=str(first["video"]),
-        size=(width, height),
-        fps=float(first["fps"]) if first.get("fps") else None,
-        gap=int(first["gap"]) if first.get("gap") else None,
-    )
+    facts = VideoFacts(video=first.video, size=first.size, fps=first.fps or None, gap=first.gap)
     return facts, tuple(names)
 
 
-def _states(base: Mapping[int, Sequence[Labels]]) -> list[Any]:
+def _states(base: Mapping[int, Sequence[LabelStore]]) -> list[Any]:
     """What tells whether the labels are the same as in an earlier run."""
-    from gim_hloc.store import digest
-
     return [
         [
             step,
-            _round_name(store.attrs),
-            digest([store.attrs.get("settings"), store.pairs().tolist(), store.counts().tolist()]),
+            store.info.name,
+            digest([store.info.settings, store.pairs().tolist(), store.counts().tolist()]),
         ]
         for step, stores in sorted(base.items())
         for store in stores
@@ -969,7 +816,7 @@ def _why_no_starts(
     )
 
 
-def rounds_by_step(stores: Iterable[Labels]) -> dict[int, list[Labels]]:
+def rounds_by_step(stores: Iterable[LabelStore]) -> dict[int, list[LabelStore]]:
     """Order the labels of a video for `propagate_video`.
 
     Args:
@@ -978,12 +825,9 @@ def rounds_by_step(stores: Iterable[Labels]) -> dict[int, list[Labels]]:
     Returns:
         step -> rounds that were asked for it, plain before zoomed, by labeller.
     """
-    ordered = sorted(stores, key=lambda s: (str(s.attrs["labeller"]), bool(s.attrs["zoom"])))
-    steps = sorted({int(step) for store in ordered for step in store.attrs["steps"]})
-    return {
-        step: [store for store in ordered if step in {int(s) for s in store.attrs["steps"]}]
-        for step in steps
-    }
+    ordered = sorted(stores, key=lambda store: (store.info.labeller, store.info.zoom))
+    steps = sorted({step for store in ordered for step in store.info.steps})
+    return {step: [store for store in ordered if step in store.info.steps] for step in steps}
 
 
 #: Name of the propagated labels in the folder of a video.
@@ -994,8 +838,8 @@ def propagate_folder(
     video: VideoFolder,
     options: PropagationOptions = PropagationOptions(),
     *,
-    labellers: Sequence[str] | None = None,
-    workers: int = 1,
+    labellers: Sequence[str] = (),
+    where: Where = Where(),
     overwrite: bool = False,
     progress: bool = False,
 ) -> PropagationSummary:
@@ -1004,8 +848,8 @@ def propagate_folder(
     Args:
         video: the folder.
         options: the constants.
-        labellers: only labels of these; None takes all.
-        workers: processes.
+        labellers: only labels of these; none takes all.
+        where: who does the work.
         overwrite: start anew in any case.
         progress: show a bar.
 
@@ -1015,18 +859,18 @@ def propagate_folder(
     """
     stores = video.stores(labellers)
     try:
-        size = tuple(video.info.size)
+        size = video.info.size
         for store in stores:
-            if tuple(store.attrs["size"]) != size:
+            if store.info.size != size:
                 raise InputError(
-                    f"{store.path} holds labels of frames of size {tuple(store.attrs['size'])}, "
-                    f"the frames in {video.frames} are {size}: label again (--overwrite)."
+                    f"{store.path} holds labels of frames of size {store.info.size}, the frames in "
+                    f"{video.frames} are {size}: label again (--overwrite)."
                 )
         return propagate_video(
             rounds_by_step(stores),
             video.root / FILE_NAME,
             options,
-            workers=workers,
+            where=where,
             overwrite=overwrite,
             progress=progress,
         )

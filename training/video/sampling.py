@@ -16,31 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.training.video.options import SamplingOptions
 
 SLOW_FPS = 30  # up to this rounded frame rate, frames are 10 apart, else 20
 _SHORTEST = 3  # videos of fewer trims than this are used whole
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """Frames and pairs; the defaults are those of GIM's code."""
-
-    gap: int | None = None  # frames between sampled ones; None: 10 up to 30 frames/s, else 20
-    steps: tuple[int, ...] | None = None  # frames between those of a pair; None: gap x 1, 2, 4
-    start: float | None = None  # first moment, s; None: ``trim`` in videos of 3 trims or more, or 0
-    end: float | None = None  # last moment, s; None: as ``start``, counted from the end
-    trim: float = 300.0  # what long videos lose at both ends (titles, credits), s
-    limit: int | None = None  # only so many sampled frames from the start
-
-    def __post_init__(self) -> None:
-        if self.gap is not None and self.gap < 1:
-            raise InputError(f"gap is {self.gap}, it must be at least one frame.")
-        if self.trim < 0:
-            raise InputError(f"trim is {self.trim}, it must not be negative.")
-        if self.limit is not None and self.limit < 2:
-            raise InputError(f"limit is {self.limit}; two frames make a pair.")
-        if self.steps is not None and (not self.steps or min(self.steps) < 1):
-            raise InputError(f"steps is {self.steps}; give positive numbers of frames.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

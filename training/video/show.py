@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from gim_hloc.training.video._show_pictures import (
     thumbnail_pair,
     with_footer,
 )
+from gim_hloc.training.video.options import ShowOptions
 from gim_hloc.training.video.propagated import PropagatedStore, StartRecord, VideoFacts
 
 if TYPE_CHECKING:
@@ -34,24 +36,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PAIR = re.compile(r"\d{8}_\d{8}\.jpg")  # names of our pictures; others are the user's
 _GRID = 32  # cells of the coverage map along the long side
 _MAPPED = 400  # pairs that coverage is measured on: reading more would take longer than it tells
 _IN_SHEET = 960  # width of a drawn pair in the page, pixels
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShowOptions:
-    """What to draw."""
-
-    pairs: int = 10  # random pairs; all where there are fewer
-    seed: int = 3407  # of the choice
-    max_size: tuple[int, int] = (1280, 720)  # (width, height) that frames are reduced to, pixels
-    lines: int = 150  # labels with a line, spread over the frame; every label has a dot
-    failures: int = 24  # on the contact sheet
-
-    def __post_init__(self) -> None:
-        if self.pairs < 0 or self.failures < 0 or self.lines < 0 or min(self.max_size) < 16:
-            raise InputError("Numbers of pairs, lines and failures must not be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +111,9 @@ def show(
     frames = _Frames(read, store.facts.size, where)
     try:
         (output / "pairs").mkdir(parents=True, exist_ok=True)
-        for old in (output / "pairs").glob("*.jpg"):
-            old.unlink()
+        for old in (output / "pairs").iterdir():
+            if _PAIR.fullmatch(old.name):
+                old.unlink()
         figures, pictures = [], []
         for record in _choose(store, options):
             view, caption = _view(store, record, frames)
@@ -296,9 +285,8 @@ def _list_failures(store: PropagatedStore, labels: Sequence[LabelStore]) -> list
                 Failure(indices=(i, j), what=f"Start {record.start}, up to {j}", reason=reason)
             )
     for one in labels:
-        name = f"{one.info.labeller}{' (zoom)' if one.info.zoom else ''}"
         found += [
-            Failure(indices=(i, j), what=f"{name}, frames {i} and {j}", reason=reason)
+            Failure(indices=(i, j), what=f"{one.info.name}, frames {i} and {j}", reason=reason)
             for i, j, reason in one.failures()
         ]
     return found
@@ -319,13 +307,12 @@ def _spread(failures: Sequence[Failure], count: int) -> list[Failure]:
 def _labelling(labels: Sequence[LabelStore]) -> list[tuple[str, int, int, int, int]]:
     rows = []
     for one in sorted(labels, key=lambda one: (one.info.labeller, one.info.zoom)):
-        name = f"{one.info.labeller}{' (zoom)' if one.info.zoom else ''}"
         pairs, counts = one.pairs(), one.counts()
         failed = [j - i for i, j, _ in one.failures()]
         for step in one.info.steps:
             mine = counts[pairs[:, 1] - pairs[:, 0] == step]
             median = int(np.median(mine)) if len(mine) else 0
-            rows.append((name, step, len(mine), failed.count(step), median))
+            rows.append((one.info.name, step, len(mine), failed.count(step), median))
     return rows
 
 

@@ -1,51 +1,45 @@
-"""Labels of one video by one labeller: one h5 file, and parts that survive a kill.
+"""Labels of one video by one labeller in one round: kept in a cache, given to others as an h5 file.
 
-While labels are made, each worker appends to a part of its own beside the h5 file; a record is
-complete or recognisably torn, and a torn one is passed over. `LabelStore.merge` writes everything
-to one h5 file under a temporary name and renames it. A reader sees both, so that nothing has to be
-merged to be used.
+The cache beside the h5 file holds what was made with whatever settings, so that no pair is labelled
+twice when they change and change back; a shard has one of its own, which the next run on the whole
+takes over. The h5 file has the labels of one setting. It is written when all pairs were tried, and
+what it held before stands until then.
 
-The h5 file has a dataset ``<i>_<j>`` (n, 4) float32 for every labelled pair of frames, and in the
-group ``index`` the datasets ``pairs`` (P, 2) int64, ``counts`` (P,) int64, ``failed`` (F, 2) int64
-and ``reasons`` (F,) text, all sorted by pair. Its attributes are those of `StoreInfo`.
+Its layout: a dataset ``<i>_<j>`` (n, 4) float32 for every labelled pair of frames, and in the group
+``index`` the datasets ``pairs`` (P, 2) int64, ``counts`` (P,) int64, ``failed`` (F, 2) int64 and
+``reasons`` (F,) text, all sorted by pair. Its attributes are those of `StoreInfo`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
-import struct
-import threading
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 import h5py
 import numpy as np
 
+from gim_hloc import cache
 from gim_hloc.errors import InputError, OutputError
 
 logger = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("<4sqqiII")  # magic, i, j, rows, bytes, crc32 of all that follows the magic
-_MAGIC = b"GLP1"
-_FAILED = -1  # rows of a record that says why there are no labels
-_INFO = -2  # rows of the first record of a part: the attributes
+Pair = tuple[int, int]
+
 _INDEX = "index"
+_FAILED = "/failed"  # end of the keys of entries that say why a pair has no labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreInfo:
-    """What the labels of a store are about.
-
-    ``steps`` and ``gap`` say which pairs were asked for, in all runs together; all else decides the
-    labels.
-    """
+    """What labels are about; ``steps`` and ``gap`` say which pairs, all else decides the labels."""
 
     video: str  # id of the video
     labeller: str  # name of the matcher
@@ -68,98 +62,68 @@ class StoreInfo:
         values["size"] = tuple(values["size"])
         return cls(**values)
 
+    @property
+    def name(self) -> str:
+        """Name of the labelling round, for people."""
+        return f"{self.labeller}{' (zoom)' if self.zoom else ''}"
+
+    def _decisive(self) -> dict[str, Any]:
+        values = json.loads(self.to_json())
+        names = ("video", "labeller", "zoom", "size")
+        return {**values["settings"], **{name: values[name] for name in names}}
+
+    @property
+    def stamp(self) -> str:
+        """Digest of what decides the labels."""
+        return cache.key(self._decisive())
+
     def differences(self, other: StoreInfo) -> list[str]:
         """Names of what decides labels and differs."""
-        mine, theirs = (json.loads(info.to_json()) for info in (self, other))
-        found = [key for key in ("video", "labeller", "zoom", "size") if mine[key] != theirs[key]]
-        settings = [mine["settings"], theirs["settings"]]
-        for key in sorted(settings[0].keys() | settings[1].keys()):
-            if settings[0].get(key) != settings[1].get(key):
-                found.append(key)
-        return found
+        mine, theirs = self._decisive(), other._decisive()
+        return [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
 
 
 class LabelStore:
-    """See the module. Make one with `LabelStore.open`; it is a context manager.
+    """The h5 file of a labelling round, for reading; a context manager.
 
-    Attributes:
-        path: of the h5 file.
-        info: what the labels are about.
+    Args:
+        path: of the file.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+        OutputError: the system does not let it be read.
     """
 
-    def __init__(self, path: Path, info: StoreInfo, parts: list[_Part], mine: _Part | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.info = info
-        self._parts = parts
-        self._mine = mine
-        self._file: h5py.File | None = None
-        self._counts: dict[tuple[int, int], int] = {}
-        self._failures: dict[tuple[int, int], str] = {}
-        self._places: dict[tuple[int, int], _Part] = {}
-        if path.exists():
-            self._read_index()
-        for part in parts:
-            for key, (rows, _, _) in part.records.items():
-                self._note(key, rows, part)
+        if not path.exists():
+            raise InputError(f"There are no labels {path}: label the video first.")
+        with self._told("the file"):
+            self._file = h5py.File(path, "r")
+        try:
+            with self._told("its index"):
+                self.info = StoreInfo.from_json(self._file.attrs["settings"])
+                index = {name: data[()] for name, data in self._file[_INDEX].items()}
+                rows = zip(index["pairs"].tolist(), index["counts"].tolist(), strict=True)
+                self._counts: dict[Pair, int] = {(i, j): n for (i, j), n in rows}
+                told = zip(index["failed"].tolist(), index["reasons"], strict=True)
+                self._failures: dict[Pair, str] = {(i, j): why.decode() for (i, j), why in told}
+        except BaseException:
+            self.close()
+            raise
 
-    @classmethod
-    def open(
-        cls,
-        path: str | os.PathLike[str],
-        mode: Literal["r", "a"] = "r",
-        *,
-        info: StoreInfo | None = None,
-        part: str = "0",
-    ) -> LabelStore:
-        """Open the labels of a labeller.
-
-        Args:
-            path: of the h5 file, which need not exist while there are parts.
-            mode: "r" to read, "a" to add pairs.
-            info: what the labels are about; needed to begin a store, and compared with what is
-                there.
-            part: name of the part that this process adds to; every writer has its own.
-
-        Raises:
-            InputError: there is nothing to read.
-            OutputError: what is there was made with other settings, or is damaged.
-        """
-        path = Path(path)
-        folder = _parts_folder(path)
-        mine: _Part | None = None
-        names = sorted(folder.glob("*.part")) if folder.is_dir() else []
-        parts = [_Part(name) for name in names if mode == "r" or name.stem != part]
-        parts = [read for read in parts if read.info is not None]
-        known = [(read.path, read.info) for read in parts if read.info is not None]
-        if path.exists():
-            known.append((path, _file_info(path)))
-        if info is None and not known and mode == "r":
-            raise InputError(f"There are no labels in {path}: label the video first.")
-        if info is None:
-            if not known:
-                raise InputError(f"{path} is new; to begin it, say what its labels are about.")
-            info = known[-1][1]
-        for place, other in known:
-            _require_same(place, info, other)
-        # Runs may have asked for different pairs.
-        every = [info, *(other for _, other in known)]
-        steps = sorted({step for one in every for step in one.steps})
-        info = dataclasses.replace(info, steps=tuple(steps), gap=min(one.gap for one in every))
-        if mode == "a":
-            folder.mkdir(parents=True, exist_ok=True)
-            mine = _Part(folder / f"{part}.part", write=info)
-            parts.append(mine)
-        return cls(path, info, parts, mine)
-
-    @property
-    def attrs(self) -> dict[str, Any]:
-        """The fields of ``info`` by name."""
-        return {f.name: getattr(self.info, f.name) for f in dataclasses.fields(self.info)}
-
-    @property
-    def unmerged(self) -> bool:
-        """Whether there are parts beside the h5 file."""
-        return bool(self._parts)
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Say what is wrong with the file and what helps."""
+        try:
+            yield
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise OutputError(f"{self.path} cannot be read: {error}.") from None
+            raise InputError(
+                f"{self.path} is damaged ({what}: {error}). Repeat the same gim-video label, which "
+                "writes it again."
+            ) from None
 
     def pairs(self) -> np.ndarray:
         """(P, 2) int64 frame indices i, j of the labelled pairs, sorted."""
@@ -175,35 +139,145 @@ class LabelStore:
 
     def has(self, i: int, j: int) -> bool:
         """Whether the pair has labels."""
-        return (int(i), int(j)) in self._counts
-
-    def failure(self, i: int, j: int) -> str | None:
-        """Why the pair has no labels; None if it has some or was never tried."""
-        return self._failures.get((int(i), int(j)))
+        return (i, j) in self._counts
 
     def read(self, i: int, j: int) -> np.ndarray:
         """(n, 4) float32 x0, y0, x1, y1 in pixels of the frames, hloc's frame.
 
         Raises:
-            InputError: the pair has no labels.
-            OutputError: they are damaged.
+            InputError: the pair has no labels, or they are damaged.
+            OutputError: the system does not let the file be read.
         """
-        key = (int(i), int(j))
-        if key not in self._counts:
-            why = self._failures.get(key, "it was never tried")
+        if (i, j) not in self._counts:
+            why = self._failures.get((i, j), "it was never tried")
             raise InputError(f"{self.path} has no labels of frames {i} and {j}: {why}.")
-        if key in self._places:
-            return self._places[key].read(key)
-        try:
-            if self._file is None:
-                self._file = h5py.File(self.path, "r")
+        with self._told(f"frames {i} and {j}"):
             labels: np.ndarray = self._file[f"{i}_{j}"][()]
-        except (OSError, KeyError) as error:
-            raise _damaged(self.path, error) from error
         return labels
 
-    def write(self, i: int, j: int, labels: np.ndarray) -> None:
-        """Add the labels of a pair; they survive the process as soon as this returns.
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> LabelStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LabelWriter:
+    """Labels of a round in the making; a context manager. One process at a time has it.
+
+    Args:
+        path: of the h5 file that will hold them.
+        info: what they are about.
+        shard: (i, N), the part of the pairs that this process labels.
+        overwrite: forget what was made with these settings.
+
+    Attributes:
+        counts: labels of each pair that has some.
+        failures: why other pairs have none.
+
+    Raises:
+        LockedError: another process has the cache.
+        OutputError: it cannot be written, or there are labels that 0.1 did not finish.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        info: StoreInfo,
+        *,
+        shard: tuple[int, int] = (0, 1),
+        overwrite: bool = False,
+    ) -> None:
+        self.path, self.info = path, info
+        self._stamp = info.stamp
+        self.counts: dict[Pair, int] = {}
+        self.failures: dict[Pair, str] = {}
+        parts = path.with_name(f"{path.name}.parts")
+        if parts.exists():
+            raise OutputError(
+                f"{parts} holds labels that gim-hloc 0.1 did not finish. Finish them with 0.1, or "
+                "delete that folder: its pairs are then labelled anew."
+            )
+        name = path.stem if shard[1] == 1 else f"{path.stem}.{shard[0]}-of-{shard[1]}"
+        place = path.with_name(f"{name}.cache")
+        new = not place.exists()
+        self._cache = cache.Cache(place)
+        try:
+            if path.exists():
+                self._look_at_file(take_over=new)
+            if shard[1] == 1:
+                for other in sorted(path.parent.glob(f"{path.stem}.*-of-*.cache")):
+                    self._cache.merge(other)
+                    other.unlink()
+            if overwrite:
+                self._cache.prune(set(itertools.filterfalse(self._mine, self._cache.keys())))
+            self._read_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def _look_at_file(self, take_over: bool) -> None:
+        """Keep what only the h5 file has, such as one of 0.1, and tell other settings."""
+        try:
+            with LabelStore(self.path) as store:
+                if take_over:
+                    for i, j in store.pairs().tolist():
+                        self._keep(store.info.stamp, i, j, store.read(i, j))
+                    for i, j, why in store.failures():
+                        self._keep(store.info.stamp, i, j, why)
+                if store.info.stamp != self._stamp:
+                    logger.info(
+                        "%s was made with other settings (%s): it stands until these labels are "
+                        "complete, and its own are kept.",
+                        self.path,
+                        ", ".join(self.info.differences(store.info)),
+                    )
+        except InputError as error:
+            logger.warning("%s", error)
+
+    def _keep(self, stamp: str, i: int, j: int, what: np.ndarray | str) -> None:
+        if isinstance(what, str):
+            self._cache.put(_key(stamp, i, j) + _FAILED, {"why": np.array(what)})
+        else:
+            self._cache.put(_key(stamp, i, j), {"labels": what.astype(np.float32)})
+
+    def _mine(self, key: str) -> bool:
+        return key.startswith(f"{self._stamp}/")
+
+    def _read_all(self) -> None:
+        """Find what is there and whole."""
+        for key in filter(self._mine, self._cache.keys()):
+            arrays = self._cache.get(key)
+            if arrays is None:
+                continue
+            i, j = (int(n) for n in key.split("/")[1].split("_"))
+            if key.endswith(_FAILED):
+                self.failures[i, j] = str(arrays["why"])
+            else:
+                self.counts[i, j] = len(arrays["labels"])
+        # A pair that failed may have been tried again.
+        self.failures = {p: why for p, why in self.failures.items() if p not in self.counts}
+
+    def read(self, i: int, j: int) -> np.ndarray:
+        """(n, 4) float32 labels of a pair that has some.
+
+        Raises:
+            OutputError: they were damaged meanwhile.
+        """
+        arrays = self._cache.get(_key(self._stamp, i, j))
+        if arrays is None:
+            raise OutputError(
+                f"{self._cache.path} lost the labels of frames {i} and {j}. Repeat the command: "
+                "they are made again."
+            )
+        return arrays["labels"]
+
+    def put(self, i: int, j: int, labels: np.ndarray) -> None:
+        """Keep the labels of a pair; they survive the process as soon as this returns.
 
         Args:
             i: first frame.
@@ -211,252 +285,107 @@ class LabelStore:
             labels: (n, 4) x0, y0, x1, y1 in pixels of the frames, hloc's frame; n > 0.
 
         Raises:
-            OutputError: the disk is full, or the store is open for reading only.
+            OutputError: the disk is full.
         """
-        array = np.ascontiguousarray(labels, dtype="<f4")
-        if array.ndim != 2 or array.shape[1] != 4 or not len(array):
-            raise ValueError(f"Labels must be (n, 4) with n > 0; they are {array.shape}.")
-        part = self._writer()
-        part.append(int(i), int(j), len(array), array.tobytes())
-        self._note((int(i), int(j)), len(array), part)
+        if labels.ndim != 2 or labels.shape[1] != 4 or not len(labels):
+            raise ValueError(f"Labels must be (n, 4) with n > 0; they are {labels.shape}.")
+        self._keep(self._stamp, i, j, labels)
+        self.counts[i, j] = len(labels)
+        self.failures.pop((i, j), None)
 
     def fail(self, i: int, j: int, reason: str) -> None:
         """Note that a pair was tried and has no labels.
 
         Raises:
-            OutputError: as `write`.
+            OutputError: as `put`.
         """
-        part = self._writer()
-        part.append(int(i), int(j), _FAILED, reason.encode())
-        self._note((int(i), int(j)), _FAILED, part)
+        self._keep(self._stamp, i, j, reason)
+        self.failures[i, j] = reason
 
-    def forget_failures(self) -> int:
-        """Let failed pairs count as never tried in this process; returns how many."""
-        count = len(self._failures)
-        self._failures.clear()
-        return count
-
-    def merge(self) -> Path:
-        """Write everything to the h5 file and remove the parts. No other process may be writing.
+    def write(self) -> None:
+        """Write the h5 file with all that is there, unless it says the same.
 
         Raises:
-            OutputError: the file cannot be written; everything is then as it was.
+            OutputError: it cannot be written; what it held before is then as it was.
         """
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        pairs = self.pairs()
+        found = {j - i for i, j in (*self.counts, *self.failures)}
+        info = dataclasses.replace(self.info, steps=tuple(sorted(found | set(self.info.steps))))
+        if self._is_in(self.path, info):
+            return
+        with h5_aside(self.path, lambda path: self._is_in(path, info)) as file:
+            for i, j in sorted(self.counts):
+                write_checked(file, f"{i}_{j}", self.read(i, j))
+            index = file.create_group(_INDEX)
+            pairs, failed = sorted(self.counts), sorted(self.failures)
+            counts = [self.counts[pair] for pair in pairs]
+            write_checked(index, "pairs", np.array(pairs, np.int64).reshape(-1, 2))
+            write_checked(index, "counts", np.array(counts, np.int64))
+            write_checked(index, "failed", np.array(failed, np.int64).reshape(-1, 2))
+            reasons = [self.failures[pair] for pair in failed]
+            index.create_dataset("reasons", data=reasons, dtype=h5py.string_dtype())
+            for name, value in dataclasses.asdict(info).items():
+                # Settings may exceed what an attribute can hold in old versions of the format.
+                file.attrs[name] = info.to_json() if name == "settings" else value
+
+    def _is_in(self, path: Path, info: StoreInfo) -> bool:
+        """Whether an h5 file says just this, whole."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with h5py.File(temporary, "w", libver="latest") as file:
-                for i, j in pairs.tolist():
-                    file.create_dataset(f"{i}_{j}", data=self.read(i, j))
-                failures = self.failures()
-                index = file.create_group(_INDEX)
-                index["pairs"] = pairs
-                index["counts"] = self.counts()
-                index["failed"] = np.array([f[:2] for f in failures], np.int64).reshape(-1, 2)
-                index.create_dataset(
-                    "reasons", data=[f[2] for f in failures], dtype=h5py.string_dtype()
+            with LabelStore(path) as store:
+                return (
+                    store.info.to_json() == info.to_json()
+                    and store.failures()
+                    == [(*pair, self.failures[pair]) for pair in sorted(self.failures)]
+                    and [tuple(pair) for pair in store.pairs().tolist()] == sorted(self.counts)
+                    and all(np.array_equal(store.read(*p), self.read(*p)) for p in self.counts)
                 )
-                for key, value in self.attrs.items():
-                    # Settings may exceed what an attribute can hold in old versions of the format.
-                    file.attrs[key] = self.info.to_json() if key == "settings" else value
-            self.close()
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise OutputError(f"Cannot write {self.path}: {error}. Make room and repeat.") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-        for part in self._parts:
-            part.path.unlink(missing_ok=True)
-        with_rest = _parts_folder(self.path)
-        if with_rest.is_dir() and not any(with_rest.iterdir()):
-            with_rest.rmdir()
-        self._parts, self._places = [], {}
-        return self.path
+        except InputError as error:
+            if path.exists():
+                logger.warning("%s", error)
+            return False
 
     def close(self) -> None:
-        """Close the files."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        for part in self._parts:
-            part.close()
+        """Give the cache back."""
+        self._cache.close()
 
-    def __enter__(self) -> LabelStore:
+    def __enter__(self) -> LabelWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _writer(self) -> _Part:
-        if self._mine is None:
-            raise OutputError(f"{self.path} is open for reading only.")
-        return self._mine
 
-    def _note(self, key: tuple[int, int], rows: int, part: _Part) -> None:
-        """Labels win over a failure, whichever came first: a pair may be tried again."""
-        if rows == _FAILED:
-            if key not in self._counts:
-                self._failures[key] = part.reason(key)
-            return
-        self._counts[key] = rows
-        self._places[key] = part
-        self._failures.pop(key, None)
-
-    def _read_index(self) -> None:
-        try:
-            with h5py.File(self.path, "r") as file:
-                index = file[_INDEX]
-                pairs, counts = index["pairs"][()].tolist(), index["counts"][()].tolist()
-                failed = index["failed"][()].tolist()
-                reasons = [text.decode() for text in index["reasons"][()]]
-        except (OSError, KeyError) as error:
-            raise _damaged(self.path, error) from error
-        self._counts = {(i, j): n for (i, j), n in zip(pairs, counts, strict=True)}
-        self._failures = {(i, j): text for (i, j), text in zip(failed, reasons, strict=True)}
+def _key(stamp: str, i: int, j: int) -> str:
+    return f"{stamp}/{i}_{j}"
 
 
-def begin_anew(path: str | os.PathLike[str]) -> None:
-    """Remove the labels of a labeller. No other process may be writing."""
-    path = Path(path)
-    path.unlink(missing_ok=True)
-    folder = _parts_folder(path)
-    if folder.is_dir():
-        for part in folder.glob("*.part"):
-            part.unlink(missing_ok=True)
+def write_checked(place: h5py.Group, name: str, data: np.ndarray) -> None:
+    """Write a dataset whose damage HDF5 notices when it is read."""
+    checked = {"chunks": data.shape, "fletcher32": True} if data.size else {}
+    place.create_dataset(name, data=data, **checked)
 
 
-class _Part:
-    """Records of one worker.
+@contextlib.contextmanager
+def h5_aside(path: Path, whole: Callable[[Path], bool]) -> Iterator[h5py.File]:
+    """An h5 file that takes the place of ``path`` once it was read back.
 
     Args:
-        path: of the file.
-        write: append to the file, which is begun with this or must have been; None reads it as far
-            as it is complete and never changes it, since another process may be writing.
+        path: of the file; its folder must exist.
+        whole: whether the file at a path holds what was written.
+
+    Raises:
+        OutputError: it cannot be written; what was there is then as it was.
     """
-
-    def __init__(self, path: Path, write: StoreInfo | None = None) -> None:
-        self.path = path
-        self.info: StoreInfo | None = None
-        self.records: dict[tuple[int, int], tuple[int, int, int]] = {}  # rows, offset, bytes
-        self._reasons: dict[tuple[int, int], str] = {}
-        self._file: BinaryIO | None = None
-        self._mutex = threading.Lock()
-        self._end = self._scan() if path.exists() else 0
-        if write is None:
-            return
-        if self.info is not None:
-            _require_same(path, write, self.info)
-        self.info = write
-        try:
-            self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
-            self._file.truncate(self._end)
-        except OSError as error:
-            raise OutputError(f"Cannot write {path}: {error}.") from None
-        if self._end == 0:
-            self.append(0, 0, _INFO, write.to_json().encode())
-            self.records.clear()
-
-    def _scan(self) -> int:
-        """Index the complete records; returns where they end."""
-        end = 0
-        with open(self.path, "rb") as file:
-            for i, j, rows, body in _records(file):
-                start = file.tell() - len(body)
-                end = file.tell()
-                if rows == _INFO:
-                    self.info = StoreInfo.from_json(body.decode())
-                    continue
-                self.records[i, j] = (rows, start, len(body))
-                if rows == _FAILED:
-                    self._reasons[i, j] = body.decode(errors="replace")
-                else:
-                    self._reasons.pop((i, j), None)
-        return end
-
-    def reason(self, key: tuple[int, int]) -> str:
-        """Why a pair failed."""
-        return self._reasons[key]
-
-    def read(self, key: tuple[int, int]) -> np.ndarray:
-        """(n, 4) float32 labels of a pair."""
-        rows, start, size = self.records[key]
-        with self._mutex:  # crops are read ahead in several threads
-            if self._file is None:
-                self._file = open(self.path, "rb")  # noqa: SIM115
-            self._file.seek(start)
-            body = self._file.read(size)
-        if len(body) != size:
-            raise _damaged(self.path, "it has become shorter")
-        return np.frombuffer(body, "<f4").reshape(rows, 4).astype(np.float32)
-
-    def append(self, i: int, j: int, rows: int, body: bytes) -> None:
-        """Add a record with one write."""
-        if self._file is None:
-            raise OutputError(f"{self.path} is not open for writing.")
-        head = _HEADER.pack(_MAGIC, i, j, rows, len(body), 0)
-        crc = zlib.crc32(body, zlib.crc32(head[4:-4]))
-        try:
-            with self._mutex:
-                self._file.seek(self._end)
-                self._file.write(head[:-4] + struct.pack("<I", crc) + body)
-                self._file.flush()
-        except OSError as error:
-            raise OutputError(
-                f"Cannot write {self.path}: {error}. What was finished is kept; make room and "
-                "repeat the command."
-            ) from None
-        self.records[i, j] = (rows, self._end + _HEADER.size, len(body))
-        if rows == _FAILED:
-            self._reasons[i, j] = body.decode()
-        self._end += _HEADER.size + len(body)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _records(file: BinaryIO) -> Iterator[tuple[int, int, int, bytes]]:
-    """Yield i, j, rows and body of the complete records; stops at the first torn one."""
-    while True:
-        head = file.read(_HEADER.size)
-        if len(head) < _HEADER.size:
-            return
-        magic, i, j, rows, size, crc = _HEADER.unpack(head)
-        if magic != _MAGIC:
-            return
-        body = file.read(size)
-        if len(body) < size or zlib.crc32(body, zlib.crc32(head[4:-4])) != crc:
-            return
-        yield i, j, rows, body
-
-
-def _parts_folder(path: Path) -> Path:
-    return path.with_name(f"{path.name}.parts")
-
-
-def _file_info(path: Path) -> StoreInfo:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with h5py.File(path, "r") as file:
-            return StoreInfo.from_json(file.attrs["settings"])
-    except (OSError, KeyError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _require_same(place: Path, mine: StoreInfo, other: StoreInfo) -> None:
-    different = other.differences(mine)
-    if different:
+        with h5py.File(temporary, "w", libver="latest") as file:
+            yield file
+        if not whole(temporary):  # a full disk need not be an error
+            raise OSError("what was written cannot be read back")
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # of HDF5, when a file is closed
         raise OutputError(
-            f"{place} was made with other settings ({', '.join(different)}): choose another output "
-            "folder, or begin anew (--overwrite)."
-        )
-
-
-def _damaged(path: Path, error: object) -> OutputError:
-    return OutputError(f"{path} is damaged ({error}): delete it and label the video again.")
+            f"{path} cannot be written: {error}. What is finished is kept; make room and repeat "
+            "the command."
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
