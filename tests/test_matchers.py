@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import threading
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from gim_hloc import matchers
+from gim_hloc import matchers, weights
 from gim_hloc.errors import InputError
-from gim_hloc.matchers import ImageData, Matches, SparseEncoding
+from gim_hloc.matchers import ImageData, Matches, SparseEncoding, registry
 from gim_hloc.matchers.base import apply_affine
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.matchers.sparse import make_encoding
@@ -398,6 +399,63 @@ def test_qualities_differ_and_overrides_win() -> None:
     assert options.max_size == sizes[0].max_size
 
 
+PROTOCOL = {name: m for name, m in vars(matchers.Matcher).items() if inspect.isfunction(m)}
+METHODS = sorted(name for name in PROTOCOL if not name.startswith("_"))
+
+
+def test_the_protocol_is_what_callers_use() -> None:
+    assert METHODS == [
+        "encode", "encode_settings", "match", "match_batch", "match_settings", "smaller",
+        "warp_batch",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_matcher_has_all_of_the_protocol(method: str) -> None:
+    wanted = inspect.signature(PROTOCOL[method]).parameters
+    kinds = {name: registry.matcher_class(name) for name in matchers.names()}
+    for name, kind in (*kinds.items(), ("base", matchers.MatcherBase)):
+        found = inspect.signature(getattr(kind, method)).parameters
+        assert list(found)[: len(wanted)] == list(wanted), name
+        for extra in list(found)[len(wanted) :]:
+            assert found[extra].kind == inspect.Parameter.KEYWORD_ONLY, name
+            assert found[extra].default is not inspect.Parameter.empty, name
+
+
+def test_what_a_matcher_cannot_do_it_says() -> None:
+    matcher = matchers.load("sift", device="cpu")
+    assert isinstance(matcher, matchers.Matcher)
+    assert not matcher.smaller()
+    with pytest.raises(InputError, match="sift has no warps; choose a dense matcher"):
+        matcher.warp_batch([])
+    with pytest.raises(InputError, match="gim_dkm has no keypoints; choose a sparse matcher"):
+        matchers.load_sparse("gim_dkm")
+
+
+def test_licences_are_those_of_the_weight_files() -> None:
+    """Whatever is not free for commerce in one file is not free as a whole, and says so."""
+    for info in matchers.describe():
+        files = [weights.find(name) for name in info.checkpoint]
+        assert info.commercial == all(file.commercial for file in files)
+        assert all(file.licence in info.licence for file in files)
+    assert (
+        matchers.describe("aliked_lightglue").licence
+        == "ALIKED: BSD-3-Clause; LightGlue: Apache-2.0"
+    )
+    assert matchers.describe("sift").licence == "Apache-2.0 (OpenCV)"
+
+
+@pytest.mark.parametrize("name", matchers.names())
+def test_operating_points_are_options_of_the_matcher(name: str) -> None:
+    info = matchers.describe(name)
+    points = [registry.operating_point(name, quality) for quality in ("fast", "base", "precise")]
+    assert all(isinstance(point, registry.matcher_class(name).options_type) for point in points)
+    size = getattr(points[1], "max_size", None) or max(points[1].size)
+    assert size == info.default_size
+    with pytest.raises(InputError, match=f"{name}: There is no setting 'sizes'"):
+        registry.operating_point(name, sizes=3)
+
+
 def test_foreign_matcher() -> None:
     class Mine:
         pass
@@ -408,8 +466,6 @@ def test_foreign_matcher() -> None:
     def make(**options: object) -> Mine:
         seen.update(options)
         return Mine()
-
-    from gim_hloc.matchers import registry
 
     matchers.register(info.name, make, info)
     try:

@@ -18,9 +18,9 @@ from gim_hloc.geometry.warp import Warp, cell_centres
 from gim_hloc.images import orientation_affine
 from gim_hloc.matchers import ImageData
 from gim_hloc.matchers.base import apply_affine
-from gim_hloc.matchers.common import resolve_options
 from gim_hloc.matchers.dense import padding_to_aspect
-from gim_hloc.matchers.dkm import _AUTHORS, _GIM, DKMMatcher, DKMOptions, load_dkm
+from gim_hloc.matchers.dkm import DKMMatcher, DKMOptions, load_dkm
+from gim_hloc.matchers.registry import operating_point
 from gim_hloc.networks.dkm import DKM, both_factors
 
 IDENTITY = np.eye(2, 3)
@@ -274,19 +274,14 @@ def test_padding_is_the_reference_s() -> None:
 
 
 def test_base_is_the_reference_s_setting() -> None:
-    options = resolve_options(
-        DKMOptions, quality="base", presets=_GIM, overrides={}, matcher="gim_dkm"
-    )
+    options = operating_point("gim_dkm")
     assert (options.size, options.upsample_size) == ((672, 896), (1152, 1536))
     assert (options.pad, options.num_matches, options.sample_threshold) == (True, 5000, 0.05)
 
 
-@pytest.mark.parametrize("presets", [_GIM, _AUTHORS])
-def test_operating_points_grow(presets) -> None:
-    points = [
-        resolve_options(DKMOptions, quality=q, presets=presets, overrides={}, matcher="x")
-        for q in ("fast", "base", "precise")
-    ]
+@pytest.mark.parametrize("name", ["gim_dkm", "dkm_outdoor", "dkm_indoor"])
+def test_operating_points_grow(name: str) -> None:
+    points = [operating_point(name, quality) for quality in ("fast", "base", "precise")]
     assert points[0].size < points[1].size <= points[2].size
     assert points[0].upsample_size < points[1].upsample_size < points[2].upsample_size
 

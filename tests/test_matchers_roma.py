@@ -14,10 +14,8 @@ from gim_hloc import matchers
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.geometry.warp import cell_centres
 from gim_hloc.matchers import ImageData
-from gim_hloc.matchers.common import resolve_options
+from gim_hloc.matchers.registry import operating_point
 from gim_hloc.matchers.roma import (
-    _AUTHORS,
-    _GIM,
     RoMaMatcher,
     RoMaOptions,
     load_dinov2,
@@ -209,20 +207,15 @@ def test_first_pass_must_fit_the_tokens() -> None:
         RoMaOptions(upsample_size=(10, 10))
 
 
-@pytest.mark.parametrize("presets", [_GIM, _AUTHORS])
-def test_operating_points_grow(presets) -> None:
-    points = [
-        resolve_options(RoMaOptions, quality=q, presets=presets, overrides={}, matcher="x")
-        for q in ("fast", "base", "precise")
-    ]
+@pytest.mark.parametrize("name", ["gim_roma", "roma_outdoor", "roma_indoor"])
+def test_operating_points_grow(name: str) -> None:
+    points = [operating_point(name, quality) for quality in ("fast", "base", "precise")]
     assert points[0].size < points[1].size <= points[2].size
     assert points[0].upsample_size < points[1].upsample_size < points[2].upsample_size
 
 
 def test_base_is_the_reference_s_setting() -> None:
-    options = resolve_options(
-        RoMaOptions, quality="base", presets=_GIM, overrides={}, matcher="gim_roma"
-    )
+    options = operating_point("gim_roma")
     assert (options.size, options.upsample_size) == ((672, 672), (1344, 1344))
     assert (options.pad, options.num_matches, options.sample_threshold) == (True, 5000, 0.05)
 

@@ -221,7 +221,7 @@ def test_models() -> None:
     """§5: 2048 labels; loftr's windows; SuperPoint with 2048 points, nms 3, threshold 0."""
     import inspect
 
-    from gim_hloc.matchers.lightglue import operating_point
+    from gim_hloc.matchers.registry import operating_point
     from gim_hloc.training.models import dkm as dkm_model
     from gim_hloc.training.models import lightglue as glue_model
     from gim_hloc.training.models import loftr as loftr_model

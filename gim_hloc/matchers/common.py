@@ -173,3 +173,7 @@ class MatcherBase(ABC, Generic[E]):
         ]
         mine = set(self._encode_weights())
         return self._settings(fields, [key for key in self.weights_hashes if key not in mine])
+
+    def settings(self) -> dict[str, Any]:
+        """Both parts, for the record of a run."""
+        return {"encode": self.encode_settings(), "match": self.match_settings()}

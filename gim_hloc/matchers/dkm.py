@@ -9,11 +9,9 @@ import torch
 
 from gim_hloc import weights
 from gim_hloc.geometry.warp import Warp
-from gim_hloc.matchers.base import ImageData, ImageOptions, Quality
+from gim_hloc.matchers.base import ImageData, ImageOptions
 from gim_hloc.matchers.common import (
-    resolve_device,
     resolve_dtype,
-    resolve_options,
 )
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.matchers.registry import describe
@@ -29,48 +27,6 @@ class DKMOptions(DenseOptions):
     # Above 2000 cells at stride 16 (``base`` and larger) solve the second direction with the
     # covariance of the first: a mistake of the reference, see ``networks.dkm.both_factors``.
     shared_factor: bool = False
-
-
-_GIM: dict[Quality, dict[str, Any]] = {
-    "fast": {"size": (480, 640), "upsample_size": (720, 960)},
-    "base": {},  # the reference's numbers
-    "precise": {"upsample_size": (1536, 2048)},
-}
-# The authors stretch images to 540 x 720 and 864 x 1152. They resize with PIL's bicubic filter
-# where this resizes bilinearly, as GIM does.
-_AUTHORS: dict[Quality, dict[str, Any]] = {
-    "fast": {"size": (384, 512), "upsample_size": (576, 768), "pad": False},
-    "base": {"size": (540, 720), "upsample_size": (864, 1152), "pad": False},
-    "precise": {"size": (540, 720), "upsample_size": (1152, 1536), "pad": False},
-}
-
-
-def gim_dkm(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> DKMMatcher:
-    """DKM trained on internet videos (GIM, 100 h)."""
-    return _make("gim_dkm", _GIM, quality, device, overrides)
-
-
-def dkm_outdoor(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> DKMMatcher:
-    """DKMv3 trained on MegaDepth by its authors."""
-    return _make("dkm_outdoor", _AUTHORS, quality, device, overrides)
-
-
-def dkm_indoor(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> DKMMatcher:
-    """DKMv3 trained on ScanNet by its authors."""
-    return _make("dkm_indoor", _AUTHORS, quality, device, overrides)
-
-
-def _make(
-    name: str,
-    presets: Mapping[Quality, Mapping[str, Any]],
-    quality: Quality,
-    device: str,
-    overrides: Mapping[str, Any],
-) -> DKMMatcher:
-    options = resolve_options(
-        DKMOptions, quality=quality, presets=presets, overrides=overrides, matcher=name
-    )
-    return DKMMatcher(name, options=options, device=resolve_device(device))
 
 
 def load_dkm(state: Mapping[str, torch.Tensor], *, path: str, normalise: bool = False) -> DKM:
@@ -112,6 +68,7 @@ class DKMMatcher(DenseMatcher):
         WeightsError: the weights cannot be had or are not this network's.
     """
 
+    options_type = DKMOptions
     exact = ("0/16", "0/32", "gp/16", "gp/32")
     smallest_side = 128  # fewer than 4 x 4 cells at stride 32 say nothing about where things are
 

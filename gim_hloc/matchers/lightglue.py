@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import kornia.feature
 import torch
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
-from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
+from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, SparseEncoding
 from gim_hloc.matchers.common import (
     MatcherBase,
     Precision,
-    resolve_device,
     resolve_dtype,
-    resolve_options,
     resolve_precision,
 )
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
+from gim_hloc.networks.aliked import ALIKED
+from gim_hloc.networks.disk import DISK
 from gim_hloc.networks.keypoints import Subpixel
+from gim_hloc.networks.lightglue import LightGlue, published_shapes, sizes_of
+from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.options import Count, options
 
 logger = logging.getLogger(__name__)
@@ -54,7 +58,6 @@ class SparseOptions:
             raise InputError("upsample needs max_size: the long side to enlarge images to.")
 
 
-_SUPERPOINT = ("gim_lightglue", "lightglue")  # their detector; ALIKED-n16 and DISK have 128
 _GRAY = (0.299, 0.587, 0.114)  # what red, green and blue weigh in a gray image
 
 _ENCODE_FIELDS = (
@@ -66,124 +69,13 @@ _ENCODE_FIELDS = (
     "subpixel",
 )
 
-_ALIKED: dict[Quality, dict[str, Any]] = {
-    "fast": {"max_size": 1024, "max_keypoints": 1024, "detection_threshold": 0.2},
-    "base": {"max_size": 1024, "max_keypoints": 2048, "detection_threshold": 0.2},
-    "precise": {"max_size": 1600, "max_keypoints": 4096, "detection_threshold": 0.1},
-}
-_DISK: dict[Quality, dict[str, Any]] = {
-    "fast": {"max_size": 1024, "max_keypoints": 1024},
-    "base": {"max_size": 1024, "max_keypoints": 2048},
-    "precise": {"max_size": 1600, "max_keypoints": 4096},
-}
-
-
-# The reference's numbers: no early stop, no pruning.
-_GIM: dict[str, Any] = {
-    "nms_radius": 3,
-    "subpixel": "none",
-    "depth_confidence": -1.0,
-    "width_confidence": -1.0,
-}
-_GIM_SUPERPOINT: dict[Quality, dict[str, Any]] = {
-    "fast": {**_GIM, "max_size": 1024, "max_keypoints": 1024},
-    "base": {**_GIM, "max_size": 1920, "max_keypoints": 2048},
-    "precise": {**_GIM, "max_size": 1920, "max_keypoints": 4096},
-}
-_DETECT: dict[str, Any] = {"nms_radius": 4, "detection_threshold": 0.0005, "subpixel": "none"}
-_AUTHORS: dict[Quality, dict[str, Any]] = {
-    "fast": {**_DETECT, "max_size": 1024, "max_keypoints": 1024},
-    "base": {**_DETECT, "max_size": 1024, "max_keypoints": 2048},
-    "precise": {**_DETECT, "max_size": 1600, "max_keypoints": 4096},
-}
-
-
-def aliked_lightglue(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> LightGlueMatcher:
-    """ALIKED-n16 and LightGlue with the published weights."""
-    return _make("aliked_lightglue", _ALIKED, quality, device, overrides)
-
-
-def disk_lightglue(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> LightGlueMatcher:
-    """DISK (depth supervision) and LightGlue with the published weights."""
-    return _make("disk_lightglue", _DISK, quality, device, overrides)
-
-
-def gim_lightglue(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> LightGlueMatcher:
-    """SuperPoint and LightGlue trained on internet videos (GIM, 100 h)."""
-    return _make("gim_lightglue", _GIM_SUPERPOINT, quality, device, overrides)
-
-
-def lightglue(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> LightGlueMatcher:
-    """SuperPoint and LightGlue with the weights and numbers of LightGlue's authors."""
-    return _make("lightglue", _AUTHORS, quality, device, overrides)
-
-
-def _make(
-    name: str,
-    presets: Mapping[Quality, Mapping[str, Any]],
-    quality: Quality,
-    device: str,
-    overrides: Mapping[str, Any],
-) -> LightGlueMatcher:
-    options = resolve_options(
-        SparseOptions, quality=quality, presets=presets, overrides=overrides, matcher=name
-    )
-    return LightGlueMatcher(name, options=options, device=resolve_device(device))
-
-
-def operating_point(name: str, quality: Quality = "base") -> SparseOptions:
-    """The numbers of a matcher at an operating point."""
-    presets = {
-        "aliked_lightglue": _ALIKED,
-        "disk_lightglue": _DISK,
-        "gim_lightglue": _GIM_SUPERPOINT,
-        "lightglue": _AUTHORS,
-    }
-    return SparseOptions(**presets[name][quality])
-
-
-def load_extractor(name: str, path: Path) -> torch.nn.Module:
-    """The detector of a matcher, with the weights of a file."""
-    if name == "aliked_lightglue":
-        import kornia.feature
-
-        from gim_hloc.networks.aliked import ALIKED
-
-        published = kornia.feature.ALIKED("aliked-n16")
-        state = weights.load_state_dict(path)
-        weights.load_into(published, state, path=path, optional=["dkd.hw_grid"])
-        network: torch.nn.Module = ALIKED.from_kornia(published)
-    elif name in _SUPERPOINT:
-        from gim_hloc.networks.superpoint import SuperPoint
-
-        network = SuperPoint()
-        state = weights.load_state_dict(path)
-        state = weights.unwrap("lightglue.detector", state)
-        weights.load_into(network, state, path=path)
-    else:
-        from gim_hloc.networks.disk import DISK
-
-        network = DISK()
-        weights.load_into(network, weights.load_state_dict(path, inside=["extractor"]), path=path)
-    return network
-
 
 def _load_glue(
-    name: str, path: Path, options: SparseOptions, device: torch.device
-) -> torch.nn.Module:
-    from gim_hloc.networks.lightglue import LightGlue, published_shapes, sizes_of
-
+    dim: int | None, path: Path, options: SparseOptions, device: torch.device
+) -> LightGlue:
     state = weights.load_state_dict(path)
     state = published_names(weights.unwrap("lightglue.matcher", state))
-    sizes = {"input_dim": descriptor_dim(name), **sizes_of(state)}
+    sizes: dict[str, Any] = {"input_dim": dim, **sizes_of(state)}
     shapes = published_shapes(**sizes)
     weights.check_names(shapes, state, path=path, network="LightGlue", optional=UNREAD)
     return LightGlue.from_state(
@@ -199,11 +91,6 @@ def _load_glue(
 
 # Some published files hold parameters that no version of the network reads.
 UNREAD = ("confidence_thresholds", *(f"log_assignment.{i}.r" for i in range(9)))
-
-
-def descriptor_dim(name: str) -> int:
-    """Channels of the descriptors that a matcher's detector makes."""
-    return 256 if name in _SUPERPOINT else 128
 
 
 def published_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -225,11 +112,13 @@ class LightGlueMatcher(MatcherBase[SparseEncoding]):
     ``match`` may be called from several threads.
     """
 
+    options_type = SparseOptions
+    whole_pixels = False  # whether the detector's keypoints have no sub-pixel positions
     encode_fields = _ENCODE_FIELDS
 
     def __init__(self, name: str, *, options: SparseOptions, device: torch.device) -> None:
         info = describe(name)
-        if name in _SUPERPOINT and options.subpixel != "none":
+        if self.whole_pixels and options.subpixel != "none":
             raise InputError(
                 f"{name} has whole-pixel keypoints: subpixel must be 'none', "
                 f"not {options.subpixel!r}."
@@ -249,14 +138,17 @@ class LightGlueMatcher(MatcherBase[SparseEncoding]):
         )
         # GIM publishes both networks in one file.
         extractor_file, glue_file = info.checkpoint[0], info.checkpoint[-1]
-        self.extractor: Any = load_extractor(name, paths[extractor_file]).eval().to(device)
-        self.glue: Any = _load_glue(name, paths[glue_file], options, device)
+        self.extractor: Any = self.load_detector(paths[extractor_file]).eval().to(device)
+        self.glue: Any = _load_glue(info.descriptor_dim, paths[glue_file], options, device)
         # Encodings may be shared by matchers with other weights or on other devices.
         self._cache_key = f"{glue_file}:{self.weights_hashes[glue_file]}:{device}:{self.dtype}"
 
+    @staticmethod
+    @abstractmethod
+    def load_detector(path: Path) -> torch.nn.Module:
+        """The detector with the weights of a file."""
+
     def _versions(self) -> dict[str, str]:
-        if self.info.name in _SUPERPOINT:
-            return {}
         return {"kornia": importlib.metadata.version("kornia")}
 
     def _encode_weights(self) -> list[str]:
@@ -281,7 +173,7 @@ class LightGlueMatcher(MatcherBase[SparseEncoding]):
             tensor = tensor.expand(3, -1, -1)
         if tensor.amax() - tensor.amin() < 1 / 255:
             # Networks that normalise each image find keypoints in nothing, at the border.
-            nothing = tensor.new_empty(0, descriptor_dim(self.info.name))
+            nothing = tensor.new_empty(0, self.info.descriptor_dim or 0)
             return encode_network_keypoints(image, nothing[:, :2], nothing, nothing[:, 0])
         xy, descriptors, scores = self.extractor.detect_and_describe(
             tensor,
@@ -332,3 +224,43 @@ class LightGlueMatcher(MatcherBase[SparseEncoding]):
         return torch.autocast(
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
+
+
+class AlikedLightGlue(LightGlueMatcher):
+    """ALIKED-n16 and LightGlue."""
+
+    @staticmethod
+    def load_detector(path: Path) -> torch.nn.Module:
+        """See ``LightGlueMatcher``."""
+        published = kornia.feature.ALIKED("aliked-n16")
+        state = weights.load_state_dict(path)
+        weights.load_into(published, state, path=path, optional=["dkd.hw_grid"])
+        return ALIKED.from_kornia(published)
+
+
+class DiskLightGlue(LightGlueMatcher):
+    """DISK (depth supervision) and LightGlue."""
+
+    @staticmethod
+    def load_detector(path: Path) -> torch.nn.Module:
+        """See ``LightGlueMatcher``."""
+        network = DISK()
+        weights.load_into(network, weights.load_state_dict(path, inside=["extractor"]), path=path)
+        return network
+
+
+class SuperPointLightGlue(LightGlueMatcher):
+    """SuperPoint and LightGlue."""
+
+    whole_pixels = True
+
+    @staticmethod
+    def load_detector(path: Path) -> torch.nn.Module:
+        """See ``LightGlueMatcher``; also from a file that holds LightGlue as well."""
+        network = SuperPoint()
+        state = weights.unwrap("lightglue.detector", weights.load_state_dict(path))
+        weights.load_into(network, state, path=path)
+        return network
+
+    def _versions(self) -> dict[str, str]:
+        return {}

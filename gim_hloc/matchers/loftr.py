@@ -22,15 +22,12 @@ from gim_hloc.matchers.base import (
     ImageData,
     ImageOptions,
     Matches,
-    Quality,
     apply_affine,
 )
 from gim_hloc.matchers.common import (
     MatcherBase,
     Precision,
-    resolve_device,
     resolve_dtype,
-    resolve_options,
     resolve_precision,
 )
 from gim_hloc.matchers.registry import describe
@@ -80,54 +77,6 @@ class LoFTREncoding(Encoding):
     features: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
 
-_PRESETS: dict[Quality, dict[str, Any]] = {
-    "fast": {"max_size": 640},
-    "base": {"max_size": 1024},
-    "precise": {"max_size": 1600},
-}
-# The authors train and test at 640 x 480 (indoor) and 840 (outdoor).
-_AUTHORS: dict[Quality, dict[str, Any]] = {
-    "fast": {"max_size": 640},
-    "base": {"max_size": 840},
-    "precise": {"max_size": 1200},
-}
-
-
-def gim_loftr(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> LoFTRMatcher:
-    """LoFTR trained on internet videos (GIM, 50 h)."""
-    return _make("gim_loftr", _PRESETS, quality, device, overrides)
-
-
-def loftr_outdoor(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> LoFTRMatcher:
-    """LoFTR trained on MegaDepth by its authors."""
-    return _make("loftr_outdoor", _AUTHORS, quality, device, overrides)
-
-
-def loftr_indoor(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> LoFTRMatcher:
-    """LoFTR trained on ScanNet by its authors."""
-    # These weights were trained after the slip in the positional encoding had been mended.
-    return _make(
-        "loftr_indoor", _AUTHORS, quality, device, {"positional": "corrected", **overrides}
-    )
-
-
-def _make(
-    name: str,
-    presets: Mapping[Quality, Mapping[str, Any]],
-    quality: Quality,
-    device: str,
-    overrides: Mapping[str, Any],
-) -> LoFTRMatcher:
-    options = resolve_options(
-        LoFTROptions, quality=quality, presets=presets, overrides=overrides, matcher=name
-    )
-    return LoFTRMatcher(name, options=options, device=resolve_device(device))
-
-
 def make_network(
     name: str,
     positional: Positional = "published",
@@ -161,6 +110,7 @@ class LoFTRMatcher(MatcherBase[LoFTREncoding]):
         WeightsError: the weights cannot be had or are not this network's.
     """
 
+    options_type = LoFTROptions
     encode_fields = ("max_size", "positional", "precision", "hold")
 
     def __init__(

@@ -1,11 +1,12 @@
-"""The table of matchers.
+"""Matchers by name: those of ``table`` and those that others register.
 
-Factories are imported when a matcher is loaded, so that listing matchers costs nothing.
+Classes are imported when a matcher is loaded, so that listing matchers costs nothing.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, get_args, overload
 from gim_hloc import weights
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.matchers.base import Matcher, MatcherInfo, Quality, SparseEncoding
+from gim_hloc.matchers.common import resolve_device, resolve_options
+from gim_hloc.matchers.table import ROWS
 
 Factory = Callable[..., Matcher]
 """``factory(*, quality, device, **overrides) -> Matcher``."""
@@ -26,6 +29,7 @@ class _Entry:
 
 
 _entries: dict[str, _Entry] = {}
+_rows = {row.info.name: row for row in ROWS}
 
 
 def names() -> list[str]:
@@ -140,6 +144,33 @@ def table() -> str:
     return "".join(lines)
 
 
+def matcher_class(name: str) -> Any:
+    """The class of a matcher of this package."""
+    module, _, attribute = _rows[name].made_by.partition(":")
+    return getattr(importlib.import_module(f"gim_hloc.matchers.{module}"), attribute)
+
+
+def operating_point(name: str, quality: Quality = "base", **overrides: Any) -> Any:
+    """Options of a matcher of this package: those of an operating point, some replaced.
+
+    Raises:
+        InputError: an option does not exist, or a value is refused.
+    """
+    return resolve_options(
+        matcher_class(name).options_type,
+        quality=quality,
+        presets=_rows[name].presets,
+        overrides=overrides,
+        matcher=name,
+    )
+
+
+def _make(name: str, *, quality: Quality, device: str, **overrides: Any) -> Matcher:
+    options = operating_point(name, quality, **overrides)
+    matcher: Matcher = matcher_class(name)(name, options=options, device=resolve_device(device))
+    return matcher
+
+
 def _entry(name: str) -> _Entry:
     if name not in _entries:
         close = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
@@ -148,205 +179,5 @@ def _entry(name: str) -> _Entry:
     return _entries[name]
 
 
-register(
-    "aliked_lightglue",
-    "gim_hloc.matchers.lightglue:aliked_lightglue",
-    MatcherInfo(
-        name="aliked_lightglue",
-        kind="sparse",
-        descriptor_dim=128,
-        checkpoint=("aliked-n16.pth", "aliked_lightglue.pth"),
-        licence="BSD-3-Clause (ALIKED), Apache-2.0 (LightGlue)",
-        commercial=True,
-        colour="rgb",
-        default_size=1024,
-        summary="ALIKED-n16 keypoints with sub-pixel positions, matched by LightGlue (default)",
-        min_confidence_sum={"fast": 35.0, "base": 50.0, "precise": 50.0},
-    ),
-)
-register(
-    "disk_lightglue",
-    "gim_hloc.matchers.lightglue:disk_lightglue",
-    MatcherInfo(
-        name="disk_lightglue",
-        kind="sparse",
-        descriptor_dim=128,
-        checkpoint=("disk-depth-save.pth", "disk_lightglue.pth"),
-        licence="Apache-2.0 (DISK), Apache-2.0 (LightGlue)",
-        commercial=True,
-        colour="rgb",
-        default_size=1024,
-        summary="DISK keypoints, matched by LightGlue",
-        min_confidence_sum={"fast": 35.0, "base": 50.0, "precise": 50.0},
-    ),
-)
-register(
-    "sift",
-    "gim_hloc.matchers.sift:sift",
-    MatcherInfo(
-        name="sift",
-        kind="sparse",
-        descriptor_dim=128,
-        checkpoint=(),
-        licence="Apache-2.0 (OpenCV)",
-        commercial=True,
-        colour="gray",
-        default_size=3200,
-        rotation_invariant=True,
-        summary="RootSIFT with mutual nearest neighbours and a ratio test; learns nothing",
-    ),
-)
-register(
-    "root_sift",
-    "gim_hloc.matchers.sift:root_sift",
-    MatcherInfo(
-        name="root_sift",
-        kind="sparse",
-        descriptor_dim=128,
-        checkpoint=(),
-        licence="Apache-2.0 (OpenCV)",
-        commercial=True,
-        colour="rgb",
-        default_size=1600,
-        rotation_invariant=True,
-        summary="RootSIFT with the numbers of the ZEB benchmark, for comparison with its tables",
-    ),
-)
-register(
-    "gim_roma",
-    "gim_hloc.matchers.roma:gim_roma",
-    MatcherInfo(
-        name="gim_roma",
-        kind="dense",
-        checkpoint=("gim_roma_100h.ckpt", "dinov2_vitl14_pretrain.pth"),
-        licence="MIT code, weights for research only (GIM); Apache-2.0 (DINOv2)",
-        commercial=False,
-        colour="rgb",
-        default_size=672,
-        summary="RoMa trained on internet videos: the most robust dense matcher, and the slowest",
-    ),
-)
-for _name, _scenes in (("roma_outdoor", "MegaDepth"), ("roma_indoor", "ScanNet")):
-    register(
-        _name,
-        f"gim_hloc.matchers.roma:{_name}",
-        MatcherInfo(
-            name=_name,
-            kind="dense",
-            checkpoint=(f"{_name}.pth", "dinov2_vitl14_pretrain.pth"),
-            licence="MIT (RoMa), Apache-2.0 (DINOv2)",
-            commercial=True,
-            colour="rgb",
-            default_size=560,
-            summary=f"RoMa as its authors trained it, on {_scenes}: a baseline of the ZEB table",
-        ),
-    )
-register(
-    "gim_dkm",
-    "gim_hloc.matchers.dkm:gim_dkm",
-    MatcherInfo(
-        name="gim_dkm",
-        kind="dense",
-        checkpoint=("gim_dkm_100h.ckpt",),
-        licence="MIT code, weights for research only (GIM)",
-        commercial=False,
-        colour="rgb",
-        default_size=896,
-        summary="DKM trained on internet videos: GIM's default, dense and sub-pixel",
-    ),
-)
-for _name, _scenes in (("dkm_outdoor", "MegaDepth"), ("dkm_indoor", "ScanNet")):
-    register(
-        _name,
-        f"gim_hloc.matchers.dkm:{_name}",
-        MatcherInfo(
-            name=_name,
-            kind="dense",
-            checkpoint=(f"DKMv3_{_name.removeprefix('dkm_')}.pth",),
-            licence="MIT (DKM)",
-            commercial=True,
-            colour="rgb",
-            default_size=720,
-            summary=f"DKM as its authors trained it, on {_scenes}: a baseline of the ZEB table",
-        ),
-    )
-register(
-    "gim_loftr",
-    "gim_hloc.matchers.loftr:gim_loftr",
-    MatcherInfo(
-        name="gim_loftr",
-        kind="semidense",
-        side_by_side=True,
-        checkpoint=("gim_loftr_50h.ckpt",),
-        licence="MIT code, weights for research only (GIM)",
-        commercial=False,
-        colour="rgb",
-        default_size=1024,
-        summary="LoFTR trained on internet videos: semi-dense, without keypoints",
-    ),
-)
-for _name, _scenes, _file in (
-    ("loftr_outdoor", "MegaDepth", "loftr_outdoor.ckpt"),
-    ("loftr_indoor", "ScanNet", "loftr_indoor_ds_new.ckpt"),
-):
-    register(
-        _name,
-        f"gim_hloc.matchers.loftr:{_name}",
-        MatcherInfo(
-            name=_name,
-            kind="semidense",
-            side_by_side=True,
-            checkpoint=(_file,),
-            licence="Apache-2.0 (LoFTR)",
-            commercial=True,
-            colour="gray",
-            default_size=840,
-            summary=f"LoFTR as its authors trained it, on {_scenes}: a baseline of the ZEB table",
-        ),
-    )
-register(
-    "gim_lightglue",
-    "gim_hloc.matchers.lightglue:gim_lightglue",
-    MatcherInfo(
-        name="gim_lightglue",
-        kind="sparse",
-        descriptor_dim=256,
-        checkpoint=("gim_lightglue_100h.ckpt",),
-        licence="MIT code, weights for research only (GIM); SuperPoint: Magic Leap, non-commercial",
-        commercial=False,
-        colour="gray",
-        default_size=1920,
-        summary="SuperPoint keypoints, matched by LightGlue trained on internet videos",
-    ),
-)
-register(
-    "lightglue",
-    "gim_hloc.matchers.lightglue:lightglue",
-    MatcherInfo(
-        name="lightglue",
-        kind="sparse",
-        descriptor_dim=256,
-        checkpoint=("superpoint_v1.pth", "superpoint_lightglue.pth"),
-        licence="Magic Leap, non-commercial (SuperPoint), Apache-2.0 (LightGlue)",
-        commercial=False,
-        colour="gray",
-        default_size=1024,
-        summary="SuperPoint and LightGlue as their authors trained them: a baseline of ZEB",
-    ),
-)
-for _name, _scenes in (("superglue_outdoor", "MegaDepth"), ("superglue_indoor", "ScanNet")):
-    register(
-        _name,
-        f"gim_hloc.matchers.superglue:{_name}",
-        MatcherInfo(
-            name=_name,
-            kind="sparse",
-            descriptor_dim=256,
-            checkpoint=(f"{_name}.safetensors",),
-            licence="Magic Leap, non-commercial (SuperPoint and SuperGlue)",
-            commercial=False,
-            colour="gray",
-            default_size=1024,
-            summary=f"SuperPoint and SuperGlue, trained on {_scenes} (needs transformers)",
-        ),
-    )
+for _row in ROWS:
+    register(_row.info.name, functools.partial(_make, _row.info.name), _row.info)

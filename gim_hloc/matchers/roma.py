@@ -11,11 +11,9 @@ import torch
 from gim_hloc import weights
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.geometry.warp import Warp
-from gim_hloc.matchers.base import ImageData, ImageOptions, Quality
+from gim_hloc.matchers.base import ImageData, ImageOptions
 from gim_hloc.matchers.common import (
-    resolve_device,
     resolve_dtype,
-    resolve_options,
 )
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions, Side
 from gim_hloc.matchers.registry import describe
@@ -48,50 +46,6 @@ class RoMaOptions(DenseOptions):
                 f"size is {self.size}; RoMa needs multiples of {PATCH} px in its first pass, for "
                 f"instance {near}."
             )
-
-
-_GIM: dict[Quality, dict[str, Any]] = {
-    "fast": {"size": (448, 448), "upsample_size": (896, 896)},
-    "base": {},  # the reference's numbers
-    "precise": {"size": (784, 784), "upsample_size": (1568, 1568)},
-}
-_AUTHORS: dict[Quality, dict[str, Any]] = {
-    "fast": {"size": (420, 420), "upsample_size": (640, 640), "pad": False},
-    "base": {"size": (560, 560), "upsample_size": (864, 864), "pad": False},
-    "precise": {"size": (560, 560), "upsample_size": (1152, 1152), "pad": False},
-}
-
-
-def gim_roma(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> RoMaMatcher:
-    """RoMa trained on internet videos (GIM, 100 h)."""
-    return _make("gim_roma", _GIM, quality, device, overrides)
-
-
-def roma_outdoor(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> RoMaMatcher:
-    """RoMa trained on MegaDepth by its authors."""
-    return _make("roma_outdoor", _AUTHORS, quality, device, overrides)
-
-
-def roma_indoor(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> RoMaMatcher:
-    """RoMa trained on ScanNet by its authors."""
-    return _make("roma_indoor", _AUTHORS, quality, device, overrides)
-
-
-def _make(
-    name: str,
-    presets: Mapping[Quality, Mapping[str, Any]],
-    quality: Quality,
-    device: str,
-    overrides: Mapping[str, Any],
-) -> RoMaMatcher:
-    options = resolve_options(
-        RoMaOptions, quality=quality, presets=presets, overrides=overrides, matcher=name
-    )
-    return RoMaMatcher(name, options=options, device=resolve_device(device))
 
 
 def load_roma(state: Mapping[str, torch.Tensor], *, path: str) -> RoMa:
@@ -168,6 +122,7 @@ class RoMaMatcher(DenseMatcher):
         WeightsError: the weights cannot be had or are not this network's.
     """
 
+    options_type = RoMaOptions
     exact = ("coarse16", "position")
     patch = PATCH
     smallest_side = _SMALLEST

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
-from gim_hloc.matchers.common import MatcherBase, resolve_device, resolve_options
+from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, SparseEncoding
+from gim_hloc.matchers.common import MatcherBase
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
 from gim_hloc.options import Count, options
@@ -33,24 +32,10 @@ class SiftOptions:
     max_distance: float = 0.7  # of matched unit descriptors; 2 switches the test off
 
 
-_SIFT: dict[Quality, dict[str, Any]] = {
-    "fast": {"max_size": 1600, "max_keypoints": 4096},
-    "base": {"max_size": 3200, "max_keypoints": 8192},
-    "precise": {"max_size": None, "max_keypoints": 16384, "contrast_threshold": 0.01},
-}
-
-
-def sift(*, quality: Quality = "base", device: str = "auto", **overrides: Any) -> SiftMatcher:
-    """RootSIFT for reconstruction."""
-    options = resolve_options(
-        SiftOptions, quality=quality, presets=_SIFT, overrides=overrides, matcher="sift"
-    )
-    return SiftMatcher("sift", options=options, device=resolve_device(device))
-
-
 class SiftMatcher(MatcherBase[SparseEncoding]):
     """OpenCV's SIFT, RootSIFT descriptors, mutual nearest neighbours and the ratio test."""
 
+    options_type = SiftOptions
     encode_fields = (
         "max_size",
         "max_keypoints",
@@ -118,17 +103,6 @@ class RootSiftOptions:
     ratio: float = 0.8  # nearest over second nearest distance, both in image 1
 
 
-def root_sift(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> RootSiftMatcher:
-    """RootSIFT as the ZEB benchmark runs it; the operating points are the same."""
-    presets: Mapping[Quality, Mapping[str, Any]] = {"fast": {}, "base": {}, "precise": {}}
-    options = resolve_options(
-        RootSiftOptions, quality=quality, presets=presets, overrides=overrides, matcher="root_sift"
-    )
-    return RootSiftMatcher("root_sift", options=options, device=resolve_device(device))
-
-
 class RootSiftMatcher(MatcherBase[SparseEncoding]):
     """The benchmark's variant, kept number by number for comparison with published tables.
 
@@ -136,6 +110,7 @@ class RootSiftMatcher(MatcherBase[SparseEncoding]):
     the true place (in the octave that OpenCV doubles). ``sift`` has no such shift.
     """
 
+    options_type = RootSiftOptions
     encode_fields = ("max_size", "pixels_per_keypoint", "contrast_threshold")
 
     def __init__(self, name: str, *, options: RootSiftOptions, device: torch.device) -> None:

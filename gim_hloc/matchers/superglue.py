@@ -7,7 +7,6 @@ torchvision it runs too); keypoints come from our SuperPoint with the weights of
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -15,8 +14,8 @@ from pydantic import Field
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
-from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, Quality, SparseEncoding
-from gim_hloc.matchers.common import MatcherBase, resolve_device, resolve_options
+from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, SparseEncoding
+from gim_hloc.matchers.common import MatcherBase
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
 from gim_hloc.networks.superpoint import SuperPoint
@@ -36,12 +35,6 @@ class SuperGlueOptions:
     sinkhorn_iterations: Count = 100  # of the assignment; fewer are faster and less exact
 
 
-_PRESETS: dict[Quality, dict[str, Any]] = {
-    "fast": {"max_keypoints": 1024, "sinkhorn_iterations": 50},
-    "base": {},
-    "precise": {"max_size": 1600, "max_keypoints": 4096},
-}
-
 # Our SuperPoint's layers -> the package's.
 _LAYERS = {
     **{
@@ -52,29 +45,6 @@ _LAYERS = {
     **{f"convP{part}": f"keypoint_decoder.conv_score_{part}" for part in "ab"},
     **{f"convD{part}": f"descriptor_decoder.conv_descriptor_{part}" for part in "ab"},
 }
-
-
-def superglue_outdoor(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> SuperGlueMatcher:
-    """SuperGlue trained on MegaDepth."""
-    return _make("superglue_outdoor", quality, device, overrides)
-
-
-def superglue_indoor(
-    *, quality: Quality = "base", device: str = "auto", **overrides: Any
-) -> SuperGlueMatcher:
-    """SuperGlue trained on ScanNet."""
-    return _make("superglue_indoor", quality, device, overrides)
-
-
-def _make(
-    name: str, quality: Quality, device: str, overrides: Mapping[str, Any]
-) -> SuperGlueMatcher:
-    options = resolve_options(
-        SuperGlueOptions, quality=quality, presets=_PRESETS, overrides=overrides, matcher=name
-    )
-    return SuperGlueMatcher(name, options=options, device=resolve_device(device))
 
 
 def make_network(options: SuperGlueOptions, name: str = "superglue_outdoor") -> Any:
@@ -124,6 +94,7 @@ class SuperGlueMatcher(MatcherBase[SparseEncoding]):
         WeightsError: the weights cannot be had or are not this network's.
     """
 
+    options_type = SuperGlueOptions
     encode_fields = ("max_size", "max_keypoints", "detection_threshold", "nms_radius")
 
     def __init__(

@@ -21,13 +21,7 @@ from torch import nn
 from gim_hloc import weights
 from gim_hloc.errors import InputError
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.lightglue import (
-    UNREAD,
-    descriptor_dim,
-    load_extractor,
-    operating_point,
-    published_names,
-)
+from gim_hloc.matchers.lightglue import UNREAD, published_names
 from gim_hloc.networks.lightglue import LightGlue, published_shapes
 from gim_hloc.networks.superpoint import SuperPoint, pad_with_random
 from gim_hloc.training.batch import PairBatch
@@ -466,11 +460,10 @@ def _load_detector(name: str, kind: Detector) -> nn.Module:
         if name != "gim_lightglue":
             raise InputError(f"Only gim_lightglue can have a random detector, not {name}.")
         return _random_superpoint()
-    path = weights.locate(_DETECTOR_FILES[name])
-    if name != "gim_lightglue":
-        return load_extractor(name, path)
-    # GIM's own file holds the detector together with LightGlue, its authors' file alone.
-    return load_extractor("lightglue", path)
+    network: nn.Module = registry.matcher_class(name).load_detector(
+        weights.locate(_DETECTOR_FILES[name])
+    )
+    return network
 
 
 def build(
@@ -513,7 +506,7 @@ def build(
         )
     if detector not in get_args(Detector):
         raise InputError(f"detector is {detector!r}; choose {' or '.join(get_args(Detector))}.")
-    point = operating_point(name)
+    point = registry.operating_point(name)
     given = {
         "threshold": (detection_threshold, point.detection_threshold),
         "radius": (nms_radius, point.nms_radius),
@@ -524,7 +517,7 @@ def build(
         name,
         detector=network,
         glue=TrainableLightGlue(
-            input_dim=descriptor_dim(name), dim=dim, heads=heads, layers=layers
+            input_dim=registry.describe(name).descriptor_dim, dim=dim, heads=heads, layers=layers
         ),
         keypoints=keypoints,
         options={key: own if own is not None else usual for key, (own, usual) in given.items()},
