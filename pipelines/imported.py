@@ -13,6 +13,7 @@ import torch
 from gim_hloc.errors import InputError, some
 from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches
+from gim_hloc.matchers.common import MatcherBase
 from gim_hloc.store import H5Store, PairMissingError, digest, read_matches
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class ImportedOptions:
     matches: str
 
 
-class ImportedMatcher:
+class ImportedMatcher(MatcherBase[Encoding]):
     """Stands where a matcher would: its encodings and matches are files.
 
     Accepts what hloc writes: keypoints in half precision, files without scores, pairs in either
@@ -51,7 +52,7 @@ class ImportedMatcher:
         for path, what in ((features, "file of features"), (matches, "file of matches")):
             with open_h5(path, what):
                 pass  # that it can be opened is all
-        self.info = MatcherInfo(
+        info = MatcherInfo(
             name="imported",
             kind="sparse",
             checkpoint=(),
@@ -62,10 +63,12 @@ class ImportedMatcher:
             summary="keypoints and matches from files in hloc's layout",
             rotation_invariant=True,  # nothing can be matched again
         )
-        self.options = ImportedOptions(features=str(features), matches=str(matches))
-        self.image_options = ImageOptions(max_size=None)
-        self.device = torch.device("cpu")
-        self.weights_hashes: dict[str, str] = {}
+        super().__init__(
+            info=info,
+            options=ImportedOptions(features=str(features), matches=str(matches)),
+            image_options=ImageOptions(max_size=None),
+            device=torch.device("cpu"),
+        )
 
     def encode_settings(self) -> dict[str, Any]:
         """The file and when it was written."""
@@ -82,10 +85,6 @@ class ImportedMatcher:
     def match(self, a: Encoding, b: Encoding) -> Matches:
         """Nothing is computed here."""
         raise InputError(f"{self.matches} holds matches; no further pairs can be matched.")
-
-    def match_batch(self, pairs: Sequence[tuple[Encoding, Encoding]]) -> list[Matches]:
-        """Nothing is computed here."""
-        return [self.match(a, b) for a, b in pairs]
 
     def take_over(
         self,
