@@ -32,10 +32,20 @@ class SiftOptions:
     max_distance: float = 0.7  # of matched unit descriptors; 2 switches the test off
 
 
+@options
+class RootSiftOptions:
+    """Numbers of the ZEB benchmark's RootSIFT. Changing one leaves the benchmark."""
+
+    max_size: Count | None = 1600  # long side in pixels; the benchmark sets its own per data set
+    pixels_per_keypoint: Count = 64  # at most width * height / this keypoints
+    contrast_threshold: float = 1e-5  # OpenCV's scale: takes nearly every extremum
+    ratio: float = 0.8  # nearest over second nearest distance, both in image 1
+
+
 class SiftMatcher(MatcherBase[SparseEncoding]):
     """OpenCV's SIFT, RootSIFT descriptors, mutual nearest neighbours and the ratio test."""
 
-    options_type = SiftOptions
+    options_type: type[Any] = SiftOptions
     encode_fields = (
         "max_size",
         "max_keypoints",
@@ -44,11 +54,12 @@ class SiftMatcher(MatcherBase[SparseEncoding]):
         "octave_layers",
     )
 
-    def __init__(self, name: str, *, options: SiftOptions, device: torch.device) -> None:
+    def __init__(self, name: str, *, options: Any, device: torch.device) -> None:
+        info = describe(name)
         super().__init__(
-            info=describe(name),
+            info=info,
             options=options,
-            image_options=ImageOptions(max_size=options.max_size, grayscale=True),
+            image_options=ImageOptions(max_size=options.max_size, grayscale=info.colour == "gray"),
             device=device,
         )
 
@@ -85,25 +96,21 @@ class SiftMatcher(MatcherBase[SparseEncoding]):
         index, score = mutual_nearest(
             a.descriptors.to(self.device).float(),
             b.descriptors.to(self.device).float(),
-            places0=_places(a.keypoints).to(self.device),
-            places1=_places(b.keypoints).to(self.device),
             ratio=self.options.ratio,
-            max_distance=self.options.max_distance,
+            **self._rules(a, b),
         )
         return Matches.from_indices(a, b, index, score)
 
-
-@options
-class RootSiftOptions:
-    """Numbers of the ZEB benchmark's RootSIFT. Changing one leaves the benchmark."""
-
-    max_size: Count | None = 1600  # long side in pixels; the benchmark sets its own per data set
-    pixels_per_keypoint: Count = 64  # at most width * height / this keypoints
-    contrast_threshold: float = 1e-5  # OpenCV's scale: takes nearly every extremum
-    ratio: float = 0.8  # nearest over second nearest distance, both in image 1
+    def _rules(self, a: SparseEncoding, b: SparseEncoding) -> dict[str, Any]:
+        """What ``mutual_nearest`` is to heed beside the ratio."""
+        return {
+            "places0": _places(a.keypoints).to(self.device),
+            "places1": _places(b.keypoints).to(self.device),
+            "max_distance": self.options.max_distance,
+        }
 
 
-class RootSiftMatcher(MatcherBase[SparseEncoding]):
+class RootSiftMatcher(SiftMatcher):
     """The benchmark's variant, kept number by number for comparison with published tables.
 
     OpenCV's default upscale is part of it: its keypoints lie a quarter pixel right of and below
@@ -112,17 +119,6 @@ class RootSiftMatcher(MatcherBase[SparseEncoding]):
 
     options_type = RootSiftOptions
     encode_fields = ("max_size", "pixels_per_keypoint", "contrast_threshold")
-
-    def __init__(self, name: str, *, options: RootSiftOptions, device: torch.device) -> None:
-        super().__init__(
-            info=describe(name),
-            options=options,
-            image_options=ImageOptions(max_size=options.max_size),
-            device=device,
-        )
-
-    def _versions(self) -> dict[str, str]:
-        return {"opencv": _opencv_version()}
 
     def encode(self, image: ImageData) -> SparseEncoding:
         """Detect and describe keypoints of an RGB image (3, H, W)."""
@@ -137,17 +133,8 @@ class RootSiftMatcher(MatcherBase[SparseEncoding]):
         found, descriptors = detector.detectAndCompute(gray, _mask_array(image.mask))
         return _encoding(image, found, descriptors)
 
-    @torch.inference_mode()
-    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
-        """Match two encodings; score = cosine similarity of the descriptors."""
-        if len(a) == 0 or len(b) == 0:
-            return no_matches(a, b)
-        index, score = mutual_nearest(
-            a.descriptors.to(self.device).float(),
-            b.descriptors.to(self.device).float(),
-            ratio=self.options.ratio,
-        )
-        return Matches.from_indices(a, b, index, score)
+    def _rules(self, a: SparseEncoding, b: SparseEncoding) -> dict[str, Any]:
+        return {}
 
 
 def mutual_nearest(
