@@ -46,7 +46,7 @@ class SiftMatcher(MatcherBase[SparseEncoding]):
     """OpenCV's SIFT, RootSIFT descriptors, mutual nearest neighbours and the ratio test."""
 
     options_type: type[Any] = SiftOptions
-    encode_fields = (
+    encode_fields: tuple[str, ...] = (
         "max_size",
         "max_keypoints",
         "contrast_threshold",
