@@ -17,7 +17,7 @@ import numpy as np
 
 from gim_hloc.errors import GimError, OutputError
 from gim_hloc.evaluation import homography
-from gim_hloc.evaluation.zeb.run import Prediction, read_folder
+from gim_hloc.evaluation.zeb.predictions import Prediction
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
@@ -212,10 +212,7 @@ def _contact_sheet(
     from tqdm import tqdm
 
     results = {result.matcher: result for result in report.run.results}
-    wanted = {pair.identifier for pair in selection.pairs}
-    predictions = {
-        matcher: read_folder(result.predictions, wanted) for matcher, result in results.items()
-    }
+    predictions = {matcher: result.predictions.read() for matcher, result in results.items()}
     counts: dict[tuple[str, str], list[str]] = {}
     for result in report.run.results:
         for record in result.records:

@@ -1,7 +1,7 @@
 """Evaluation on lists of pairs (`gim_hloc.evaluation.pair_formats`): ZEB's for everything else.
 
-The runs are those of `gim_hloc.evaluation.zeb.run`: predictions apart from evaluations, dumps in
-the same line format, resuming. What is judged depends on the list: relative poses by ZEB's
+The runs are those of `gim_hloc.evaluation.zeb.run`: matches apart from verdicts, dumps in the same
+line format, resuming. What is judged depends on the list: relative poses by ZEB's
 protocols ``gim`` and ``poselib``, homographies by the corner error with OpenCV's RANSAC or PoseLib;
 where there is no truth, the matches that agree with a fundamental matrix are counted and drawn.
 
@@ -15,14 +15,11 @@ Below the output folder, beside what `gim_hloc.evaluation.zeb.run` describes::
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +27,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation import homography
+from gim_hloc.evaluation.options import EvaluationOptions, PairOptions
 from gim_hloc.evaluation.pair_formats import (
     POSED,
     Format,
@@ -41,21 +39,15 @@ from gim_hloc.evaluation.pair_formats import (
 )
 from gim_hloc.evaluation.zeb import metrics, protocol
 from gim_hloc.evaluation.zeb.dumps import DumpRecord
-from gim_hloc.evaluation.zeb.protocol import Estimator, Protocol
+from gim_hloc.evaluation.zeb.predictions import Prediction
+from gim_hloc.evaluation.zeb.protocol import Protocol
 from gim_hloc.evaluation.zeb.run import (
-    Backend,
-    Prediction,
     Problem,
-    RunOptions,
     RunReport,
     Selection,
     SetResult,
     draw,
-    read_folder,
-    require_unused,
     run_selections,
-    run_spread,
-    share,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +65,6 @@ _ORIENTATIONS = (1, 8, 3, 6)
 # of larger images it is as much more.
 _FUNDAMENTAL_SIDE = 1600.0
 _MIN_SIDE = 1
-_PREPARATION = 1  # raised when images are prepared differently
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,34 +133,6 @@ class FundamentalProtocol(Protocol):
     def name(self) -> str:
         """What folders are named by."""
         return f"{self.estimator}-fundamental-{self.threshold:g}px"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairOptions:
-    """How a list is run and judged."""
-
-    matchers: tuple[str, ...]  # names in the registry
-    protocols: tuple[Estimator, ...] = ("gim",)  # gim: OpenCV; poselib
-    # px; None: 0.5 (gim) and 1 (poselib) for poses, 3 for homographies, 1 for fundamental matrices
-    threshold: float | None = None
-    # None: 1200 (megadepth), 640x480 (scannet), the matcher's own (pairs), as stored (the others)
-    resize: Resize | None = None
-    short_side: int | None = None  # px, of homographies: see `HomographyProtocol`
-    thresholds: tuple[float, ...] = ()  # of AUC; none: 5 10 20 degrees, or 1 3 5 10 20 px
-    samples: int = 1000  # bootstrap resamplings for the 95 % interval; 0: none
-    quality: str = "base"  # operating point of the matchers
-    limit: int | None = None  # pairs, drawn at random; None: all
-    seed: int = 0  # of that draw and of the bootstrap
-    devices: tuple[str, ...] = ("auto",)  # of the networks; one worker each if there are several
-    backend: Backend = "processes"  # of workers: here, or "ray"
-    shard: tuple[int, int] = (0, 1)  # (i, N): the i-th of N parts of the list, from 0
-    resume: bool = True  # go on with what the output folder holds
-    pictures: bool = True  # draw the pairs of a list without truth
-    progress: bool = False  # show progress bars
-
-    def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise InputError(f"samples is {self.samples}, it must not be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,17 +207,16 @@ def evaluate(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     options: PairOptions,
-    **reading: Any,
+    *,
+    progress: bool = False,
 ) -> PairReport:
     """Run matchers over a list of pairs and judge them.
 
     Args:
         path: file or folder in one of the formats of `gim_hloc.evaluation.pair_formats`.
-        output: folder of results, see the module; several lists may share it, and so do the
-            shards of one: the last of them writes the results.
+        output: folder of results, see the module; several lists may share it.
         options: what to run.
-        **reading: of `read_list`: ``images``, ``format``, ``name``, ``intrinsics``,
-            ``calibrated_size``.
+        progress: show bars.
 
     Returns:
         Figures and problems. An entry that cannot be used, a missing or damaged image or a pair on
@@ -262,16 +224,22 @@ def evaluate(
 
     Raises:
         InputError: the list or an option cannot be used at all.
-        OutputError: the folder holds results of these matchers on this list and ``resume`` is off.
+        LockedError: another run works in the output folder.
+        OutputError: a pair killed two workers; what was finished is kept.
         WeightsError: the weights of a matcher cannot be had.
-        GimError: all workers were lost.
     """
-    # Workers elsewhere have another working directory.
-    path = os.path.abspath(path)
-    for key in ("images", "intrinsics"):
-        if reading.get(key) is not None:
-            reading[key] = os.path.abspath(reading[key])
-    pair_list = read_list(path, **reading)
+    calibrated = None if options.k_size is None else parse_resize(options.k_size).exact
+    if options.k_size is not None and calibrated is None:
+        raise InputError(f"k_size is {options.k_size!r}; give WxH, for instance 640x480.")
+    path = Path(path).absolute()  # workers may have another working directory
+    pair_list = read_list(
+        path,
+        images=options.images and options.images.absolute(),
+        format=options.format,
+        name=options.name,
+        intrinsics=options.intrinsics,
+        calibrated_size=calibrated,
+    )
     if pair_list.repeated:
         logger.warning(
             "%s names %d pairs more than once; the last of each counts.", path, pair_list.repeated
@@ -281,32 +249,22 @@ def evaluate(
         unit = "pixels" if kind == "homography" else "degrees"
         metrics.check_thresholds(options.thresholds, unit=unit)
     output = Path(output)
-    resize = options.resize or _DEFAULT_RESIZE[pair_list.format]
-    run_options = RunOptions(
-        matchers=options.matchers,
-        protocols=make_protocols(kind, options),
-        quality=options.quality,
+    resize = _DEFAULT_RESIZE[pair_list.format]
+    if options.resize is not None:
+        resize = parse_resize(options.resize)
+    protocols = make_protocols(kind, options)
+    selection = select(pair_list, resize, options)
+    run = run_selections(
+        [selection],
+        output,
+        options,
+        protocols,
         # Its sizes are meant for images that the list's rule has reduced.
         reference_settings=not resize.own,
-        limit=options.limit,
-        seed=options.seed,
-        device=(*options.devices, "auto")[0],
-        shard=options.shard,
-        resume=options.resume,
-        progress=options.progress,
+        progress=progress,
     )
-    selection = select(pair_list, resize, run_options)
-    if not options.resume and options.shard[1] == 1:
-        require_unused(output, options.matchers, selection.folder)
-    if len(options.devices) > 1 or options.backend == "ray":
-        source = partial(_read_selections, path, reading, resize)
-        run = run_spread(
-            [selection], source, output, run_options, options.devices, backend=options.backend
-        )
-    else:
-        run = run_selections([selection], output, run_options)
     report = PairReport(pair_list=pair_list, kind=kind, rows=[], run=run, lost=pair_list.lost)
-    by_protocol = {entry.name: entry for entry in run_options.protocols}
+    by_protocol = {entry.name: entry for entry in protocols}
     for result in run.results:
         if result.evaluated < result.pairs:
             continue
@@ -340,15 +298,15 @@ def make_protocols(kind: Kind, options: PairOptions) -> tuple[Protocol, ...]:
         if kind == "homography":
             made.append(
                 homography.make_protocol(
-                    name, threshold=options.threshold, short_side=options.short_side
+                    name, threshold=options.threshold_px, short_side=options.short_side
                 )
             )
             continue
         entry = protocol.make_protocol(name)
         if kind == "none":
             entry = FundamentalProtocol(estimator=entry.estimator)
-        if options.threshold is not None:
-            entry = replace(entry, threshold=options.threshold)
+        if options.threshold_px is not None:
+            entry = replace(entry, threshold=options.threshold_px)
         made.append(entry)
     return tuple(made)
 
@@ -356,43 +314,22 @@ def make_protocols(kind: Kind, options: PairOptions) -> tuple[Protocol, ...]:
 # ---------------------------------------------------------------------------------------- selection
 
 
-def _read_selections(
-    path: str, reading: dict[str, Any], resize: Resize, options: RunOptions
-) -> list[PairSelection]:
-    """What one worker's run on a list is about; called in the worker."""
-    return [select(read_list(path, **reading), resize, options)]
-
-
-def select(pair_list: PairList, resize: Resize, options: RunOptions) -> PairSelection:
+def select(pair_list: PairList, resize: Resize, options: EvaluationOptions) -> PairSelection:
     """Return what a run on a list is about."""
     pairs, bad = draw(pair_list.pairs, pair_list.bad, options)
-    shown = [_PREPARATION, resize.name, str(pair_list.root.resolve())]
-    truth = hashlib.sha256(repr(pair_list.calibrated_size).encode())
-    for pair in pair_list.pairs:
-        truth.update(pair.identifier.encode("utf-8", "surrogateescape"))
-        for matrix in pair.truth():
-            truth.update(np.ascontiguousarray(matrix, dtype="<f8").tobytes())
-    folder = f"{pair_list.name}-{_digest(json.dumps(shown).encode())}"
+    kind = kind_of(pair_list)
     return PairSelection(
         name=pair_list.name,
-        folder=folder,
-        # A corrected list is judged anew, its matches are kept.
-        evaluation_folder=f"{folder}-{truth.hexdigest()[:8]}",
-        dump_name=None if kind_of(pair_list) == "none" else pair_list.name,
-        dump_unit="px" if kind_of(pair_list) == "homography" else "deg",
+        dump_name=None if kind == "none" else pair_list.name,
+        dump_unit="px" if kind == "homography" else "deg",
         pairs=pairs,
         bad=bad,
-        mine=share(pairs, options),
         root=pair_list.root,
         resize=resize,
         calibrated_size=pair_list.calibrated_size,
         upright=pair_list.format == "pairs",
         files={file.key: file for pair in pairs for file in pair.files},
     )
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,6 +351,19 @@ class PairSelection(Selection):
     files: dict[str, ImageFile]
     warned: set[str] = field(default_factory=set)
 
+    @property
+    def shown(self) -> list[Any]:
+        """Size, and which way up; quarter turns are in the names."""
+        return ["list", self.resize.name, self.upright]
+
+    def path(self, name: str) -> Path:
+        """Below the root."""
+        return self.root / self.files[name].name
+
+    def truth(self, pair: Any) -> list[Any]:
+        """Calibration and pose, or the homography."""
+        return [self.calibrated_size, *(matrix.tolist() for matrix in pair.truth())]
+
     def record(self, key: str) -> ImageRecord:
         """Open an image for people and for matchers: turned as it is shown.
 
@@ -423,7 +373,7 @@ class PairSelection(Selection):
         from gim_hloc import images
 
         file = self.files[key]
-        path = self.root / file.name
+        path = self.path(key)
         if not path.is_file():
             raise InputError(f"The image {path} does not exist.")
         found = images.scan(
@@ -450,7 +400,7 @@ class PairSelection(Selection):
         from gim_hloc.matchers.base import ImageData
 
         file = self.files[name]
-        path = self.root / file.name
+        path = self.path(name)
         pixels = read_rgb(path, upright=False)
         height, width = pixels.shape[:2]
         # The size is that of the image as it is shown: an exact one is not turned.
@@ -601,7 +551,7 @@ def _summarise(
     kind: Kind,
     options: PairOptions,
 ) -> PairRow:
-    predictions = read_folder(result.predictions, (pair.identifier for pair in selection.pairs))
+    predictions = result.predictions.read()
     counts = [len(p.scores) for p in predictions.values()]
     matches = sum(counts) / result.pairs
     if kind == "none":

@@ -13,11 +13,12 @@ On a GPU one thread feeds batches while another decodes images.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -77,16 +78,15 @@ class EncodingCache:
         return sum(encoding_bytes(e) for e in self._held.values())
 
 
-def run_threads(
+def in_threads(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     *,
     workers: int,
-    done: Callable[[Item, Result], None],
     inner_threads: int | None = None,
     ahead: int | None = None,
-) -> None:
-    """Run ``work`` on items in threads; ``done`` is called in this thread, in finishing order.
+) -> Iterator[tuple[Item, Result]]:
+    """Run ``work`` on items in threads and yield each item with its result, in finishing order.
 
     No more than ``ahead`` items are taken (twice the workers by default). The first error stops
     the rest and is raised.
@@ -95,13 +95,12 @@ def run_threads(
         work: called in a worker thread.
         items: taken one by one.
         workers: threads; with 1 everything runs in this thread, in order.
-        done: called with each item and its result.
         inner_threads: threads inside each PyTorch operator of a worker.
         ahead: items in work or waiting at a time.
     """
     if workers <= 1:
         for item in items:
-            done(item, work(item))
+            yield item, work(item)
         return
 
     def start() -> None:
@@ -114,20 +113,31 @@ def run_threads(
     pool = ThreadPoolExecutor(max_workers=workers, initializer=start)
     try:
         while True:
-            while len(running) < (ahead or 2 * workers):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    break
+            for item in itertools.islice(iterator, (ahead or 2 * workers) - len(running)):
                 running[pool.submit(work, item)] = item
             if not running:
                 break
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                done(running.pop(future), future.result())
+                yield running.pop(future), future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
+
+
+def run_threads(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    done: Callable[[Item, Result], None],
+    inner_threads: int | None = None,
+    ahead: int | None = None,
+) -> None:
+    """``in_threads`` with a callback, called in this thread."""
+    options: Any = {"workers": workers, "inner_threads": inner_threads, "ahead": ahead}
+    for item, result in in_threads(work, items, **options):
+        done(item, result)
 
 
 def encode_images(
@@ -255,38 +265,46 @@ class Encoder(Protocol):
         ...
 
 
-def match_scheduled(
+def match(
     matcher: Encoder,
     pairs: Sequence[Pair],
-    read: Callable[[str], ImageData],
+    read: Callable[[str], Any],
     work: Callable[[list[tuple[Any, Any]]], Sequence[Result]],
-    done: Callable[[Pair, Result], None],
     *,
+    encode: Callable[[Any], Encoding] | None = None,
+    device: torch.device | None = None,
     cache_gb: float | None = None,
     batch_size: int = 1,
     workers: int = 1,
-) -> ScheduleReport:
-    """Match pairs of a matcher whose encodings are too large to be stored.
+    report: ScheduleReport | None = None,
+) -> Iterator[tuple[Pair, Result]]:
+    """Match each pair once; yields pairs with what ``work`` gave, in finishing order.
 
-    Images are encoded when a pair needs them, and the order of the pairs is chosen such that this
-    happens once per image while the budget allows it. When memory runs out, the batch is halved,
-    then the matcher's resolution (``matcher.smaller()``), and the log says so.
+    Encodings are made, or read back, when a pair needs them, and the order of the pairs is chosen
+    such that this happens once per image while the budget allows it. When memory runs out, the
+    batch is halved, then the matcher's resolution (``matcher.smaller()``), and the log says so.
 
     Args:
         matcher: what encodes.
         pairs: name pairs, each once.
-        read: name -> image as the matcher wants it; called ahead, in threads.
+        read: name -> image as the matcher wants it, or what was stored; called ahead, in threads.
         work: encodings of some pairs -> one result per pair.
-        done: called in this thread with each pair and its result.
+        encode: what ``read`` gave -> encoding; by default the matcher's own.
+        device: where encodings are held; by default the matcher's.
         cache_gb: memory for encodings, 10^9 bytes; ``None`` chooses (see ``memory_budget``).
         batch_size: pairs that ``work`` gets at once.
         workers: threads that run ``work`` side by side (processor only).
+        report: filled in.
     """
-    report = ScheduleReport(batch_size=batch_size)
+    report = report or ScheduleReport()
+    report.batch_size = batch_size
     left = list(pairs)
     while left:
         try:
-            _run_schedule(matcher, left, read, work, done, cache_gb, workers, report)
+            yield from _run_schedule(
+                encode or matcher.encode, device or matcher.device,
+                left, read, work, cache_gb, workers, report,
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:  # torch raises several classes
             if not is_out_of_memory(error):
                 raise
@@ -308,6 +326,20 @@ def match_scheduled(
         else:
             continue
         release_memory(matcher.device)
+
+
+def match_scheduled(
+    matcher: Encoder,
+    pairs: Sequence[Pair],
+    read: Callable[[str], ImageData],
+    work: Callable[[list[tuple[Any, Any]]], Sequence[Result]],
+    done: Callable[[Pair, Result], None],
+    **options: Any,
+) -> ScheduleReport:
+    """``match`` with a callback, called in this thread."""
+    report = ScheduleReport()
+    for pair, result in match(matcher, pairs, read, work, report=report, **options):
+        done(pair, result)
     return report
 
 
@@ -345,19 +377,19 @@ def release_memory(device: torch.device) -> None:
 
 
 def _run_schedule(
-    matcher: Encoder,
+    encode: Callable[[Any], Encoding],
+    device: torch.device,
     left: list[Pair],
-    read: Callable[[str], ImageData],
+    read: Callable[[str], Any],
     work: Callable[[list[tuple[Any, Any]]], Sequence[Result]],
-    done: Callable[[Pair, Result], None],
     cache_gb: float | None,
     workers: int,
     report: ScheduleReport,
-) -> None:
+) -> Iterator[tuple[Pair, Result]]:
     """Match ``left``; pairs that are done are taken out of it."""
-    budget = memory_budget(matcher.device, cache_gb)
+    budget = memory_budget(device, cache_gb)
     first = left[0][0]
-    encoding = matcher.encode(read(first))
+    encoding = encode(read(first))
     size = max(1, encoding_bytes(encoding))
     # Every worker needs two encodings whatever the budget says.
     report.capacity = max(2 * workers, report.batch_size + 1, int(budget.total // size))
@@ -375,24 +407,21 @@ def _run_schedule(
         finally:
             pool.release(chunk)
 
-    def finished(batch: tuple[int, list[Pair]], results: Sequence[Result]) -> None:
-        for pair, result in zip(batch[1], results, strict=True):
-            done(pair, result)
-            matched.add(pair)
-
     matched: set[Pair] = set()
-    with EncodingPool(read, matcher.encode, order, budget, matcher.device) as pool:
+    with EncodingPool(read, encode, order, budget, device) as pool:
         pool.put(first, encoding)
         del encoding
         try:
-            run_threads(
+            for (_, chunk), results in in_threads(
                 run,
                 batches,
                 workers=workers,
-                done=finished,
                 inner_threads=max(1, usable_cores() // workers),
                 ahead=workers,
-            )
+            ):
+                for pair, result in zip(chunk, results, strict=True):
+                    matched.add(pair)
+                    yield pair, result
         finally:
             left[:] = [pair for pair in left if pair not in matched]
             report.encoded += pool.encoded

@@ -30,6 +30,7 @@ from pydantic import Field
 from pydantic_core import ErrorDetails
 
 from gim_hloc.errors import InputError
+from gim_hloc.workers import Where
 
 Kind = TypeVar("Kind")
 
@@ -400,6 +401,28 @@ class FitOptions:
 
 
 # What every run is told, whatever it does.
+
+
+@options
+class WorkOptions:
+    """Who does the work."""
+
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    devices: tuple[str, ...] = ()
+    """Several of them: a process for each, such as cuda:0 cuda:1, or cpu cpu."""
+    engine: Literal["local", "ray"] = "local"
+    """This machine, or --workers of Ray, here or on the cluster of RAY_ADDRESS; all of them must
+    see the files."""
+    workers: CountOrNone = 0
+    """Ray's workers; each has a GPU where there are any."""
+
+    @property
+    def where(self) -> Where:
+        """The same for ``workers.run``."""
+        return Where(
+            devices=self.devices, engine=self.engine, workers=self.workers, device=self.device
+        )
 
 
 @options

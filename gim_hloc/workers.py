@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 _Result_co = TypeVar("_Result_co", covariant=True)
 
 _AHEAD = 2  # chunks that a worker has at a time: one in work, one waiting
-_DEATHS = 2  # of workers, after which a chunk is not given to another one
+_DEATHS = 2  # of workers in a row, after which a chunk is not given to another one
 
 
 class Task(Protocol[Item, _Result_co]):
@@ -61,6 +61,11 @@ class Where:
     def __post_init__(self) -> None:
         if self.engine == "ray" and (self.devices or self.workers < 1):
             raise InputError("Ray places its workers itself: give --workers N and no --devices.")
+
+    @property
+    def count(self) -> int:
+        """Processes that work."""
+        return self.workers if self.engine == "ray" else len(self.devices) or 1
 
 
 def usable_cores() -> int:
@@ -110,7 +115,7 @@ def run(
 
     Raises:
         InputError: Ray is not installed or has not room for so many workers.
-        OutputError: a chunk of items killed two workers.
+        OutputError: a chunk of items killed two workers, one after the other.
         GimError: a worker raised it, or another error, which it names.
     """
     iterator = iter(items)
@@ -134,7 +139,7 @@ class _Chunk(Generic[Item]):
 
     def __init__(self, items: Iterable[Item]) -> None:
         self.items = list(items)  # that are not done
-        self.deaths = 0
+        self.deaths = 0  # since the last of them was done
 
 
 class _DeathError(Exception):
@@ -179,6 +184,7 @@ def _spread(
                     continue
                 items = worker.chunks[0].items
                 if kind == "result":
+                    worker.chunks[0].deaths = 0
                     done(items.pop(items.index(content[0])), content[1])
                 elif kind == "log":
                     logging.getLogger(content[0].name).handle(content[0])

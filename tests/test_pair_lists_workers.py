@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,24 @@ from PIL import Image
 from zeb_oracle import calibration, pose, register, run_and_kill
 
 from gim_hloc.cli.zeb import main
-from gim_hloc.errors import InputError, OutputError
+from gim_hloc.errors import InputError
 from gim_hloc.evaluation import pair_lists
-from gim_hloc.evaluation.pair_lists import PairOptions, PairReport
-from gim_hloc.evaluation.zeb import run
+from gim_hloc.evaluation.options import PairOptions
+from gim_hloc.evaluation.pair_lists import PairReport
 
 NAME = "pair_workers_oracle"
 SIZE = (64, 48)
 IMAGES = 6  # 15 pairs
 
-# Matches a pair in 50 ms and writes every second one, so that there is time to kill it between.
+# Matches a pair in 50 ms, so that there is time to kill it between.
 _SLOW = """
-import functools, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 from zeb_oracle import register
 from gim_hloc.evaluation import pair_lists
+from gim_hloc.evaluation.options import PairOptions
 register(sys.argv[2], delay=0.05)
-pair_lists.RunOptions = functools.partial(pair_lists.RunOptions, part_pairs=2)
-pair_lists.evaluate(sys.argv[3], sys.argv[4], pair_lists.PairOptions(matchers=(sys.argv[2],)))
+pair_lists.evaluate(sys.argv[3], sys.argv[4], PairOptions(matchers=(sys.argv[2],)))
 """
 
 
@@ -55,16 +54,6 @@ def pair_list(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def in_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers without processes, so that they know the oracle."""
-
-    def work(source: run.Source, output: str, jobs: list[run.RunOptions]) -> list[Any]:
-        return [run._run_job(source, output, job) for job in jobs]
-
-    monkeypatch.setitem(run._MAPS, "processes", work)
-
-
 def judged(path: Path, output: Path, **options: Any) -> PairReport:
     return pair_lists.evaluate(
         path, output, PairOptions(**{"matchers": (NAME,), "samples": 20, **options})
@@ -79,120 +68,64 @@ def written(output: Path) -> dict[str, bytes]:
 
 def test_shards_make_the_whole_list(pair_list: Path, tmp_path: Path) -> None:
     whole = judged(pair_list, tmp_path / "whole")
-    first = judged(pair_list, tmp_path / "parts", shard=(0, 2))
-    assert (first.run.matched, first.rows, first.files) == (7, [], [])
-    assert not first.complete
-    assert not (tmp_path / "parts" / "results").exists()
-    second = judged(pair_list, tmp_path / "parts", shard=(1, 2))
-    assert second.run.matched == 8
-    assert second.complete
-    assert second.rows == whole.rows
+    parts = tmp_path / "parts"
+    for shard, matched in (("0/2", 7), ("1/2", 8)):
+        report = judged(pair_list, parts, shard=shard)
+        assert (report.run.matched, report.rows, report.files) == (matched, [], [])
+        assert not report.complete
+        assert not (parts / "results").exists()
+    report = judged(pair_list, parts)
+    assert report.run.matched == 0
+    assert report.complete
+    assert report.rows == whole.rows
     assert whole.rows[0].pairs == 15
-    assert written(tmp_path / "parts") == written(tmp_path / "whole")
+    assert written(parts) == written(tmp_path / "whole")
     assert len(written(tmp_path / "whole")) == 4
-    with pytest.raises(OutputError, match="resume"):
-        judged(pair_list, tmp_path / "parts", resume=False)
 
 
-@pytest.mark.parametrize("lost", ["0.png", "5.png"])
-def test_the_last_shard_counts_what_another_could_not_read(
-    pair_list: Path, tmp_path: Path, lost: str
-) -> None:
-    image = (pair_list.parent / lost).read_bytes()
-    (pair_list.parent / lost).unlink()
-    whole = judged(pair_list, tmp_path / "whole")
-    assert (whole.rows[0].failures, whole.exit_code) == (5, 1)
-    reports = [judged(pair_list, tmp_path / "parts", shard=(i, 2)) for i in range(2)]
-    assert reports[1].rows == whole.rows
-    assert written(tmp_path / "parts") == written(tmp_path / "whole")
-    # An image that is there again is matched, and nothing of its failure remains.
-    (pair_list.parent / lost).write_bytes(image)
-    again = judged(pair_list, tmp_path / "parts")
-    assert (again.run.matched, again.rows[0].failures, again.exit_code) == (5, 0, 0)
-    assert not list((tmp_path / "parts").glob("predictions/*/*/failed/*"))
-
-
-@pytest.mark.usefixtures("in_line")
-def test_workers_give_what_one_run_gives(
-    pair_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_that_is_there_again_is_matched(pair_list: Path, tmp_path: Path) -> None:
+    image = (pair_list.parent / "5.png").read_bytes()
     (pair_list.parent / "5.png").unlink()
-    lines = pair_list.read_text().splitlines()
-    pair_list.write_text("\n".join(["0.png 1.png 0 0 1 2", *lines[1:]]))
-    one = judged(pair_list, tmp_path / "one", protocols=("gim",))
-    monkeypatch.chdir(pair_list.parent)  # workers know no working directory
-    many = judged(Path("list.txt"), tmp_path / "many", devices=("cpu", "cpu", "cpu"))
-    assert many.rows == one.rows
-    assert many.rows[0].failures == 6
-    assert many.run.matched == one.run.matched == 9
-    assert {str(p) for p in many.run.problems} == {str(p) for p in one.run.problems}
-    assert written(tmp_path / "many") == written(tmp_path / "one")
+    whole = judged(pair_list, tmp_path / "out")
+    assert (whole.rows[0].failures, whole.exit_code) == (5, 1)
+    (pair_list.parent / "5.png").write_bytes(image)
+    again = judged(pair_list, tmp_path / "out")
+    assert (again.run.matched, again.rows[0].failures, again.exit_code) == (5, 0, 0)
 
 
-@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"]])
-def test_each_problem_is_told_once(
+def test_processes_give_what_one_run_gives(
     pair_list: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    devices: list[str],
 ) -> None:
-    def work(source: run.Source, output: str, jobs: list[run.RunOptions]) -> list[Any]:
-        logging.disable(logging.CRITICAL)  # nobody hears processes
-        try:
-            return [run._run_job(source, output, job) for job in jobs]
-        finally:
-            logging.disable(logging.NOTSET)
-
-    monkeypatch.setitem(run._MAPS, "processes", work)
+    generator = np.random.default_rng(0)
+    for i in range(IMAGES - 1):
+        pixels = generator.integers(0, 255, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((256, 192)).save(pair_list.parent / f"{i}.png")
     (pair_list.parent / "5.png").unlink()
     lines = pair_list.read_text().splitlines()
     pair_list.write_text("\n".join(["0.png 1.png 0 0 1 2", *lines[1:]]))
-    command = ["pairs", str(pair_list), "--matchers", NAME, "--out", str(tmp_path / "out")]
-    assert main([*command, "--devices", *devices]) == 1
-    error = capsys.readouterr().err
-    assert error.count("6 tokens instead of 38") == 1
-    assert error.count("5.png does not exist") + error.count("5.png cannot be read") == 5
-
-
-def test_a_lost_worker_leaves_no_results(
-    pair_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def work(source: run.Source, output: str, jobs: list[run.RunOptions]) -> list[Any]:
-        return [run._run_job(source, output, jobs[0]), run._Died("SIGKILL")]
-
-    monkeypatch.setitem(run._MAPS, "processes", work)
-    report = judged(pair_list, tmp_path / "out", devices=("cpu", "cpu"))
-    assert (report.rows, report.files, report.exit_code) == ([], [], 1)
-    assert "Worker 2 of 2 on cpu died (SIGKILL)" in report.run.lost[0]
-    again = judged(pair_list, tmp_path / "out")
-    assert (again.run.matched, again.rows[0].pairs, again.exit_code) == (8, 15, 0)
+    monkeypatch.chdir(pair_list.parent)  # workers know no working directory
+    command = ["pairs", "list.txt", "--matchers", "sift", "--k-size", "64x48", "--out"]
+    for name, more in (("two", ["--devices", "cpu", "cpu"]), ("one", ["--device", "cpu"])):
+        assert main([*command, str(tmp_path / name), *more]) == 1
+        told = capsys.readouterr()
+        assert "9 pairs matched" in told.out
+        # Each problem once, whoever met it.
+        assert told.err.count("6 tokens instead of 38") == 1
+        assert told.err.count("5.png does not exist") + told.err.count("5.png cannot be read") == 5
+    assert written(tmp_path / "two") == written(tmp_path / "one")
 
 
 def test_killed_and_resumed_gives_the_same(pair_list: Path, tmp_path: Path) -> None:
     judged(pair_list, tmp_path / "whole")
     out = tmp_path / "killed"
-    files = "predictions/*/*/*.npz"
-    run_and_kill(_SLOW, NAME, str(pair_list), str(out), out=out, files=files)
+    run_and_kill(_SLOW, NAME, str(pair_list), str(out), out=out)
     assert not written(out)
     report = judged(pair_list, out)
     assert 0 < report.run.matched < 15  # neither all nor none were done before
     assert written(out) == written(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_two_processes_on_the_command_line(
-    pair_list: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    generator = np.random.default_rng(0)
-    for i in range(IMAGES):
-        pixels = generator.integers(0, 255, (12, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((256, 192)).save(pair_list.parent / f"{i}.png")
-    command = ["pairs", str(pair_list), "--matchers", "sift", "--k-size", "64x48", "--devices"]
-    assert main([*command, "cpu", "cpu", "--out", str(tmp_path / "two")]) == 0
-    assert "15 matched" in capsys.readouterr().out
-    assert main([*command, "cpu", "--out", str(tmp_path / "one")]) == 0
-    assert written(tmp_path / "two") == written(tmp_path / "one")
 
 
 def test_what_a_shard_says(
@@ -201,12 +134,15 @@ def test_what_a_shard_says(
     command = ["pairs", str(pair_list), "--matchers", NAME, "--out", str(tmp_path / "out")]
     assert main([*command, "--shard", "0/2"]) == 0
     out = capsys.readouterr().out
-    assert f"{NAME} (gim): 7 of 15 pairs; results are written when all are judged" in out
+    assert f"{NAME} (gim): 7 of 15 pairs; the same command without --shard writes" in out
     assert "AUC" not in out
-    assert main([*command, "--shard", "1/2"]) == 0
-    assert "AUC@5°" in capsys.readouterr().out
-    assert main([*command, "--shard", "2/2"]) == 2
-    assert "count from 0" in capsys.readouterr().err
-    assert main([*command, "--shard", "one"]) == 2
-    with pytest.raises(InputError, match="No device"):
-        judged(pair_list, tmp_path / "none", devices=(), backend="ray")
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "8 pairs matched" in out
+    assert "AUC@5°" in out
+    for wrong in ("2/2", "one"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "--shard", wrong])
+        assert "with i from 0 to N - 1" in capsys.readouterr().err
+    with pytest.raises(InputError, match="give --workers N"):
+        judged(pair_list, tmp_path / "none", engine="ray")

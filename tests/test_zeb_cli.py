@@ -56,7 +56,8 @@ def test_bad_inputs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["table", str(tmp_path / "nothing")]) == 2
     assert main(["data", str(tmp_path)]) == 2
     arguments = ["run", str(tmp_path), "--out", str(tmp_path / "o"), "--matchers", "root_sift"]
-    assert main([*arguments, "--shard", "x"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--shard", "x"])
     error = capsys.readouterr().err
     assert error.count("error: ") == 4
     assert "--shard is 'x'" in error
@@ -73,7 +74,8 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert main(["table", str(dumps), "--out", str(file / "a.md")]) == 2
     assert main(["table", str(dumps), "--plots", str(file)]) == 2
     error = capsys.readouterr().err
-    assert error.count("cannot be used: ") == 3
+    assert error.count("cannot be used: ") == 2
+    assert f"Cannot write to {file}: " in error
     assert "Traceback" not in error
 
 
@@ -99,7 +101,7 @@ def test_run_check_and_table_on_the_miniature(
     assert main([*arguments, "--sets", "GL3D"]) == 0
     printed = capsys.readouterr().out
     assert "root_sift on GL3D (gim): 3 of 3 pairs" in printed
-    assert "outside matchers and RANSAC" in printed
+    assert "3 pairs matched" in printed
     dump = next(out.rglob("*GL3D*.txt"))
     before = dump.read_bytes()
     dump.unlink()

@@ -15,8 +15,9 @@ from PIL import Image
 from gim_hloc import colmap
 from gim_hloc.cli.zeb import main
 from gim_hloc.errors import InputError, OutputError
+from gim_hloc.evaluation.options import MakeOptions
 from gim_hloc.evaluation.zeb import datasets, make
-from gim_hloc.evaluation.zeb.make import MakeOptions, make_set
+from gim_hloc.evaluation.zeb.make import make_set
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SIZE = (80, 60)
@@ -177,7 +178,7 @@ def test_bins_are_filled_alike_and_by_the_seed(images: Path, tmp_path: Path) -> 
         found.append(sorted(labels(made)))
     assert found[0] == found[1]
     assert found[0] != found[2]
-    everything = MakeOptions(name="mine", pairs_per_bin=None, min_overlap=0.5, max_overlap=0.7)
+    everything = MakeOptions(name="mine", pairs_per_bin=0, min_overlap=0.5, max_overlap=0.7)
     made = make_set(model, images, tmp_path / "all", everything)
     assert {(part.low, part.found - part.taken) for part in made.bins} == {(0.5, 0), (0.6, 0)}
 

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gim_hloc.cache import Cache
 from gim_hloc.cli.zeb import main
 from gim_hloc.errors import InputError
+from gim_hloc.evaluation.options import PictureOptions, RunOptions
 from gim_hloc.evaluation.zeb import pictures
-from gim_hloc.evaluation.zeb.datasets import ZebPair
+from gim_hloc.evaluation.zeb.datasets import ZebPair, find_root, find_set
 from gim_hloc.evaluation.zeb.dumps import Dump, DumpRecord, write_dump
-from gim_hloc.evaluation.zeb.pictures import PictureOptions, draw_worst, error_colours
-from gim_hloc.evaluation.zeb.run import Prediction, write_predictions
+from gim_hloc.evaluation.zeb.pictures import draw_worst, error_colours
+from gim_hloc.evaluation.zeb.predictions import Prediction
+from gim_hloc.evaluation.zeb.run import select
 
 SIZE = (160, 120)
 FOCAL = 100.0
@@ -48,9 +51,8 @@ def zeb(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def prediction(name: str, points0: list[Any], points1: list[Any]) -> Prediction:
+def prediction(points0: list[Any], points1: list[Any]) -> Prediction:
     return Prediction(
-        identifier=name,
         points0=np.array(points0, np.float32).reshape(-1, 2),
         points1=np.array(points1, np.float32).reshape(-1, 2),
         scores=np.ones(len(points0), np.float32),
@@ -63,7 +65,7 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Write:
+def write(zeb: Path, tmp_path: Path) -> Write:
     def made(matcher: str, errors: list[float], *, matches: bool = True) -> Path:
         out = tmp_path / "run"
         records = tuple(
@@ -75,19 +77,25 @@ def write(tmp_path: Path) -> Write:
             for i, error in enumerate(errors)
         )  # fmt: skip
         if matches:
-            folder = out / "predictions" / f"{matcher}-01234567" / "gl3d"
-            folder.mkdir(parents=True)
-            known = [
-                prediction(r.identifier, [(30, 40), (110, 90)], [(30, 40), (110, 30)])
-                for r in records
-            ]
-            write_predictions(folder / "part.npz", known)
+            known = prediction([(30, 40), (110, 90)], [(30, 40), (110, 30)])
+            keep(zeb, out, matcher, {r.identifier: known for r in records})
         return write_dump(
             out / "dump" / "gim",
             Dump(matcher=matcher, dataset="GL3D", version="base", records=records),
         )
 
     return made
+
+
+def keep(zeb: Path, out: Path, matcher: str, known: dict[str, Prediction]) -> None:
+    """Keep matches as a run does, in place of what was there."""
+    root = find_root(zeb)
+    keys = select(root, find_set("GL3D"), RunOptions(matchers=(matcher,))).keys()
+    path = out / "predictions" / f"{matcher}-01234567.db"
+    path.unlink(missing_ok=True)
+    with Cache(path) as kept:
+        for name, found in known.items():
+            kept.put(keys[name], found.to_arrays())
 
 
 def pair(pose: np.ndarray = POSE) -> ZebPair:
@@ -100,10 +108,10 @@ def pair(pose: np.ndarray = POSE) -> ZebPair:
 
 def test_errors_are_pixels_from_the_true_epipolar_lines() -> None:
     found = pictures.match_errors(
-        prediction("s#0#1", [(10, 20), (30, 40), (5, 5)], [(90, 20), (3, 43), (6, 0)]), pair()
+        prediction([(10, 20), (30, 40), (5, 5)], [(90, 20), (3, 43), (6, 0)]), pair()
     )
     np.testing.assert_allclose(found, [0, 3, 5], atol=1e-5)
-    still = pictures.match_errors(prediction("s#0#1", [(1, 1)], [(2, 2)]), pair(np.eye(4)))
+    still = pictures.match_errors(prediction([(1, 1)], [(2, 2)]), pair(np.eye(4)))
     assert np.isnan(still).all()
 
 
@@ -190,7 +198,7 @@ def test_bad_inputs_are_named(zeb: Path, write: Write, tmp_path: Path) -> None:
         draw_worst(zeb, [folder], tmp_path / "out", matchers=("d",))
     with pytest.raises(InputError, match="no dump of these matchers"):
         draw_worst(zeb, [folder], tmp_path / "out", sets=("KITTI",))
-    with pytest.raises(InputError, match="count of 1"):
+    with pytest.raises(InputError, match="count is 0; it must be at least 1"):
         PictureOptions(count=0)
     # One of the two has no matches: nothing to compare, and the reason is told.
     with pytest.raises(InputError, match="setting of none"):
@@ -240,8 +248,8 @@ def test_a_pair_that_one_matcher_could_not_match_is_drawn(
 ) -> None:
     write("a", [1, 2, 3, 4])
     folder = write("b", [1, 2, 3, math.inf]).parent
-    part = next((tmp_path / "run" / "predictions").glob("b-*/gl3d/part.npz"))
-    write_predictions(part, [prediction(identifier(i), [(1, 1)], [(9, 1)]) for i in range(3)])
+    some = {identifier(i): prediction([(1, 1)], [(9, 1)]) for i in range(3)}
+    keep(zeb, tmp_path / "run", "b", some)
     options = PictureOptions(count=1, side=64)
     report = draw_worst(zeb, [folder], tmp_path / "out", options=options)
     assert not report.problems

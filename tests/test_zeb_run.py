@@ -16,11 +16,13 @@ from PIL import Image
 from zeb_scene import POINTS, SIZE, K, pose, relative
 
 from gim_hloc import matchers, weights
-from gim_hloc.errors import InputError, OutputError, WeightsError
+from gim_hloc.errors import InputError, LockedError, OutputError, WeightsError
+from gim_hloc.evaluation.options import RunOptions
 from gim_hloc.evaluation.zeb import datasets, protocol, run
 from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
+from gim_hloc.evaluation.zeb.predictions import find_predictions
 from gim_hloc.evaluation.zeb.protocol import Protocol, make_protocol
-from gim_hloc.evaluation.zeb.run import RunOptions
+from gim_hloc.lock import FolderLock
 from gim_hloc.matchers.base import ImageOptions, MatcherInfo, Matches
 from gim_hloc.matchers.sparse import make_encoding
 
@@ -120,7 +122,7 @@ def zeb(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-OPTIONS = RunOptions(matchers=(NAME,), version="v", part_pairs=4)
+OPTIONS = RunOptions(matchers=(NAME,), version="v")
 
 
 def only_dump(report: run.RunReport) -> Dump:
@@ -250,9 +252,8 @@ def test_poselib_is_asked_for(monkeypatch: pytest.MonkeyPatch, zeb: Path, tmp_pa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install poselib"):
         make_protocol("poselib")
-    options = replace(OPTIONS, protocols=(Protocol(estimator="poselib"),))
     with pytest.raises(InputError, match="pip install poselib"):
-        run.run(zeb, tmp_path / "out", options)
+        run.run(zeb, tmp_path / "out", replace(OPTIONS, protocols=("poselib",)))
 
 
 def test_poselib_finds_the_pose() -> None:
@@ -287,16 +288,7 @@ def test_complete_run(zeb: Path, tmp_path: Path, oracle: type[Oracle]) -> None:
     assert report.exit_code == 0
     assert report.matched == 30
     assert sorted(oracle.encoded) == sorted(f"{s}_000{i}.png" for s in "ab" for i in range(IMAGES))
-    assert {"total", "encode", "match", "evaluate", "read"} <= report.seconds.keys()
-
-
-def test_the_same_twice(zeb: Path, tmp_path: Path) -> None:
-    texts = []
-    for name, part in (("x", 4), ("y", 100)):
-        dump = only_dump(run.run(zeb, tmp_path / name, replace(OPTIONS, part_pairs=part)))
-        assert dump.path is not None
-        texts.append(dump.path.read_bytes())
-    assert texts[0] == texts[1]
+    assert report.seconds.keys() == {"total", "match", "judge"}
 
 
 @pytest.mark.parametrize("stop", [1, 11])
@@ -310,8 +302,6 @@ def test_interrupted_and_resumed(
         run.run(zeb, tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out/dump").exists()
     monkeypatch.setattr(Oracle, "stop_after", None)
-    with pytest.raises(OutputError, match="leave out --no-resume"):
-        run.run(zeb, tmp_path / "out", replace(OPTIONS, resume=False))
     report = run.run(zeb, tmp_path / "out", OPTIONS)  # the same again
     assert report.matched == 30 - stop
     assert len(oracle.matched) == 30  # none twice
@@ -321,26 +311,38 @@ def test_interrupted_and_resumed(
     assert dump.path.read_bytes() == whole.path.read_bytes()
 
 
-def test_killed_between_prediction_and_evaluation(zeb: Path, tmp_path: Path) -> None:
+def test_killed_between_prediction_and_evaluation(
+    zeb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    before = only_dump(run.run(zeb, out, OPTIONS))
-    for path in list(out.glob("evaluations/*/gim/gl3d/*.txt"))[::2]:
-        path.unlink()
-    (out / "dump/gim" / f"[T] {NAME}            GL3D v.txt").unlink()
-    report = run.run(zeb, out, replace(OPTIONS))
+    before = only_dump(run.run(zeb, tmp_path / "whole", OPTIONS))
+    judge, judged = run.evaluate_pair, []
+
+    def stops(*arguments: Any, **more: Any) -> Any:
+        judged.append(more["identifier"])
+        if len(judged) == 5:
+            raise KeyboardInterrupt
+        return judge(*arguments, **more)
+
+    monkeypatch.setattr(run, "evaluate_pair", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(zeb, out, OPTIONS)
+    assert not list(out.glob("dump/*/*"))
+    report = run.run(zeb, out, OPTIONS)
     assert report.matched == 0
+    assert len(judged) < 30 + 5  # some of the verdicts were kept
     assert only_dump(report).records == before.records
 
 
 def test_another_protocol_uses_the_same_predictions(
     zeb: Path, tmp_path: Path, oracle: type[Oracle]
 ) -> None:
+    pytest.importorskip("poselib")
     out = tmp_path / "out"
     run.run(zeb, out, OPTIONS)
-    wide = Protocol(threshold=2.0)
-    report = run.run(zeb, out, replace(OPTIONS, protocols=(Protocol(), wide)))
+    report = run.run(zeb, out, replace(OPTIONS, protocols=("gim", "poselib")))
     assert report.matched == 0
-    assert [result.protocol for result in report.results] == ["gim", "gim-2px"]
+    assert [result.protocol for result in report.results] == ["gim", "poselib-1px"]
     assert len(list((out / "dump").glob("*/*.txt"))) == 2
     assert len(oracle.matched) == 30
 
@@ -348,10 +350,19 @@ def test_another_protocol_uses_the_same_predictions(
 def test_shards_make_one_dump(zeb: Path, tmp_path: Path, oracle: type[Oracle]) -> None:
     whole = only_dump(run.run(zeb, tmp_path / "whole", OPTIONS))
     oracle.matched.clear()
-    reports = [run.run(zeb, tmp_path / "out", replace(OPTIONS, shard=(i, 4))) for i in (2, 0, 3, 1)]
+    out = tmp_path / "out"
+    reports = [run.run(zeb, out, replace(OPTIONS, shard=f"{i}/4")) for i in (2, 0, 3)]
+    assert [report.matched for report in reports] == [7, 7, 8]
+    again = run.run(zeb, out, replace(OPTIONS, shard="2/4"))
+    assert (again.matched, again.results[0].evaluated, again.results[0].dump) == (0, 7, None)
+    # What no shard did is done by the run that puts them together.
+    report = run.run(zeb, out, OPTIONS)
+    assert report.matched == 8
     assert len(oracle.matched) == len(set(oracle.matched)) == 30
-    assert [report.results[0].dump is None for report in reports] == [True, True, True, False]
-    assert only_dump(reports[-1]).records == whole.records
+    assert only_dump(report).records == whole.records
+    assert not list(out.rglob("*shard*"))
+    # And a shard that comes late has nothing to do.
+    assert run.run(zeb, out, replace(OPTIONS, shard="1/4")).matched == 0
 
 
 def test_limit_is_a_sample_with_a_name_of_its_own(zeb: Path, tmp_path: Path) -> None:
@@ -369,21 +380,31 @@ def test_limit_is_a_sample_with_a_name_of_its_own(zeb: Path, tmp_path: Path) -> 
     assert len(again) == 5
 
 
-def test_threads_for_ransac_change_nothing(zeb: Path, tmp_path: Path) -> None:
-    a = only_dump(run.run(zeb, tmp_path / "a", OPTIONS))
-    b = only_dump(run.run(zeb, tmp_path / "b", replace(OPTIONS, evaluators=2, batch_size=3)))
-    assert a.records == b.records
+def test_threads_for_ransac_and_batches_change_nothing(
+    zeb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dumps = []
+    for threads, batch in ((1, 1), (3, 3)):
+        monkeypatch.setattr(run.workers, "usable_cores", lambda count=threads: count)
+        options = replace(OPTIONS, batch_size=batch)
+        dumps.append(only_dump(run.run(zeb, tmp_path / str(batch), options)))
+    assert dumps[0].records == dumps[1].records
+
+
+def selection(zeb: Path) -> run.ZebSelection:
+    return run.select(datasets.find_root(zeb), datasets.find_set("GL3D"), OPTIONS)
 
 
 def test_predictions_are_found_for_pictures(zeb: Path, tmp_path: Path) -> None:
     run.run(zeb, tmp_path / "out", OPTIONS)
-    found = run.find_predictions(tmp_path / "out", NAME, "GL3D", ["a#0000#0003"])
+    keys = selection(zeb).keys()
+    found = find_predictions(tmp_path / "out", NAME, keys).read(["a#0000#0003", "a#1#2"])
     assert list(found) == ["a#0000#0003"]
     prediction = found["a#0000#0003"]
     np.testing.assert_allclose(prediction.points1, project(3), atol=1e-4)
     assert prediction.size0 == SIZE
     with pytest.raises(InputError, match="nobody"):
-        run.find_predictions(tmp_path / "out", "nobody", "GL3D")
+        find_predictions(tmp_path / "out", "nobody", keys)
 
 
 # --------------------------------------------------------------------------------------- bad inputs
@@ -444,27 +465,66 @@ def test_bad_inputs_fail_by_name_and_the_rest_goes_on(
     assert only_dump(again).failures == 3
 
 
-def test_damaged_caches_are_named(zeb: Path, tmp_path: Path) -> None:
+def test_damage_heals(
+    zeb: Path, tmp_path: Path, oracle: type[Oracle], caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "out"
-    run.run(zeb, out, OPTIONS)
-    path = next(out.glob("predictions/*/gl3d/*.npz"))
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(OutputError, match=path.name):
-        run.run(zeb, out, replace(OPTIONS))
+    before = only_dump(run.run(zeb, out, OPTIONS))
+    [path] = out.glob("predictions/*.db")
+    content = bytearray(path.read_bytes())
+    pair = selection(zeb).keys()["b#0001#0004"]
+    prediction = find_predictions(out, NAME, {"": pair}).read()[""]
+    place = content.index(prediction.points1.tobytes())
+    content[place] ^= 1
     path.write_bytes(content)
-    line = next(out.glob("evaluations/*/gim/gl3d/*.txt"))
-    line.write_text("foreign")
-    with pytest.raises(OutputError, match=line.name):
-        run.run(zeb, out, replace(OPTIONS))
+    oracle.matched.clear()
+    report = run.run(zeb, out, OPTIONS)
+    assert "damaged" in caplog.text
+    [(_, image1)] = oracle.matched  # the first pair with these points
+    assert image1.endswith("0004.png")
+    assert only_dump(report).records == before.records
 
 
-def test_versions_of_the_estimator_do_not_mix(zeb: Path, tmp_path: Path) -> None:
+def test_another_version_of_the_estimator_judges_anew(
+    zeb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     run.run(zeb, out, OPTIONS)
-    next(out.glob("evaluations/*/gim/estimator.txt")).write_text("opencv 1.0\n")
-    with pytest.raises(OutputError, match=r"opencv 1\.0"):
-        run.run(zeb, out, replace(OPTIONS))
+    judged: list[str] = []
+    judge = run.evaluate_pair
+
+    def counts(*arguments: Any, **more: Any) -> Any:
+        judged.append(more["identifier"])
+        return judge(*arguments, **more)
+
+    monkeypatch.setattr(run, "evaluate_pair", counts)
+    assert run.run(zeb, out, OPTIONS).matched == 0
+    assert not judged
+    monkeypatch.setattr(run, "estimator_version", lambda estimator: "opencv 1.0")
+    assert run.run(zeb, out, OPTIONS).matched == 0
+    assert len(judged) == 30
+
+
+def test_predictions_of_0_1_are_refused_by_one_line(zeb: Path, tmp_path: Path) -> None:
+    old = tmp_path / "out" / "predictions" / f"{NAME}-01234567" / "gl3d" / "0123.npz"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"")
+    with pytest.raises(OutputError, match=r"of an older gim-hloc.*choose another --out"):
+        run.run(zeb, tmp_path / "out", OPTIONS)
+    with pytest.raises(OutputError, match="of an older gim-hloc"):
+        find_predictions(tmp_path / "out", NAME, {})
+    assert old.exists()
+
+
+def test_a_second_run_in_the_folder_is_refused(zeb: Path, tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "out"):
+        for shard in (None, "0/2"):
+            with pytest.raises(LockedError, match="Another run is working in"):
+                run.run(zeb, tmp_path / "out", replace(OPTIONS, shard=shard))
+    with FolderLock(tmp_path / "out", "shard-1-of-2"):
+        with pytest.raises(LockedError):
+            run.run(zeb, tmp_path / "out", OPTIONS)
+        assert run.run(zeb, tmp_path / "out", replace(OPTIONS, shard="0/2")).matched == 15
 
 
 def test_wrong_names_stop_before_work(zeb: Path, tmp_path: Path, oracle: type[Oracle]) -> None:
@@ -474,8 +534,10 @@ def test_wrong_names_stop_before_work(zeb: Path, tmp_path: Path, oracle: type[Or
         run.run(zeb, tmp_path / "out", replace(OPTIONS, sets=("GL3D", "KITTI")))
     with pytest.raises(InputError, match="seed is -1"):
         replace(OPTIONS, seed=-1)
-    with pytest.raises(InputError, match="Shard 4 of 4"):
-        replace(OPTIONS, shard=(4, 4))
+    with pytest.raises(InputError, match="--shard is '4/4'"):
+        replace(OPTIONS, shard="4/4")
+    with pytest.raises(InputError, match="No matcher"):
+        replace(OPTIONS, matchers=())
     with pytest.raises(InputError, match="no folder of a ZEB set"):
         run.run(tmp_path, tmp_path / "out", OPTIONS)
     assert not oracle.encoded
@@ -492,19 +554,14 @@ def test_missing_weights_stop_before_work(
     several = replace(OPTIONS, matchers=(NAME, "gim_dkm"))
     with pytest.raises(WeightsError, match="no gim_dkm_100h"):
         run.run(zeb, tmp_path / "out", several)
-    with pytest.raises(WeightsError, match="no gim_dkm_100h"):
-        run.run_workers(zeb, tmp_path / "out", several, ["cpu", "cpu"])
     assert not oracle.encoded
     assert not list(tmp_path.glob("out/predictions/*"))
 
 
 def test_what_is_named_twice_runs_once(zeb: Path, tmp_path: Path) -> None:
-    twice = replace(
-        OPTIONS, matchers=(NAME, NAME), sets=("GL3D", "gl3"), protocols=OPTIONS.protocols * 2
-    )
+    twice = replace(OPTIONS, matchers=(NAME, NAME), sets=("GL3D", "gl3"), protocols=("gim", "gim"))
     report = run.run(zeb, tmp_path / "out", twice)
-    assert len(report.results) == len(OPTIONS.protocols)
-    assert report.seconds["match"] > 0
+    assert len(report.results) == 1
 
 
 def test_the_references_options_are_options_of_the_matchers() -> None:
@@ -547,27 +604,15 @@ def test_root_sift_agrees_with_the_reference(tmp_path: Path) -> None:
             assert abs(a.pose_error - b.pose_error) < 2
 
 
-def test_workers_on_several_devices(zeb: Path, tmp_path: Path) -> None:
-    # Started anew, the workers know only matchers that are installed. Blank images have no
-    # keypoints: every pair fails, and none for a named reason.
-    options = RunOptions(matchers=("root_sift",), version="v")
-    report = run.run_workers(zeb, tmp_path / "out", options, ["cpu", "cpu"])
-    assert report.matched == 30
-    dump = only_dump(report)
-    assert dump.failures == len(dump) == 30
-    assert report.exit_code == 0
-    with pytest.raises(OutputError, match="resume"):
-        run.run_workers(zeb, tmp_path / "out", replace(options, resume=False), ["cpu"])
-    assert run.run_workers(zeb, tmp_path / "out", options, ["cpu"]).matched == 0
-
-
-def test_results_of_other_data_are_not_taken(
+def test_results_follow_the_content_of_images(
     zeb: Path, tmp_path: Path, oracle: type[Oracle]
 ) -> None:
     """Pairs of two folders may have the same names, as those of a miniature and the whole."""
     run.run(zeb, tmp_path / "out", OPTIONS)
     oracle.matched.clear()
     shutil.copytree(zeb, tmp_path / "other")
-    with pytest.raises(OutputError, match=r"holds predictions on .*, not on .*other.*--out"):
-        run.run(tmp_path / "other", tmp_path / "out", OPTIONS)
-    assert not oracle.matched
+    assert run.run(tmp_path / "other", tmp_path / "out", OPTIONS).matched == 0
+    Image.new("RGB", SIZE, (1, 2, 3)).save(tmp_path / "other/zeb/gl3d/a_0002.png")
+    assert run.run(tmp_path / "other", tmp_path / "out", OPTIONS).matched == 5
+    assert {name for pair in oracle.matched for name in pair} == {f"a_000{i}.png" for i in range(6)}
+    assert run.run(zeb, tmp_path / "out", OPTIONS).matched == 0

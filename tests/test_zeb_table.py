@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from gim_hloc.errors import InputError
+from gim_hloc.evaluation.options import TableOptions
 from gim_hloc.evaluation.zeb import check, plots, sheet, table
 from gim_hloc.evaluation.zeb.dumps import Dump, DumpRecord, read_dump, write_dump
 from gim_hloc.evaluation.zeb.published import COLUMNS, NAMES, PUBLISHED
-from gim_hloc.evaluation.zeb.table import Table, TableOptions
+from gim_hloc.evaluation.zeb.table import Table
 
 # The facts of the protocol, from the reference's analysis of the published dumps.
 FRACTIONS = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -110,22 +112,29 @@ def write_set(
             label.write_text(f"{i}{suffix} {j}{suffix} 0.5 0.5 {K} {K} {text}\n")
 
 
-def run_and_kill(code: str, *arguments: str, out: Path, files: str) -> None:
-    """Run Python code as a process of its own, killed when it has written two files.
+def run_and_kill(code: str, *arguments: str, out: Path) -> None:
+    """Run Python code as a process of its own, killed when it has kept the matches of two pairs.
 
     Args:
         code: the first argument that it gets is the folder of this module.
         arguments: further ones.
-        out: folder in which the files are looked for.
-        files: pattern of them.
+        out: folder of its results.
     """
     process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), *arguments])
     try:
         end = time.monotonic() + 120
-        while len(list(out.glob(files))) < 2:
+        while sum(_entries(path) for path in out.glob("predictions/*.db")) < 2:
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < end
             time.sleep(0.005)
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
+
+
+def _entries(path: Path) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        try:
+            return int(database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
+        except sqlite3.OperationalError:  # not made yet
+            return 0

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gim_hloc.errors import InputError, OutputError
+from gim_hloc.evaluation.options import SEPARATOR, MakeOptions
 from gim_hloc.evaluation.zeb.datasets import (
     DESCRIPTION,
     ZebSet,
     check_calibration,
-    check_set_name,
     read_description,
 )
 from gim_hloc.files import write_atomic
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SEPARATOR = "-"
 _BINS = 10
 _CELLS = 16  # of an image, in x and in y, over which the overlap is averaged
 _DEPTH_CELLS = 32  # of the coarse depth map that tells what is hidden
@@ -55,49 +54,6 @@ _DEPTH_STEPS = 5
 _LONGEST = 80  # bytes of an image's name in files; two of them make a label's name
 _SMALLEST = 8  # px of a side
 _NAMED = 5  # names in a message
-_SCENE = re.compile(r"[\w.+]+")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MakeOptions:
-    """Which pairs, and how they are stored."""
-
-    name: str  # of the set; lower-cased it is the folder
-    scene: str | None = None  # name of the scene; None: the set's
-    min_overlap: float = 0.1  # pairs below are not taken
-    max_overlap: float = 1.0  # nor are pairs above
-    pairs_per_bin: int | None = 50  # drawn from each 0.1 of overlap; None: all
-    max_size: int | None = None  # px of the long side; larger images are reduced
-    depth: tuple[float, float] | None = None  # nearest and farthest of the scene, in the model's
-    # unit, for models without points; None: about where the cameras look
-    seed: int = 0  # of the draw
-    add: bool = False  # add a scene to a set that exists
-    progress: bool = False  # show progress bars
-
-    def __post_init__(self) -> None:
-        check_set_name(self.name)
-        if not _SCENE.fullmatch(self.scene_name):
-            raise InputError(
-                f"{self.scene!r} cannot be the name of a scene: letters, digits and _ . + can."
-            )
-        if not 0 <= self.min_overlap < self.max_overlap <= 1:
-            raise InputError(
-                f"Overlaps from {self.min_overlap:g} to {self.max_overlap:g} are no range in "
-                "[0, 1]."
-            )
-        if self.pairs_per_bin is not None and self.pairs_per_bin < 1:
-            raise InputError(f"pairs_per_bin is {self.pairs_per_bin}, it must be positive.")
-        if self.max_size is not None and self.max_size < _SMALLEST:
-            raise InputError(f"max_size is {self.max_size}, it must be {_SMALLEST} at least.")
-        if self.depth is not None and not 0 < self.depth[0] <= self.depth[1]:
-            raise InputError(f"Depths from {self.depth[0]:g} to {self.depth[1]:g} are no range.")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}, it must not be negative.")
-
-    @property
-    def scene_name(self) -> str:
-        """What files and identifiers start with; it must not hold the separator."""
-        return self.name.replace(_SEPARATOR, "_") if self.scene is None else self.scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +85,8 @@ def make_set(
     images: str | os.PathLike[str],
     output: str | os.PathLike[str],
     options: MakeOptions,
+    *,
+    progress: bool = False,
 ) -> MadeSet:
     """Make a set from a COLMAP model and its images.
 
@@ -142,6 +100,7 @@ def make_set(
         images: folder that the model's image names are relative to.
         output: the set becomes ``output/zeb/<name>``.
         options: which pairs.
+        progress: show bars.
 
     Returns:
         What was written. Images that are missing, unreadable or of another size than their camera
@@ -163,7 +122,7 @@ def make_set(
         raise InputError(
             f"{model} has {len(views)} registered image{'s' * (len(views) != 1)}; a pair needs two."
         )
-    problems = _unusable(images, views, options)
+    problems = _unusable(images, views, progress)
     for name, reason in problems.items():
         logger.warning("%s %s", name, reason)
     names = sorted(views.keys() - problems.keys())
@@ -184,7 +143,7 @@ def make_set(
     from_points = clouds is not None
     if clouds is None:
         clouds = _assumed_clouds(cameras, options.depth, str(model))
-    overlap = overlaps(cameras, clouds, progress=options.progress)
+    overlap = overlaps(cameras, clouds, progress=progress)
     chosen, bins = _draw(overlap, cameras, options, names)
 
     stems = file_stems(names)
@@ -194,7 +153,7 @@ def make_set(
         [(images / names[i], views[names[i]].camera, _image(folder, options, stems[names[i]]))
          for i in used],
         frames,
-        options,
+        progress,
     )  # fmt: skip
     for i, j in chosen:
         label = _label(stems[names[i]], stems[names[j]], overlap[i, j], cameras, i, j)
@@ -204,7 +163,7 @@ def make_set(
     scene = {
         "pairs": len(chosen),
         "overlap": "points" if from_points else "assumed depths",
-        "options": {k: v for k, v in asdict(options).items() if k not in ("progress", "add")},
+        "options": {k: v for k, v in asdict(options).items() if k != "add"},
         "images": {stems[names[i]]: names[i] for i in used},
     }
     # Last: only with it the folder is a set, so that one that was cut off is none.
@@ -240,11 +199,11 @@ def _require_new(folder: Path, options: MakeOptions) -> dict[str, Any]:
                 f"{folder} has a scene {options.scene_name} already: give the new one another name "
                 "(--scene)."
             )
-        if described.get("separator", _SEPARATOR) != _SEPARATOR or described.get("strip_suffix"):
+        if described.get("separator", SEPARATOR) != SEPARATOR or described.get("strip_suffix"):
             raise OutputError(f"{folder} names its files by other rules: make a set of its own.")
     elif options.add:
         raise OutputError(f"{folder} is no set that a scene could be added to.")
-    stale = sorted(folder.glob(f"{options.scene_name}{_SEPARATOR}*"))
+    stale = sorted(folder.glob(f"{options.scene_name}{SEPARATOR}*"))
     if stale:
         raise OutputError(
             f"{folder} holds {len(stale)} files of a scene {options.scene_name} that was not "
@@ -257,7 +216,7 @@ def _write_description(
     folder: Path, options: MakeOptions, described: dict[str, Any], scene: dict[str, Any]
 ) -> None:
     scenes = {**described.get("scenes", {}), options.scene_name: scene}
-    base = described or {"name": options.name, "separator": _SEPARATOR, "strip_suffix": False}
+    base = described or {"name": options.name, "separator": SEPARATOR, "strip_suffix": False}
     text = json.dumps({**base, "scenes": scenes}, indent=1, ensure_ascii=False)
     write_atomic(folder / DESCRIPTION, text + "\n")
 
@@ -288,7 +247,7 @@ def file_stems(names: Iterable[str]) -> dict[str, str]:
     return stems
 
 
-def _unusable(root: Path, views: Mapping[str, MapView], options: MakeOptions) -> dict[str, str]:
+def _unusable(root: Path, views: Mapping[str, MapView], progress: bool) -> dict[str, str]:
     """Return what is wrong with images of the model, by name."""
     from gim_hloc.images import scan
 
@@ -305,7 +264,7 @@ def _unusable(root: Path, views: Mapping[str, MapView], options: MakeOptions) ->
             problems[name] = f"is not in {root}"
         else:
             there.append(name)
-    found = scan(root, min_size=_SMALLEST, names=there, upright=False, progress=options.progress)
+    found = scan(root, min_size=_SMALLEST, names=there, upright=False, progress=progress)
     for rejected in found.rejected:
         problems[rejected.name] = f"cannot be used: {rejected.reason} ({rejected.detail})"
     for record in found:
@@ -319,11 +278,11 @@ def _unusable(root: Path, views: Mapping[str, MapView], options: MakeOptions) ->
 
 
 def _image(folder: Path, options: MakeOptions, stem: str) -> Path:
-    return folder / f"{options.scene_name}{_SEPARATOR}{stem}.png"
+    return folder / f"{options.scene_name}{SEPARATOR}{stem}.png"
 
 
 def _write_images(
-    jobs: Sequence[tuple[Path, CameraSpec, Path]], frames: _Frames, options: MakeOptions
+    jobs: Sequence[tuple[Path, CameraSpec, Path]], frames: _Frames, progress: bool
 ) -> None:
     from tqdm import tqdm
 
@@ -338,7 +297,7 @@ def _write_images(
             total=len(jobs),
             desc="Write images",
             unit="image",
-            disable=not options.progress,
+            disable=not progress,
         )
         for _ in bar:
             pass
@@ -646,7 +605,7 @@ def _draw(
         if not found[number]:
             continue
         members = np.flatnonzero(possible & (tenth == number))
-        if options.pairs_per_bin is not None and len(members) > options.pairs_per_bin:
+        if 0 < options.pairs_per_bin < len(members):
             members = np.sort(generator.permutation(members)[: options.pairs_per_bin])
         chosen += [(int(rows[k]), int(columns[k])) for k in members]
         bins.append(

@@ -20,17 +20,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gim_hloc.errors import InputError, OutputError
+from gim_hloc.evaluation.options import PictureOptions
 from gim_hloc.evaluation.zeb import metrics
 from gim_hloc.evaluation.zeb.check import find_dumps
 from gim_hloc.evaluation.zeb.datasets import ZebPair, ZebSet, find_root, find_set, read_labels
 from gim_hloc.evaluation.zeb.dumps import Dump, DumpRecord, parse_dump_name, read_pose_dump
+from gim_hloc.evaluation.zeb.predictions import Prediction, find_predictions
 from gim_hloc.evaluation.zeb.protocol import CORRECT, epipolar_distance
+from gim_hloc.evaluation.zeb.run import ZebSelection
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
-    from gim_hloc.evaluation.zeb.run import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -46,23 +48,6 @@ _GOOD_PX = 0.5  # distances up to here, the threshold of ZEB's RANSAC, have the 
 _COLOURS = np.array([(0, 158, 115), (240, 228, 66), (213, 94, 0)], dtype=np.float64)
 _UNKNOWN = (140, 140, 140)  # the true pose has no epipolar lines
 _BAR = 160  # px, length of the legend
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureOptions:
-    """Which pairs, and how large."""
-
-    count: int = 10  # pairs of a list
-    limit: float = 20.0  # degrees at which errors are cut when they are compared
-    side: int = 560  # px of an image's long side in the picture
-    lines: int = 200  # at most, of a matcher; more would hide the images
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.side < 32 or self.lines < 0 or not self.limit > 0:
-            raise InputError(
-                f"Pictures need a count of 1, a side of 32 px, 0 lines and a positive limit at "
-                f"least, not {self.count}, {self.side}, {self.lines} and {self.limit:g}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,16 +243,23 @@ class _Set:
         output: Path,
         options: PictureOptions,
     ) -> None:
-        from gim_hloc.evaluation.zeb.run import find_predictions
-
         self.zeb_set: ZebSet = find_set(dataset, root)
         self.folder = root / self.zeb_set.folder
         self.pairs = {pair.identifier: pair for pair in read_labels(root, self.zeb_set).pairs}
         self.columns, self.options = columns, options
         self.output = output / self.zeb_set.folder
         names = {name for _, identifiers in _chosen(columns, options) for name in identifiers}
+        wanted = ZebSelection(
+            name=dataset,
+            root=root,
+            dump_name=None,
+            pairs=tuple(self.pairs[name] for name in names if name in self.pairs),
+            bad=(),
+            zeb_set=self.zeb_set,
+        )
+        keys = wanted.keys()
         self.predictions = [
-            find_predictions(column.run, column.dump.matcher, dataset, names) for column in columns
+            find_predictions(column.run, column.dump.matcher, keys).read() for column in columns
         ]
         if not any(self.predictions):
             runs = ", ".join(dict.fromkeys(str(column.run) for column in columns))
@@ -281,7 +273,7 @@ class _Set:
             raise InputError(f"{self.folder} has no usable label of it")
         known = [predictions.get(identifier) for predictions in self.predictions]
         if not any(known):
-            raise InputError("there are no matches of it")
+            raise InputError(f"there are no matches of {pair.image0} and {pair.image1} as they are")
         path = self.output / f"{_file_name(identifier)}.jpg"
         panels = [
             _panel(self.folder, pair, prediction, self._lines(column, identifier), self.options)

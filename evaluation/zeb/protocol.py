@@ -11,17 +11,16 @@ import importlib.metadata
 import importlib.util
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.evaluation.options import Estimator
 from gim_hloc.evaluation.zeb.datasets import ZebSet, network_sizes
 from gim_hloc.evaluation.zeb.dumps import DumpRecord
 from gim_hloc.geometry.epipolar import essential_matrix, squared_symmetric_distance
 from gim_hloc.geometry.pose import direction_error_deg, rotation_error_deg
-
-Estimator = Literal["gim", "poselib"]
 
 # Squared symmetric epipolar distance in normalised coordinates below which a match is correct.
 CORRECT = 5e-4

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.evaluation.options import TableOptions
 from gim_hloc.evaluation.zeb import metrics
 from gim_hloc.evaluation.zeb.check import find_dumps
 from gim_hloc.evaluation.zeb.datasets import SETS
@@ -36,22 +37,6 @@ PUBLISHED_MARK = "published"
 """What the rows of the paper's table carry in place of a version."""
 
 _NONE = "-"  # a cell without a value
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableOptions:
-    """What a table holds."""
-
-    thresholds: tuple[float, ...] = metrics.THRESHOLDS
-    """Degrees of AUC; the first ranks the rows."""
-    published: bool = True
-    """Show the published rows (AUC@5 only) beside the dumps'."""
-    bootstrap: int = 1000
-    """Resamplings of the pairs for the interval; 0 leaves it out."""
-    level: float = 0.95
-    """Coverage of the interval."""
-    seed: int = 0
-    """Of the bootstrap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +139,6 @@ def make_table(
     """
     options = options or TableOptions()
     metrics.check_thresholds(options.thresholds)
-    if not 0 < options.level < 1:
-        raise InputError(f"the level of the interval is {options.level}: it must be in (0, 1)")
     dumps, problems = load_dumps(paths)
     names = {dump.dataset for dump in dumps}
     sets = (*(name for name in NAMES if name in names), *sorted(names - set(NAMES)))

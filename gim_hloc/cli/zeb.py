@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from gim_hloc.cli import common
-from gim_hloc.errors import InputError
+from gim_hloc.evaluation.options import (
+    MakeOptions,
+    PairOptions,
+    PictureOptions,
+    RunOptions,
+    TableOptions,
+)
 
 if TYPE_CHECKING:
     from gim_hloc.evaluation.zeb.run import RunReport
@@ -22,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 _Dumps = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DUMPS")]
+_Flags = tyro.conf.OmitArgPrefixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,34 +49,17 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Run matchers over the sets that are there and write the reference's dump files."""
+    """Run matchers over the sets that are there and write the reference's dump files.
+
+    The same command goes on with what OUT holds. Exit code 1: pairs that could not be used count as
+    failed; 3: another run works in OUT.
+    """
 
     folder: _Folder
     """Folder with zeb/ in it, or zeb/ itself."""
     out: Path
-    """Folder of predictions, evaluations and dumps."""
-    matchers: tuple[str, ...]
-    """Names of matchers."""
-    sets: tuple[str, ...] = ()
-    """Only these sets."""
-    protocols: tuple[str, ...] = ("gim",)
-    """gim (OpenCV's RANSAC at 0.5 px, as the reference) and poselib (needs gim-hloc[zeb])."""
-    padded_slip: bool = False
-    """Repeat the reference's slip in the coordinates of padded sets."""
-    quality: str = "base"
-    """Operating point of matchers that the reference does not set."""
-    limit: int | None = None
-    """Pairs a set, drawn at random."""
-    seed: int = 0
-    """Of that draw."""
-    devices: tuple[str, ...] = ("auto",)
-    """One worker a device; the same name twice makes two workers on it."""
-    backend: Literal["processes", "ray"] = "processes"
-    """Workers are processes here, or tasks on the cluster that Ray is connected to."""
-    shard: str = "0/1"
-    """i/N: the i-th of N parts of every set, from 0."""
-    resume: bool = True
-    """Go on with what the output folder holds; --no-resume refuses a folder that holds results."""
+    """Folder of matches and dumps."""
+    evaluation: Annotated[RunOptions, _Flags]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +75,7 @@ class Make:
     """Folder of the images."""
     out: Annotated[Path, tyro.conf.Positional]
     """The set becomes OUT/zeb/<set>."""
-    set: str
-    """Name of the set: a folder name, and none of ZEB's twelve."""
-    scene: str | None = None
-    """Name of the scene; that of the set by default."""
-    min_overlap: float = 0.1
-    """Smallest overlap of a pair, the share of an image that the other sees."""
-    max_overlap: float = 1.0
-    """Largest."""
-    pairs_per_bin: int = 50
-    """Pairs drawn from each tenth of overlap; 0 takes all."""
-    max_size: int | None = None
-    """Reduce images to this long side, px."""
-    depth: tuple[float, float] | None = None
-    """NEAR FAR of the scene in the model's unit, for models without points."""
-    seed: int = 0
-    """Of the draw."""
-    add: bool = False
-    """Add a scene to a set that exists."""
+    pairs: Annotated[MakeOptions, _Flags]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +94,11 @@ class Table:
 
     dumps: _Dumps
     """Dump files or folders of them."""
-    thresholds: tuple[float, ...] = (5.0, 10.0, 20.0)
-    """Degrees of AUC; the first ranks the rows."""
     out: tuple[Path, ...] = ()
     """Files to write: .md, .csv, .xlsx or .html. Without any, Markdown is printed."""
     plots: Path | None = None
     """Folder for bars, radar and cumulative error curves."""
-    published: bool = True
-    """Show the published rows too."""
+    table: Annotated[TableOptions, _Flags] = field(default_factory=TableOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,55 +107,14 @@ class Pairs:
 
     Formats: SuperGlue's text files, LoFTR's scene files of MegaDepth and list of ScanNet,
     homographies (HPatches, Oxford), pairs without ground truth. Exit code 1: a part of the list
-    could not be used; 2: nothing could.
+    could not be used; 2: nothing could; 3: another run works in OUT.
     """
 
     list: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LIST")]
     """File or folder of one of the formats."""
     out: Path
-    """Folder of predictions, evaluations, dumps and results; several lists may share it."""
-    matchers: tuple[str, ...]
-    """Names of matchers."""
-    images: Path | None = None
-    """Folder that image names are relative to; by default looked for around the list."""
-    format: str | None = None
-    """superglue, megadepth, scannet, homography or pairs; by default found out."""
-    name: str | None = None
-    """Of the set in results; by default that of the list."""
-    protocols: tuple[str, ...] = ("gim",)
-    """gim (OpenCV) and poselib (needs gim-hloc[zeb])."""
-    threshold_px: float | None = None
-    """Of RANSAC: 0.5 (gim) or 1 (poselib) for poses, 3 for homographies, 1 without truth."""
-    resize: str | None = None
-    """stored, matcher (its own size), a long side such as 1200, or 640x480. By default 1200 for
-    megadepth, 640x480 for scannet, matcher for pairs, stored for the others."""
-    k_size: str | None = None
-    """WxH of the images that K is for, where these are not the stored ones; RANSAC's threshold
-    counts their pixels."""
-    intrinsics: Path | None = None
-    """K of ScanNet's scenes; by default intrinsics.npz beside the list."""
-    short_side: int | None = None
-    """Count errors of homographies in pixels of images with this short side, such as 480."""
-    thresholds: tuple[float, ...] = ()
-    """Of AUC: by default 5 10 20 degrees, or 1 3 5 10 20 px for homographies."""
-    samples: int = 1000
-    """Bootstrap resamplings for the 95 % interval; 0 leaves it out."""
-    quality: str = "base"
-    """Operating point of the matchers."""
-    limit: int | None = None
-    """Pairs, drawn at random."""
-    seed: int = 0
-    """Of that draw and of the bootstrap."""
-    devices: tuple[str, ...] = ("auto",)
-    """One worker a device; the same name twice makes two workers on it."""
-    backend: Literal["processes", "ray"] = "processes"
-    """Workers are processes here, or tasks on the cluster that Ray is connected to."""
-    shard: str = "0/1"
-    """i/N: the i-th of N parts of the list, from 0; the last to end writes the results."""
-    resume: bool = True
-    """Go on with what the output folder holds; --no-resume refuses a folder that holds results."""
-    pictures: bool = True
-    """Draw the pairs of a list without truth."""
+    """Folder of matches, dumps and results; several lists may share it."""
+    evaluation: Annotated[PairOptions, _Flags]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,12 +134,9 @@ class Worst:
     """Only these one or two."""
     sets: tuple[str, ...] = ()
     """Only these sets."""
-    count: int = 10
-    """Pairs of a list."""
-    limit: float = 20.0
-    """Degrees at which errors are cut when matchers are compared."""
     run: Path | None = None
     """Output folder of gim-zeb run with the matches; by default the one that a dump lies in."""
+    pictures: Annotated[PictureOptions, _Flags] = field(default_factory=PictureOptions)
 
 
 _Command = (
@@ -253,7 +178,10 @@ def _data(command: Data) -> int:
         files = datasets.unpack(command.unpack, command.folder)
         sys.stdout.write(f"{len(files)} files unpacked into {command.folder}\n")
     found = datasets.verify(
-        command.folder, sets=command.sets or None, decode=command.decode, progress=True
+        command.folder,
+        sets=command.sets or None,
+        decode=command.decode,
+        progress=sys.stderr.isatty(),
     )
     for entry in found.sets:
         zeb_set = entry.zeb_set
@@ -268,21 +196,11 @@ def _data(command: Data) -> int:
 
 
 def _make(command: Make) -> int:
-    from gim_hloc.evaluation.zeb.make import MakeOptions, make_set
+    from gim_hloc.evaluation.zeb.make import make_set
 
-    options = MakeOptions(
-        name=command.set,
-        scene=command.scene,
-        min_overlap=command.min_overlap,
-        max_overlap=command.max_overlap,
-        pairs_per_bin=command.pairs_per_bin or None,
-        max_size=command.max_size,
-        depth=command.depth,
-        seed=command.seed,
-        add=command.add,
-        progress=True,
+    made = make_set(
+        command.model, command.images, command.out, command.pairs, progress=sys.stderr.isatty()
     )
-    made = make_set(command.model, command.images, command.out, options)
     for part in made.bins:
         sys.stdout.write(
             f"overlap {part.low:.1f} to {part.high:.1f}: {part.taken} of {part.found} pairs\n"
@@ -297,44 +215,9 @@ def _make(command: Make) -> int:
 
 
 def _run(command: Run) -> int:
-    from gim_hloc.evaluation.zeb.protocol import make_protocol
-    from gim_hloc.evaluation.zeb.run import RunOptions, run, run_workers
+    from gim_hloc.evaluation.zeb.run import run
 
-    options = RunOptions(
-        matchers=command.matchers,
-        sets=command.sets,
-        protocols=tuple(
-            make_protocol(name, padded_slip=command.padded_slip) for name in command.protocols
-        ),
-        quality=command.quality,
-        limit=command.limit,
-        seed=command.seed,
-        shard=_shard(command.shard),
-        resume=command.resume,
-        progress=True,
-    )
-    if len(command.devices) > 1 or command.backend == "ray":
-        report = run_workers(
-            command.folder, command.out, options, command.devices, backend=command.backend
-        )
-    else:
-        options = dataclasses.replace(options, device=(*command.devices, "auto")[0])
-        report = run(command.folder, command.out, options)
-    _tell(report)
-    return report.exit_code
-
-
-def _shard(text: str) -> tuple[int, int]:
-    try:
-        part, count = (int(value) for value in text.split("/"))
-    except ValueError:
-        raise InputError(f"--shard is {text!r}; give i/N, for instance 0/4.") from None
-    return part, count
-
-
-def _tell(report: RunReport) -> None:
-    for sentence in report.lost:
-        logger.error("%s", sentence)
+    report = run(command.folder, command.out, command.evaluation, progress=sys.stderr.isatty())
     for result in report.results:
         sys.stdout.write(
             f"{result.matcher} on {result.dataset} ({result.protocol}): {result.evaluated} of "
@@ -342,14 +225,15 @@ def _tell(report: RunReport) -> None:
             + (f", {result.dump}" if result.dump else "")
             + "\n"
         )
-    for name, seconds in report.by_matcher.items():
-        parts = ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items())
-        sys.stdout.write(
-            f"{name}: {parts}; {report.outside_of(name):.1%} outside matcher and RANSAC\n"
-        )
+    _tell(report)
+    return report.exit_code
+
+
+def _tell(report: RunReport) -> None:
+    seconds = {name: f"{report.seconds[name]:.1f} s" for name in ("match", "judge", "total")}
     sys.stdout.write(
-        f"{report.matched} pairs matched, {report.encoded} images encoded in "
-        f"{report.seconds['total']:.1f} s, {report.outside:.1%} of it outside matchers and RANSAC"
+        f"{report.matched} pairs matched in {seconds['match']}, judged in {seconds['judge']}; "
+        f"{seconds['total']} in all"
         + (f"; {len(report.problems)} problems, named above" if report.problems else "")
         + "\n"
     )
@@ -367,8 +251,7 @@ def _check(command: Check) -> int:
 def _table(command: Table) -> int:
     from gim_hloc.evaluation.zeb import plots, table
 
-    options = table.TableOptions(thresholds=command.thresholds, published=command.published)
-    made = table.make_table(command.dumps, options)
+    made = table.make_table(command.dumps, command.table)
     table.check_formats(made, command.out)
     if not command.out:
         sys.stdout.write(table.to_markdown(made) + "\n")
@@ -383,61 +266,28 @@ def _table(command: Table) -> int:
 def _pairs(command: Pairs) -> int:
     from gim_hloc.evaluation import _pair_pages, pair_lists
 
-    options = pair_lists.PairOptions(
-        matchers=command.matchers,
-        protocols=command.protocols,  # type: ignore[arg-type]
-        threshold=command.threshold_px,
-        resize=None if command.resize is None else pair_lists.parse_resize(command.resize),
-        short_side=command.short_side,
-        thresholds=command.thresholds,
-        samples=command.samples,
-        quality=command.quality,
-        limit=command.limit,
-        seed=command.seed,
-        devices=command.devices,
-        backend=command.backend,
-        shard=_shard(command.shard),
-        resume=command.resume,
-        pictures=command.pictures,
-        progress=True,
-    )
-    size = None if command.k_size is None else pair_lists.parse_resize(command.k_size).exact
-    if command.k_size is not None and size is None:
-        raise InputError(f"--k-size is {command.k_size!r}; give WxH, for instance 640x480.")
     report = pair_lists.evaluate(
-        command.list,
-        command.out,
-        options,
-        images=command.images,
-        format=command.format,
-        name=command.name,
-        intrinsics=command.intrinsics,
-        calibrated_size=size,
+        command.list, command.out, command.evaluation, progress=sys.stderr.isatty()
     )
     for problem in report.lost:  # those of pairs were told when they came
         logger.warning("%s", problem)
-    run = report.run
-    for sentence in run.lost:
-        logger.error("%s", sentence)
     if report.rows:
         sys.stdout.write(_pair_pages.to_markdown(report))
-    for result in run.results:
+    for result in report.run.results:
         if result.evaluated < result.pairs:
             sys.stdout.write(
                 f"{result.matcher} ({result.protocol}): {result.evaluated} of {result.pairs} "
-                "pairs; results are written when all are judged\n"
+                "pairs; the same command without --shard writes the results\n"
             )
     for path in report.files:
         sys.stdout.write(f"{path}\n")
-    sys.stdout.write(
-        f"{report.pair_list.format}, a list of {len(report.pair_list)} pairs; {run.matched} "
-        f"matched and {run.encoded} images encoded in {run.seconds['total']:.1f} s\n"
-    )
+    sys.stdout.write(f"{report.pair_list.format}, a list of {len(report.pair_list)} pairs; ")
+    _tell(report.run)
     return report.exit_code
 
 
 def _worst(command: Worst) -> int:
-    from gim_hloc.evaluation.zeb.pictures import PictureOptions, draw_worst
+    from gim_hloc.evaluation.zeb.pictures import draw_worst
 
     report = draw_worst(
         command.folder,
@@ -446,7 +296,7 @@ def _worst(command: Worst) -> int:
         matchers=command.matchers,
         sets=command.sets,
         run=command.run,
-        options=PictureOptions(count=command.count, limit=command.limit),
+        options=command.pictures,
     )
     for entry in report.lists:
         sys.stdout.write(f"{entry.dataset}: {entry.title}: {len(entry.files)} pairs\n")
