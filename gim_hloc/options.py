@@ -415,13 +415,17 @@ class WorkOptions:
     """This machine, or --workers of Ray, here or on the cluster of RAY_ADDRESS; all of them must
     see the files."""
     workers: CountOrNone = 0
-    """Ray's workers; each has a GPU where there are any."""
+    """Ray's workers, each with a GPU where there are any; or processes on --device here."""
 
     @property
     def where(self) -> Where:
         """The same for ``workers.run``."""
+        local = (self.device,) * self.workers if self.engine == "local" else ()
         return Where(
-            devices=self.devices, engine=self.engine, workers=self.workers, device=self.device
+            devices=self.devices or local,
+            engine=self.engine,
+            workers=self.workers,
+            device=self.device,
         )
 
 

@@ -463,7 +463,7 @@ def test_files_hold_what_memory_holds(
     path = tmp_path / "out" / "propagated.h5"
     summary = propagate_video(base, path, SMALL)
     expected = list(propagate(labels, steps=STEPS, size=SIZE, options=SMALL))
-    with PropagatedStore.open(path) as store:
+    with PropagatedStore(path) as store:
         made = [r for r in expected if r.labels is not None]
         assert store.pairs().tolist() == [[r.record.start, r.record.target] for r in made]
         assert store.reached().tolist() == [list(r.record.reached or ()) for r in made]

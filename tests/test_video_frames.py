@@ -21,7 +21,7 @@ from PIL import Image
 from video_files import HEIGHT, WIDTH, numbered, read_number, turn_container, write_video
 
 from gim_hloc.cli.video import main
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, OutputError
 from gim_hloc.training.video import hdr, sources
 from gim_hloc.training.video.frames import (
     ImageSequence,
@@ -414,6 +414,19 @@ def test_frames_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
     assert files == second | other
     listed = {line.split(",")[0] for line in (out / "frames.csv").read_text().splitlines()[1:]}
     assert listed == second | other
+
+
+def test_files_of_the_user_are_never_replaced(tmp_path: Path) -> None:
+    video = open_source(write_video(tmp_path / "v.mp4", [numbered(n) for n in range(24)]))
+    options = FramesOptions(num=4, min_motion=0)
+    names = [p.path.name for p in pick_frames(video, tmp_path / "a", options, prefix="v").frames]
+    for name in (names[2], "frames.csv"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_bytes(b"a user's own")
+        with pytest.raises(OutputError, match=name):
+            pick_frames(video, out, options, prefix="v")
+        assert (out / name).read_bytes() == b"a user's own"
 
 
 @pytest.mark.parametrize("size", [0, -5])

@@ -583,7 +583,15 @@ def test_runs_do_not_meet(clip: Path, tmp_path: Path, fake: type[FakeLabeller]) 
 
 
 @pytest.mark.parametrize(
-    "values", [{"gap": 0}, {"steps": ()}, {"zoom_box": (8, 800)}, {"labellers": ("sift", "sift")}]
+    "values",
+    [
+        {"shard": "2/2"},
+        {"shard": "0/2", "overwrite": True},
+        {"gap": 0},
+        {"steps": ()},
+        {"zoom_box": (8, 800)},
+        {"labellers": ("sift", "sift")},
+    ],
 )
 def test_bad_options_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(InputError):
@@ -745,8 +753,10 @@ def test_command_label(
     with FolderLock(tmp_path / "images"):
         assert main(["frames", str(clip), str(tmp_path / "images")]) == 3
     assert capsys.readouterr().err.count("Another run is working in") == 3
-    assert main([*arguments, "--shard", "half"]) == 2
-    assert "--shard" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--shard", "half"])
+    assert left.value.code == 2
+    assert "--shard is 'half'" in capsys.readouterr().err
 
 
 def test_command_run(

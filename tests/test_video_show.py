@@ -225,6 +225,11 @@ def test_a_video_with_many_pairs(tmp_path: Path) -> None:
         report = show(store, frame, tmp_path / "out", ShowOptions(pairs=10))
         again = show(store, frame, tmp_path / "again", ShowOptions(pairs=10))
         other = show(store, frame, tmp_path / "other", ShowOptions(pairs=10, seed=1))
+        # Pictures of an earlier page go, those of the user stay.
+        (tmp_path / "other" / "pairs" / "mine.jpg").write_bytes(b"a user's own")
+        fewer = show(store, frame, tmp_path / "other", ShowOptions(pairs=3, seed=1))
+    left = {path.name for path in (tmp_path / "other" / "pairs").iterdir()}
+    assert left == {"mine.jpg", *(path.name for path in fewer.figures)}
     assert len(report.figures) == 10
     names = [[path.name for path in r.figures] for r in (report, again, other)]
     assert names[0] == names[1] != names[2]
@@ -299,7 +304,6 @@ def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
 def folder(tmp_path: Path) -> VideoFolder:
     """A video of a plane that slides by, with labels that say so."""
     video = VideoFolder(tmp_path / "videos" / "walk")
-    video.frames.mkdir(parents=True)
     video.write_info(
         VideoInfo(
             id="walk",
@@ -314,6 +318,7 @@ def folder(tmp_path: Path) -> VideoFolder:
             max_size=None,
         )
     )
+    video.frames.mkdir()
     for k in range(0, 240, 10):
         Image.fromarray(frame(k)).save(video.frame_path(k))
     generator = np.random.default_rng(4)

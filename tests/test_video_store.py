@@ -350,6 +350,10 @@ def test_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     )
     with pytest.raises(InputError, match="no labelled video"):
         find_videos(tmp_path)
+    (folder.root / "frames").mkdir(parents=True)
+    with pytest.raises(OutputError, match="holds frames that gim-video did not make"):
+        folder.write_info(info)
+    (folder.root / "frames").rmdir()
     folder.write_info(info)
     folder.write_info(info)
     assert folder.info == info

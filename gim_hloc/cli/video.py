@@ -13,7 +13,7 @@ from typing import Any
 
 from gim_hloc.cli import common
 from gim_hloc.errors import GimError, InputError
-from gim_hloc.options import select
+from gim_hloc.options import WorkOptions, select
 from gim_hloc.training.video.options import (
     FramesOptions,
     LabelOptions,
@@ -148,7 +148,7 @@ def _run(argv: Sequence[str]) -> int:
     )
 
     def work() -> None:
-        if options.shard.rpartition("/")[2] != "1":
+        if options.part[1] > 1:
             raise InputError(
                 f"--shard {options.shard}: propagation needs all labels. Label in shards, then run."
             )
@@ -192,15 +192,9 @@ def _propagate_videos(
     terminal: common.Terminal,
 ) -> tuple[list[str], list[str]]:
     from gim_hloc.training.video.propagation import propagate_folder
-    from gim_hloc.workers import Where
 
-    local = options.engine == "local"
-    where = Where(
-        devices=("cpu",) * options.workers if local and options.workers > 1 else (),
-        engine=options.engine,
-        workers=options.workers,
-        device="cpu",
-    )
+    # The processor does all of it.
+    where = WorkOptions(engine=options.engine, workers=options.workers, device="cpu").where
 
     def propagate(video: Any) -> None:
         summary = propagate_folder(

@@ -29,6 +29,8 @@ from gim_hloc.training.video.store import LabelStore
 
 logger = logging.getLogger(__name__)
 
+_OURS = ("frames", "frames.csv", "masks", "labels", "show", "propagated.h5")  # without video.json
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
@@ -90,7 +92,8 @@ class VideoFolder:
         """Write ``video.json``.
 
         Raises:
-            OutputError: the folder holds frames made with other settings, or cannot be written.
+            OutputError: the folder holds frames made with other settings or files that no run
+                made, or cannot be written.
         """
         if (self.root / "video.json").exists():
             before = self.info
@@ -100,6 +103,11 @@ class VideoFolder:
                     f"{self.root} holds frames made with other settings ({', '.join(different)}): "
                     "choose another output folder, or delete this one."
                 )
+        elif found := [name for name in _OURS if (self.root / name).exists()]:
+            raise OutputError(
+                f"{self.root} holds {', '.join(found)} that gim-video did not make: choose another "
+                "output folder, or move them away."
+            )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             write_atomic(self.root / "video.json", json.dumps(asdict(info), indent=1) + "\n")

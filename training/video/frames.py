@@ -684,10 +684,6 @@ def pick_frames(
             return
         chosen_gray = gray
         path = out / f"{prefix}_{frame.index:06d}.{options.format}"
-        try:
-            write_atomic(path, frame_file(frame.rgb(), options))
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error}.") from error
         report.frames.append(
             Picked(
                 path=path,
@@ -698,6 +694,10 @@ def pick_frames(
             )
         )
         listing.add(report.frames[-1])
+        try:
+            write_atomic(path, frame_file(frame.rgb(), options))
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error}.") from error
 
     with FolderLock(out):
         listing = _Listing(out / "frames.csv", prefix)
@@ -784,7 +784,12 @@ class _Listing:
         self._write([*self._others, *self._before])
 
     def add(self, frame: Picked) -> None:
-        """List a frame at once: a run that is killed leaves no frame unlisted."""
+        """List a frame before it is written: what is listed is ours, all else the user's."""
+        if frame.path.exists() and frame.path.name not in {row[0] for row in self._before}:
+            raise OutputError(
+                f"{frame.path} is in the way and no frame of gim-video: move it away, or choose "
+                "another folder."
+            )
         try:
             with self._path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerow(self._row(frame))

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import cv2
 import numpy as np
+import torch
 
-from gim_hloc.errors import GimError, InputError, WeightsError
+from gim_hloc import engine, images, weights
+from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.images import ImageRecord
-from gim_hloc.matchers.base import Matcher
+from gim_hloc.matchers import registry
+from gim_hloc.matchers.base import ImageData, Matcher
 from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.masks import FrameMasks
 from gim_hloc.training.video.options import (
@@ -63,9 +65,6 @@ _SIFT_PIXELS = 64  # pixels of a frame per SIFT keypoint at most
 
 def default_labellers() -> tuple[str, ...]:
     """The paper's labellers where their checkpoints are on this machine, else free ones."""
-    from gim_hloc import weights
-    from gim_hloc.matchers import registry
-
     missing = []
     for name in PAPER:
         for file in registry.describe(name).checkpoint:
@@ -96,8 +95,6 @@ def load_labeller(name: str, *, quality: str, size: tuple[int, int], device: str
         InputError: unknown name or operating point.
         WeightsError: its weights cannot be had.
     """
-    from gim_hloc.matchers import registry
-
     overrides = dict(_OVERRIDES.get(name, {}))
     if name == "sift":
         overrides["max_keypoints"] = max(2048, size[0] * size[1] // _SIFT_PIXELS)
@@ -225,16 +222,10 @@ def zoomed_image(
     Returns:
         ``ImageData`` whose ``to_original`` leads to pixels of the whole frame.
     """
-    import cv2
-    import torch
-
-    from gim_hloc.images import network_size
-    from gim_hloc.matchers.base import ImageData
-
     left, top, right, bottom = crop
     cut: np.ndarray = rgb[top:bottom, left:right]
     width, height = zoomed_size(right - left, bottom - top, box)
-    width, height = network_size(width, height, options)
+    width, height = images.network_size(width, height, options)
     if options.grayscale:
         cut = cv2.cvtColor(cut, cv2.COLOR_RGB2GRAY)
     # Enlarging by areas repeats pixels, so that is left to the cubic kernel.
@@ -260,15 +251,37 @@ def zoomed_image(
 # ------------------------------------------------------------------------------------------- rounds
 
 
-def label_settings(matcher: Matcher, options: LabelOptions) -> dict[str, Any]:
-    """All that decides the labels of a round but frames, masks and crops; JSON-able."""
-    return {
-        "encode": matcher.encode_settings(),
-        "match": matcher.match_settings(),
-        "static_px": options.static_px,
-        "fit": [options.fit_px, _FIT_CONFIDENCE, _FIT_ITERATIONS],
-        "min_labels": options.min_labels,
-    }
+@dataclass(frozen=True, kw_only=True)
+class SettingsTask:
+    """Name of a labeller -> what decides its labels on a worker's device, JSON-able.
+
+    See ``workers.Task``. Frames, masks and crops decide too.
+    """
+
+    size: tuple[int, int]  # (width, height) of the frames, pixels
+    options: LabelOptions
+
+    def open(self, device: str) -> Callable[[Sequence[str]], Iterator[tuple[str, dict[str, Any]]]]:
+        """Matchers are loaded when they are asked for."""
+        options = self.options
+
+        def settings(names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+            for name in names:
+                matcher = load_labeller(
+                    name, quality=options.quality, size=self.size, device=device
+                )
+                yield (
+                    name,
+                    {
+                        "encode": matcher.encode_settings(),
+                        "match": matcher.match_settings(),
+                        "static_px": options.static_px,
+                        "fit": [options.fit_px, _FIT_CONFIDENCE, _FIT_ITERATIONS],
+                        "min_labels": options.min_labels,
+                    },
+                )
+
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,8 +321,6 @@ class _Encoder:
         self.device = matcher.device
 
     def encode(self, image: Any) -> Any:
-        from gim_hloc.engine import spoils_the_rest
-
         if isinstance(image, _Unusable):
             return image
         if image.mask is not None and not bool(image.mask.any()):
@@ -317,7 +328,7 @@ class _Encoder:
         try:
             return self._matcher.encode(image)
         except Exception as error:
-            if spoils_the_rest(error):
+            if engine.spoils_the_rest(error):
                 raise
             _tell(f"{image.name} cannot be encoded", error)
             return _Unusable(f"{ERROR} {image.name} cannot be encoded ({_words(error)})")
@@ -339,10 +350,6 @@ class _Labeller:
 
     def label(self, items: Sequence[Item]) -> Iterator[tuple[Item, np.ndarray | str]]:
         """Label pairs, which share the encodings of whole frames."""
-        import torch
-
-        from gim_hloc.engine import default_workers, match_scheduled
-
         named = {self._names(item): item for item in items}
         views: dict[str, tuple[int, Crop | None]] = {}
         for names, item in named.items():
@@ -351,17 +358,14 @@ class _Labeller:
                 n: (frame, crop) for n, frame, crop in zip(names, item[:2], crops, strict=True)
             }
         device = self.matcher.device
-        for names, result in _streamed(
-            lambda done: match_scheduled(
-                _Encoder(self.matcher),
-                list(named),
-                lambda name: self._read(name, *views[name]),
-                self._match_batch,
-                done,
-                batch_size=self.task.options.batch_size or (1 if device.type == "cpu" else 4),
-                workers=min(default_workers(device, False), torch.get_num_threads()),
-                cache_gb=self.task.options.cache_gb,
-            )
+        for names, result in engine.match(
+            _Encoder(self.matcher),
+            list(named),
+            lambda name: self._read(name, *views[name]),
+            self._match_batch,
+            batch_size=self.task.options.batch_size or (1 if device.type == "cpu" else 4),
+            workers=min(engine.default_workers(device, False), torch.get_num_threads()),
+            cache_gb=self.task.options.cache_gb,
         ):
             item = named[names]
             yield item, result if isinstance(result, str) else self._clean(item, result)
@@ -378,8 +382,6 @@ class _Labeller:
         return frame_record(self.task.frames / f"{frame:08d}.{self.task.format}", self.task.size)
 
     def _read(self, name: str, frame: int, crop: Crop | None) -> Any:
-        from gim_hloc import images
-
         options, mask = self.matcher.image_options, self._mask(frame)
         try:
             if crop is None:
@@ -389,17 +391,13 @@ class _Labeller:
             return _Unusable(f"{ERROR} {error}")
 
     def _load_rgb(self, frame: int) -> np.ndarray:
-        from gim_hloc.images import read_rgb
-
-        return read_rgb(self._record(frame), upright=False)
+        return images.read_rgb(self._record(frame), upright=False)
 
     def _load_mask(self, frame: int) -> np.ndarray | None:
         return self.task.masks.load(self._record(frame))
 
     def _match_batch(self, encodings: list[tuple[Any, Any]]) -> list[Any]:
         """Match a batch; what cannot be matched gives the reason."""
-        from gim_hloc.engine import spoils_the_rest
-
         results: list[Any] = [_unusable(a, b) for a, b in encodings]
         rows = [row for row, result in enumerate(results) if result is None]
         if not rows:
@@ -407,7 +405,7 @@ class _Labeller:
         try:
             found = self.matcher.match_batch([encodings[row] for row in rows])
         except Exception as error:
-            if spoils_the_rest(error):
+            if engine.spoils_the_rest(error):
                 raise
             if len(rows) > 1:  # one of them spoils the batch
                 return [self._match_batch([pair])[0] for pair in encodings]
@@ -423,36 +421,6 @@ class _Labeller:
         mask0, mask1 = (self._mask(frame) for frame in item[:2])
         labels, reason = clean(*points, self.task.options, mask0=mask0, mask1=mask1)
         return reason or labels
-
-
-def _streamed(start: Callable[[Callable[[Any, Any], None]], Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield what work gives to a callback, as soon as it does; the work runs in a thread."""
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    left = threading.Event()
-
-    def done(item: Any, result: Any) -> None:
-        if left.is_set():
-            raise GimError("nobody takes the results")
-        results.put((item, result))
-
-    def work() -> None:
-        try:
-            start(done)
-        except BaseException as error:
-            results.put(error)
-        else:
-            results.put(None)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (result := results.get()) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-    finally:
-        left.set()
-        thread.join()
 
 
 def _unusable(a: Any, b: Any) -> str | None:

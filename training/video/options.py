@@ -10,14 +10,17 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from gim_hloc.errors import InputError
 from gim_hloc.options import (
     Count,
     CountOrNone,
     NotNegative,
     Positive,
     Quality,
+    WorkOptions,
     options,
 )
+from gim_hloc.workers import parse_shard
 
 ImageFormat = Literal["jpg", "png"]
 Side = Annotated[int, Field(ge=16)]  # pixels
@@ -138,21 +141,14 @@ class MaskOptions:
 
 
 @options
-class WorkOptions:
-    """Who labels, and how."""
+class RoundOptions:
+    """How a round of a labeller is run."""
 
-    device: str = "auto"
-    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
-    devices: tuple[str, ...] = ()
-    """One worker process a device; the same name twice makes two on it."""
-    engine: Literal["local", "ray"] = "local"
-    """local: this machine; ray: workers on the cluster of Ray, which sees the same folders."""
-    workers: CountOrNone = 0
-    """Workers on Ray, or worker processes on --device instead of --devices."""
-    shard: str = "0/1"
-    """i/N: the i-th of N parts of every video, from 0. Then once without, to put all together."""
+    shard: str | None = None
+    """i/N: only the i-th of N parts of every video, from 0. The command without it takes over what
+    such jobs did, does what is left, and writes the labels."""
     batch_size: CountOrNone = 0
-    """Pairs a network call; 0 chooses."""
+    """Pairs a network call; 0: 1 on a processor, 4 on a GPU."""
     cache_gb: Positive | None = None
     """Memory of a worker for encodings, 10^9 bytes; chosen by default."""
     retry_failed: bool = False
@@ -160,10 +156,25 @@ class WorkOptions:
     overwrite: bool = False
     """Begin anew."""
 
+    def __post_init__(self) -> None:
+        if self.part[1] > 1 and self.overwrite:
+            raise InputError("A shard cannot begin anew what other shards are working on.")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Index of the shard, from 0, and their number."""
+        return (0, 1) if self.shard is None else parse_shard(self.shard)
+
 
 @options
 class LabelOptions(
-    LabellerOptions, SamplingOptions, CleaningOptions, MaskOptions, FrameOptions, WorkOptions
+    LabellerOptions,
+    SamplingOptions,
+    CleaningOptions,
+    MaskOptions,
+    FrameOptions,
+    RoundOptions,
+    WorkOptions,
 ):
     """What ``gim-video label`` can be told."""
 
@@ -267,6 +278,7 @@ class VideoRunOptions(
     MaskOptions,
     FrameOptions,
     PropagationOptions,
+    RoundOptions,
     WorkOptions,
 ):
     """What ``gim-video run`` can be told."""

@@ -24,10 +24,11 @@ import numpy as np
 
 from gim_hloc import cache
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.training.video.store import h5_aside, write_checked
+from gim_hloc.training.video.store import h5_aside, told_damage, write_checked
 
 logger = logging.getLogger(__name__)
 
+_CURE = "Run `gim-video propagate` again, which writes it anew."
 #: Part of the settings: raised when the same labels would be propagated to other values.
 FORMAT = 1
 
@@ -117,7 +118,7 @@ class PropagatedStore:
                 if unfinished
                 else f"There are no propagated labels {self.path}: run `gim-video propagate`."
             )
-        try:
+        with told_damage(self.path, "its records", _CURE):
             attributes = self._open().attrs
             names = ("settings", "facts", "records", "notes")
             self.about: dict[str, Any] = {name: json.loads(attributes[name]) for name in names}
@@ -126,17 +127,7 @@ class PropagatedStore:
             self.facts = VideoFacts(**{**facts, "size": tuple(facts["size"])})
             self.records = [StartRecord.from_json(r) for r in self.about["records"]]
             self.notes: list[str] = self.about["notes"]
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            raise InputError(
-                f"{self.path} is not a file of propagated labels, or damaged ({error}): delete it "
-                "and run `gim-video propagate` again."
-            ) from None
         self._made = {(r.start, r.target): r for r in self.records if not r.failure}
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> PropagatedStore:
-        """The same as calling the class."""
-        return cls(path)
 
     def pairs(self) -> np.ndarray:
         """(P, 2) int64: pairs of frames asked for, by start; names for `read`."""
@@ -168,13 +159,8 @@ class PropagatedStore:
         record = self._made.get((int(start), int(target)))
         if record is None or record.reached is None:
             raise InputError(f"{self.path} has no labels of the pair {start}, {target}.")
-        try:
+        with told_damage(self.path, f"the pair {start}, {target}", _CURE):
             labels: np.ndarray = self._open()[record.name]["labels"][()]
-        except (OSError, KeyError) as error:
-            raise InputError(
-                f"{self.path} is damaged at the pair {start}, {target} ({error}): delete it and "
-                "run `gim-video propagate` again."
-            ) from None
         return labels, record.reached
 
     def failures(self) -> list[tuple[int, int, str]]:

@@ -724,8 +724,7 @@ def _propagate(
         bar.update()
 
     # Each worker walks through stretches of the video, so that few sub-chains are made twice.
-    count = len(where.devices) or where.workers or 1
-    chunk = max(1, min(_CHUNK, -(-len(todo) // count)))
+    chunk = max(1, min(_CHUNK, -(-len(todo) // where.count)))
     with bar:
         workers.run(task, todo, where, done, chunk=chunk)
     return records

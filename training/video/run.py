@@ -38,10 +38,10 @@ from gim_hloc.training.video.labels import (
     ERROR,
     Item,
     LabelTask,
+    SettingsTask,
     crop_box,
     default_labellers,
     frame_record,
-    label_settings,
     load_labeller,
     zoom_box,
 )
@@ -150,9 +150,7 @@ def label_video(
     names = _ordered(options)
     for name in names:
         registry.describe(name)  # before frames are written for hours
-    i, count = workers.parse_shard(options.shard)
-    if options.overwrite and count > 1:
-        raise InputError("A shard cannot begin anew what other shards are working on.")
+    i, count = options.part
     folder = VideoFolder(Path(out) / source.id)
     with FolderLock(folder.root, "run" if count == 1 else f"shard-{i}-of-{count}"):
         path = source.path or download(
@@ -166,7 +164,7 @@ def label_video(
         report = LabelReport(folder=folder, plan=plan)
         report.written = _prepare_frames(folder, info, video, plan, pairs, options, progress)
         report.damaged, report.remarks = video.damaged, video.remarks
-        rounds = _Rounds(folder, info, plan, pairs, options, (i, count), progress)
+        rounds = _Rounds(folder, info, plan, pairs, options, progress)
         try:
             report.rounds = rounds.run(names)
         finally:
@@ -248,23 +246,16 @@ class _Rounds:
         plan: Plan,
         pairs: np.ndarray,
         options: LabelOptions,
-        shard: tuple[int, int],
         progress: bool,
     ) -> None:
         self.folder, self.info, self.plan = folder, info, plan
-        self.options, self.shard, self.progress = options, shard, progress
+        self.options, self.progress = options, progress
         self.pairs = [(int(i), int(j)) for i, j in pairs]
-        local = options.workers if options.engine == "local" else 0
-        self.where = workers.Where(
-            devices=options.devices or (options.device,) * local,
-            engine=options.engine,
-            workers=options.workers,
-            device=options.device,
-        )
-        self.device = (*self.where.devices, options.device)[0]
+        self.where = options.where
+        device = (*self.where.devices, options.device)[0]
         used = np.unique(pairs).tolist()
         records = [frame_record(folder.frames / _name(info, n), info.size) for n in used]
-        self.masks = prepare_masks(records, folder.masks, options, device=self.device).resolved()
+        self.masks = prepare_masks(records, folder.masks, options, device=device).resolved()
 
     def run(self, names: Sequence[str]) -> list[RoundReport]:
         """Label by all labellers; zoom rounds crop to what the first one found."""
@@ -272,16 +263,14 @@ class _Rounds:
         with contextlib.ExitStack() as stack:
             base: LabelWriter | None = None
             for name in names:
-                matcher = load_labeller(
-                    name, quality=self.options.quality, size=self.info.size, device=self.device
-                )
-                settings = label_settings(matcher, self.options)
-                del matcher
-                plain = stack.enter_context(self._open(name, settings))
+                found: dict[str, dict[str, Any]] = {}
+                task = SettingsTask(size=self.info.size, options=self.options)
+                workers.run(task, [name], self.where, found.__setitem__)
+                plain = stack.enter_context(self._open(name, found[name]))
                 reports.append(self._label(plain))
                 base = base or plain
                 if self.options.zoom:
-                    with self._open(name, settings, base) as zoomed:
+                    with self._open(name, found[name], base) as zoomed:
                         reports.append(self._label(zoomed, base))
         return reports
 
@@ -315,7 +304,7 @@ class _Rounds:
         return LabelWriter(
             self.folder.label_path(labeller, info.zoom),
             info,
-            shard=self.shard,
+            shard=self.options.part,
             overwrite=self.options.overwrite,
         )
 
@@ -363,8 +352,6 @@ class _Rounds:
                     why = base.failures.get(pair, "not tried")
                     done(pair, f"no plain labels of {base.info.labeller}: {why}")
 
-        if self.where.devices or self.where.engine == "ray":
-            load_labeller.cache_clear()  # others load it
         task = LabelTask(
             labeller=about.labeller,
             frames=self.folder.frames.resolve(),
@@ -373,12 +360,11 @@ class _Rounds:
             masks=self.masks,
             options=self.options,
         )
-        count = len(self.where.devices) or self.where.workers or 1
         with bar:
             if todo:
-                chunk = max(1, min(_CHUNK, -(-len(todo) // count)))
+                chunk = max(1, min(_CHUNK, -(-len(todo) // self.where.count)))
                 workers.run(task, items(), self.where, done, chunk=chunk)
-        if self.shard[1] == 1:
+        if self.options.part[1] == 1:
             writer.write()
         return RoundReport(
             labeller=about.labeller,

@@ -111,9 +111,6 @@ def show(
     frames = _Frames(read, store.facts.size, where)
     try:
         (output / "pairs").mkdir(parents=True, exist_ok=True)
-        for old in (output / "pairs").iterdir():
-            if _PAIR.fullmatch(old.name):
-                old.unlink()
         figures, pictures = [], []
         for record in _choose(store, options):
             view, caption = _view(store, record, frames)
@@ -159,6 +156,9 @@ def show(
         )
         sheet = output / "sheet.html"
         write_atomic(sheet, render_sheet(data))
+        for path in set((output / "pairs").iterdir()).difference(figures):
+            if _PAIR.fullmatch(path.name):
+                path.unlink()  # of an earlier page
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error}.") from error
     if frames.missing:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 Pair = tuple[int, int]
 
 _INDEX = "index"
+_CURE = "Repeat the same gim-video label, which writes it again."
 _FAILED = "/failed"  # end of the keys of entries that say why a pair has no labels
 
 
@@ -98,10 +99,10 @@ class LabelStore:
         self.path = path
         if not path.exists():
             raise InputError(f"There are no labels {path}: label the video first.")
-        with self._told("the file"):
+        with told_damage(path, "the file", _CURE):
             self._file = h5py.File(path, "r")
         try:
-            with self._told("its index"):
+            with told_damage(path, "its index", _CURE):
                 self.info = StoreInfo.from_json(self._file.attrs["settings"])
                 index = {name: data[()] for name, data in self._file[_INDEX].items()}
                 rows = zip(index["pairs"].tolist(), index["counts"].tolist(), strict=True)
@@ -111,19 +112,6 @@ class LabelStore:
         except BaseException:
             self.close()
             raise
-
-    @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """Say what is wrong with the file and what helps."""
-        try:
-            yield
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            if isinstance(error, OSError) and error.errno:
-                raise OutputError(f"{self.path} cannot be read: {error}.") from None
-            raise InputError(
-                f"{self.path} is damaged ({what}: {error}). Repeat the same gim-video label, which "
-                "writes it again."
-            ) from None
 
     def pairs(self) -> np.ndarray:
         """(P, 2) int64 frame indices i, j of the labelled pairs, sorted."""
@@ -151,7 +139,7 @@ class LabelStore:
         if (i, j) not in self._counts:
             why = self._failures.get((i, j), "it was never tried")
             raise InputError(f"{self.path} has no labels of frames {i} and {j}: {why}.")
-        with self._told(f"frames {i} and {j}"):
+        with told_damage(self.path, f"frames {i} and {j}", _CURE):
             labels: np.ndarray = self._file[f"{i}_{j}"][()]
         return labels
 
@@ -358,6 +346,28 @@ def _key(stamp: str, i: int, j: int) -> str:
     return f"{stamp}/{i}_{j}"
 
 
+@contextlib.contextmanager
+def told_damage(path: Path, what: str, cure: str) -> Iterator[None]:
+    """Tell damage of an h5 file from what the system refuses.
+
+    Raises:
+        InputError: ``what`` is damaged; says ``cure``.
+        OutputError: the system does not let it be read.
+    """
+    try:
+        yield
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise OutputError(f"{path} cannot be read: {_words(error)}.") from None
+        raise InputError(f"{path} is damaged ({what}: {_words(error)}). {cure}") from None
+
+
+def _words(error: Exception) -> str:
+    """What went wrong, without the numbers that HDF5 adds on lines of their own."""
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number) if number else f"{error}\n".splitlines()[0]
+
+
 def write_checked(place: h5py.Group, name: str, data: np.ndarray) -> None:
     """Write a dataset whose damage HDF5 notices when it is read."""
     checked = {"chunks": data.shape, "fletcher32": True} if data.size else {}
@@ -384,8 +394,8 @@ def h5_aside(path: Path, whole: Callable[[Path], bool]) -> Iterator[h5py.File]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # of HDF5, when a file is closed
         raise OutputError(
-            f"{path} cannot be written: {error}. What is finished is kept; make room and repeat "
-            "the command."
+            f"{path} cannot be written: {_words(error)}. What is finished is kept; make room "
+            "and repeat the command."
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
