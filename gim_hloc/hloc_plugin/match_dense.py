@@ -381,7 +381,7 @@ class _Job:
     def points(self, describer: str) -> list[ImagePoints]:
         """Keypoints of all images: those that are fixed, else a detector's and room for a grid."""
         joint = {name for pair in self.pairs if pair not in self.free for name in pair}
-        todo = sorted(joint - self.fixed.keys())
+        todo = joint - self.fixed.keys()
         points = {
             name: ImagePoints(
                 name=name,
@@ -402,7 +402,7 @@ class _Job:
 
                 engine.encode_images(
                     detector,
-                    todo,
+                    sorted(todo),
                     lambda name: images.load(self.records[name], detector.image_options),
                     done,
                     workers=engine.default_workers(detector.device, False),
