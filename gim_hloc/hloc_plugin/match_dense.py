@@ -4,7 +4,7 @@
     features, matches = match_dense.main(confs.MATCH_DENSE["gim_dkm"], pairs, images, outputs)
 
 hloc loads and encodes both images of every pair; here every image is read and encoded once
-(``engine.match_scheduled``), pairs are matched in batches on a GPU, and keypoints come from
+(``engine.match``), pairs are matched in batches on a GPU, and keypoints come from
 ``tracks``: ``anchored`` (default, more accurate and with longer tracks) or ``quantized`` (hloc's
 result). It does not need hloc, unless the configuration names one of hloc's own models.
 
@@ -354,21 +354,17 @@ class _Job:
         keys = {p: cache.key(settings, [sources[name] for name in p]) for p in self.pairs}
         todo = [pair for pair in self.pairs if found.get(keys[pair]) is None]
         with self._bar(len(self.pairs), "Match", "pairs", len(self.pairs) - len(todo)) as bar:
-
-            def done(pair: Pair, arrays: Arrays) -> None:
-                found.put(keys[pair], arrays)
-                bar.update()
-
-            engine.match_scheduled(
+            for pair, arrays in engine.match(
                 matcher,
                 todo,
                 lambda name: images.load(self.records[name], matcher.image_options),
                 linker.reduce,
-                done,
                 cache_gb=cache_gb,
                 batch_size=batch_size or (1 if matcher.device.type == "cpu" else _GPU_BATCH),
                 workers=engine.default_workers(matcher.device, not matcher.info.side_by_side),
-            )
+            ):
+                found.put(keys[pair], arrays)
+                bar.update()
 
         def stored(pair: Pair) -> Arrays:
             arrays = found.get(keys[pair])
