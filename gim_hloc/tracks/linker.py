@@ -8,9 +8,10 @@ not ask what kind a matcher is: ``linker_for`` does.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class ImagePoints:
     fixed: bool = False
 
 
-class Linker(Protocol):
+class Linker(ABC):
     """What linkers share.
 
     A worker process makes its own from the arguments of ``linker_for``, with a matcher of its own,
@@ -59,24 +60,25 @@ class Linker(Protocol):
     """
 
     matcher: Matcher
-    detector_free: bool
+    detector_free = True
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Everything that decides stored arrays beside ``prepare``'s images, flat, JSON-able."""
-        ...
 
+    @abstractmethod
     def prepare(self, images: Iterable[ImagePoints]) -> None:
         """Take what is known of images, before pairs of them are reduced or linked."""
-        ...
 
+    @abstractmethod
     def reduce(self, encodings: Encodings) -> list[Arrays]:
         """Match some pairs and give the arrays to store of each; from any number of threads."""
-        ...
 
+    @abstractmethod
     def confidences(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """(M,) confidences in [0, 1] of a stored pair's matches."""
-        ...
 
+    @abstractmethod
     def points(self, pair: Pair, arrays: Mapping[str, np.ndarray], at: int | None = None) -> Raw:
         """Matches of a stored pair by coordinates.
 
@@ -88,7 +90,6 @@ class Linker(Protocol):
         Returns:
             (M, 2) and (M, 2) stored pixels, hloc's frame, and (M,) scores.
         """
-        ...
 
     def link(
         self,
@@ -105,7 +106,16 @@ class Linker(Protocol):
             read: pair -> its stored arrays.
             progress: called once a pair.
         """
-        ...
+
+        def stored() -> Iterator[tuple[Pair, Arrays]]:
+            for pair in pairs:
+                yield pair, read(pair)
+                progress()
+
+        return self._link(names, stored())
+
+    @abstractmethod
+    def _link(self, names: Sequence[str], stored: Iterator[tuple[Pair, Arrays]]) -> Tracks: ...
 
 
 def linker_for(
@@ -132,7 +142,7 @@ def linker_for(
     return makes(matcher, anchored or AnchoredOptions())
 
 
-class Indexed:
+class Indexed(Linker):
     """Matches of the matcher's own keypoints, by index: nothing is left to be linked."""
 
     detector_free = False
@@ -173,15 +183,9 @@ class Indexed:
         ends = [self.images[name].keypoints[rows[:, k]] for k, name in enumerate(pair)]
         return ends[0], ends[1], self.confidences(arrays)
 
-    def link(
-        self,
-        names: Sequence[str],
-        pairs: Sequence[Pair],
-        read: Callable[[Pair], Arrays],
-        progress: Callable[[], Any] = lambda: None,
-    ) -> Tracks:
-        """See ``Linker``; every keypoint stays, matched or not."""
-        found = dict(_stored(pairs, read, progress))
+    def _link(self, names: Sequence[str], stored: Iterator[tuple[Pair, Arrays]]) -> Tracks:
+        """Every keypoint stays, matched or not."""
+        found = dict(stored)
         images = {name: self.images[name] for name in names}
         return Tracks(
             keypoints={name: image.keypoints for name, image in images.items()},
@@ -196,10 +200,8 @@ class Indexed:
         )
 
 
-class Anchored:
+class Anchored(Linker):
     """Tracks of anchors, which warps are read at (``tracks.anchored``)."""
-
-    detector_free = True
 
     def __init__(self, matcher: Matcher, options: AnchoredOptions) -> None:
         self.matcher, self.options = matcher, options
@@ -248,18 +250,8 @@ class Anchored:
         xy0, xy1, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
         return xy0, xy1, scores
 
-    def link(
-        self,
-        names: Sequence[str],
-        pairs: Sequence[Pair],
-        read: Callable[[Pair], Arrays],
-        progress: Callable[[], Any] = lambda: None,
-    ) -> Tracks:
-        """See ``Linker``."""
-        readings = (
-            (pair, PairReading.from_arrays(arrays))
-            for pair, arrays in _stored(pairs, read, progress)
-        )
+    def _link(self, names: Sequence[str], stored: Iterator[tuple[Pair, Arrays]]) -> Tracks:
+        readings = ((pair, PairReading.from_arrays(arrays)) for pair, arrays in stored)
         return link_readings(names, self.anchors, readings, self.options)
 
 
@@ -276,7 +268,7 @@ class AnchoredMatches(Anchored):
         ]
 
 
-class Quantized:
+class Quantized(Linker):
     """hloc's aggregation on a grid (``tracks.quantized``).
 
     Args:
@@ -284,8 +276,6 @@ class Quantized:
         options: numbers of the aggregation.
         match: encodings of some pairs -> their matches, instead of the matcher's ``match_batch``.
     """
-
-    detector_free = True
 
     def __init__(
         self,
@@ -318,15 +308,7 @@ class Quantized:
         """See ``Linker``."""
         return arrays["keypoints0"], arrays["keypoints1"], arrays["scores"]
 
-    def link(
-        self,
-        names: Sequence[str],
-        pairs: Sequence[Pair],
-        read: Callable[[Pair], Arrays],
-        progress: Callable[[], Any] = lambda: None,
-    ) -> Tracks:
-        """See ``Linker``."""
-        stored = _stored(pairs, read, progress)
+    def _link(self, names: Sequence[str], stored: Iterator[tuple[Pair, Arrays]]) -> Tracks:
         return quantize(names, {p: self.points(p, arrays) for p, arrays in stored}, self.options)
 
 
@@ -343,14 +325,6 @@ def _detector_free_settings(
         "tracks": tracks,
         **_prefixed("tracks", dataclasses.asdict(options)),
     }
-
-
-def _stored(
-    pairs: Sequence[Pair], read: Callable[[Pair], Arrays], progress: Callable[[], Any]
-) -> Iterator[tuple[Pair, Arrays]]:
-    for pair in pairs:
-        yield pair, read(pair)
-        progress()
 
 
 def _rows(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
