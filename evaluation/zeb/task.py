@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,8 +11,7 @@ from gim_hloc.errors import InputError
 from gim_hloc.evaluation.zeb.predictions import Prediction
 from gim_hloc.matchers import registry
 from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, Matcher, Matches, Quality
-
-logger = logging.getLogger(__name__)
+from gim_hloc.tolerant import TolerantMatcher, Unusable
 
 Names = tuple[str, str]
 
@@ -65,90 +63,31 @@ class MatchTask:
         matcher, images = self.load(device), self.images
         assert images is not None
 
-        def read(name: str) -> ImageData | _Unusable:
+        tolerant = TolerantMatcher(matcher)
+
+        def read(name: str) -> ImageData | Unusable:
             try:
                 return images.read(name, matcher.image_options)
             except InputError as error:
-                return _Unusable(str(error))
+                return Unusable(str(error))
 
-        encoder = _Encoder(matcher)
+        def match(pairs: Sequence[tuple[Any, Any]]) -> list[Prediction | str]:
+            return [
+                found if isinstance(found, str) else _prediction(found, *pair)
+                for found, pair in zip(tolerant.match(pairs), pairs, strict=True)
+            ]
+
         batch = self.batch_size or (1 if matcher.device.type == "cpu" else 4)
         return lambda pairs: engine.match(
-            encoder,
-            pairs,
-            read,
-            lambda encodings: _match(matcher, encodings),
-            cache_gb=self.cache_gb,
-            batch_size=batch,
+            tolerant, pairs, read, match, cache_gb=self.cache_gb, batch_size=batch
         )
 
 
-class _Unusable:
-    """Stands for the image or the encoding of a file that cannot be used."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-
-class _Encoder:
-    def __init__(self, matcher: Matcher) -> None:
-        self._matcher = matcher
-        self.device = matcher.device
-
-    def encode(self, image: ImageData | _Unusable) -> Any:
-        if isinstance(image, _Unusable):
-            return image
-        try:
-            return self._matcher.encode(image)
-        except Exception as error:
-            if engine.spoils_the_rest(error):
-                raise
-            logger.debug("%s cannot be encoded", image.name, exc_info=True)
-            return _Unusable(f"{image.name} cannot be encoded ({_words(error)})")
-
-    def smaller(self) -> bool:
-        """No: a benchmark must not go on at another resolution when memory runs out."""
-        return False
-
-
-def _match(
-    matcher: Matcher, pairs: Sequence[tuple[Encoding | _Unusable, Encoding | _Unusable]]
-) -> list[Prediction | str]:
-    """Match a batch."""
-    results: list[Prediction | str] = [
-        "; ".join(dict.fromkeys(e.message for e in pair if isinstance(e, _Unusable)))
-        for pair in pairs
-    ]
-    rows = [row for row, reason in enumerate(results) if not reason]
-    usable: list[Any] = [pairs[row] for row in rows]
-    for row, (a, b), found in zip(rows, usable, _match_usable(matcher, usable), strict=True):
-        results[row] = found if isinstance(found, str) else Prediction(
-            points0=found.keypoints0.numpy(),
-            points1=found.keypoints1.numpy(),
-            scores=found.scores.numpy(),
-            size0=a.size,
-            size1=b.size,
-        )  # fmt: skip
-    return results
-
-
-def _match_usable(
-    matcher: Matcher, pairs: Sequence[tuple[Encoding, Encoding]]
-) -> list[Matches | str]:
-    """Match a batch, or, where one of it spoils it, its pairs one by one."""
-    if not pairs:
-        return []
-    try:
-        return [*matcher.match_batch(pairs)]
-    except Exception as error:
-        if engine.spoils_the_rest(error):
-            raise
-        if len(pairs) == 1:
-            logger.debug("%s cannot be matched", [e.name for e in pairs[0]], exc_info=True)
-            return [f"cannot be matched ({_words(error)})"]
-    return [_match_usable(matcher, [pair])[0] for pair in pairs]
-
-
-def _words(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+def _prediction(found: Matches, a: Encoding, b: Encoding) -> Prediction:
+    return Prediction(
+        points0=found.keypoints0.numpy(),
+        points1=found.keypoints1.numpy(),
+        scores=found.scores.numpy(),
+        size0=a.size,
+        size1=b.size,
+    )

@@ -24,7 +24,8 @@ from gim_hloc import engine, images, weights
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.images import ImageRecord
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.base import ImageData, Matcher
+from gim_hloc.matchers.base import ImageData, Matcher, Matches
+from gim_hloc.tolerant import TolerantMatcher, Unusable
 from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.masks import FrameMasks
 from gim_hloc.training.video.options import (
@@ -306,38 +307,6 @@ class LabelTask:
         return _Labeller(self, matcher).label
 
 
-class _Unusable:
-    """Stands for the image or the encoding of a frame that cannot be used."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-
-class _Encoder:
-    """What the scheduler needs of a matcher."""
-
-    def __init__(self, matcher: Matcher) -> None:
-        self._matcher = matcher
-        self.device = matcher.device
-
-    def encode(self, image: Any) -> Any:
-        if isinstance(image, _Unusable):
-            return image
-        if image.mask is not None and not bool(image.mask.any()):
-            return _Unusable(f"{image.name} is masked as a whole")
-        try:
-            return self._matcher.encode(image)
-        except Exception as error:
-            if engine.spoils_the_rest(error):
-                raise
-            _tell(f"{image.name} cannot be encoded", error)
-            return _Unusable(f"{ERROR} {image.name} cannot be encoded ({_words(error)})")
-
-    def smaller(self) -> bool:
-        """No: labels of one round are made at one resolution."""
-        return False
-
-
 class _Labeller:
     """A `LabelTask` at work."""
 
@@ -358,17 +327,18 @@ class _Labeller:
                 n: (frame, crop) for n, frame, crop in zip(names, item[:2], crops, strict=True)
             }
         device = self.matcher.device
-        for names, result in engine.match(
-            _Encoder(self.matcher),
+        tolerant = TolerantMatcher(self.matcher, f"{ERROR} ")
+        for names, found in engine.match(
+            tolerant,
             list(named),
             lambda name: self._read(name, *views[name]),
-            self._match_batch,
+            tolerant.match,
             batch_size=self.task.options.batch_size or (1 if device.type == "cpu" else 4),
             workers=min(engine.default_workers(device, False), torch.get_num_threads()),
             cache_gb=self.task.options.cache_gb,
         ):
             item = named[names]
-            yield item, result if isinstance(result, str) else self._clean(item, result)
+            yield item, found if isinstance(found, str) else self._clean(item, found)
 
     @staticmethod
     def _names(item: Item) -> tuple[str, str]:
@@ -381,14 +351,19 @@ class _Labeller:
     def _record(self, frame: int) -> ImageRecord:
         return frame_record(self.task.frames / f"{frame:08d}.{self.task.format}", self.task.size)
 
-    def _read(self, name: str, frame: int, crop: Crop | None) -> Any:
+    def _read(self, name: str, frame: int, crop: Crop | None) -> ImageData | Unusable:
         options, mask = self.matcher.image_options, self._mask(frame)
         try:
             if crop is None:
-                return images.load(self._record(frame), options, mask=mask)
-            return zoomed_image(self._rgb(frame), crop, self.box, options, name=name, mask=mask)
+                image = images.load(self._record(frame), options, mask=mask)
+            else:
+                rgb = self._rgb(frame)
+                image = zoomed_image(rgb, crop, self.box, options, name=name, mask=mask)
         except InputError as error:
-            return _Unusable(f"{ERROR} {error}")
+            return Unusable(f"{ERROR} {error}")
+        if image.mask is not None and not image.mask.any():
+            return Unusable(f"{image.name} is masked as a whole")
+        return image
 
     def _load_rgb(self, frame: int) -> np.ndarray:
         return images.read_rgb(self._record(frame), upright=False)
@@ -396,45 +371,11 @@ class _Labeller:
     def _load_mask(self, frame: int) -> np.ndarray | None:
         return self.task.masks.load(self._record(frame))
 
-    def _match_batch(self, encodings: list[tuple[Any, Any]]) -> list[Any]:
-        """Match a batch; what cannot be matched gives the reason."""
-        results: list[Any] = [_unusable(a, b) for a, b in encodings]
-        rows = [row for row, result in enumerate(results) if result is None]
-        if not rows:
-            return results
-        try:
-            found = self.matcher.match_batch([encodings[row] for row in rows])
-        except Exception as error:
-            if engine.spoils_the_rest(error):
-                raise
-            if len(rows) > 1:  # one of them spoils the batch
-                return [self._match_batch([pair])[0] for pair in encodings]
-            a, b = encodings[rows[0]]
-            _tell(f"{a.name} and {b.name} cannot be matched", error)
-            results[rows[0]] = f"{ERROR} cannot be matched ({_words(error)})"
-            return results
-        for row, matches in zip(rows, found, strict=True):
-            results[row] = (matches.keypoints0.cpu().numpy(), matches.keypoints1.cpu().numpy())
-        return results
-
-    def _clean(self, item: Item, points: tuple[np.ndarray, np.ndarray]) -> np.ndarray | str:
+    def _clean(self, item: Item, found: Matches) -> np.ndarray | str:
+        points = (found.keypoints0.cpu().numpy(), found.keypoints1.cpu().numpy())
         mask0, mask1 = (self._mask(frame) for frame in item[:2])
         labels, reason = clean(*points, self.task.options, mask0=mask0, mask1=mask1)
         return reason or labels
-
-
-def _unusable(a: Any, b: Any) -> str | None:
-    reasons = [side.reason for side in (a, b) if isinstance(side, _Unusable)]
-    return "; ".join(reasons) or None
-
-
-def _tell(what: str, error: BaseException) -> None:
-    logger.warning("%s: %s", what, _words(error))
-    logger.debug("%s", what, exc_info=error)
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def frame_record(path: Path, size: tuple[int, int]) -> ImageRecord:

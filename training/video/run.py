@@ -10,6 +10,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,8 @@ from gim_hloc.training.video.options import LabelOptions
 from gim_hloc.training.video.sampling import Plan, make_plan
 from gim_hloc.training.video.sources import VideoSource, download
 from gim_hloc.training.video.store import LabelWriter, StoreInfo
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # part of the settings: raised when labels are made differently
 _CHUNK = 256  # pairs that a worker gets at a time: neighbours, which share frames
@@ -320,7 +323,7 @@ class _Rounds:
         bar = tqdm(
             total=len(self.pairs),
             initial=len(self.pairs) - len(todo),
-            desc=f"{about.labeller}{' zoom' if about.zoom else ''}",
+            desc=about.name,
             unit="pair",
             disable=not self.progress,
         )
@@ -331,6 +334,8 @@ class _Rounds:
             if isinstance(result, str):
                 writer.fail(*item[:2], result)
                 errors = errors + 1 if ERROR in result else 0
+                if ERROR in result:
+                    logger.warning("%s, frames %d and %d: %s", about.name, *item[:2], result)
             else:
                 writer.put(*item[:2], result)
                 errors = 0
