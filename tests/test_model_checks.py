@@ -374,3 +374,22 @@ def test_options_of_the_user_hold_in_every_attempt(tmp_path: Path) -> None:
         assert used.abs_pose_min_num_inliers == 23
     free = mapping._incremental_options(job_of(make_scene(images=3), tmp_path), relaxed=True)
     assert free.mapper.init_max_forward_motion == 1
+
+
+def test_a_part_of_the_scene_that_mapping_left_is_tried_by_itself(tmp_path: Path) -> None:
+    """Photographs of another place map at once; a walk straight ahead needs relaxed values."""
+    walk = street()
+    other = make_scene(images=7, points=200, names=[f"other {i}" for i in range(7)])
+    other.points = {name: rows + 10_000 for name, rows in other.points.items()}
+    both = Scene(
+        names=walk.names + other.names,
+        poses=walk.poses | other.poses,
+        keypoints=walk.keypoints | other.keypoints,
+        points=walk.points | other.points,
+    )
+    mapped = colmap.run_mapping(job_of(both, tmp_path))
+    sizes = sorted(model.num_reg_images() for model in mapped.models)
+    assert sizes == [7, 7]
+    for model in mapped.models:
+        poses = colmap.poses_of(model)
+        assert camera_errors(poses, {name: both.poses[name] for name in poses})[1] < 0.05

@@ -19,7 +19,7 @@ from synthetic import FOCAL, HEIGHT, WIDTH, Scene, make_scene
 from gim_hloc import colmap
 from gim_hloc.cache import Cache, key
 from gim_hloc.colmap import CameraSpec, Verification
-from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, largest_component
+from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, verified_components
 from gim_hloc.errors import LockedError, OutputError
 from gim_hloc.geometry.pose import relative_pose
 from gim_hloc.geometry.seeds import pair_seed
@@ -240,7 +240,7 @@ def everything(path: Path, scene: Scene, work: Verification) -> list[Any]:
         [rows.tolist() for rows in colmap.inlier_matches(path, scene.pairs())],
         colmap.read_cameras(path, work.cameras),
         inlier_counts(path),
-        largest_component(path),
+        verified_components(path),
     ]
 
 

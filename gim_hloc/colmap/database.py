@@ -460,9 +460,10 @@ def read_verification(database: Path, pairs: Sequence[tuple[str, str]]) -> list[
     return result
 
 
-def largest_component(database: Path) -> int:
-    """Number of images in the largest set that verified pairs connect."""
+def verified_components(database: Path) -> list[set[str]]:
+    """Names of the images of each set that verified pairs connect, largest set first."""
     with open_database(database) as db:
+        names = {image.image_id: image.name for image in db.read_all_images()}
         pairs, inliers = db.read_two_view_geometry_num_inliers()
         ends = [
             pycolmap.pair_id_to_image_pair(pair)
@@ -470,8 +471,11 @@ def largest_component(database: Path) -> int:
             if count
         ]
     if not ends:
-        return 0
+        return []
     rows, columns = np.array(ends).T
     size = int(max(rows.max(), columns.max())) + 1
     _, label = connected_components(coo_matrix((np.ones(len(ends)), (rows, columns)), (size, size)))
-    return int(np.bincount(label).max())
+    found: dict[int, set[str]] = {}
+    for image_id in sorted({*rows.tolist(), *columns.tolist()}):
+        found.setdefault(int(label[image_id]), set()).add(names[image_id])
+    return sorted(found.values(), key=len, reverse=True)

@@ -22,7 +22,7 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, guessed_again
-from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, largest_component
+from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, verified_components
 from gim_hloc.colmap.improve import adjuster, bundle_adjust
 from gim_hloc.colmap.mapping import ENOUGH, MapJob, Mapped, run_mapping
 from gim_hloc.colmap.model import colmap_log, image_statistics
@@ -284,7 +284,7 @@ def map_scene(job: MapJob, *, split: bool) -> Grouped:
     except MappingError as error:
         failure = error
         grouped = Grouped(cameras=job.cameras, models=[], notes=[])
-    component = largest_component(job.database)
+    component = len(next(iter(verified_components(job.database)), ()))
     if not grouped.models or grouped.models[0].num_reg_images() < ENOUGH * component:
         grouped = _without_priors(job, grouped)
     if not grouped.models:

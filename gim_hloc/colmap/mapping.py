@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, fixed_cameras
 from gim_hloc.colmap.checks import num_supported, split_at_weak_joints
-from gim_hloc.colmap.database import largest_component, open_database
+from gim_hloc.colmap.database import open_database, verified_components
 from gim_hloc.colmap.improve import bundle_adjust
-from gim_hloc.colmap.model import align, colmap_log, rigid, version
-from gim_hloc.errors import InputError, MappingError
+from gim_hloc.colmap.model import align, colmap_log, poses_of, rigid, version
+from gim_hloc.errors import InputError, MappingError, some
 from gim_hloc.options import MapOptions, Mapper, PoseUse, RefineIntrinsics
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class MapJob:
         log_dir: where COLMAP's own log goes.
         progress: called with (index of the model, images registered in it).
         stored_px: stored pixels for one that the matcher saw, COLMAP's bounds being in stored ones.
+        images: to be mapped alone; empty: all.
     """
 
     database: Path
@@ -66,11 +67,12 @@ class MapJob:
     log_dir: Path | None = None
     progress: Callable[[int, int], None] = lambda model, images: None
     stored_px: float = 1.0
+    images: Collection[str] = ()
 
     @property
     def num_images(self) -> int:
-        """Images of the database."""
-        return sum(len(spec.names) for spec in self.cameras)
+        """Images to be mapped."""
+        return len(self.images) or sum(len(spec.names) for spec in self.cameras)
 
     @property
     def fixed(self) -> set[int]:
@@ -102,17 +104,43 @@ def run_mapping(job: MapJob) -> Mapped:
     """Map a verified database, again with other values where much of it was left.
 
     COLMAP's defaults give up on forward motion, narrow baselines and small scenes. While the
-    largest model holds less than ``ENOUGH`` of the largest verified component, mapping is tried
-    with relaxed values, then with another seed; the best attempt is kept and a note says so.
+    largest model of a component (images that verified pairs connect) holds less than ``ENOUGH`` of
+    it, mapping is tried with relaxed values, then with another seed; the best attempt is kept and a
+    note says so.
 
     Raises:
         MappingError: when no attempt gives a model.
     """
-    component = largest_component(job.database)
+    components = verified_components(job.database)
+    first = _map_once(job, relaxed=False)
+    kept: list[Any] = []
+    notes: list[str] = []
+    for component in components:
+        own = [m for m in first if not component.isdisjoint(poses_of(m))]
+        if kept and len(component) < max(3, job.options.min_model_size):
+            kept += own  # too few images for a model beside others
+            continue
+        part = dataclasses.replace(job, images=component) if len(components) > 1 else job
+        models, said = _best_attempt(part, own, len(component))
+        kept += models
+        notes += said
+    if not kept:
+        raise MappingError(
+            "COLMAP found no pair of images to start from, even with relaxed thresholds. The "
+            "matches, the database and the report are kept; look at the match graph in the "
+            "report: are there pairs with many inliers and enough parallax? A camera that only "
+            "turns gives none."
+        )
+    kept.sort(key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
+    return Mapped(models=kept, notes=notes)
+
+
+def _best_attempt(job: MapJob, first: list[Any], component: int) -> tuple[list[Any], list[str]]:
+    """Models of a component of so many images, and what was tried beyond ``first``."""
     tried: list[tuple[str, list[Any]]] = []
     work = 0  # images registered in all attempts: their time, the same on every machine
     for name, attempt, relaxed in _attempts(job):
-        models = _map_once(attempt, relaxed=relaxed)
+        models = _map_once(attempt, relaxed=relaxed) if tried else first
         if tried:  # what relaxed values join wrongly must not count as a larger model
             models = [part for model in models for part in split_at_weak_joints(model, [])]
         models.sort(key=_quality, reverse=True)
@@ -121,19 +149,11 @@ def run_mapping(job: MapJob) -> Mapped:
         if models and num_supported(models[0]) >= ENOUGH * component:
             break
         work += sum(model.num_reg_images() for model in models)
-        first = sum(model.num_reg_images() for model in tried[0][1])
-        if len(tried) > 1 and work >= max(2 * first, component):
+        before = sum(model.num_reg_images() for model in first)
+        if len(tried) > 1 and work >= max(2 * before, component):
             break
     name, models = max(tried, key=lambda t: _quality(t[1][0]) if t[1] else (0, 0))
-    if not models:
-        raise MappingError(
-            "COLMAP found no pair of images to start from, even with relaxed thresholds. The "
-            "matches, the database and the report are kept; look at the match graph in the "
-            "report: are there pairs with many inliers and enough parallax? A camera that only "
-            "turns gives none."
-        )
-    models.sort(key=lambda m: (-m.num_reg_images(), -m.num_points3D()))
-    return Mapped(models=models, notes=_what_was_tried(tried, name, component))
+    return models, _what_was_tried(tried, name, component, some(sorted(job.images), 3))
 
 
 def _attempts(job: MapJob) -> list[tuple[str, MapJob, bool]]:
@@ -154,13 +174,16 @@ def _quality(model: Any) -> tuple[int, int]:
     return num_supported(model), sum(length for length in lengths if length > 2)
 
 
-def _what_was_tried(tried: Sequence[tuple[str, list[Any]]], kept: str, component: int) -> list[str]:
+def _what_was_tried(
+    tried: Sequence[tuple[str, list[Any]]], kept: str, component: int, names: str
+) -> list[str]:
+    which = f"{component} images that verified pairs connect" + (f" ({names})" if names else "")
     counts = {name: num_supported(models[0]) if models else 0 for name, models in tried}
     notes = []
     if len(tried) > 1:
         listed = ", ".join(f"{counts[name]} with {name}" for name in counts)
         notes.append(
-            f"The first mapping left much of the {component} images that verified pairs connect, "
+            f"The first mapping left much of the {which}, "
             f"so it was repeated; images placed: {listed}. Kept: {kept}."
             + (
                 " Relaxed values (first pair: forward motion, 30 inliers, 4 degrees; registration: "
@@ -172,8 +195,8 @@ def _what_was_tried(tried: Sequence[tuple[str, list[Any]]], kept: str, component
         logger.warning("%s", notes[-1])
     if counts[kept] < ENOUGH * component:
         notes.append(
-            f"The largest model holds {counts[kept]} of the {component} images that verified pairs "
-            "connect. Look at the match graph in the report: photographs or pairs that link the "
+            f"The largest model holds {counts[kept]} of the {which}. "
+            "Look at the match graph in the report: photographs or pairs that link the "
             "missing images may help."
         )
         logger.warning("%s", notes[-1])
@@ -273,6 +296,7 @@ def _incremental_options(job: MapJob, *, relaxed: bool = False) -> Any:
     pipeline.num_threads = job.threads
     pipeline.random_seed = job.seed
     pipeline.extract_colors = False
+    pipeline.image_names = sorted(job.images)
     pipeline.multiple_models = options.multiple_models
     pipeline.min_model_size = options.min_model_size
     pipeline.ba_refine_principal_point = options.ba_refine_principal_point
@@ -314,6 +338,7 @@ def _incremental_options(job: MapJob, *, relaxed: bool = False) -> Any:
 
 def _global_options(job: MapJob) -> Any:
     pipeline = pycolmap.GlobalPipelineOptions()
+    pipeline.image_names = sorted(job.images)
     pipeline.num_threads = job.threads
     pipeline.random_seed = job.seed
     if hasattr(pipeline, "min_model_size"):  # pycolmap 4.0 keeps one model only
