@@ -15,9 +15,8 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
-import threading
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from gim_hloc.matchers.base import E, Encoding, ImageData, Matcher, Matches
+from gim_hloc.matchers.base import E, Encoding, ImageData, Matcher
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
 from gim_hloc.workers import usable_cores
 
@@ -41,41 +40,6 @@ def default_workers(device: torch.device, deterministic: bool) -> int:
     if deterministic or device.type != "cpu":
         return 1
     return max(1, min(4, usable_cores()))
-
-
-class EncodingCache:
-    """Least recently used encodings in memory, read back from the store when they went.
-
-    Args:
-        read: name -> encoding.
-        budget: bytes of keypoints and descriptors (and what matchers derive from them) to hold.
-    """
-
-    def __init__(self, read: Callable[[str], Encoding], budget: int = 2 << 30) -> None:
-        self._read = read
-        self._budget = budget
-        self._held: OrderedDict[str, Encoding] = OrderedDict()
-        self._mutex = threading.Lock()
-        self.reads = 0
-
-    def get(self, name: str) -> Encoding:
-        """The encoding of one image."""
-        with self._mutex:
-            if name in self._held:
-                self._held.move_to_end(name)
-                return self._held[name]
-        encoding = self._read(name)
-        with self._mutex:
-            self.reads += 1
-            self._held[name] = encoding
-            # Matchers add to encodings later, so sizes are summed anew; not for every image.
-            if self.reads % 16 == 0:
-                while len(self._held) > 2 and self._bytes() > self._budget:
-                    self._held.popitem(last=False)
-        return encoding
-
-    def _bytes(self) -> int:
-        return sum(encoding_bytes(e) for e in self._held.values())
 
 
 def in_threads(
@@ -125,113 +89,40 @@ def in_threads(
         torch.set_num_threads(before)
 
 
-def run_threads(
-    work: Callable[[Item], Result],
-    items: Iterable[Item],
-    *,
-    workers: int,
-    done: Callable[[Item, Result], None],
-    inner_threads: int | None = None,
-    ahead: int | None = None,
-) -> None:
-    """``in_threads`` with a callback, called in this thread."""
-    options: Any = {"workers": workers, "inner_threads": inner_threads, "ahead": ahead}
-    for item, result in in_threads(work, items, **options):
-        done(item, result)
-
-
-def encode_images(
+def encode(
     matcher: Matcher[E],
     names: Sequence[str],
     read: Callable[[str], ImageData],
-    done: Callable[[str, E], None],
     *,
     workers: int = 1,
-) -> None:
-    """Encode each image once.
+) -> Iterator[tuple[str, E]]:
+    """Encode each image once; yields names with their encodings.
 
     Args:
         matcher: what encodes.
         names: images.
         read: name -> image as the matcher wants it; runs ahead of the network.
-        done: called in this thread with each encoding.
-        workers: see ``run_threads``.
+        workers: see ``in_threads``.
     """
-    cores = usable_cores()
     if workers > 1:
-        run_threads(
+        yield from in_threads(
             lambda name: matcher.encode(read(name)),
             names,
             workers=workers,
-            done=done,
-            inner_threads=max(1, cores // workers),
+            inner_threads=max(1, usable_cores() // workers),
         )
         return
     # One network thread: decode the next images while it works.
     with ThreadPoolExecutor(max_workers=2) as pool:
-        ahead: list[tuple[str, Future[ImageData]]] = []
-        remaining = iter(names)
-        for name in remaining:
-            ahead.append((name, pool.submit(read, name)))
-            if len(ahead) >= 3:
-                _encode_next(matcher, ahead, done)
-        while ahead:
-            _encode_next(matcher, ahead, done)
-
-
-def _encode_next(
-    matcher: Matcher[E],
-    ahead: list[tuple[str, Future[ImageData]]],
-    done: Callable[[str, E], None],
-) -> None:
-    name, future = ahead.pop(0)
-    done(name, matcher.encode(future.result()))
-
-
-def match_pairs(
-    matcher: Matcher,
-    pairs: Sequence[Pair],
-    get: Callable[[str], Encoding],
-    done: Callable[[Pair, Matches], None],
-    *,
-    workers: int = 1,
-    batch_size: int = 1,
-) -> None:
-    """Match each pair once.
-
-    Args:
-        matcher: what matches.
-        pairs: name pairs.
-        get: name -> encoding.
-        done: called in this thread with each pair and its matches.
-        workers: see ``run_threads``.
-        batch_size: pairs a network call (GPU); halved when memory runs out.
-    """
-    if batch_size <= 1:
-        run_threads(
-            lambda pair: matcher.match(get(pair[0]), get(pair[1])),
-            pairs,
-            workers=workers,
-            done=done,
-            inner_threads=max(1, usable_cores() // workers),
-        )
-        return
-    start = 0
-    while start < len(pairs):
-        chunk = pairs[start : start + batch_size]
-        try:
-            results = matcher.match_batch([(get(a), get(b)) for a, b in chunk])
-        except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or not is_out_of_memory(error):
-                raise
-            batch_size = max(1, batch_size // 2)
-            logger.warning("Memory ran out: %d pairs a batch from here on.", batch_size)
-        else:
-            for pair, result in zip(chunk, results, strict=True):
-                done(pair, result)
-            start += len(chunk)
-            continue
-        release_memory(matcher.device)
+        ahead: deque[tuple[str, Future[ImageData]]] = deque()
+        left = iter(names)
+        while True:
+            for name in itertools.islice(left, 3 - len(ahead)):
+                ahead.append((name, pool.submit(read, name)))
+            if not ahead:
+                return
+            name, image = ahead.popleft()
+            yield name, matcher.encode(image.result())
 
 
 @dataclass(kw_only=True)
@@ -252,7 +143,7 @@ class ScheduleReport:
 
 
 class Encoder(Protocol):
-    """What the schedule needs of a matcher."""
+    """What matching needs of a matcher."""
 
     device: torch.device
 
@@ -326,21 +217,6 @@ def match(
         else:
             continue
         release_memory(matcher.device)
-
-
-def match_scheduled(
-    matcher: Encoder,
-    pairs: Sequence[Pair],
-    read: Callable[[str], ImageData],
-    work: Callable[[list[tuple[Any, Any]]], Sequence[Result]],
-    done: Callable[[Pair, Result], None],
-    **options: Any,
-) -> ScheduleReport:
-    """``match`` with a callback, called in this thread."""
-    report = ScheduleReport()
-    for pair, result in match(matcher, pairs, read, work, report=report, **options):
-        done(pair, result)
-    return report
 
 
 # Words of errors that are no OutOfMemoryError: CUDA's own (for pinned memory and contexts), those

@@ -18,7 +18,16 @@ from gim_hloc import colmap
 from gim_hloc.errors import InputError
 from gim_hloc.files import write_atomic
 
-EXPORTS = ("txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs")
+# Format -> the files that it writes for a model.
+FILES = {
+    "txt": [f"{part}.txt" for part in ("cameras", "images", "points3D", "rigs", "frames")],
+    "ply": ["points.ply"],
+    "nvm": ["model.nvm"],
+    "bundler": ["bundle.out", "list.txt"],
+    "nerfstudio": ["transforms.json", "sparse_pc.ply"],
+    "3dgs": ["3dgs/**/*"],
+}
+EXPORTS = tuple(FILES)
 
 # nerfstudio's world has z up and the first axis kept; its COLMAP reader applies the same map.
 _NERFSTUDIO_WORLD = np.array([[1.0, 0, 0, 0], [0, 0, 1.0, 0], [0, -1.0, 0, 0]])
@@ -50,6 +59,7 @@ def export_model(
     *,
     formats: Sequence[str],
     images: Path | None = None,
+    place: Path | None = None,
     progress: bool = False,
 ) -> list[str]:
     """Write a model in several formats.
@@ -61,6 +71,7 @@ def export_model(
             and ``sparse/0``.
         formats: of ``EXPORTS``.
         images: image root, for formats that name image files.
+        place: where the folder will stand, if it is moved; paths of images are relative to it.
         progress: show a progress bar where images are written.
 
     Returns:
@@ -83,7 +94,7 @@ def export_model(
         elif name == "bundler":
             notes += write_bundler(folder / "bundle.out", model)
         elif name == "nerfstudio":
-            notes += write_nerfstudio(folder / "transforms.json", model, images)
+            notes += write_nerfstudio(folder / "transforms.json", model, images, place)
         elif name == "3dgs":
             notes += write_3dgs(folder / "3dgs", model, images or Path(), progress=progress)
         else:
@@ -256,7 +267,9 @@ def write_bundler(path: Path, model: Any) -> list[str]:
     return _lost(model, path.name, terms=2)
 
 
-def write_nerfstudio(path: Path, model: Any, images: Path | None) -> list[str]:
+def write_nerfstudio(
+    path: Path, model: Any, images: Path | None, place: Path | None = None
+) -> list[str]:
     """Write nerfstudio's ``transforms.json`` and its start points ``sparse_pc.ply``.
 
     Camera to world in OpenGL axes (x right, y up, z back), in a world with z up. Image paths are
@@ -277,7 +290,8 @@ def write_nerfstudio(path: Path, model: Any, images: Path | None) -> list[str]:
             "and other cameras."
         ]
     # ".." after a link leads to the parent of where the link points.
-    root = Path(os.path.relpath(images.resolve(), path.parent.resolve())) if images else Path()
+    place = (place or path.parent).resolve()
+    root = Path(os.path.relpath(images.resolve(), place)) if images else Path()
     intrinsics = {camera_id: _nerfstudio_camera(c) for camera_id, c in cameras.items()}
     shared = len(cameras) == 1
     world = np.vstack([_NERFSTUDIO_WORLD, [0, 0, 0, 1]])

@@ -7,13 +7,15 @@ lies outside the file, and no more memory is taken than its size can hold.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, OutputError
 
 # Deflate makes bytes at most 1032 times as many; smaller arrays need no proof.
 _MAX_RATIO = 1032
@@ -101,8 +103,18 @@ def read(node: h5py.Group, key: str) -> np.ndarray:
         raise _damaged(where, error) from None
 
 
+def raise_of_system(error: Exception, path: Path) -> None:
+    """Raise OutputError where h5py tells of the system (rights, locks, a disk), not of damage."""
+    told = re.search(r"errno = (\d+)", str(error))
+    number = getattr(error, "errno", None) or int(told[1] if told else 0)
+    if number:
+        raise OutputError(
+            f"{path} cannot be used: {os.strerror(number)}. What is in it was left as it is."
+        ) from None
+
+
 def _damaged(where: str, error: Exception) -> InputError:
     return InputError(f"{where} cannot be read, the file is damaged: {error}.")
 
 
-__all__ = ["find", "group", "open_h5", "read"]
+__all__ = ["find", "group", "open_h5", "raise_of_system", "read"]

@@ -17,6 +17,7 @@ therefore decoded by one thread at a time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import io
@@ -26,7 +27,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -90,6 +91,7 @@ class ImageRecord:
     height: int  # stored pixels
     sha256: str  # of the file's bytes
     exif: Exif = field(default_factory=Exif)
+    stamp: tuple[int, int] | None = None  # bytes of the file and time of its change, ns
 
     @property
     def size(self) -> tuple[int, int]:
@@ -169,6 +171,7 @@ def scan(
     names: Sequence[str] | None = None,
     exclude: Sequence[str | os.PathLike[str]] = (),
     upright: bool = True,
+    known: Mapping[str, ImageRecord] | None = None,
     progress: bool = False,
     workers: int | None = None,
 ) -> ImageSet:
@@ -186,6 +189,8 @@ def scan(
         names: take exactly these images, POSIX paths relative to ``root``, instead of searching.
         exclude: folders that are not searched; ``root`` itself always is.
         upright: read the EXIF orientation; False takes every image as it is stored.
+        known: records of an earlier scan with the same settings; files of the same size and time,
+            or else of the same bytes, are not decoded again.
         progress: show a progress bar.
         workers: threads; by default the number of cores, at most 8.
 
@@ -202,7 +207,7 @@ def scan(
         raise InputError(f"The image folder {root} {problem}.")
     found, unread = _list_images(root, exclude) if names is None else (check_names(root, names), [])
     results = map_in_threads(
-        partial(_inspect, root, min_size=min_size, upright=upright),
+        partial(_inspect, root, min_size=min_size, upright=upright, known=known or {}),
         found,
         workers=workers or min(8, os.cpu_count() or 1),
         title="Check images",
@@ -352,18 +357,29 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _inspect(root: Path, name: str, *, min_size: int, upright: bool) -> ImageRecord | RejectedImage:
-    """Read one file, hash it and decode it."""
+def _inspect(
+    root: Path, name: str, *, min_size: int, upright: bool, known: Mapping[str, ImageRecord]
+) -> ImageRecord | RejectedImage:
+    """Read one file, hash it and decode it, as far as it is not known."""
     if problem := _name_problem(name):
         return RejectedImage(name=_printable(name), reason="unreadable", detail=problem)
     path = root / name
+    before = known.get(name)
+    if before is not None and min(before.size) < min_size:
+        before = None
     try:
+        stamp = _stamp(path)
+        if before is not None and before.stamp == stamp:
+            return replace(before, path=path)
         data = read_file(path)
     except OSError as error:
         detail = error.strerror or type(error).__name__
         return RejectedImage(name=name, reason="unreadable", detail=detail)
     if not data:
         return RejectedImage(name=name, reason="empty", detail="the file has no bytes")
+    digest = hashlib.sha256(data).hexdigest()
+    if before is not None and before.sha256 == digest:
+        return replace(before, path=path, stamp=stamp)
     try:
         width, height, exif = _probe(data)
     except Exception as error:  # decoders raise nearly anything on damaged bytes
@@ -379,8 +395,50 @@ def _inspect(root: Path, name: str, *, min_size: int, upright: bool) -> ImageRec
             "upright, for example with ImageMagick's mogrify -auto-orient"
         )
         return RejectedImage(name=name, reason="mirrored", detail=detail)
-    digest = hashlib.sha256(data).hexdigest()
-    return ImageRecord(name=name, path=path, width=width, height=height, sha256=digest, exif=exif)
+    return ImageRecord(
+        name=name, path=path, width=width, height=height, sha256=digest, exif=exif, stamp=stamp
+    )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(record: ImageRecord) -> None:
+    """Raise InputError if a file is not the one that was scanned."""
+    try:
+        if record.stamp is None or _stamp(record.path) == record.stamp:
+            return
+        if hashlib.sha256(read_file(record.path)).hexdigest() == record.sha256:
+            return
+    except OSError as error:
+        raise InputError(f"{record.path} cannot be read: {error.strerror or error}.") from None
+    raise InputError(
+        f"{record.path} has changed since the images were listed. What was made of the others is "
+        "kept: repeat the command."
+    )
+
+
+def to_json(records: Iterable[ImageRecord]) -> list[dict[str, Any]]:
+    """What a later ``scan`` may be told as ``known``, but for the paths."""
+    return [{**dataclasses.asdict(record), "path": ""} for record in records]
+
+
+def from_json(listed: Any) -> dict[str, ImageRecord]:
+    """Records by name from what ``to_json`` gave; empty where it is damaged."""
+    try:
+        found = {}
+        for values in listed:
+            exif: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in values["exif"].items()
+            }
+            stamp = values["stamp"] and tuple(values["stamp"])
+            record = ImageRecord(**{**values, "exif": Exif(**exif), "stamp": stamp})
+            found[record.name] = replace(record, path=Path(record.name))
+        return found
+    except (TypeError, KeyError, AttributeError):
+        return {}
 
 
 def _name_problem(name: str) -> str | None:
@@ -970,8 +1028,9 @@ def load(
     size = network_size(*record.upright_size, options)
     columns, rows = _turned_size(*size, orientation)
     pixels = _read(record.path, None if options.max_size is None else max(columns, rows))
+    check_unchanged(record)  # after it was read, so that nothing can come in between
     if pixels.stored_size != record.size:
-        raise InputError(f"{record.path} has changed since the images were listed; start again.")
+        raise InputError(f"{record.path} does not have {record.width} x {record.height} pixels.")
     if mask is not None and mask.shape != (record.height, record.width):
         raise InputError(
             f"The mask of {record.name} has {mask.shape[1]} x {mask.shape[0]} pixels, "

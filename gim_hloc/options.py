@@ -25,6 +25,7 @@ from typing import (
 )
 
 import pydantic
+import tyro
 import yaml
 from pydantic import Field
 from pydantic_core import ErrorDetails
@@ -449,8 +450,13 @@ class RunOptions:
 
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    devices: tuple[str, ...] = ()
+    """Several of them: a process for each, such as cuda:0 cuda:1, or cpu cpu."""
+    engine: Literal["local", "ray"] = "local"
+    """Who works: this machine, or --workers of Ray, here or on the cluster of RAY_ADDRESS (OUTPUT
+    and IMAGES on a file system that all of them see)."""
     workers: CountOrNone = 0
-    """Network threads side by side on a processor; 0 chooses."""
+    """Network threads side by side on a processor, or Ray's workers; 0 chooses."""
     batch_size: CountOrNone = 0
     """Pairs a network call on a GPU; 0 chooses. Halved when memory runs out."""
     cache_gb: Positive | None = None
@@ -459,3 +465,20 @@ class RunOptions:
     """Of every random number."""
     overwrite: bool = False
     """Start over instead of reusing what an earlier run left."""
+    prune: bool = False
+    """Remove what is kept for other settings and images than these."""
+
+
+@options
+class StepOptions:
+    """Parts of a run, for arrays of jobs in a batch system."""
+
+    step: Literal["encode", "match", "verify"] | None = None
+    """Do this step alone, or the part of it that --shard names. A run without --step takes over
+    what such jobs did, and does what is left."""
+    shard: str | None = None
+    """i/N: part i of N of the step, from 0."""
+    stop_after: str | None = None
+    """Stop after this step: encode, pairs, match, rotations, link, verify, map, refine, export."""
+    start: Annotated[str | None, tyro.conf.arg(name="from", metavar="STEP")] = None
+    """Do this step and those after it again."""

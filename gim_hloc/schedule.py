@@ -349,12 +349,14 @@ class EncodingPool:
         """Move or drop what has no room; called with the mutex held."""
         for place, limit in ((self._held, self._budget.device), (self._hosted, self._budget.host)):
             used = sum(self._bytes[name] for name in place)
+            if used <= limit:
+                continue
             for name in self._farthest(place):
-                done = self._uses.following(name, self._position) == _NEVER
-                if used <= limit and not done:
+                if used <= limit:
                     break
                 used -= self._bytes[name]
                 encoding = place.pop(name)
+                done = self._uses.following(name, self._position) == _NEVER
                 if place is self._held and not done and self._budget.host > 0:
                     self._hosted[name] = move_encoding(encoding, torch.device("cpu"))
 

@@ -16,14 +16,13 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import h5py
 import numpy as np
 
 from gim_hloc import cache, hloc_files
-from gim_hloc.errors import InputError, LockedError, OutputError
+from gim_hloc.errors import InputError, OutputError
 from gim_hloc.matchers.base import Matches, SparseEncoding
 
 logger = logging.getLogger(__name__)
@@ -38,96 +37,6 @@ def digest(value: Any) -> str:
     """Short stable hash of a JSON-able value (keys sorted)."""
     text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-# ---------------------------------------------------------------------------------------- locking
-
-
-_PRODUCTS = ("sparse", "database.db", "features.h5", "matches.h5", "report.html", "report.json")
-
-
-def refuse_foreign(folder: Path, *, other: str) -> None:
-    """Refuse an output folder that holds what a run would replace, but that no such run made.
-
-    A scene's own folder, with a COLMAP model in ``sparse/``, is easily given as the output.
-
-    Args:
-        folder: output folder; it need not exist.
-        other: a file that only the other command leaves.
-
-    Raises:
-        OutputError: names what is in the way.
-    """
-    ours = any((folder / name).exists() for name in (".lock", "log.txt", "run.yaml"))
-    found = [name for name in _PRODUCTS if (folder / name).exists()]
-    if found and (not ours or (folder / other).exists()):
-        raise OutputError(
-            f"{folder} holds {' and '.join(found)} of something else, which would be replaced: "
-            "choose another output folder, or move that away."
-        )
-
-
-class OutputLock:
-    """Holds an output folder for one run. The system releases it when the process ends.
-
-    Args:
-        folder: output folder; made if missing.
-
-    Raises:
-        LockedError: when another run holds the folder.
-        OutputError: when the folder cannot be written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - held until close
-        except OSError as error:
-            raise OutputError(f"Cannot write to {folder}: {error}") from None
-        try:
-            _lock_file(self._file)
-        except OSError:
-            self._file.seek(0)
-            owner = self._file.read(100).decode(errors="replace").strip()
-            self._file.close()
-            raise LockedError(
-                f"Another run is working in {folder}"
-                + (f" (process {owner})" if owner else "")
-                + ". Wait for it, or choose another output folder."
-            ) from None
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()).encode())
-        self._file.flush()
-
-    def close(self) -> None:
-        """Give the folder back. The lock file stays: removing it would race with a waiting run."""
-        self._file.close()
-
-    def __enter__(self) -> OutputLock:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def _lock_file(file: BinaryIO) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        # The byte lies far past the end so that other runs can still read the owner.
-        file.seek(1 << 20)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        file.seek(0)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # --------------------------------------------------------------------------------------- h5 files
@@ -145,6 +54,7 @@ class H5Store:
         settings: JSON-able; whatever decides the values of all entries.
         key_of: name -> h5 group.
         overwrite: start over.
+        cache_file: the cache, where it is not the one beside the h5 file.
     """
 
     def __init__(
@@ -154,6 +64,7 @@ class H5Store:
         *,
         key_of: Callable[[str], str] | None = None,
         overwrite: bool = False,
+        cache_file: Path | None = None,
     ) -> None:
         self.path = path
         self.settings = settings
@@ -164,12 +75,12 @@ class H5Store:
         self._written: dict[str, list[Any]] = {}  # name -> source and checksum in the h5 file
         self._file: h5py.File | None = None
         self._mutex = threading.Lock()
-        self._cache_path = cache_path(path)
+        self.cache_file = cache_file or cache_path(path)
         if overwrite:
-            remove_cache(self._cache_path)
+            remove_cache(self.cache_file)
         elif path.exists():
             self._open_file()
-        self._cache = cache.Cache(self._cache_path)
+        self._cache = cache.Cache(self.cache_file)
 
     def _open_file(self) -> None:
         try:
@@ -188,6 +99,7 @@ class H5Store:
                     k for k in keys if old_settings.get(k) != self.settings.get(k)
                 )
         except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            hloc_files.raise_of_system(error, self.path)
             logger.warning("%s is damaged (%s): it is written again.", self.path, error)
             self._close_file()
 
@@ -217,14 +129,18 @@ class H5Store:
         Raises:
             OutputError: when it was lost meanwhile.
         """
-        source = self._sources.get(name) or self._written.get(name, [None])[0]
+        source = self.source(name)
         found = None if source is None else self._load(name, source)
         if found is None:
             raise OutputError(
-                f"{self._cache_path} lost the entry {name!r}. Repeat the command: it is computed "
+                f"{self.cache_file} lost the entry {name!r}. Repeat the command: it is computed "
                 "again."
             )
         return found
+
+    def source(self, name: str) -> str | None:
+        """What the entry is made from that ``get`` gives; None where there is none."""
+        return self._sources.get(name) or self._written.get(name, [None])[0]
 
     def _key(self, name: str, source: str) -> str:
         return cache.key(self.stamp, name, source)
@@ -251,7 +167,8 @@ class H5Store:
                 group = self._file[self._group(name)]
                 arrays = {k: v[()] for k, v in group.items() if isinstance(v, h5py.Dataset)}
                 return arrays, {k: _plain(v) for k, v in group.attrs.items()}
-        except (KeyError, OSError, ValueError, AttributeError, RuntimeError, TypeError):
+        except (KeyError, OSError, ValueError, AttributeError, RuntimeError, TypeError) as error:
+            hloc_files.raise_of_system(error, self.path)
             return None  # h5py has many words for damage
 
     def finalize(
@@ -268,8 +185,8 @@ class H5Store:
             self._write(names, attributes)
         if not keep:
             self._cache.close()
-            remove_cache(self._cache_path)
-            self._cache = cache.Cache(self._cache_path)
+            remove_cache(self.cache_file)
+            self._cache = cache.Cache(self.cache_file)
 
     def _holds(self, names: Sequence[str]) -> bool:
         """Whether the h5 file has exactly these entries, all of them whole."""
@@ -319,6 +236,21 @@ class H5Store:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def merge(self, path: Path) -> int:
+        """Take over what a part of an array job left in its cache; the number of entries."""
+        return self._cache.merge(path)
+
+    def unused(self) -> int:
+        """Number of entries in the cache that are none of those asked for or put here."""
+        return len(set(self._cache.keys()) - self._used())
+
+    def prune(self) -> int:
+        """Remove these entries; their number."""
+        return self._cache.prune(self._used())
+
+    def _used(self) -> set[str]:
+        return {self._key(name, source) for name, source in self._sources.items()}
 
     def close(self) -> None:
         """Close all files."""
@@ -439,6 +371,16 @@ def read_features(path: Path, name: str) -> dict[str, np.ndarray]:
         if group is None:
             raise InputError(f"{path} holds no features of {name!r}.")
         return {k: hloc_files.read(group, k) for k in group if hloc_files.find(group, k)}
+
+
+def read_encoding(path: Path, name: str) -> SparseEncoding:
+    """Read the encoding of an image back from a finished file of ours."""
+    with hloc_files.open_h5(path) as file:
+        group = hloc_files.group(file, name)
+        if group is None:
+            raise InputError(f"{path} holds no features of {name!r}.")
+        arrays = {k: hloc_files.read(group, k) for k in group if hloc_files.find(group, k)}
+        return SparseEncoding.from_arrays(name, arrays, dict(group.attrs))
 
 
 @contextlib.contextmanager

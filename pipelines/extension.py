@@ -15,6 +15,7 @@ from gim_hloc.errors import InputError, OutputError
 from gim_hloc.images import ImageRecord, ImageSet, RejectedImage
 from gim_hloc.pipelines.maps import SceneMap, open_map, shared_camera
 from gim_hloc.poses import KnownPoses
+from gim_hloc.store import cache_path, remove_cache
 from gim_hloc.tracks.anchored import AnchoredOptions
 from gim_hloc.tracks.quantized import QuantizedOptions
 
@@ -144,19 +145,26 @@ class Extension:
             source=str(self.map.model_folder),
         )
 
-    def seed(self, output: Path, *, linked: bool) -> None:
+    def seed(self, output: Path, *, detector_free: bool, overwrite: bool) -> None:
         """Copy features and matches of the map to where a run continues from them.
 
         Args:
-            output: folder of the new run; files that are there already stay.
-            linked: whether the matcher has no keypoints of its own.
+            output: folder of the new run.
+            detector_free: whether the matcher has no keypoints of its own.
+            overwrite: replace files that are there already, with what is kept beside them.
         """
-        names = ("anchors.h5", "readings.h5") if linked else ("features.h5", "matches.h5")
+        names = {"features.h5": "features.h5", "matches.h5": "matches.h5"}
+        if detector_free:
+            names = {"anchors.h5": "anchors.h5", "raw_matches.h5": "raw_matches.h5"}
+            if not (self.folder / "raw_matches.h5").is_file():
+                names = {"anchors.h5": "anchors.h5", "readings.h5": "raw_matches.h5"}  # of 0.1
         try:
-            for name in (*names, "turns.json"):
-                source, target = self.folder / name, output / name
-                if source.is_file() and not target.exists():
-                    temporary = target.with_name(f"{name}.tmp")
+            for name, new in names.items():
+                source, target = self.folder / name, output / new
+                if overwrite:
+                    remove_cache(cache_path(target))
+                if source.is_file() and (overwrite or not target.exists()):
+                    temporary = target.with_name(f"{new}.tmp")
                     shutil.copyfile(source, temporary)
                     os.replace(temporary, target)
         except OSError as error:

@@ -13,27 +13,24 @@ import contextlib
 import dataclasses
 import json
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from gim_hloc import colmap, engine, matchers
+from gim_hloc import colmap, engine, matchers, workers
 from gim_hloc import images as image_module
-from gim_hloc.errors import GimError, InputError, MappingError
+from gim_hloc.errors import InputError, MappingError
 from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
-from gim_hloc.matchers.base import Encoding, Matches, Quality, SparseEncoding
+from gim_hloc.matchers.base import ImageData, ImageOptions, Matcher, Quality, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.options import CameraOptions, replace, to_mapping
 from gim_hloc.pairs.files import read_pairs, write_pairs
 from gim_hloc.pairs.retrieval import Lazy, Rows, aggregate, codebook, retrieval
 from gim_hloc.pickles import read_npz
-from gim_hloc.pipelines import linking
 from gim_hloc.pipelines.maps import (
     MapFeatures,
     SceneMap,
@@ -41,24 +38,35 @@ from gim_hloc.pipelines.maps import (
     same_features,
     shared_camera,
 )
+from gim_hloc.pipelines.matching import (
+    EncodeTask,
+    Entry,
+    Loader,
+    MatchTask,
+    Photographs,
+    pair_name,
+    spread,
+    take_parts,
+)
 from gim_hloc.pipelines.options import LocalizeOptions
 from gim_hloc.pipelines.outcome import versions
-from gim_hloc.store import (
-    H5Store,
-    OutputLock,
-    digest,
-    encoding_from_arrays,
-    encoding_to_arrays,
-    matches_to_arrays,
-    pair_keys,
-    refuse_foreign,
-    rows_from_matches0,
+from gim_hloc.pipelines.run import (
+    MODEL_FILES,
+    Part,
+    RunFolder,
+    Step,
+    keep_scan,
+    part_of,
+    progress_bar,
+    refuse_other_images,
+    scanned,
 )
-from gim_hloc.tracks.anchored import AnchoredOptions, Anchors, read_matches, read_pair
+from gim_hloc.store import H5Store, digest, pair_keys, read_encoding, rows_from_matches0
+from gim_hloc.tracks.anchored import PairReading
+from gim_hloc.tracks.linker import ImagePoints, Linker, linker_for
 
 if TYPE_CHECKING:
-    from gim_hloc.colmap import CameraSpec, Located
-    from gim_hloc.images import ImageRecord
+    from gim_hloc.colmap import CameraSpec, Located, MapView
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +153,7 @@ class LocalizeResult:
 
 
 def localize(
-    map: Path | str,
+    scene: Path | str,
     queries: Path | str,
     output: Path | str,
     options: LocalizeOptions | None = None,
@@ -156,7 +164,7 @@ def localize(
     """Localise images in an existing model.
 
     Args:
-        map: output folder of ``gim-reconstruct``, or a COLMAP model (then ``features``).
+        scene: output folder of ``gim-reconstruct``, or a COLMAP model (then ``features``).
         queries: folder of images, searched recursively.
         output: folder of the results; what an earlier run with the same settings left is reused.
         options: all settings; ``None`` takes the defaults.
@@ -171,7 +179,7 @@ def localize(
         MappingError: no query could be localised; the report says why for each.
     """
     options = replace(options or LocalizeOptions(), overrides)
-    return _Localization(Path(map), Path(queries), Path(output), options, progress).run()
+    return _Localization(Path(scene), Path(queries), Path(output), options, progress).run()
 
 
 def quaternion(rotation: np.ndarray) -> tuple[float, float, float, float]:
@@ -226,6 +234,38 @@ def format_table(results: Sequence[QueryResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True)
+class BothPhotographs:
+    """Queries, by the names that they have in pairs, and images of the map."""
+
+    names: Mapping[str, str]
+    queries: Photographs
+    scene: Photographs
+
+    def read(self, name: str, options: ImageOptions) -> ImageData:
+        """See ``Photographs``."""
+        if name not in self.names:
+            return self.scene.read(name, options)
+        return dataclasses.replace(self.queries.read(self.names[name], options), name=name)
+
+
+@dataclass(frozen=True)
+class BothEncodings:
+    """Encodings of queries, by the names that they have in pairs, and of images of the map."""
+
+    names: Mapping[str, str]
+    queries: Path
+    scene: MapFeatures | None
+
+    def __call__(self, name: str) -> SparseEncoding:
+        """Read one back."""
+        if name in self.names:
+            return read_encoding(self.queries, self.names[name])
+        if self.scene is None:
+            raise InputError(f"The map has no features of {name}.")
+        return self.scene.encoding(name)
+
+
 @dataclass(kw_only=True)
 class _Seen:
     """Points of the map seen in a query.
@@ -249,42 +289,27 @@ class _Localization:
     """One run: see the module."""
 
     def __init__(
-        self, map: Path, queries: Path, output: Path, options: LocalizeOptions, progress: bool
+        self, scene: Path, queries: Path, output: Path, options: LocalizeOptions, progress: bool
     ) -> None:
-        self.map_folder, self.root, self.output = map, queries, output
+        self.map_folder, self.root, self.output = scene, queries, output
         self.options = options
-        self.progress = progress
-        self.timings: dict[str, float] = {}
-        self.notes: list[str] = []
-        self._encoded: set[str] = set()
-        self._matched: set[Pair] = set()
-        self._located: set[str] = set()
-        self.turns: dict[str, int] = {}  # query -> quarter turns clockwise to show it upright
+        self.show = progress
+        self.part = part_of(options.step, options.shard)
+        self.encoded: set[str] = set()
+        self.matched: set[Pair] = set()
+        self.located: set[str] = set()
+        self.tried: dict[
+            str, list[Any]
+        ] = {}  # query -> quarter turns that were found, and its hash
+        self.model: Path | None = None
+        self.report: dict[str, Any] = {}
 
-    # ------------------------------------------------------------------------------------ order
+    # ------------------------------------------------------------------------------------- order
 
     def run(self) -> LocalizeResult:
-        options = self.options
         watch = engine.Stopwatch()
         self._check_folders()
-        with self._timed("map"):
-            self.map: SceneMap = open_map(
-                self.map_folder, features=options.features, images=options.images
-            )
-        with self._timed("scan"):
-            self.image_set = image_module.scan(
-                self.root,
-                min_size=options.min_image_size,
-                exclude=[self.output, *([options.masks] if options.masks else [])],
-                progress=self.progress,
-            )
-            image_module.require_usable(self.image_set, 1)
-        self.records = {record.name: record for record in self.image_set.images}
-        self.names = list(self.records)
-        self.references = sorted(self.map.views)
-        for rejected in self.image_set.rejected:
-            logger.warning("Left out: %s (%s: %s)", rejected.name, rejected.reason, rejected.detail)
-        self.masks = self._masks()
+        self._scan()
         self.guessed, self.sharing = self._cameras()
         self._load_matchers()
         self.mode = self._mode()
@@ -297,109 +322,113 @@ class _Localization:
             self.matcher.device,
             self.mode,
         )
-        with OutputLock(self.output), self._log_file():
-            return self._locked_run(watch)
-
-    def _locked_run(self, watch: engine.Stopwatch) -> LocalizeResult:
-        self._open_stores()
-        self._read_turns()
-        try:
-            self._encode()
-            with self._timed("pairs"):
-                pairs = self._pairs()
-            self._match(pairs)
-            results = self._locate(pairs)
-            if self._turn_failed(results, pairs):
-                self._encode()
-                with self._timed("pairs"):
-                    pairs = self._pairs()
-                self._match(pairs)
-                results = self._locate(pairs)
-        finally:
-            for store in (self.features, self.matches, self.results):
-                store.close()
-            if self.map_features is not None:
-                self.map_features.close()
-        model = self._write_model(results)
-        ordered = [results[name] for name in self.names]
-        ordered += [
-            QueryResult(name=r.name, status=r.reason, reason=f"{r.reason}: {r.detail}")
-            for r in self.image_set.rejected
-        ]
-        ordered.sort(key=lambda r: r.name)
-        report = self._report(ordered, model, watch)
-        if model is None:
+        self.folder.about = {
+            "queries": str(self.root.resolve()),
+            "map": str(self.map_folder.resolve()),
+            "options": to_mapping(self.options),
+        }
+        with self.folder:
+            if self.part is None:
+                keep_scan(self.folder, self.image_set)
+            self._open_stores()
+            try:
+                if self.part is not None:
+                    self._do_part(self.part)
+                    return LocalizeResult(output=self.output, queries={}, model=None, report={})
+                self.folder.go(
+                    self.steps(), again=self.options.start, until=self.options.stop_after
+                )
+            finally:
+                for store in (self.features, self.matches, self.poses):
+                    store.close()
+                if self.map_features is not None:
+                    self.map_features.close()
+        if self.report:
+            self.report["summary"]["seconds"] = watch.seconds
+        if self.report and self.model is None:
             raise MappingError(
                 f"None of the {len(self.names)} queries could be localised; "
-                f"{self.output / 'report.txt'} says why for each (first: {ordered[0].reason})."
+                f"{self.output / 'report.txt'} says why for each (first: {self.rows[0].reason})."
             )
+        rows = {row.name: row for row in self.rows} if self.report else {}
         return LocalizeResult(
-            output=self.output, queries={r.name: r for r in ordered}, model=model, report=report
+            output=self.output, queries=rows, model=self.model, report=self.report
         )
 
-    # ---------------------------------------------------------------------------------- helpers
+    def steps(self) -> list[Step]:
+        """The order of the work."""
+        return [
+            Step("encode", self._encode),
+            Step("pairs", self._choose_pairs),
+            Step("match", self._match),
+            Step("locate", self._locate),
+            Step("rotations", self._rotate),  # another pass where queries lie on their sides
+            Step("model", self._write_model),
+            Step("report", self._report),
+        ]
+
+    def _do_part(self, part: Part) -> None:
+        """Do one part of one step, whose results a later run without --step takes."""
+        if part.step == "encode":
+            self._encode()
+            return
+        self._choose_pairs()
+        self._match()
+
+    # ----------------------------------------------------------------------------------- helpers
 
     def _check_folders(self) -> None:
+        if self.options.step == "verify":
+            raise InputError("--step verify: queries are located, not verified; encode or match.")
         if not self.root.is_dir():
             raise InputError(f"There is no folder of queries {self.root}.")
-        if self.output.exists() and not self.output.is_dir():
-            raise InputError(f"{self.output} is a file; give a folder for the output.")
         for folder, what in ((self.map_folder, "map"), (self.root, "folder of queries")):
             if self.output.resolve() == folder.resolve():
                 raise InputError(f"The output folder must not be the {what} ({folder}).")
-        refuse_foreign(self.output, other="run.yaml")
-
-    def _masks(self) -> MaskFolder | None:
-        if self.options.masks is None:
-            return None
-
-        masks = MaskFolder(
-            self.options.masks, erode_px=self.options.mask_erode, image_root=self.root
+        self.folder = RunFolder(
+            self.output,
+            "localize",
+            makes=[f"sparse/{name}" for name in MODEL_FILES],
+            writes=[
+                *("pairs.txt", "poses.txt", "report.txt", "report.json", "cameras.json"),
+                *("features.h5", "matches.h5", "poses.h5", "retrieval.npz"),
+            ],
+            overwrite=self.options.overwrite,
+            part=self.part,
         )
-        for warning in masks.check(self.names):
-            self._note(warning)
-        return masks
 
-    def _note(self, sentence: str) -> None:
-        logger.warning("%s", sentence)
-        self.notes.append(sentence)
-
-    @contextlib.contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        watch = engine.Stopwatch()
-        try:
-            yield
-        finally:
-            self.timings[stage] = self.timings.get(stage, 0.0) + watch.seconds
-
-    @contextlib.contextmanager
-    def _log_file(self) -> Iterator[None]:
-        handler = logging.FileHandler(self.output / "log.txt", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        package = logging.getLogger("gim_hloc")
-        level = package.level
-        package.addHandler(handler)
-        package.setLevel(logging.DEBUG)
-        logger.debug("run started: %s", " ".join(sys.argv))
-        try:
-            yield
-        except GimError as error:
-            logger.debug("run stopped: %s", error)
-            raise
-        finally:
-            package.removeHandler(handler)
-            package.setLevel(level)
-            handler.close()
+    def _scan(self) -> None:
+        options = self.options
+        with self.folder.timed("map"):
+            self.map: SceneMap = open_map(
+                self.map_folder, features=options.features, images=options.images
+            )
+        with self.folder.timed("scan"):
+            self.image_set = image_module.scan(
+                self.root,
+                min_size=options.min_image_size,
+                exclude=[self.output, *([options.masks] if options.masks else [])],
+                known=scanned(self.output),
+                progress=self.show,
+            )
+            image_module.require_usable(self.image_set, 1)
+        for rejected in self.image_set.rejected:
+            logger.warning("Left out: %s (%s: %s)", rejected.name, rejected.reason, rejected.detail)
+        refuse_other_images(self.image_set, self.output, overwrite=options.overwrite)
+        self.records = {record.name: record for record in self.image_set.images}
+        self.names = list(self.records)
+        self.references = sorted(self.map.views)
+        masks = None
+        if options.masks is not None:
+            masks = MaskFolder(options.masks, erode_px=options.mask_erode, image_root=self.root)
+            for warning in masks.check(self.names):
+                self.folder.note(warning)
+        self.photographs = Photographs(self.records, masks)
+        # A query and an image of the map may have the same name and be different images.
+        self.alias = {n: f"query/{n}" if n in self.map.views else n for n in self.names}
 
     def _bar(self, total: int, title: str, unit: str, done: int = 0) -> Any:
-        return tqdm(
-            total=total,
-            initial=done,
-            desc=f"{title:<8}",
-            unit=f" {unit}",
-            disable=not self.progress,
-            dynamic_ncols=True,
-        )
+        return progress_bar(total, title, unit, done=done, show=self.show)
 
     # ---------------------------------------------------------------------------------- cameras
 
@@ -417,8 +446,7 @@ class _Localization:
             ),
         )
         for note in notes:
-            logger.warning("%s", note)
-        self.notes += notes
+            self.folder.note(note)
         found: dict[str, tuple[CameraSpec, str]] = {}
         for spec in guessed:
             for name in spec.names:
@@ -464,32 +492,42 @@ class _Localization:
             if made.get("max_size") is not None:
                 overrides["max_size"] = made["max_size"]
         overrides.update(parse_matcher_options(options.matcher_options))
-        self.linked = matchers.describe(name).kind != "sparse"
+        free = not matchers.describe(name).has_keypoints
         keypoints = made.get("max_keypoints")
-        if same and not self.linked and keypoints is not None:
+        if same and not free and keypoints is not None:
             overrides.setdefault("max_keypoints", keypoints)
-        self.matcher: Any = matchers.load(name, quality=quality, device=options.device, **overrides)
-        self.describer: Any = self.matcher
-        if self.linked:
-            self.describer = None
-            if self.map.images is None:
-                raise InputError(
-                    f"{name} has no keypoints and needs the map's images, whose folder is not "
-                    "known: give --images."
-                )
+        self.where = workers.Where(
+            devices=options.devices,
+            engine=options.engine,
+            workers=options.workers if options.engine == "ray" else 0,
+            device=options.device,
+        )
+        device = options.devices[0] if options.devices else options.device
+        self.loader = Loader(name, quality, overrides)
+        self.matcher: Matcher[Any] = self.loader.load(device)
+        self.linker: Linker = linker_for(self.matcher)
+        self.detector: Matcher[SparseEncoding] | None = None if free else self.matcher
+        self.detector_loader = None if free else self.loader
+        if free and self.map.images is None:
+            raise InputError(
+                f"{name} has no keypoints and needs the map's images, whose folder is not "
+                "known: give --images."
+            )
         self.map_features: MapFeatures | None = None
         needs_features = (
-            not self.linked
+            not free
             or options.pairs in ("retrieval", "covisibility")
             or (options.pairs == "auto" and len(self.references) > options.neighbours)
         )
         if needs_features:
-            self._open_features(name, quality, made)
-        self.anchored = AnchoredOptions()
-        self.workers = options.workers or engine.default_workers(self.matcher.device, False)
+            self._open_features(device, made)
+        self.threads = 0 if options.engine == "ray" else options.workers
+        self.threads = self.threads or engine.default_workers(
+            self.matcher.device, bool(options.devices)
+        )
         self.batch = options.batch_size or (16 if self.matcher.device.type != "cpu" else 1)
 
-    def _open_features(self, name: str, quality: Quality, made: Mapping[str, Any]) -> None:
+    def _open_features(self, device: str, made: Mapping[str, Any]) -> None:
         """The map's keypoints and descriptors, and the matcher that makes such of queries."""
         if self.map.features is None:
             raise InputError(
@@ -498,26 +536,25 @@ class _Localization:
             )
         self.map_features = MapFeatures(self.map.features, self.map.views)
         width = self.map_features.descriptors(next(iter(self.map.views))).shape[1]
-        if self.linked:  # only to find similar images
-            describer = linking.choose_describer(made.get("anchors") or "auto")
+        if self.detector is None:  # only to find similar images
+            name = matchers.choose_detector(made.get("anchors") or "auto")
             theirs = made.get("matcher")
-            if theirs is not None and matchers.describe(theirs).kind == "sparse":
-                describer = theirs
-            overrides: dict[str, Any] = {}
-            if made.get("max_keypoints") is not None:
-                overrides["max_keypoints"] = made["max_keypoints"]
-            self.describer = matchers.load(
-                describer, quality=quality, device=self.options.device, **overrides
+            if theirs is not None and matchers.describe(theirs).has_keypoints:
+                name = theirs
+            count = made.get("max_keypoints")
+            self.detector_loader = Loader(
+                name, self.quality, {} if count is None else {"max_keypoints": count}
             )
-        differing = same_features(self.map.features, self.describer.encode_settings())
+            self.detector = self.detector_loader.load(device)
+        differing = same_features(self.map.features, self.detector.encode_settings())
         if "matcher" in differing:
             raise InputError(
                 f"The keypoints in {self.map.features} are not those of "
-                f"{self.describer.info.name}: choose the map's matcher, or give --features."
+                f"{self.detector.info.name}: choose the map's matcher, or give --features."
             )
-        self.describer.info.check_descriptors(width, str(self.map.features))
+        self.detector.info.check_descriptors(width, str(self.map.features))
         if differing:
-            self._note(
+            self.folder.note(
                 f"The map's keypoints were made with other settings than those of the queries: "
                 f"{', '.join(differing)} differ."
             )
@@ -527,28 +564,14 @@ class _Localization:
     def _open_stores(self) -> None:
         options = self.options
         base: dict[str, Any] = {"format": FORMAT}
-        if self.masks is not None:
+        if self.photographs.masks is not None:
             base["mask_erode"] = options.mask_erode
-        encode = {} if self.describer is None else self.describer.encode_settings()
+        encode = {} if self.detector is None else self.detector.encode_settings()
         feature_settings = base | {f"encode.{k}": v for k, v in encode.items()}
-        match_settings = feature_settings | {
-            f"match.{k}": v for k, v in self.matcher.match_settings().items()
-        }
-        if self.linked:
-            match_settings |= {f"warp.{k}": v for k, v in self.matcher.encode_settings().items()}
-            match_settings |= {
-                f"tracks.{k}": v for k, v in dataclasses.asdict(self.anchored).items()
-            }
+        match_settings = feature_settings | self.linker.settings()
         keys = pair_keys(sorted({*self.names, *self.references}))
-        overwrite = options.overwrite
-        self.features = H5Store(self.output / "features.h5", feature_settings, overwrite=overwrite)
-        self.matches = H5Store(
-            self.output / "matches.h5",
-            match_settings,
-            key_of=lambda name: "/".join(keys[n] for n in name.split("\t")),
-            overwrite=overwrite,
-        )
-        self.pose_settings = {
+        self.pair_key = lambda name: "/".join(keys[n] for n in name.split("\t"))
+        pose_settings = {
             "match": digest(match_settings),
             "map": self.map.stamp(),
             **{
@@ -559,18 +582,28 @@ class _Localization:
                 )
             },
         }  # fmt: skip
-        self.results = H5Store(self.output / "poses.h5", self.pose_settings, overwrite=overwrite)
+        self.features = self._store("features.h5", feature_settings)
+        self.matches = self._store("matches.h5", match_settings, pairs=True)
+        self.poses = self._store("poses.h5", pose_settings)
+        if self.part is None:
+            take_parts(self.folder, {"features": self.features, "matches": self.matches})
+        self._map_sources: dict[str, str] = {}
+        self._read_rotations()
 
-    def _source(self, name: str) -> str:
-        mask = self.masks.sha(name) if self.masks else None
-        turn = self.turns.get(name, 0)
-        return digest([self.records[name].sha256, mask, *([turn] if turn else [])])
+    def _store(self, name: str, settings: dict[str, Any], *, pairs: bool = False) -> H5Store:
+        return H5Store(
+            self.output / name,
+            settings,
+            key_of=self.pair_key if pairs else None,
+            overwrite=self.options.overwrite and self.part is None,
+            cache_file=self.folder.cache_file(name),
+        )
 
     def _map_source(self, name: str) -> str:
         """Hash of what matches with an image of the map rest on."""
         view = self.map.views[name]
         parts: list[Any] = [self.map.sources.get(name)]
-        if self.linked or parts[0] is None:
+        if self.linker.detector_free or parts[0] is None:
             parts += [view.xy_px.tobytes().hex(), view.points.tobytes().hex()]
         if parts[0] is None and self.map.features is not None:
             status = self.map.features.stat()
@@ -580,42 +613,27 @@ class _Localization:
     def _pair_source(self, pair: Pair) -> str:
         if pair[1] not in self._map_sources:
             self._map_sources[pair[1]] = self._map_source(pair[1])
-        return digest([self._source(pair[0]), self._map_sources[pair[1]]])
+        return digest([self.photographs.source(pair[0]), self._map_sources[pair[1]]])
 
     # ----------------------------------------------------------------------------------- encode
 
-    def _read_query(self, name: str, wanted: Any, turn: int | None = None) -> Any:
-        record = self.records[name]
-        mask = self.masks.load(record) if self.masks is not None else None
-        shown = image_module.turned(record, self.turns.get(name, 0) if turn is None else turn)
-        return image_module.load(shown, wanted.image_options, mask=mask)
-
     def _encode(self) -> None:
-        self._map_sources: dict[str, str] = {}
-        if self.describer is None:
+        if self.detector is None or self.detector_loader is None:
             return
-        todo = [n for n in self.names if not self.features.has(n, self._source(n))]
-        with (
-            self._timed("encode"),
-            self._bar(len(self.names), "Encode", "queries", len(self.names) - len(todo)) as bar,
-        ):
+        photographs, store = self.photographs, self.features
+        names = self.folder.share(self.names)
+        todo = [n for n in names if not store.has(n, photographs.source(n))]
+        with self._bar(len(names), "Encode", "queries", len(names) - len(todo)) as bar:
 
-            def done(name: str, encoding: Encoding) -> None:
-                if not isinstance(encoding, SparseEncoding):
-                    raise InputError(f"{self.describer.info.name} has no keypoints.")
-                arrays, attributes = encoding_to_arrays(encoding)
-                self.features.put(name, arrays, self._source(name), **attributes)
-                self._encoded.add(name)
+            def done(name: str, entry: Entry) -> None:
+                store.put(name, entry[0], photographs.source(name), **entry[1])
+                self.encoded.add(name)
                 bar.update()
 
-            engine.encode_images(
-                self.describer,
-                todo,
-                lambda name: self._read_query(name, self.describer),
-                done,
-                workers=self.workers,
-            )
-            self.features.finalize(self.names, {"matcher": self.describer.info.name})
+            task = EncodeTask(self.detector_loader, photographs, self.threads)
+            spread(task, todo, self.where, done, chunk=4)
+        if self.part is None:
+            store.finalize(self.names, {"matcher": self.detector.info.name})
 
     # ------------------------------------------------------------------------------------ pairs
 
@@ -631,7 +649,16 @@ class _Localization:
             "of a list that exists."
         )
 
-    def _pairs(self) -> list[Pair]:
+    def _choose_pairs(self) -> None:
+        if self.part is not None:
+            path = self.output / "pairs.txt"
+            if not path.is_file():
+                raise InputError(
+                    "--step match works on pairs that are not chosen yet: run the same command "
+                    "with --stop-after pairs instead of --step first."
+                )
+            self.pairs = read_pairs(path, [*self.names, *self.references], directed=True)
+            return
         if self.mode == "exhaustive":
             pairs = [(q, m) for q in self.names for m in self.references]
         elif self.mode in ("retrieval", "covisibility"):
@@ -643,8 +670,9 @@ class _Localization:
             pairs = [(a, b) for a, b in listed if a in self.records and b in self.map.views]
             if not pairs:
                 raise InputError(f"{self.mode} pairs no query with an image of the map.")
-        write_pairs(self.output / "pairs.txt", pairs)
-        return pairs
+        if self.part is None:
+            write_pairs(self.output / "pairs.txt", pairs)
+        self.pairs = pairs
 
     def _similar(self) -> list[Pair]:
         options = self.options
@@ -663,7 +691,6 @@ class _Localization:
         k = options.neighbours
         if self.mode == "covisibility":
             k = min(_COVISIBLE_SEEDS, k)
-        # A query and an image of the map may have the same name and be different images.
         tagged = [f"q/{name}" for name in self.names]
         query_local = Lazy(tagged, lambda name: self._query_descriptors(name.removeprefix("q/")))
         pairs = retrieval(
@@ -704,227 +731,176 @@ class _Localization:
 
     # ------------------------------------------------------------------------------------ match
 
-    def _match(self, pairs: Sequence[Pair]) -> None:
-        todo = [p for p in pairs if not self.matches.has("\t".join(p), self._pair_source(p))]
-        with (
-            self._timed("match"),
-            self._bar(len(pairs), "Match", "pairs", len(pairs) - len(todo)) as bar,
-        ):
+    def _match(self) -> None:
+        pairs = self.folder.share(self.pairs)
+        todo = [p for p in pairs if not self.matches.has(pair_name(p), self._pair_source(p))]
+        task = self._match_task(todo)
+        query_of = {alias: name for name, alias in self.alias.items()}
+        with self._bar(len(pairs), "Match", "pairs", len(pairs) - len(todo)) as bar:
 
-            def put(pair: Pair, arrays: Mapping[str, np.ndarray]) -> None:
-                self.matches.put("\t".join(pair), arrays, self._pair_source(pair))
-                self._matched.add(pair)
+            def done(named: Pair, arrays: dict[str, np.ndarray]) -> None:
+                pair = query_of[named[0]], named[1]
+                self.matches.put(pair_name(pair), arrays, self._pair_source(pair))
+                self.matched.add(pair)
                 bar.update()
 
-            # Queries and images of the map are told apart by a mark: names may be the same.
-            marked = [(f"q{a}", f"m{b}") for a, b in todo]
-            if self.linked and marked:
-                self._match_readings(marked, put)
-            elif marked:
-                cache = engine.EncodingCache(self._encoding)
+            spread(task, [(self.alias[a], b) for a, b in todo], self.where, done, chunk=16)
+        if self.part is not None:
+            return
+        self.folder.notes += task.report.notes
+        self.matches.finalize([pair_name(p) for p in pairs], {"matcher": self.matcher.info.name})
+        logger.info("Matched %d pairs (%d reused)", len(todo), len(pairs) - len(todo))
 
-                def done(pair: Pair, matches: Matches) -> None:
-                    arrays = matches_to_arrays(matches, len(cache.get(pair[0])))  # type: ignore[arg-type]
-                    put((pair[0][1:], pair[1][1:]), arrays)
-
-                engine.match_pairs(
-                    self.matcher,
-                    marked,
-                    cache.get,
-                    done,
-                    workers=self.workers,
-                    batch_size=self.batch,
-                )
-            self.matches.finalize(
-                ["\t".join(p) for p in pairs], {"matcher": self.matcher.info.name}
+    def _match_task(self, todo: Sequence[Pair]) -> MatchTask:
+        """Of queries and images of the map."""
+        free = self.linker.detector_free
+        names = {alias: name for name, alias in self.alias.items()}
+        needed = sorted({b for _, b in todo}) if free else []
+        nothing = np.zeros((0, 2), np.float32)
+        points = [
+            ImagePoints(
+                name=self.alias[name], size=self.records[name].size, keypoints=nothing, fixed=True
             )
-        logger.info("Matched %d pairs (%d reused)", len(self._matched), len(pairs) - len(todo))
+            for name in (sorted({a for a, _ in todo}) if free else [])
+        ]
+        for name in needed:
+            view = self.map.views[name]
+            points.append(
+                ImagePoints(
+                    name=name,
+                    size=(view.camera.width, view.camera.height),
+                    keypoints=view.xy_px[_posed(view)].astype(np.float32),
+                    fixed=True,
+                )
+            )
+        return MatchTask(
+            loader=self.loader,
+            photographs=BothPhotographs(names, self.photographs, self._map_photographs(needed)),
+            stored=BothEncodings(names, self.features.path, self.map_features),
+            points=points,
+            threads=self.threads,
+            batch_size=self.batch,
+            cache_gb=self.options.cache_gb,
+        )
 
-    def _encoding(self, marked: str) -> SparseEncoding:
-        name = marked[1:]
-        if marked[0] == "q":
-            return encoding_from_arrays(name, *self.features.get(name))
-        if self.map_features is None:
-            raise InputError(f"The map has no features of {name}.")
-        return self.map_features.encoding(name)
-
-    def _match_readings(self, marked: Sequence[Pair], put: Any) -> None:
-        """Read warps, or semi-dense matches, at the map's keypoints that have a 3D point."""
+    def _map_photographs(self, needed: Sequence[str]) -> Photographs:
+        """Images of the map; ``InputError`` for one that is not the map's any more."""
+        if not needed:
+            return Photographs({})
         root = self.map.images
         if root is None:
             raise InputError("The folder of the map's images is not known: give --images.")
-        needed = sorted({b[1:] for _, b in marked})
-        found = image_module.scan(root, min_size=1, names=needed)
-        originals = {record.name: record for record in found.images}
+        found = {r.name: r for r in image_module.scan(root, min_size=1, names=needed).images}
         for name in needed:
             view = self.map.views[name]
-            if name not in originals:
+            if name not in found:
                 # A twin of another image is none of scan's images, and still one of the map's.
                 single = image_module.scan(root, min_size=1, names=[name])
                 if not single.images:
                     raise InputError(f"The map's image {root / str(single.rejected[0])}.")
-                originals[name] = single.images[0]
-            if originals[name].size != (view.camera.width, view.camera.height):
+                found[name] = single.images[0]
+            if found[name].size != (view.camera.width, view.camera.height):
                 raise InputError(
-                    f"{root / name} is {originals[name].width}x{originals[name].height} but "
+                    f"{root / name} is {found[name].width}x{found[name].height} but "
                     f"{view.camera.width}x{view.camera.height} in the map."
                 )
-        anchors = {name: self._map_anchors(name) for name in needed}
+        return Photographs(found, turns=dict(self.map.turns))
 
-        def read(key: str) -> Any:
-            if key[0] == "q":
-                return self._read_query(key[1:], self.matcher)
-            record = image_module.turned(originals[key[1:]], self.map.turns.get(key[1:], 0))
-            return image_module.load(record, self.matcher.image_options)
+    # --------------------------------------------------------------------------------- rotations
 
-        def work(encodings: list[tuple[Any, Any]]) -> list[dict[str, np.ndarray]]:
-            dense = self.matcher.info.kind == "dense"
-            call = self.matcher.warp_batch if dense else self.matcher.match_batch
-            results = []
-            for answer, (a, b) in zip(call(encodings), encodings, strict=True):
-                own, none = anchors[b.name][0], _no_anchors(self.records[a.name])
-                if dense:
-                    reading = read_pair(answer, none, own, self.anchored)
-                else:
-                    reading = read_matches(
-                        answer.keypoints0.numpy(),
-                        answer.keypoints1.numpy(),
-                        answer.scores.numpy(),
-                        none,
-                        own,
-                        self.anchored,
-                    )
-                index, xy, certainty = reading.direction(1)
-                rows = anchors[b.name][1][index].astype(np.int64)
-                results.append({"rows1": rows, "keypoints0": xy, "scores": certainty})
-            return results
-
-        report = engine.match_scheduled(
-            self.matcher,
-            marked,
-            read,
-            work,
-            lambda pair, arrays: put((pair[0][1:], pair[1][1:]), arrays),
-            cache_gb=self.options.cache_gb,
-            batch_size=self.batch,
-            workers=self.workers if self.matcher.info.kind == "semidense" else 1,
-        )
-        self.notes += report.notes
-
-    def _map_anchors(self, name: str) -> tuple[Anchors, np.ndarray]:
-        """Keypoints of an image of the map that have a 3D point, and their rows."""
-        view = self.map.views[name]
-        rows = np.flatnonzero(view.points >= 0)
-        anchors = Anchors(
-            xy_px=view.xy_px[rows].astype(np.float32),
-            tier=np.ones(len(rows), np.uint8),
-            size=(view.camera.width, view.camera.height),
-        )
-        return anchors, rows
-
-    # ------------------------------------------------------------------------------------ turns
-
-    def _turns_file(self) -> Path:
-        return self.output / "turns.json"
-
-    def _read_turns(self) -> None:
-        """Turns that an earlier run found; queries it tried in vain are not tried again."""
-        self._tried: dict[str, dict[str, Any]] = {}
-        if self.options.rotations == "none" or self.options.overwrite:
+    def _read_rotations(self) -> None:
+        """What an earlier run found; queries that it tried in vain are not tried again."""
+        facts = self.folder.steps.get("rotations", {}).get("facts", {})
+        if self.options.rotations == "none" or facts.get("settings") != self.matches.stamp:
             return
-        try:
-            stored = json.loads(self._turns_file().read_text(encoding="utf-8"))
-            if stored["settings"] == self.matches.stamp:
-                self._tried = {
-                    name: {"sha256": str(e["sha256"]), "quarter_turns": int(e["quarter_turns"])}
-                    for name, e in stored["images"].items()
-                    if name in self.records and e["sha256"] == self.records[name].sha256
-                }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self._tried = {}
-        self.turns = {n: e["quarter_turns"] for n, e in self._tried.items() if e["quarter_turns"]}
+        for name, (turn, sha) in facts["images"].items():
+            if name in self.records and self.records[name].sha256 == sha:
+                self.tried[name] = [turn, sha]
+                if turn:
+                    self.photographs.turns[name] = turn
 
-    def _turn_failed(self, results: Mapping[str, QueryResult], pairs: Sequence[Pair]) -> bool:
-        """Look for failed queries that are stored turned; True when there are any."""
+    def _rotate(self) -> list[Step] | None:
+        """Look for failed queries that are stored rotated; with some, another pass is made."""
         failed = ("no_matches", "no_points", "no_pose", "few_inliers")
         todo = [
             name
-            for name, result in results.items()
-            if result.status in failed and name not in self._tried
+            for name, result in self.results.items()
+            if result.status in failed and name not in self.tried
         ]
-        if self.options.rotations == "none" or self.linked or not todo:
-            return False
+        if self.options.rotations == "none" or self.linker.detector_free or not todo:
+            return None
         if self.matcher.info.rotation_invariant:
-            return False
-        with self._timed("match"), self._bar(len(todo), "Turn", "queries") as bar:
+            return None
+        with self._bar(len(todo), "Rotate", "queries") as bar:
             for name in todo:
-                turn = self._best_turn(name, [b for a, b in pairs if a == name])
+                turn = self._best_rotation(name, [b for a, b in self.pairs if a == name])
                 if turn:
-                    self.turns[name] = turn
-                self._tried[name] = {
-                    "sha256": self.records[name].sha256, "quarter_turns": turn,
-                }  # fmt: skip
+                    self.photographs.turns[name] = turn
+                self.tried[name] = [turn, self.records[name].sha256]
                 bar.update()
-        content = {"settings": self.matches.stamp, "images": self._tried}
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_atomic(self._turns_file(), text + "\n")
-        found = [name for name in todo if name in self.turns]
-        if found:
-            self._note(
-                f"{len(found)} queries are stored turned without EXIF saying so and were matched "
-                f"upright (first: {found[0]} by {90 * self.turns[found[0]]} degrees clockwise). "
-                "Poses are those of the stored files."
-            )
-        return bool(found)
+        with self.folder.making("rotations", self.matches.stamp) as made:
+            made.facts = {"settings": self.matches.stamp, "images": self.tried}
+        turns = self.photographs.turns
+        found = [name for name in todo if name in turns]
+        if not found:
+            return None
+        self.folder.note(
+            f"{len(found)} queries are stored turned without EXIF saying so and were matched "
+            f"upright (first: {found[0]} by {90 * turns[found[0]]} degrees clockwise). "
+            "Poses are those of the stored files."
+        )
+        names = ("encode", "pairs", "match", "locate", "rotations")
+        return [step for step in self.steps() if step.name in names]
 
-    def _best_turn(self, name: str, references: Sequence[str]) -> int:
+    def _best_rotation(self, name: str, references: Sequence[str]) -> int:
         """Quarter turns that bring far more confidence than the query has as it is; 0 for none."""
-        sums = {r: linking.confidence(self.matches.get(f"{name}\t{r}")[0]) for r in references}
+        sums = {
+            r: float(self.linker.confidences(self.matches.get(f"{name}\t{r}")[0]).sum(dtype=float))
+            for r in references
+        }
         chosen = sorted(references, key=lambda r: -sums[r])[:_TURN_REFERENCES]
         # A wrong turn is found out by the pose, so one good pair is enough to try.
         least = self.matcher.info.min_confidence_sum.get(self.quality, _TURN_LEAST)
         best, most = 0, max(least, 2 * sum(sums[r] for r in chosen))
+        stored = BothEncodings({}, self.features.path, self.map_features)
         for turn in (1, 2, 3):
-            encoding = self.matcher.encode(self._read_query(name, self.matcher, turn))
-            total = sum(
-                float(self.matcher.match(encoding, self._encoding(f"m{r}")).scores.sum())
-                for r in chosen
-            )
+            shown = self.photographs.read(name, self.matcher.image_options, turn)
+            encoding = self.matcher.encode(shown)
+            found = self.matcher.match_batch([(encoding, stored(r)) for r in chosen])
+            total = sum(float(matches.scores.sum()) for matches in found)
             if total > most:
                 best, most = turn, total
         return best
 
     # ----------------------------------------------------------------------------------- locate
 
-    def _locate(self, pairs: Sequence[Pair]) -> dict[str, QueryResult]:
+    def _locate(self) -> None:
         of_query: dict[str, list[str]] = {name: [] for name in self.names}
-        for query, reference in pairs:
+        for query, reference in self.pairs:
             of_query[query].append(reference)
-        self.points, self.positions = self._points()
+        self.points, self.positions = colmap.point_positions(self.map.model)
         self.cameras = dict(self.guessed)
         if self.sharing:
-            with self._timed("cameras"):
+            with self.folder.timed("cameras"):
                 self._share_cameras(of_query)
-        results: dict[str, QueryResult] = {}
-        self.observed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        with self._timed("locate"), self._bar(len(self.names), "Locate", "queries") as bar:
+        self.results: dict[str, QueryResult] = {}
+        with self._bar(len(self.names), "Locate", "queries") as bar:
             for name in self.names:
                 source = self._pose_source(name, of_query[name])
-                if not self.results.has(name, source):
+                if not self.poses.has(name, source):
                     arrays, attributes = self._locate_one(name, of_query[name])
-                    self.results.put(name, arrays, source, **attributes)
-                    self._located.add(name)
-                results[name] = self._result(name, of_query[name])
-                logger.debug("%s: %s", name, results[name].reason or "localized")
+                    self.poses.put(name, arrays, source, **attributes)
+                    self.located.add(name)
+                self.results[name] = self._result(name, of_query[name])
+                logger.debug("%s: %s", name, self.results[name].reason or "localized")
                 bar.update()
-            self.results.finalize(self.names, {"map": str(self.map_folder)})
-        return results
+        self.poses.finalize(self.names, {"map": str(self.map_folder)})
 
     def _pose_source(self, name: str, references: Sequence[str]) -> str:
         camera, how = self.cameras[name]
         return digest(
             [
-                self._source(name),
+                self.photographs.source(name),
                 [[r, self._pair_source((name, r))] for r in references],
                 [camera.model, camera.width, camera.height, camera.params, how],
             ]
@@ -943,7 +919,7 @@ class _Localization:
         used: dict[str, list[float]] = {}
         for group in self.sharing:
             sources = [self._pose_source(name, of_query[name]) for name in group]
-            key = digest([self.results.stamp, sources])
+            key = digest([self.poses.stamp, sources])
             if key not in kept or self.options.overwrite:
                 params = self._shared_params(group, of_query)
                 kept[key] = [] if params is None else list(params)
@@ -984,9 +960,6 @@ class _Localization:
         """Positions (N, 3) of points of the map."""
         return self.positions[np.searchsorted(self.points, points)]
 
-    def _points(self) -> tuple[np.ndarray, np.ndarray]:
-        return colmap.point_positions(self.map.model)
-
     def _locate_one(
         self, name: str, references: Sequence[str]
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -1004,7 +977,8 @@ class _Localization:
         inliers = int(best.inliers.sum()) if best is not None else 0
         attributes["inliers"] = inliers
         status, reason = self._why_not(seen, references, best is not None, inliers)
-        nothing = self.masks.nothing_left(self.records[name]) if status and self.masks else None
+        masks = self.photographs.masks
+        nothing = masks.nothing_left(self.records[name]) if status and masks else None
         reason = nothing or reason
         if best is None or reason:
             attributes.update(status=status, reason=reason)
@@ -1050,7 +1024,7 @@ class _Localization:
         enough = inliers >= self.options.min_inliers
         if posed and enough and inliers >= self.options.min_inlier_ratio * len(seen.row):
             return "", ""
-        if not self.linked and not len(seen.xy_px):
+        if not self.linker.detector_free and not len(seen.xy_px):
             return "no_features", "no keypoints: blank, dark, blurred or masked as a whole"
         if not references:
             return "no_pairs", "paired with no image of the map"
@@ -1086,7 +1060,7 @@ class _Localization:
     def _seen(self, name: str, references: Sequence[str]) -> _Seen:
         return (
             self._seen_readings(name, references)
-            if self.linked
+            if self.linker.detector_free
             else self._seen_rows(name, references)
         )
 
@@ -1121,11 +1095,11 @@ class _Localization:
         unit = max(1.0, max(self.records[name].size) / 1600)
         parts: list[tuple[np.ndarray, ...]] = []
         for index, reference in enumerate(references):
-            arrays = self.matches.get(f"{name}\t{reference}")[0]
-            point = self.map.views[reference].points[arrays["rows1"]]
-            parts.append(
-                (point, arrays["keypoints0"], arrays["scores"], np.full(len(point), index))
-            )
+            view = self.map.views[reference]
+            reading = PairReading.from_arrays(self.matches.get(f"{name}\t{reference}")[0])
+            anchor, xy, certainty = reading.direction(1)
+            point = view.points[_posed(view)[anchor]]
+            parts.append((point, xy, certainty, np.full(len(point), index)))
         if not parts:
             nothing = np.zeros(0, np.int64)
             return _Seen(
@@ -1144,7 +1118,7 @@ class _Localization:
         )
 
     def _result(self, name: str, references: Sequence[str]) -> QueryResult:
-        arrays, attributes = self.results.get(name)
+        arrays, attributes = self.poses.get(name)
         camera, how = self.cameras[name]
         result = QueryResult(
             name=name,
@@ -1167,16 +1141,16 @@ class _Localization:
 
     # ----------------------------------------------------------------------------------- output
 
-    def _write_model(self, results: Mapping[str, QueryResult]) -> Path | None:
+    def _write_model(self) -> None:
         """Map and localised queries as one COLMAP model."""
-        good = [r for r in results.values() if r.localized]
-        folder = self.output / "sparse"
+        good = [r for r in self.results.values() if r.localized]
+        self.model_names: dict[str, str] = {}
         if not good:
-            return None
+            self.folder.drop("model")
+            return
         model = colmap.read_model(self.map.model_folder)
         taken = {image.name for image in model.images.values()}
         new = []
-        self.model_names: dict[str, str] = {}
         for result in good:
             if result.pose is None or result.camera is None:
                 continue
@@ -1185,7 +1159,7 @@ class _Localization:
                 name = f"query/{name}"
             taken.add(name)
             self.model_names[result.name] = name
-            arrays = self._arrays(result.name)
+            arrays = self.poses.get(result.name)[0]
             points = np.full(len(arrays["keypoints"]), -1, np.int64)
             points[arrays["row"]] = arrays["point"]
             new.append(
@@ -1199,23 +1173,24 @@ class _Localization:
             )
         renamed = [n for n, other in self.model_names.items() if n != other]
         if renamed:
-            self._note(
+            self.folder.note(
                 f"{len(renamed)} queries have names of the map's images; in sparse/ they are "
                 f"called query/... (first: {renamed[0]})."
             )
         colmap.add_images(model, new)
-        colmap.write_model(model, folder)
-        return folder
+        with self.folder.making("model", "") as made:
+            colmap.write_model(model, made.path / "sparse")
+        self.model = self.output / "sparse"
 
-    def _arrays(self, name: str) -> dict[str, np.ndarray]:
-        import h5py
-
-        with h5py.File(self.results.path, "r") as file:
-            return {k: v[()] for k, v in file[name].items()}
-
-    def _report(
-        self, results: Sequence[QueryResult], model: Path | None, watch: engine.Stopwatch
-    ) -> dict[str, Any]:
+    def _report(self) -> None:
+        results = [self.results[name] for name in self.names]
+        results += [
+            QueryResult(name=r.name, status=r.reason, reason=f"{r.reason}: {r.detail}")
+            for r in self.image_set.rejected
+        ]
+        results.sort(key=lambda r: r.name)
+        self.rows = results
+        turns = self.photographs.turns
         good = [r for r in results if r.localized]
         rows = []
         for r in results:
@@ -1228,7 +1203,7 @@ class _Localization:
                 "inliers": r.inliers,
                 "reprojection_error_px": r.error_px,
                 "intrinsics": r.intrinsics,
-                **({"turned_degrees": 90 * self.turns[r.name]} if r.name in self.turns else {}),
+                **({"rotated_degrees": 90 * turns[r.name]} if r.name in turns else {}),
                 "references": [{"name": n, "inliers": count} for n, count in r.references],
             }
             if r.pose is not None and r.camera is not None:
@@ -1249,17 +1224,16 @@ class _Localization:
                 "queries": len(results),
                 "localized": len(good),
                 "median_inliers": median,
-                "seconds": watch.seconds,
             },
             "map": str(self.map_folder),
-            "model": None if model is None else str(model.relative_to(self.output)),
+            "model": None if self.model is None else "sparse",
             "pairs": self.mode,
             "queries": rows,
-            "notes": list(dict.fromkeys(self.notes)),
+            "notes": list(dict.fromkeys(self.folder.notes)),
             "counts": {
-                "queries_encoded_now": len(self._encoded),
-                "pairs_matched_now": len(self._matched),
-                "queries_located_now": len(self._located),
+                "queries_encoded_now": len(self.encoded),
+                "pairs_matched_now": len(self.matched),
+                "queries_located_now": len(self.located),
             },
             "settings": {
                 "queries": str(self.root),
@@ -1270,13 +1244,13 @@ class _Localization:
                 "device": str(self.matcher.device),
             },
             "versions": versions(),
-            "timings": dict(self.timings),
+            "timings": dict(self.folder.timings),
         }
         text = json.dumps(report, indent=1, ensure_ascii=False)
         write_atomic(self.output / "report.json", text + "\n")
         write_atomic(self.output / "report.txt", format_table(results))
         write_atomic(self.output / "poses.txt", format_poses(results))
-        return report
+        self.report = report
 
 
 def merge_readings(
@@ -1329,8 +1303,9 @@ def _one_to_one(seen: _Seen, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return seen.row[order], seen.point[order]
 
 
-def _no_anchors(record: ImageRecord) -> Anchors:
-    return Anchors(xy_px=np.zeros((0, 2), np.float32), tier=np.zeros(0, np.uint8), size=record.size)
+def _posed(view: MapView) -> np.ndarray:
+    """Rows of the keypoints of an image of the map that have a 3D point."""
+    return np.flatnonzero(view.points >= 0)
 
 
 def _stored_vlad(path: Path, stamp: str) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -1345,6 +1320,8 @@ def _stored_vlad(path: Path, stamp: str) -> tuple[np.ndarray | None, np.ndarray 
 
 def summary_text(result: LocalizeResult) -> str:
     """The last lines of a run, for the terminal."""
+    if not result.report:
+        return f"Stopped as asked. What is finished is kept in {result.output}."
     summary = result.report["summary"]
     good = [q for q in result.queries.values() if q.localized]
     errors = [q.error_px for q in good if q.error_px is not None]

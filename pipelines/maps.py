@@ -17,7 +17,6 @@ from gim_hloc.errors import InputError
 from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.matchers.base import SparseEncoding
 from gim_hloc.pairs.retrieval import strongest_first
-from gim_hloc.store import encoding_from_arrays
 
 if TYPE_CHECKING:
     import h5py
@@ -112,7 +111,8 @@ def open_map(
             "gim-reconstruct IMAGES OUTPUT --model MAP."
         )
     state = _read_state(folder / "run.yaml")
-    options = state.get("options") or {}
+    made_here = state.get("command", "reconstruct") == "reconstruct"
+    options = (state.get("options") or {}) if made_here else {}
     if features is None:
         # Dense matchers: what describes images are the anchors.
         candidates = (folder / "anchors.h5", folder / "features.h5")
@@ -135,7 +135,7 @@ def open_map(
         images=images,
         options=options,
         sources=_sources(features),
-        turns=_turns(folder / "turns.json"),
+        turns=_turns(folder, state),
     )
 
 
@@ -166,9 +166,14 @@ def _table(file: h5py.File, name: str) -> dict[str, Any]:
         return {}
 
 
-def _turns(path: Path) -> dict[str, int]:
+def _turns(folder: Path, state: Mapping[str, Any]) -> dict[str, int]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["images"]
+        facts = state["steps"]["rotations"]["facts"]
+        return {name: int(turn) for name, (turn, _) in facts["images"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    try:  # of 0.1
+        stored = json.loads((folder / "turns.json").read_text(encoding="utf-8"))["images"]
         return {name: int(entry["quarter_turns"]) for name, entry in stored.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -221,6 +226,9 @@ class MapFeatures:
                 "file as --features."
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MapFeatures, (self.path, self._views)
+
     def close(self) -> None:
         """Close the file."""
         self._open.close()
@@ -264,7 +272,7 @@ class MapFeatures:
             "network_size": group.attrs.get("network_size", size),
             "to_original": group.attrs.get("to_original", [1, 0, 0, 0, 1, 0]),
         }
-        encoding = encoding_from_arrays(name, arrays, attributes)
+        encoding = SparseEncoding.from_arrays(name, arrays, attributes)
         self._check(name, encoding.keypoints.numpy(), view)
         return encoding
 

@@ -29,6 +29,7 @@ from gim_hloc.options import (
     RereadOptions,
     RunOptions,
     Share,
+    StepOptions,
     VerifyOptions,
     options,
 )
@@ -122,7 +123,13 @@ class ExportOptions:
 
 @options
 class ReconstructOptions(
-    ImageOptions, MatchingOptions, TrackOptions, ModelOptions, ExportOptions, RunOptions
+    ImageOptions,
+    MatchingOptions,
+    TrackOptions,
+    ModelOptions,
+    ExportOptions,
+    RunOptions,
+    StepOptions,
 ):
     """Everything a reconstruction can be told."""
 
@@ -204,6 +211,11 @@ class AcceptanceOptions:
 
 @options
 class LocalizeOptions(
-    ImageOptions, QueryMatchingOptions, QueryCameraOptions, AcceptanceOptions, RunOptions
+    ImageOptions,
+    QueryMatchingOptions,
+    QueryCameraOptions,
+    AcceptanceOptions,
+    RunOptions,
+    StepOptions,
 ):
     """Everything localisation can be told."""

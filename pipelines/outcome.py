@@ -270,6 +270,8 @@ def _status(
 
 def summary_text(result: ReconstructResult) -> str:
     """The last lines of a run, for the terminal."""
+    if not result.report:
+        return f"Stopped as asked. What is finished is kept in {result.output}."
     summary = result.report["summary"]
     lines = [
         f"{summary['registered']} of {summary['images']} images registered, "

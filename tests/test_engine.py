@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +22,13 @@ register()
 def test_every_item_is_done_once(workers: int) -> None:
     seen: dict[int, int] = {}
     before = torch.get_num_threads()
-    engine.run_threads(
-        lambda i: i * i, range(50), workers=workers, done=seen.__setitem__, inner_threads=1
-    )
+    for i, square in engine.in_threads(
+        lambda i: i * i, range(50), workers=workers, inner_threads=1
+    ):
+        assert i not in seen
+        seen[i] = square
     assert seen == {i: i * i for i in range(50)}
     assert torch.get_num_threads() == before
-
-
-def test_results_are_taken_in_the_calling_thread() -> None:
-    threads: set[int] = set()
-    engine.run_threads(str, range(9), workers=3, done=lambda *_: threads.add(threading.get_ident()))
-    assert threads == {threading.get_ident()}
 
 
 def test_items_are_not_taken_far_ahead() -> None:
@@ -46,7 +41,8 @@ def test_items_are_not_taken_far_ahead() -> None:
             assert len(taken) - len(finished) <= 2 * 3
             yield i
 
-    engine.run_threads(lambda i: i, items(), workers=3, done=lambda i, _: finished.append(i))
+    for i, _ in engine.in_threads(lambda i: i, items(), workers=3):
+        finished.append(i)
     assert sorted(finished) == list(range(40))
 
 
@@ -60,7 +56,7 @@ def test_an_error_stops_the_rest(workers: int) -> None:
         return i
 
     with pytest.raises(ValueError, match="five"):
-        engine.run_threads(work, range(1000), workers=workers, done=lambda i, _: done.append(i))
+        done.extend(i for i, _ in engine.in_threads(work, range(1000), workers=workers))
     assert len(done) < 50
 
 
@@ -70,13 +66,13 @@ def test_images_are_encoded_once_each(tmp_path: Path, workers: int) -> None:
     found = images.scan(write_images(tmp_path, scene))
     matcher = FakeMatcher(Options())
     FakeMatcher.calls.clear()
-    encodings: dict[str, Encoding] = {}
-    engine.encode_images(
-        matcher,
-        found.names,
-        lambda name: images.load(found[name], matcher.image_options),
-        encodings.__setitem__,
-        workers=workers,
+    encodings = dict(
+        engine.encode(
+            matcher,
+            found.names,
+            lambda name: images.load(found[name], matcher.image_options),
+            workers=workers,
+        )
     )
     assert sorted(FakeMatcher.calls) == found.names
     assert sorted(encodings) == found.names
@@ -108,32 +104,16 @@ def encoding(name: str, points: int = 20) -> Encoding:
 
 def test_batches_are_halved_when_memory_runs_out(caplog: pytest.LogCaptureFixture) -> None:
     pairs = [("a", "b"), ("a", "c"), ("a", "d"), ("b", "c"), ("b", "d"), ("c", "d"), ("d", "e")]
-    found: dict[tuple[str, str], Matches] = {}
     matcher = LittleMemory(Options())
-    engine.match_pairs(matcher, pairs, encoding, found.__setitem__, batch_size=8)
-    assert list(found) == pairs
+    found = dict(
+        engine.match(
+            matcher, pairs, encoding, matcher.match_batch, encode=lambda one: one, batch_size=8
+        )
+    )
+    assert sorted(found) == pairs
     assert LittleMemory.batches == [2, 2, 2, 1]
     assert all(len(matches) == 20 for matches in found.values())
     assert "2 pairs a batch" in caplog.text
-
-
-def test_cache_stays_within_its_budget() -> None:
-    reads: list[str] = []
-
-    def read(name: str) -> Encoding:
-        reads.append(name)
-        return encoding(name)
-
-    size = encoding_bytes(encoding("x"))
-    cache = engine.EncodingCache(read, budget=4 * size)
-    names = [f"{i}" for i in range(64)]
-    for name in names:
-        assert cache.get(name).name == name
-    assert cache.get("63") is cache.get("63")
-    assert len(reads) == 64
-    assert cache._bytes() <= (4 + 16) * size  # sizes are summed every 16 reads
-    cache.get("0")  # went long ago
-    assert reads[-1] == "0"
 
 
 def test_size_counts_what_matchers_add() -> None:

@@ -689,7 +689,7 @@ def test_photographs_that_are_stored_turned_are_found(
     angle, centre = error(found, (quarter @ rotation, quarter @ translation))
     assert angle < 0.2
     assert centre < 0.05
-    assert result.report["queries"][0]["turned_degrees"] == 90
+    assert result.report["queries"][0]["rotated_degrees"] == 90
     again = gim_hloc.localize(fountain / "map", tmp_path / "new", tmp_path / "out", **options)
     assert set(again.report["counts"].values()) == {0}
 

@@ -13,6 +13,7 @@ from fake_matcher import FakeMatcher
 from PIL import Image
 from synthetic import HEIGHT, WIDTH, make_scene
 
+from gim_hloc.colmap import PairVerification
 from gim_hloc.evaluation.benchmarks import mixed
 from gim_hloc.matchers.base import ImageData, Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
@@ -40,8 +41,8 @@ def test_mixes_are_the_same_every_time() -> None:
 
 def test_sums_are_told_apart_by_place() -> None:
     pairs = [
-        {"name0": "a/1", "name1": "a/2", "confidence_sum": 90.0},
-        {"name0": "a/1", "name1": "b/x/2", "confidence_sum": 3.0},
+        PairVerification(name0="a/1", name1="a/2", matches=99, inliers=95, confidence=90.0),
+        PairVerification(name0="a/1", name1="b/x/2", matches=30, inliers=0, confidence=3.0),
     ]
     assert mixed.spread(pairs) == {"related": [90.0], "unrelated": [3.0]}
 

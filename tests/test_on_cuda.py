@@ -99,15 +99,17 @@ def test_what_a_failed_attempt_held_is_free_before_the_next(limit, batch_size, h
     matcher, pairs = Matcher(), pairs_of(5)
     results: dict[tuple[str, str], float] = {}
     with FakeCuda(limit) as gpu:
-        report = engine.match_scheduled(
+        report = engine.ScheduleReport()
+        for pair, result in engine.match(
             matcher,
             pairs,
             lambda name: name,
             matcher.match,
-            results.__setitem__,
             batch_size=4,
             cache_gb=4e-5,
-        )
+            report=report,
+        ):
+            results[pair] = result
         assert gpu.allocated() == 0
     assert results == right(pairs)
     assert (report.batch_size, matcher.scale) == (batch_size, halved)
@@ -117,12 +119,16 @@ def test_what_a_failed_attempt_held_is_free_before_the_next(limit, batch_size, h
 
 def test_batches_of_matches_are_halved_without_what_failed() -> None:
     matcher, pairs = Matcher(), pairs_of(4)
-    matcher.match_batch = matcher.match  # type: ignore[attr-defined]
     results: dict[tuple[str, str], float] = {}
     with FakeCuda(70_000) as gpu:
         held = {name: matcher.encode(name) for name in ("000", "001", "002", "003")}
         gpu.events.clear()
-        engine.match_pairs(matcher, pairs, held.__getitem__, results.__setitem__, batch_size=6)
+        results.update(
+            engine.match(
+                matcher, pairs, held.__getitem__, matcher.match,
+                encode=lambda encoding: encoding, device=torch.device("cpu"), batch_size=6,
+            )
+        )  # fmt: skip
     assert results == right(pairs)
     assert gpu.events == ["out of memory", "empty_cache"]
     assert gpu.held == [4 * BYTES]
@@ -347,15 +353,17 @@ def test_dense_pairs_are_scheduled_with_waiting_encodings() -> None:
     with FakeCuda() as gpu:
         matcher = make_dkm(CUDA, "float32")
         one = engine.encoding_bytes(matcher.encode(images["a"]))
-        report = engine.match_scheduled(
+        report = engine.ScheduleReport()
+        for pair, result in engine.match(
             matcher,
             pairs,
             images.__getitem__,
             lambda given: [warp.flow0.cpu() for warp in matcher.warp_batch(given)],
-            results.__setitem__,
             batch_size=2,
             cache_gb=2.5 * one / 1e9,
-        )
+            report=report,
+        ):
+            results[pair] = result
         assert gpu.allocated() < 20 * one
     assert len(report.encoded) >= 4
     for (a, b), flow in results.items():

@@ -61,7 +61,7 @@ def test_herz_jesus(data: Path, tmp_path: Path) -> None:
 def test_cyprus(data: Path, tmp_path: Path) -> None:
     result = gim_hloc.reconstruct(data / "cyprus" / "images", tmp_path, progress=False)
     assert result.registered == 10  # two of them are stored turned, without EXIF
-    turned = {r["name"]: r.get("turned_degrees") for r in result.report["images"]}
+    turned = {r["name"]: r.get("rotated_degrees") for r in result.report["images"]}
     assert {n: t for n, t in turned.items() if t} == {"DSC_6468.jpg": 180, "DSC_6471.jpg": 270}
 
 

@@ -33,6 +33,7 @@ import gim_hloc
 from gim_hloc import colmap, store
 from gim_hloc.cli.reconstruct import main
 from gim_hloc.errors import InputError, LockedError, MappingError, OutputError
+from gim_hloc.lock import FolderLock
 from gim_hloc.options import MapOptions
 from gim_hloc.pairs import read_pairs
 from gim_hloc.pipelines import reconstruct
@@ -418,7 +419,7 @@ def test_turned_images_are_found_and_matched_upright(room: Path, tmp_path: Path)
     options: dict[str, Any] = {"quality": "fast", "max_keypoints": 512, "progress": False}
     result = gim_hloc.reconstruct(images, tmp_path / "out", **options)
     found = {
-        r["name"]: r["turned_degrees"] for r in result.report["images"] if "turned_degrees" in r
+        r["name"]: r["rotated_degrees"] for r in result.report["images"] if "rotated_degrees" in r
     }
     assert found == {"b.png": 180, "d.png": 90}  # clockwise, to show them upright again
     assert result.registered == 5
@@ -461,7 +462,7 @@ def test_what_no_run_made_is_not_replaced(images: Path, tmp_path: Path) -> None:
     model.write_text("truth")
     (scene / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="holds sparse of something else"):
+        with pytest.raises(OutputError, match=r"holds sparse/0/cameras\.txt, which no run made"):
             run(images, scene, overwrite=overwrite)
     assert model.read_text() == "truth"
     assert FakeMatcher.calls == []
@@ -469,8 +470,9 @@ def test_what_no_run_made_is_not_replaced(images: Path, tmp_path: Path) -> None:
     run(images, scene)
     run(images, scene, overwrite=True)
     assert (scene / "notes.txt").read_text() == "mine"
-    (scene / "poses.h5").touch()  # of gim-localize
-    with pytest.raises(OutputError, match="choose another output folder"):
+    state = (scene / "run.yaml").read_text()
+    (scene / "run.yaml").write_text(state.replace("command: reconstruct", "command: localize"))
+    with pytest.raises(OutputError, match="output of gim-localize: choose another"):
         run(images, scene)
 
 
@@ -542,7 +544,7 @@ def test_killed_five_times_equals_uninterrupted(images: Path, tmp_path: Path) ->
 
 def test_second_run_on_one_output_stops(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with store.OutputLock(output):
+    with FolderLock(output):
         with pytest.raises(LockedError, match="Another run"):
             run(images, output)
         done = subprocess.run(command(images, output), capture_output=True, text=True, check=False)

@@ -25,8 +25,8 @@ from gim_hloc.evaluation.synthetic_dense import (
     make_scene,
     write_scene,
 )
+from gim_hloc.matchers import choose_detector
 from gim_hloc.matchers.base import Matches
-from gim_hloc.pipelines import linking
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 from gim_hloc.tracks.anchored import AnchoredOptions
 
@@ -123,7 +123,7 @@ def test_anchored_run_gives_true_poses(
     assert centre < 2e-3
     statistics = colmap.model_statistics(result.models[0])
     assert statistics["mean_track_length"] > 3
-    for name in ("anchors.h5", "readings.h5", "features.h5", "matches.h5", "report.html"):
+    for name in ("anchors.h5", "raw_matches.h5", "features.h5", "matches.h5", "report.html"):
         assert (tmp_path / "out" / name).is_file(), name
     # hloc's layout, so that any hloc script can join here
     with h5py.File(tmp_path / "out/features.h5") as file:
@@ -219,8 +219,8 @@ def test_anchors_default_to_what_works_here(
         raise WeightsError("not here")
 
     monkeypatch.setattr(weights, "locate", missing)
-    assert linking.choose_describer("auto") == "sift"
-    assert linking.choose_describer("disk_lightglue") == "disk_lightglue"
+    assert choose_detector("auto") == "sift"
+    assert choose_detector("disk_lightglue") == "disk_lightglue"
     result = run(scene_folder, tmp_path / "out", anchors="auto")
     assert any("anchors are sift's" in note for note in result.report["notes"])
 

@@ -81,11 +81,12 @@ def sums(pairs: list[tuple[Held, Held]]) -> list[float]:
 def run(matcher: Matcher, pairs: list[tuple[str, str]], work=sums, **kwargs):
     results: dict[tuple[str, str], float] = {}
 
-    def done(pair, value):
+    report = engine.ScheduleReport()
+    for pair, value in engine.match(
+        matcher, pairs, lambda name: name, work, report=report, **kwargs
+    ):
         assert pair not in results, "a pair came twice"
         results[pair] = value
-
-    report = engine.match_scheduled(matcher, pairs, lambda name: name, work, done, **kwargs)
     return results, report
 
 
@@ -208,10 +209,9 @@ def test_other_errors_pass_and_nothing_done_is_lost():
             raise ValueError("broken")
         return sums(encodings)
 
+    results = engine.match(Matcher(), pairs, lambda n: n, work, cache_gb=1.0)
     with pytest.raises(ValueError, match="broken"):
-        engine.match_scheduled(
-            Matcher(), pairs, lambda n: n, work, lambda pair, value: seen.append(pair), cache_gb=1.0
-        )
+        seen.extend(pair for pair, _ in results)
     assert len(seen) == 4
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,12 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gim_hloc.errors import InputError, LockedError, OutputError
+from gim_hloc.errors import InputError, OutputError
 from gim_hloc.matchers.base import Matches
 from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.store import (
     H5Store,
-    OutputLock,
     cache_path,
     encoding_from_arrays,
     encoding_to_arrays,
@@ -203,12 +201,6 @@ def test_entries_survive_kill_9(tmp_path: Path) -> None:
     store = H5Store(tmp_path / "f.h5", {})
     assert [store.has(f"{i}.jpg", "s") for i in range(8)] == [True] * 7 + [False]
     assert store.get("6.jpg")[0]["a"][0] == 6
-
-
-def test_lock_stops_a_second_run(tmp_path: Path) -> None:
-    with OutputLock(tmp_path), pytest.raises(LockedError, match=str(os.getpid())):
-        OutputLock(tmp_path)
-    OutputLock(tmp_path).close()
 
 
 def make(seed: int = 0, n: int = 50):

@@ -12,17 +12,17 @@ import itertools
 import random
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
 
+from gim_hloc import colmap, matchers
 from gim_hloc import images as image_module
-from gim_hloc import matchers
 from gim_hloc.cli import common
+from gim_hloc.colmap import PairVerification
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.evaluation.benchmarks.measure import machine
 from gim_hloc.matchers.base import Quality
@@ -95,12 +95,12 @@ def mixes(
         yield seed, tuple(sorted(random.Random(seed).sample(sorted(places), size)))
 
 
-def spread(pairs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def spread(pairs: Sequence[PairVerification]) -> dict[str, list[float]]:
     """Confidence sums of the pairs of one place ("related") and of two ("unrelated")."""
     found: dict[str, list[float]] = {"related": [], "unrelated": []}
     for pair in pairs:
-        same = place_of(pair["name0"]) == place_of(pair["name1"])
-        found["related" if same else "unrelated"].append(pair["confidence_sum"])
+        same = place_of(pair.name0) == place_of(pair.name1)
+        found["related" if same else "unrelated"].append(pair.confidence or 0.0)
     return found
 
 
@@ -117,19 +117,18 @@ class _Benchmark:
             gather(records, work / "images" / place)
             self.names[place] = [f"{place}/{record.name}" for record in records]
 
-    def union(self, matcher: str) -> list[Mapping[str, Any]]:
-        """Encode and match everything once; returns the pairs of the report."""
-        try:
-            report = reconstruct(
-                self.work / "images", self.work / matcher, matcher=matcher, pairs="exhaustive",
-                quality=self.options.quality, max_size=self.options.max_size, export=(),
-                rotations="none", refine_keypoints=False,
-                verify=VerifyOptions(min_confidence_sum=0),
-            ).report  # fmt: skip
-        except MappingError as error:
-            raise InputError(f"{matcher} matched nothing at all: {error}") from None
-        pairs: list[Mapping[str, Any]] = report["pairs"]
-        return pairs
+    def union(self, matcher: str) -> list[PairVerification]:
+        """Encode, match and verify everything once, every geometry whatever its sum."""
+        folder = self.work / matcher
+        reconstruct(
+            self.work / "images", folder, matcher=matcher, pairs="exhaustive",
+            quality=self.options.quality, max_size=self.options.max_size, rotations="none",
+            verify=VerifyOptions(min_confidence_sum=0), stop_after="verify",
+        )  # fmt: skip
+        names = sorted(name for place in self.names.values() for name in place)
+        return colmap.read_verification(
+            folder / "database.db", list(itertools.combinations(names, 2))
+        )
 
     def models(
         self, matcher: str, mapper: Mapper, seed: int, places: Sequence[str]

@@ -24,7 +24,7 @@ from gim_hloc import images as image_module
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.benchmarks.measure import machine
-from gim_hloc.matchers.base import Quality, SparseEncoding
+from gim_hloc.matchers.base import Quality
 from gim_hloc.pairs.base import top_k
 from gim_hloc.pairs.retrieval import retrieval, vlad
 from gim_hloc.pairs.spatial import earth_centred_m
@@ -80,18 +80,13 @@ def measure(scene: Path, options: BenchmarkOptions) -> str:
     image_set = image_module.scan(scene / "images")
     centres, axes, names = _positions(scene, image_set)
     matcher = matchers.load_sparse(options.matcher, quality=options.quality)
-    local: dict[str, np.ndarray] = {}
-
-    def keep(name: str, encoding: SparseEncoding) -> None:
-        local[name] = encoding.descriptors.cpu().numpy()
-
-    engine.encode_images(
+    encodings = engine.encode(
         matcher,
         names,
         lambda name: image_module.load(image_set[name], matcher.image_options),
-        keep,
         workers=engine.default_workers(matcher.device, deterministic=False),
     )
+    local = {name: encoding.descriptors.cpu().numpy() for name, encoding in encodings}
     return row(
         scene.name, names, local, true_neighbours(centres, axes, options.neighbours), options
     )

@@ -31,7 +31,15 @@ _REFUSED = frozenset(
     }
 )
 _PIPE_CLOSED = 128 + 13  # as shells report a program that SIGPIPE ended
-_ONCE = ("overwrite", "dry_run")  # options of a run that are nothing to repeat
+_ONCE = (
+    "overwrite",
+    "dry_run",
+    "prune",
+    "step",
+    "shard",
+    "stop_after",
+    "start",
+)  # options of a run that are nothing to repeat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,6 @@ def _local_descriptors(arguments: Arguments, image_set: ImageSet) -> Mapping[str
     from tqdm import tqdm
 
     from gim_hloc import engine, images, matchers
-    from gim_hloc.matchers.base import SparseEncoding
 
     if not matchers.describe(arguments.matcher).has_keypoints:
         raise InputError(
@@ -106,16 +105,12 @@ def _local_descriptors(arguments: Arguments, image_set: ImageSet) -> Mapping[str
     )
     descriptors: dict[str, np.ndarray] = {}
     with tqdm(total=len(image_set), desc="Describing images", unit="image") as progress:
-
-        def keep(name: str, encoding: SparseEncoding) -> None:
-            descriptors[name] = encoding.descriptors.cpu().numpy()
-            progress.update()
-
-        engine.encode_images(
+        for name, encoding in engine.encode(
             matcher,
             image_set.names,
             lambda name: images.load(image_set[name], matcher.image_options),
-            keep,
             workers=engine.default_workers(matcher.device, deterministic=False),
-        )
+        ):
+            descriptors[name] = encoding.descriptors.cpu().numpy()
+            progress.update()
     return descriptors

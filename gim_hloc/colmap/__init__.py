@@ -27,6 +27,7 @@ from gim_hloc.colmap.checks import Checked, check_models, only_turns, split_at_w
 from gim_hloc.colmap.database import (
     PairVerification,
     build_database,
+    copy_with_cameras,
     database_ok,
     inlier_matches,
     read_cameras,
@@ -122,6 +123,7 @@ __all__ = [
     "check_names",
     "check_params",
     "colmap_log",
+    "copy_with_cameras",
     "database_ok",
     "describe_intrinsics",
     "determined",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, camera_key, camera_spec
 from gim_hloc.colmap.model_files import check_model, image_lines
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from gim_hloc.poses import Pose
@@ -349,25 +347,32 @@ def add_images(model: Any, images: Sequence[NewImage], *, share: bool = True) ->
 
 
 def write_model(model: Any, folder: Path) -> None:
-    """Write a model in binary form, replacing what is there once it is complete."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.write(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    """Write a model in binary form into a folder, and read it back.
+
+    Raises:
+        OutputError: it could not be written whole; COLMAP itself says nothing of a full disk.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.write(folder)
+        whole = _counts(read_model(folder)) == _counts(model)
+    except (OSError, RuntimeError, InputError, ValueError) as error:
+        raise OutputError(f"Cannot write the model {folder}: {error}.") from None
+    if not whole:
+        raise OutputError(f"Cannot write the model {folder} whole. Is the disk full?")
+
+
+def _counts(model: Any) -> tuple[int, int, int, int]:
+    observations = model.compute_num_observations()
+    return model.num_cameras(), model.num_reg_images(), model.num_points3D(), observations
 
 
 def write_models(models: Sequence[Any], folder: Path) -> list[Path]:
-    """Write models to ``folder/0``, ``1``, …, replacing the folder as a whole at the end."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for index, model in enumerate(models):
-        (temporary / str(index)).mkdir(parents=True)
-        model.write(temporary / str(index))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    return [folder / str(index) for index in range(len(models))]
+    """Write models to ``folder/0``, ``1``, …; errors as of ``write_model``."""
+    paths = [folder / str(index) for index in range(len(models))]
+    for model, path in zip(models, paths, strict=True):
+        write_model(model, path)
+    return paths
 
 
 def align(model: Any, poses: Mapping[str, Pose]) -> None:

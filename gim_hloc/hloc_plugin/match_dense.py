@@ -43,7 +43,7 @@ from gim_hloc.hloc_files import find, group, open_h5, read
 from gim_hloc.hloc_plugin import confs, models
 from gim_hloc.hloc_plugin.foreign import HlocMatcher
 from gim_hloc.hloc_plugin.registration import import_hloc, register
-from gim_hloc.matchers.base import ImageOptions, Matcher, SparseEncoding
+from gim_hloc.matchers.base import ImageOptions, Matcher
 from gim_hloc.pairs.files import read_pairs
 from gim_hloc.store import digest, remove_cache
 from gim_hloc.tracks import quantized
@@ -390,19 +390,15 @@ class _Job:
         if todo and describer != "none":
             detector = matchers.load_sparse(matchers.choose_detector(describer))
             with self._bar(len(todo), "Anchors", "images") as bar:
-
-                def done(name: str, encoding: SparseEncoding) -> None:
-                    points[name].keypoints = encoding.keypoints.numpy()
-                    points[name].scores = encoding.scores.numpy()
-                    bar.update()
-
-                engine.encode_images(
+                for name, encoding in engine.encode(
                     detector,
                     sorted(todo),
                     lambda name: images.load(self.records[name], detector.image_options),
-                    done,
                     workers=engine.default_workers(detector.device, False),
-                )
+                ):
+                    points[name].keypoints = encoding.keypoints.numpy()
+                    points[name].scores = encoding.scores.numpy()
+                    bar.update()
         return list(points.values())
 
     def _raw(self, linker: Linker, pair: Pair, arrays: Arrays) -> Raw:

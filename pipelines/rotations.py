@@ -85,7 +85,7 @@ def weak_groups(
     ]
 
 
-def best_turn(
+def best_rotation(
     group: WeakGroup,
     confidence: Callable[[str, int, Sequence[str]], float],
     bound: float | None = None,

@@ -1,0 +1,564 @@
+"""The folder of a run: who works in it, which files runs made there, and which steps are done.
+
+A step is done when its key (a digest of all that it depends on) is the one it was done for and its
+files are as it left them. It makes them in a hidden folder; they take their places once all are
+there, and only then do those of an earlier run go. ``run.yaml`` lists every file that runs made:
+nothing else is ever replaced or removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from gim_hloc import __version__, images
+from gim_hloc.errors import GimError, InputError, OutputError, some
+from gim_hloc.files import write_atomic
+from gim_hloc.images import ImageRecord, ImageSet
+from gim_hloc.lock import FolderLock
+from gim_hloc.workers import parse_shard, shard
+
+logger = logging.getLogger(__name__)
+
+STATE = "run.yaml"
+HIDDEN = ".run"  # folder of what no user needs: copies, staged files, parts of array jobs
+_RENAMED = {"readings.h5": "raw_matches.h5"}  # files of 0.1
+_GONE = ("turns.json",)  # of 0.1; now in run.yaml
+MODEL_FILES = [f"{part}.bin" for part in ("cameras", "images", "points3D", "rigs", "frames")]
+_INDEX = f"{HIDDEN}/images.json"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a run.
+
+    Attributes:
+        name: in ``--from``, ``--stop-after``, timings and the log.
+        run: does what is not done yet; returns the steps of another pass, to go through before the
+            next step, where what it found asks for one.
+    """
+
+    name: str
+    run: Callable[[], Sequence[Step] | None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a step that one job of an array does; ``index`` is from 0."""
+
+    step: str
+    index: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Of its lock, its log and its caches."""
+        return f"{self.step}-{self.index}-of-{self.count}"
+
+
+def part_of(step: str | None, of: str | None) -> Part | None:
+    """What --step and --shard ask for; ``InputError`` for one without the other."""
+    if step is None and of is None:
+        return None
+    if step is None:
+        raise InputError("--shard needs --step: the step that the array of jobs is for.")
+    return Part(step, *(parse_shard(of) if of is not None else (0, 1)))
+
+
+@dataclass
+class Made:
+    """What a step makes.
+
+    Attributes:
+        path: an empty folder that stands for the folder of the run.
+        facts: JSON-able; kept with the step and given back when it is reused.
+        whole: False where something was left out that another attempt may bring; the step then
+            counts as not done.
+    """
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
+
+
+class RunFolder:
+    """OUTPUT of a command; a context manager that holds it for one run.
+
+    Args:
+        path: made if missing.
+        command: that works here; an output of another command is refused.
+        makes: patterns (``*``, ``**``) of the names of the files that steps will make.
+        writes: names of files that are written in place.
+        overwrite: forget what was done. Files stay until others take their places.
+        part: of an array job, which shares the folder with the other parts and
+            writes no state.
+
+    Raises:
+        OutputError: it cannot be used, is another command's, or files are in the way.
+        LockedError: on entering; another run works there.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        command: str,
+        *,
+        makes: Sequence[str] = (),
+        writes: Sequence[str] = (),
+        overwrite: bool = False,
+        part: Part | None = None,
+    ) -> None:
+        self.path, self.command, self.part = path, command, part
+        self.makes, self.writes, self.overwrite = makes, ["log.txt", *writes], overwrite
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; give a folder for the output.")
+        self.about: dict[str, Any] = {}  # settings, for run.yaml
+        self.timings: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._exit = contextlib.ExitStack()
+        self._read()
+        self.claim(*self.makes, *self.writes)
+
+    def _read(self) -> None:
+        state = _read_state(self.path)
+        theirs = state.get("command", self.command)
+        if theirs != self.command:
+            raise OutputError(
+                f"{self.path} is the output of gim-{theirs}: choose another output folder for gim-"
+                f"{self.command}."
+            )
+        self.steps: dict[str, dict[str, Any]] = state.get("steps", {})
+        self.files: dict[str, Any] = state.get("files", {})  # name -> [bytes, CRC] or None
+        self.pending: dict[str, Any] | None = state.get("pending")
+
+    def __enter__(self) -> RunFolder:
+        self._exit.enter_context(FolderLock(self.path, self.part.name if self.part else "run"))
+        with contextlib.ExitStack() as undo:
+            undo.push(self._exit)
+            self._read()  # another run may have ended meanwhile
+            if self.part is None:
+                self._begin()
+            self._exit.enter_context(self._log())
+            undo.pop_all()
+        return self
+
+    def _begin(self) -> None:
+        """Finish what a killed run was about to, and claim what this one writes."""
+        for old, new in _RENAMED.items():
+            self.rename(old, new)
+        self._place()
+        self.claim(*self.makes)
+        self.own(*self.writes)
+        if self.overwrite:
+            for entry in self.steps.values():
+                entry["key"] = None
+        self.remove(_GONE)
+        self.save()
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    # ------------------------------------------------------------------------------------- files
+
+    def claim(self, *patterns: str) -> None:
+        """Refuse, before the work, files in the way that no run made.
+
+        Args:
+            patterns: names that the run will write, relative, with ``*`` and ``**``.
+
+        Raises:
+            OutputError: names what is in the way.
+        """
+        found = [
+            str(PurePosixPath(path.relative_to(self.path)))
+            for pattern in patterns
+            for path in self.path.glob(pattern)
+            if path.is_symlink() or not path.is_dir()
+        ]
+        self._refuse(sorted({name for name in found if name not in self.files}))
+
+    def own(self, *names: str) -> None:
+        """Claim files that are written in place by their own means."""
+        self.claim(*names)
+        self.files.update((name, self.files.get(name)) for name in names)
+
+    def _refuse(self, foreign: Sequence[str], kept: str = "") -> None:
+        if foreign:
+            raise OutputError(
+                f"{self.path} holds {some(foreign)}, which no run made and which would be "
+                f"replaced: choose another output folder, or move that away.{kept}"
+            )
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files that runs made, and the folders that this leaves empty."""
+        for name in names:
+            if self.files.pop(name, False) is False:
+                continue
+            target = self.path / name
+            with contextlib.suppress(FileNotFoundError):
+                target.unlink()
+            for folder in target.parents:
+                if folder == self.path or self.path not in folder.parents:
+                    break
+                with contextlib.suppress(OSError):  # not empty, or gone
+                    folder.rmdir()
+
+    def parts(self) -> list[Path]:
+        """Folders of what parts of array jobs left."""
+        return sorted(p for p in (self.path / HIDDEN).glob("*-of-*") if p.is_dir())
+
+    def share(self, items: Sequence[Any]) -> list[Any]:
+        """The items that this process is to do: all, or those of its part of an array job."""
+        part = self.part
+        return list(items) if part is None else shard(items, part.index, part.count)
+
+    def cache_file(self, name: str) -> Path:
+        """Cache of a file; parts of array jobs have their own, which no other machine writes."""
+        name = f"{Path(name).stem}.cache"
+        return self.path / name if self.part is None else self.hidden(f"{self.part.name}/{name}")
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file that runs of earlier versions made its name of today."""
+        if self.files.pop(old, False) is False or not (self.path / old).is_file():
+            return
+        if not (self.path / new).exists():
+            os.replace(self.path / old, self.path / new)
+            self.files[new] = None
+
+    def hidden(self, name: str) -> Path:
+        """A path below the hidden folder, whose parent is there."""
+        path = self.path / HIDDEN / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    # ------------------------------------------------------------------------------------- steps
+
+    def facts(self, step: str, key: str) -> dict[str, Any] | None:
+        """What a step kept, if it is done for ``key`` and its files are whole; else None."""
+        entry = self.steps.get(step)
+        if entry is None or entry.get("key") != key:
+            return None
+        for name in entry["files"]:
+            size, crc = self.files.get(name) or (None, None)
+            if size is None or _fingerprint(self.path / name, crc is not None) != [size, crc]:
+                logger.warning(
+                    "%s is missing or changed since it was made; it is made again.",
+                    self.path / name,
+                )
+                return None
+        facts: dict[str, Any] = entry["facts"]
+        return facts
+
+    @contextlib.contextmanager
+    def making(self, step: str, key: str, *, large: bool = False) -> Iterator[Made]:
+        """Make the files of a step aside; at the end they take their places.
+
+        Args:
+            step: of which the files of an earlier run are replaced or removed.
+            key: what it is done for.
+            large: files are later known by their sizes alone.
+
+        Raises:
+            OutputError: a file that no run made stands where one of them belongs.
+        """
+        made = Made(self.hidden(f"{step}.new"))
+        shutil.rmtree(made.path, ignore_errors=True)
+        made.path.mkdir()
+        try:
+            yield made
+        except BaseException:
+            shutil.rmtree(made.path, ignore_errors=True)
+            raise
+        paths = (p for p in sorted(made.path.rglob("*")) if p.is_symlink() or not p.is_dir())
+        files = {
+            str(PurePosixPath(p.relative_to(made.path))): _fingerprint(p, not large) for p in paths
+        }
+        taken = [n for n in files if n not in self.files and os.path.lexists(self.path / n)]
+        self._refuse(taken, f" What was made is in {made.path}.")
+        self.pending = {
+            "step": step,
+            "key": key if made.whole else None,
+            "files": files,
+            "facts": json.loads(json.dumps(made.facts, default=lambda number: number.item())),
+        }
+        made.facts = self.pending["facts"]
+        # Listed before they are moved: a kill in between is made good by the next run.
+        self.save()
+        self._place()
+
+    def _place(self) -> None:
+        """Move files that are pending to their places."""
+        if self.pending is None:
+            return
+        step, files = self.pending["step"], self.pending["files"]
+        staged = self.path / HIDDEN / f"{step}.new"
+        for folder in (p for p in staged.rglob("*") if p.is_dir() and not p.is_symlink()):
+            (self.path / folder.relative_to(staged)).mkdir(parents=True, exist_ok=True)
+        for name in files:
+            if os.path.lexists(staged / name):
+                os.replace(staged / name, self.path / name)
+        self.files.update(files)
+        before = self.steps.get(step, {}).get("files", [])
+        self.steps[step] = {
+            "key": self.pending["key"],
+            "files": list(files),
+            "facts": self.pending["facts"],
+        }
+        used = {name for entry in self.steps.values() for name in entry["files"]}
+        self.remove(name for name in before if name not in used)
+        self.pending = None
+        self.save()
+        shutil.rmtree(staged, ignore_errors=True)
+
+    def drop(self, *steps: str) -> None:
+        """Forget steps and remove their files."""
+        for step in steps:
+            entry = self.steps.pop(step, None)
+            used = {name for other in self.steps.values() for name in other["files"]}
+            self.remove([name for name in (entry or {}).get("files", []) if name not in used])
+
+    def go(
+        self, steps: Sequence[Step], *, again: str | None = None, until: str | None = None
+    ) -> None:
+        """Go through steps; what is known after each is on disk when it ends.
+
+        Args:
+            steps: in order.
+            again: this step and those after it are done again.
+            until: the last step to be done.
+        """
+        names = [step.name for step in steps]
+        for asked in (again, until):
+            if asked is not None and asked not in names:
+                raise InputError(f"There is no step {asked!r} in this run; there are {names}.")
+        for name in names[names.index(again) :] if again else []:
+            self.steps.get(name, {})["key"] = None
+        ahead = deque(steps)
+        while ahead:
+            step = ahead.popleft()
+            with self.timed(step.name):
+                more = list(step.run() or ())
+            self.save()
+            ahead.extendleft(reversed(more))
+            if step.name == until and until not in (s.name for s in ahead):
+                return
+
+    def save(self) -> None:
+        """Write run.yaml and its copy."""
+        if self.part is not None:
+            return
+        state = {
+            "gim_hloc": __version__,
+            "command": self.command,
+            **self.about,
+            "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()},
+            "steps": self.steps,
+            "pending": self.pending,
+            "files": {STATE: None, **self.files},
+        }
+        text = yaml.dump(state, Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+        try:
+            write_atomic(self.path / STATE, text)
+            write_atomic(self.hidden(STATE), text)
+        except OSError as error:
+            raise OutputError(
+                f"Cannot write {self.path / STATE}: {error.strerror or error}. What was finished "
+                "is kept; make room and repeat the command."
+            ) from None
+
+    # ------------------------------------------------------------------------ what is said of it
+
+    def note(self, sentence: str) -> None:
+        """Say something to the user now and in the report."""
+        logger.warning("%s", sentence)
+        self.notes.append(sentence)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a timing."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[None]:
+        """Write everything, single pairs included, to log.txt, or to the log of the part."""
+        path = self.path / "log.txt" if self.part is None else self.hidden(f"{self.part.name}.log")
+        mode = "w" if self.overwrite else "a"
+        handler = logging.FileHandler(path, mode, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package = logging.getLogger("gim_hloc")
+        level = package.level
+        package.addHandler(handler)
+        package.setLevel(logging.DEBUG)
+        logger.debug("run started: process %d, %s", os.getpid(), " ".join(sys.argv))
+        try:
+            yield
+        except GimError as error:
+            logger.debug("run stopped: %s", error)
+            raise
+        finally:
+            package.removeHandler(handler)
+            package.setLevel(level)
+            handler.close()
+
+
+def scanned(output: Path) -> dict[str, ImageRecord]:
+    """Images by name as an earlier run in the folder found them."""
+    try:
+        return images.from_json(json.loads((output / _INDEX).read_bytes()))
+    except (OSError, ValueError):
+        return {}
+
+
+def keep_scan(folder: RunFolder, image_set: ImageSet) -> None:
+    """Keep what was found of the images, so that the next run need not decode them."""
+    write_atomic(folder.path / _INDEX, json.dumps(images.to_json(image_set)))
+
+
+def refuse_other_images(image_set: ImageSet, output: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that was made of other images altogether."""
+    before = {record.sha256 for record in scanned(output).values()}
+    if before and not overwrite and before.isdisjoint(record.sha256 for record in image_set):
+        raise OutputError(
+            f"{output} was made of other images: none of those in {image_set.root}. Choose another "
+            "output folder, or --overwrite to replace what it holds."
+        )
+
+
+def progress_bar(total: int | None, title: str, unit: str, *, done: int = 0, show: bool) -> Any:
+    """A bar on the terminal."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=f"{title:<8}",
+        unit=f" {unit}",
+        disable=not show,
+        dynamic_ncols=True,
+        leave=True,
+    )
+
+
+def _fingerprint(path: Path, checksum: bool) -> list[int | None]:
+    """Bytes and CRC of a file; of a link, those of its target's name."""
+    try:
+        if path.is_symlink():
+            name = os.fsencode(os.readlink(path))
+            return [len(name), zlib.crc32(name)]
+        if not checksum:
+            return [path.stat().st_size, None]
+        crc = size = 0
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                if size == 0 and block.startswith(b"SQLite format 3"):
+                    # Without what every program that opens it writes: counters, and its version.
+                    block = block[:24] + block[28:92] + block[100:]
+                crc, size = zlib.crc32(block, crc), size + len(block)
+        return [size, crc]
+    except FileNotFoundError:
+        return [None, None]
+    except OSError as error:
+        raise OutputError(f"Cannot read {path}: {error.strerror or error}.") from None
+
+
+# ------------------------------------------------------------------------------------------- state
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """What runs before left in run.yaml, or in its copy where that is damaged."""
+    path, copy = folder / STATE, folder / HIDDEN / STATE
+    if not os.path.lexists(path):
+        return {}
+    state = _parsed(path)
+    if state is None and (state := _parsed(copy)) is not None:
+        logger.warning("%s is damaged; its copy %s is used.", path, copy)
+    if state is None:
+        raise OutputError(
+            f"{path} is damaged or none of gim-hloc's, so it does not say what runs made here. "
+            "Choose another output folder, or move that away with all that is to be kept."
+        )
+    if "files" not in state:  # of 0.1
+        state["files"] = dict.fromkeys(_of_01(folder))
+    return state
+
+
+def _parsed(path: Path) -> dict[str, Any] | None:
+    """The state in a file, or None where it is damaged or none of ours."""
+    try:
+        state = yaml.load(path.read_bytes(), Loader=_LOADER)
+    except PermissionError as error:
+        raise OutputError(f"Cannot read {path}: {error.strerror}.") from None
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return None
+    if not isinstance(state, dict) or "gim_hloc" not in state:
+        return None
+    steps, files = state.setdefault("steps", {}), state.get("files", {})
+    pending = state.setdefault("pending", None)
+    if not isinstance(steps, dict) or not isinstance(files, dict):
+        return None
+    entries = [*steps.values(), *([] if pending is None else [pending])]
+    for entry in entries:
+        if not (
+            isinstance(entry, dict)
+            and isinstance(entry.get("files"), dict if entry is pending else list)
+            and isinstance(entry.get("facts"), dict)
+        ):
+            return None
+    names = [*files, *(name for entry in entries for name in entry["files"])]
+    inside = all(isinstance(n, str) and not {"..", "/"} & {*PurePosixPath(n).parts} for n in names)
+    return state if inside else None
+
+
+def _of_01(folder: Path) -> Iterable[str]:
+    """Files that version 0.1 made beside its run.yaml, which did not list them."""
+    names = [
+        *("log.txt", "pairs.txt", "features.h5", "matches.h5", "anchors.h5", "readings.h5"),
+        *("database.db", "report.html", "report.json", "turns.json"),
+    ]
+    names += [
+        f"sparse/{model.name}/{part}"
+        for model in folder.glob("sparse/[0-9]*")
+        for part in MODEL_FILES
+    ]
+    return [name for name in names if (folder / name).is_file()]
+
+
+def read_facts(folder: Path, step: str) -> Mapping[str, Any]:
+    """What a step of an earlier run kept, whatever for; empty where there is none."""
+    facts: Mapping[str, Any] = _read_state(folder).get("steps", {}).get(step, {}).get("facts", {})
+    return facts
+
+
+__all__ = [
+    "HIDDEN",
+    "MODEL_FILES",
+    "STATE",
+    "Made",
+    "Part",
+    "RunFolder",
+    "Step",
+    "keep_scan",
+    "part_of",
+    "progress_bar",
+    "read_facts",
+    "refuse_other_images",
+    "scanned",
+]
