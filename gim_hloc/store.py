@@ -23,7 +23,7 @@ import numpy as np
 
 from gim_hloc import cache, hloc_files
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.matchers.base import Matches, SparseEncoding
+from gim_hloc.matchers.base import SparseEncoding
 
 logger = logging.getLogger(__name__)
 
@@ -302,17 +302,6 @@ def _large_attribute(file: h5py.File, name: str, text: str) -> None:
     file.attrs.create(name, text, dtype=h5py.string_dtype())
 
 
-# --------------------------------------------------------------------------------------- features
-
-
-def encoding_to_arrays(encoding: SparseEncoding) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """See ``SparseEncoding.to_arrays``."""
-    return encoding.to_arrays()
-
-
-encoding_from_arrays = SparseEncoding.from_arrays
-
-
 # ---------------------------------------------------------------------------------------- matches
 
 
@@ -334,18 +323,6 @@ def pair_keys(names: Sequence[str]) -> dict[str, str]:
             else:
                 keys[name] = name.replace("%", "%25").replace("/", "%2F")
     return keys
-
-
-def matches_to_arrays(matches: Matches, num_keypoints0: int) -> dict[str, np.ndarray]:
-    """``matches0`` (N0) int32 with -1 = none and ``matching_scores0`` (N0) float16."""
-    matches0 = np.full(num_keypoints0, -1, dtype=np.int32)
-    scores0 = np.zeros(num_keypoints0, dtype=np.float16)
-    if matches.indices is None:
-        raise InputError("These matches have no keypoint indices; link them into tracks first.")
-    indices = matches.indices.cpu().numpy()
-    matches0[indices[:, 0]] = indices[:, 1]
-    scores0[indices[:, 0]] = matches.scores.cpu().numpy()
-    return {"matches0": matches0, "matching_scores0": scores0}
 
 
 def rows_from_matches0(matches0: np.ndarray) -> np.ndarray:

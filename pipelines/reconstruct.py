@@ -755,7 +755,7 @@ class _Reconstruction:
             self.names,
             local_descriptors=local_descriptors,
             gps={name: record.exif.gps for name, record in self.records.items()},
-            load_image=lambda name: self.photographs.read(name, self.detector.image_options),
+            load_image=self.photographs.read,
             left_out=[rejected.name for rejected in self.image_set.rejected],
         )
         if self.base is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -286,3 +288,19 @@ def test_sparse_matches_without_rows_are_refused() -> None:
     encodings = encode(linker.matcher)
     with pytest.raises(InputError, match="known_sparse is registered as sparse, but"):
         linker.reduce([(encodings[NAMES[0]], encodings[NAMES[1]])])
+
+
+def test_only_the_linker_and_the_plugin_ask_what_kind_a_matcher_is() -> None:
+    """``info.kind`` elsewhere would be a branch that the next kind of matcher breaks."""
+    root = Path(__file__).parents[1]
+    allowed = {
+        "gim_hloc/matchers/base.py", "gim_hloc/matchers/registry.py", "gim_hloc/tracks/linker.py",
+        "gim_hloc/hloc_plugin/models.py",  # hloc's kinds of models, and where LoFTR's free end is
+    }  # fmt: skip
+    found = {
+        str(path.relative_to(root))
+        for folder in ("gim_hloc", "pairs", "pipelines", "evaluation", "training")
+        for path in (root / folder).rglob("*.py")
+        if re.search(r"(info|describe\(\w+\))\.kind\b", path.read_text(encoding="utf-8"))
+    }
+    assert found <= allowed

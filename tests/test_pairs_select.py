@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fake_matcher
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
+from gim_hloc import reconstruct
 from gim_hloc.cli.pairs import main
 from gim_hloc.errors import InputError
+from gim_hloc.matchers import ImageOptions
 from gim_hloc.pairs import (
     PairOptions,
     exhaustive,
@@ -393,3 +398,26 @@ def test_command_from_a_model(tmp_path):
     assert 50 * 5 / 2 <= len(read_pairs(output)) <= 50 * 5
     # The reference has no points, so covisibility finds nothing, and says so.
     assert main([*arguments, "--mode", "covisibility"]) == 2
+
+
+def test_a_registered_descriptor_reads_images_at_the_size_it_wants(tmp_path: Path) -> None:
+    """As ``GlobalDescriptor`` says, from a run as from gim-pairs."""
+    fake_matcher.register()
+    seen: dict[str, tuple[int, int]] = {}
+
+    class Tiny:
+        needs_local = False
+
+        def __call__(self, names: Sequence[str], *, local: Any, load_image: Any) -> np.ndarray:
+            images = [load_image(name, ImageOptions(max_size=32)) for name in names]
+            seen.update({image.name: image.network_size for image in images})
+            return np.eye(len(names)) + 0.1
+
+    register_descriptor("tiny", lambda **_: Tiny())
+    images = fake_matcher.write_images(tmp_path / "images")
+    reconstruct(
+        images, tmp_path / "out", matcher="fake", pairs="retrieval", stop_after="pairs",
+        pair=PairOptions(descriptor="tiny"), progress=False,
+    )  # fmt: skip
+    assert set(seen) == set(fake_matcher.SCENE.names)
+    assert {max(size) for size in seen.values()} == {32}

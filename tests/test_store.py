@@ -17,18 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.matchers.base import Matches
+from gim_hloc.matchers.base import SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.store import (
     H5Store,
     cache_path,
-    encoding_from_arrays,
-    encoding_to_arrays,
-    matches_to_arrays,
     pair_keys,
     read_matches,
     rows_from_matches0,
 )
+from gim_hloc.tracks.base import matches0_arrays
 
 
 def entry(value: float) -> dict[str, np.ndarray]:
@@ -218,12 +216,12 @@ def make(seed: int = 0, n: int = 50):
 
 def test_encoding_round_trip_is_exact(tmp_path: Path) -> None:
     encoding = make()
-    arrays, attributes = encoding_to_arrays(encoding)
+    arrays, attributes = encoding.to_arrays()
     store = H5Store(tmp_path / "f.h5", {})
     store.put("i.jpg", arrays, "s", **attributes)
-    journal = encoding_from_arrays("i.jpg", *store.get("i.jpg"))
+    journal = SparseEncoding.from_arrays("i.jpg", *store.get("i.jpg"))
     store.finalize(["i.jpg"], {})
-    final = encoding_from_arrays("i.jpg", *store.get("i.jpg"))
+    final = SparseEncoding.from_arrays("i.jpg", *store.get("i.jpg"))
     for back in (journal, final):
         for field in ("keypoints", "network_keypoints", "descriptors", "scores"):
             assert torch.equal(getattr(back, field), getattr(encoding, field)), field
@@ -238,21 +236,20 @@ def test_encoding_round_trip_is_exact(tmp_path: Path) -> None:
 
 
 def test_matches_round_trip(tmp_path: Path) -> None:
-    a, b = make(0, 50), make(1, 40)
-    indices = torch.tensor([[3, 7], [10, 39], [49, 0]])
-    scores = torch.tensor([0.5, 0.75, 1.0])
-    arrays = matches_to_arrays(Matches.from_indices(a, b, indices, scores), len(a))
+    indices = np.array([[3, 7], [10, 39], [49, 0]])
+    scores = np.array([0.5, 0.75, 1.0])
+    arrays = matches0_arrays(indices, scores, 50)
     assert arrays["matches0"].dtype == np.int32
-    assert np.array_equal(rows_from_matches0(arrays["matches0"]), indices.numpy())
+    assert np.array_equal(rows_from_matches0(arrays["matches0"]), indices)
     with h5py.File(tmp_path / "m.h5", "w") as file:
         group = file.create_group("d-a.jpg/b.jpg")
         for key, value in arrays.items():
             group[key] = value
     rows, found = read_matches(tmp_path / "m.h5", "d/a.jpg", "b.jpg")
-    assert np.array_equal(rows, indices.numpy())
+    assert np.array_equal(rows, indices)
     assert np.allclose(found, scores)
     swapped, _ = read_matches(tmp_path / "m.h5", "b.jpg", "d/a.jpg")
-    assert np.array_equal(swapped, indices.numpy()[:, ::-1])
+    assert np.array_equal(swapped, indices[:, ::-1])
     with pytest.raises(InputError, match="no matches"):
         read_matches(tmp_path / "m.h5", "b.jpg", "c.jpg")
 
