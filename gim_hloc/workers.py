@@ -363,9 +363,13 @@ def _actors(task: Task[Any, Any], where: Where) -> list[_Actor]:
         place: dict[str, Any] = (
             {"address": "auto"}
             if os.environ.get("RAY_ADDRESS")
-            else {"num_cpus": where.workers, "include_dashboard": False}
+            else {"address": "local", "num_cpus": where.workers, "include_dashboard": False}
         )
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
+        except Exception as error:  # of many classes: no cluster, no token, no room on the disk
+            text = textwrap.shorten(str(error), 280)
+            raise InputError(f"Ray does not start, or does not answer ({text}).") from None
     has = ray.cluster_resources()
     gpus = int(
         where.device.startswith("cuda") or (where.device == "auto" and has.get("GPU", 0) > 0)

@@ -206,6 +206,23 @@ def test_ray_that_is_not_installed_is_named(
 
 
 @needs_ray
+def test_a_cluster_that_does_not_answer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    def init(**options: Any) -> None:
+        assert options["address"] == "auto"
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(InputError, match=r"does not answer .*10\.0\.0\.1:6379"):
+        results(Powers(tmp_path / "notes"), RAY)
+
+
+@needs_ray
 def test_more_workers_than_ray_has_room_for_are_refused(tmp_path: Path) -> None:
     results(Powers(tmp_path / "notes"), RAY, count=2)  # Ray has begun, for two workers
 

@@ -380,10 +380,14 @@ def run_selections(
             where = options.where
             matcher = task.load((*where.devices, where.device)[0])
             stem, settings = settings_stem(name, matcher_settings(matcher))
+            info = matcher.info
+            if where.devices or where.engine == "ray":  # the work is done elsewhere
+                task.loaded.clear()
+                del matcher
             with opened(output, stem, settings, options.part) as kept:
                 elsewhere = _known(output / FOLDER / f"{stem}.db") if count > 1 else set()
                 for selection, own in zip(selections, keys, strict=True):
-                    job = _Job(selection, own, task, matcher.info, kept, report, options, progress)
+                    job = _Job(selection, own, task, info, kept, report, options, progress)
                     failed = job.match(elsewhere)
                     report.results += job.judge(protocols, failed, elsewhere, output)
     return report

@@ -34,6 +34,7 @@ class MatchTask:
         images: what it matches; must be picklable.
         batch_size: pairs a network call; 0 chooses.
         cache_gb: memory for encodings, 10^9 bytes; None chooses.
+        loaded: matchers by device; they stay in their process.
     """
 
     name: str
@@ -42,19 +43,18 @@ class MatchTask:
     images: Images | None = None
     batch_size: int = 0
     cache_gb: float | None = None
-    # What is loaded stays in its process.
-    _loaded: dict[str, Matcher] = field(default_factory=dict, repr=False, compare=False)
+    loaded: dict[str, Matcher] = field(default_factory=dict, repr=False, compare=False)
 
     def load(self, device: str) -> Matcher:
         """The matcher, loaded once."""
-        if device not in self._loaded:
-            self._loaded[device] = registry.load(
+        if device not in self.loaded:
+            self.loaded[device] = registry.load(
                 self.name, quality=self.quality, device=device, **self.overrides
             )
-        return self._loaded[device]
+        return self.loaded[device]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_loaded": {}}
+        return {**vars(self), "loaded": {}}
 
     def open(
         self, device: str
