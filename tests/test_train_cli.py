@@ -61,7 +61,7 @@ def arguments(scenes: Path, out: Path, *more: str) -> list[str]:
         "--model-options", *SMALL,
         "--data.box", "128", "96", "--data.maxlen", "8", "--data.batch-size", "2",
         "--data.workers", "0", "--optimiser.canonical-batch", "4", "--precision", "32",
-        "--log.every", "1", "--log.pictures-every", "3", "--quiet", *more,
+        "--log.every", "1", "--log.pictures-every", "3", *more,
     ]  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def test_trains_goes_on_and_its_matcher_is_loaded(
     assert len(list((out / "pictures").glob("step_0000003_pair*.png"))) == 2
     before = (out / "checkpoints" / "last.ckpt").read_bytes()
 
-    assert main(["--out", str(out), "--quiet"]) == 0  # its settings are in the folder
+    assert main(["--out", str(out)]) == 0  # its settings are in the folder
     assert "Going on from step 4 of 4" in capsys.readouterr().err
     assert (out / "checkpoints" / "last.ckpt").read_bytes() == before
     assert main(arguments(scenes, out, "--epochs", "3")) == 2

@@ -131,7 +131,7 @@ def dispatch(
     given = list(sys.argv[1:] if argv is None else argv)
     if given and given[0] in commands:
         return commands[given[0]](given[1:])
-    _answer_at_once(given, prog)
+    answer_at_once(given, prog)
     about = "".join(
         f"  {name:<12}{(c.__doc__ or '').splitlines()[0]}\n" for name, c in commands.items()
     )
@@ -169,7 +169,7 @@ def parse_options(
         The options, the paths by name, and what the terminal is told.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    _answer_at_once(given, prog)
+    answer_at_once(given, prog)
     base = _configured(kind, given)
     short = "--help-all" not in given and ("--help" in given or "-h" in given)
     hints = get_type_hints(kind)
@@ -220,7 +220,7 @@ def _positional(kind: type, name: str, text: str) -> Any:
     return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(metavar=name.upper(), help=text)]
 
 
-def _answer_at_once(given: Sequence[str], prog: str) -> None:
+def answer_at_once(given: Sequence[str], prog: str) -> None:
     """Questions that want no paths."""
     if "--version" in given:
         sys.stdout.write(f"{prog} {__version__}\n")

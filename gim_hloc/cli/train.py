@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,8 +43,6 @@ class _Arguments(TrainConfig):
     """Folder of the run: checkpoints, numbers, pictures."""
     preset: str | None = None
     """Named settings to start from."""
-    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """YAML file with some settings."""
     sources: Annotated[Path | None, tyro.conf.arg(name="data", metavar="FILE")] = None
     """YAML file with lists of sources: train and valid."""
     options: Annotated[tuple[str, ...], tyro.conf.arg(name="model-options")] = ()
@@ -58,8 +57,9 @@ class _Arguments(TrainConfig):
     """auto or ddp, the same as --runtime.strategy."""
     dry_run: bool = False
     """Print the settings, look at the sources, tell the number of steps, and train nothing."""
-    quiet: bool = False
-    """No progress bars."""
+    terminal: Annotated[common.Terminal, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=common.Terminal
+    )
 
 
 _SHORT = ("devices", "nodes", "precision", "strategy")
@@ -68,6 +68,7 @@ _SHORT = ("devices", "nodes", "precision", "strategy")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
     given = list(sys.argv[1:] if argv is None else argv)
+    common.answer_at_once(given, "gim-train")
     common.configure_logging()
     if given == ["presets"]:
         return common.run(_presets)
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=base,
         config=(tyro.conf.AvoidSubcommands,),
     )
+    common.configure_logging(arguments.terminal.verbose, arguments.terminal.quiet)
     return common.run(lambda: _run(arguments))
 
 
@@ -148,8 +150,10 @@ def _run(arguments: _Arguments) -> int:
         sys.stdout.write(dump(config))
         sys.stdout.write(describe(config) + "\n")
         return 0
-    report = train(config, arguments.out, progress=not arguments.quiet)
+    report = train(config, arguments.out, progress=arguments.terminal.bars)
     logger.info("%s", report.summary())
+    if arguments.terminal.json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(report), default=str) + "\n")
     if report.interrupted is not None:
         logger.info("The same command goes on from here.")
         return 128 + report.interrupted
