@@ -121,9 +121,9 @@ def run(
     iterator = iter(items)
     chunks = iter(lambda: list(islice(iterator, chunk)), [])
     if where.engine == "ray":
-        _spread(_actors(task, where), _wait_for_ray, chunks, done)
+        _spread(_actors(task, where), _wait_for_ray, map(_Chunk, chunks), done)
     elif where.devices:
-        _spread(_processes(task, where.devices), _wait_for_processes, chunks, done)
+        _spread(_processes(task, where.devices), _wait_for_processes, map(_Chunk, chunks), done)
     else:
         work = task.open(where.device)
         for part in chunks:
@@ -164,7 +164,7 @@ class _Worker(Protocol):
 def _spread(
     workers: Sequence[_Worker],
     wait: Callable[[Any], list[Any]],
-    fresh: Iterator[list[Any]],
+    fresh: Iterator[_Chunk[Any]],
     done: Callable[[Any, Any], None],
 ) -> None:
     """Keep workers busy and take what they send."""
@@ -198,14 +198,16 @@ def _spread(
             worker.stop()
 
 
-def _give(workers: Sequence[_Worker], left: deque[_Chunk[Any]], fresh: Iterator[list[Any]]) -> None:
+def _give(
+    workers: Sequence[_Worker], left: deque[_Chunk[Any]], fresh: Iterator[_Chunk[Any]]
+) -> None:
     for depth in range(_AHEAD):
         for worker in workers:
             if len(worker.chunks) <= depth:
-                items = None if left else next(fresh, None)
-                if not left and items is None:
+                chunk = left.popleft() if left else next(fresh, None)
+                if chunk is None:
                     return
-                worker.give(left.popleft() if items is None else _Chunk(items))
+                worker.give(chunk)
 
 
 def _left(worker: _Worker, death: str) -> list[_Chunk[Any]]:
