@@ -1,0 +1,595 @@
+"""From matches to COLMAP models: verify, map, refine, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gim_hloc import colmap, engine
+from gim_hloc import images as image_module
+from gim_hloc.cache import Cache
+from gim_hloc.errors import GimError, InputError, MappingError, OutputError
+from gim_hloc.export import export_model
+from gim_hloc.options import VerifyOptions
+from gim_hloc.pipelines.correspondences import Correspondences
+from gim_hloc.pipelines.inputs import Inputs
+from gim_hloc.pipelines.matching import (
+    VerifyTask,
+    pair_name,
+    spread,
+)
+from gim_hloc.pipelines.run import (
+    HIDDEN,
+    Made,
+    Step,
+)
+from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
+from gim_hloc.store import (
+    digest,
+    rows_from_matches0,
+)
+
+if TYPE_CHECKING:
+    from gim_hloc.colmap import MapJob, PairVerification, Refined
+
+logger = logging.getLogger(__name__)
+
+Pair = tuple[str, str]
+
+
+class Modelling:
+    """The second half of a reconstruction.
+
+    Attributes:
+        geometries: cache of what verification found of each pair.
+        cameras: of the database; mapping may part them.
+        verified: what verification left of each pair.
+        models: folders of the finished models, largest first.
+        left_model: image -> why it left a model.
+        intrinsics: of each model's cameras, by their ids.
+        failure: why there is no model, or a format was not written.
+    """
+
+    def __init__(self, inputs: Inputs, matching: Correspondences) -> None:
+        self.inputs, self.options, self.folder = inputs, inputs.options, inputs.folder
+        self.output, self.names, self.records = inputs.output, inputs.names, inputs.records
+        self.photographs, self.linker = inputs.photographs, inputs.linker
+        self.matcher, self.detector = inputs.matcher, inputs.detector
+        self.matching = matching
+        self.geometries = Cache(inputs.folder.cache_file("database.db"))
+        self.cameras = inputs.cameras
+        self.verified: list[PairVerification] = []
+        self.models: list[Path] = []
+        self.map_notes: list[str] = []  # kept, so that a reused model tells them again
+        self.left_model: dict[str, str] = {}
+        self.intrinsics: list[dict[str, dict[str, Any]]] = []
+        self.failure: GimError | None = None
+
+    # ------------------------------------------------------------------------------------ verify
+
+    def verify_options(self) -> VerifyOptions:
+        """The verification's numbers, with the matcher's own bound where the user set none."""
+        verify = self.options.verify
+        if verify.min_confidence_sum is None:
+            own = self.matcher.info.min_confidence_sum.get(self.options.quality)
+            verify = dataclasses.replace(verify, min_confidence_sum=own)
+        return verify
+
+    def _solver_threads(self) -> int:
+        return 1 if self.options.deterministic else engine.usable_cores()
+
+    def _match_source(self, pair: Pair) -> str:
+        """Hash of what the matches in matches.h5 are made from."""
+        return self.matching.matches.source(pair_name(pair)) or ""
+
+    def verify(self) -> None:
+        """Verify each pair, and write COLMAP's database of what passed."""
+        pairs = self.matching.selection.pairs
+        if self.inputs.part is not None:
+            self._require_matched(pairs)
+        verification = colmap.Verification(
+            cameras=self.cameras,
+            options=self.verify_options(),
+            seed=self.options.seed,
+            poses=self.inputs.poses_if("fixed") or {},
+            scale=self.inputs.scale(),
+        )
+        settings = [self.matching.matches.stamp, verification.settings()]
+        keys = {
+            pair: digest([settings, self._match_source(pair), verification.pair_facts(*pair)])
+            for pair in pairs
+        }
+        cameras = [dataclasses.asdict(spec) for spec in self.cameras]
+        self.database_key = digest([list(keys.values()), cameras, self.inputs.poses_key()])
+        path = self.output / "database.db"
+        if self.inputs.part is None and self.folder.facts("verify", self.database_key) is not None:
+            self.verified = colmap.read_verification(path, pairs)
+            logger.info("Database reused: %s", path)
+            self._tell_doubtful()
+            return
+        self._verify_pairs(verification, keys)
+        if self.inputs.part is not None:
+            return
+        prior = self.inputs.poses_if("prior")
+        with self.folder.making("verify", self.database_key) as made:
+            self.verified = colmap.write_database(
+                made.path / "database.db",
+                cameras=self.cameras,
+                names=self.names,
+                keypoints=self.matching.keypoints.__getitem__,
+                pairs=(
+                    (
+                        *pair,
+                        rows_from_matches0(
+                            self.matching.matches.get(pair_name(pair))[0]["matches0"]
+                        ),
+                        self._geometry(keys[pair], pair),
+                    )
+                    for pair in pairs
+                ),
+                priors={n: -r.T @ t for n, (r, t) in prior.items()} if prior else None,
+                prior_stddev=self.inputs.prior_stddev(),
+            )
+        self._judge_poses()
+        logger.info(
+            "Verified %d of %d pairs", sum(v.inliers > 0 for v in self.verified), len(pairs)
+        )
+        self._tell_doubtful()
+
+    def _verify_pairs(self, verification: colmap.Verification, keys: Mapping[Pair, str]) -> None:
+        pairs = self.folder.share(list(keys))
+        todo = [pair for pair in pairs if keys[pair] not in self.geometries]
+        task = VerifyTask(
+            verification=verification,
+            features=self.matching.features.path,
+            matches=self.matching.matches.path,
+            keys={name: self.inputs.pair_key(name) for name in self.names},
+            threads=1 if self.inputs.where.devices else self._solver_threads(),
+        )
+        with self.inputs.bar(len(pairs), "Verify", "pairs", len(pairs) - len(todo)) as bar:
+
+            def done(pair: Pair, arrays: dict[str, np.ndarray]) -> None:
+                self.geometries.put(keys[pair], arrays)
+                bar.update()
+
+            spread(task, todo, self.inputs.where, done, chunk=64)
+
+    def _geometry(self, key: str, pair: Pair) -> dict[str, np.ndarray]:
+        found = self.geometries.get(key)
+        if found is None:
+            raise OutputError(
+                f"{self.geometries.path} lost the pair {pair[0]} {pair[1]}. Repeat the command: it "
+                "is verified again."
+            )
+        return found
+
+    def _require_matched(self, pairs: Sequence[Pair]) -> None:
+        photographs = self.photographs
+        missing = [
+            pair_name(p)
+            for p in pairs
+            if not self.matching.raw.has(pair_name(p), photographs.pair_source(p))
+        ]
+        if (
+            missing
+            or not self.matching.matches.path.exists()
+            or not self.matching.features.path.exists()
+        ):
+            raise InputError(
+                f"--step verify: {len(missing)} of {len(pairs)} pairs are not matched yet. Run "
+                "--step match, and then the same command with --stop-after "
+                f"{'link' if self.linker.detector_free else 'match'} instead of --step."
+            )
+
+    def _tell_doubtful(self) -> None:
+        doubtful = sum(v.doubtful for v in self.verified)
+        if doubtful:
+            self.folder.note(
+                f"{doubtful} of {len(self.verified)} pairs had enough inliers but too little "
+                "confidence and were left out, as pairs of unrelated places: a sum below "
+                f"{self.verify_options().min_confidence_sum:g} (--verify.min-confidence-sum)."
+            )
+
+    def confidence_meaning(self) -> str:
+        """What the confidence of a match is, for the report."""
+        if self.inputs.imported is not None:
+            said = "Confidences are those of the imported file, 1 where it has none."
+        elif self.linker.detector_free:
+            said = f"Confidences are those of the {self.options.tracks} tracks' readings."
+        else:
+            said = f"Confidences are those that {self.matcher.info.name} gives its matches."
+        if self.inputs.poses_if("fixed") is not None:
+            said += " Pairs whose poses are known are judged by these alone."
+        return said
+
+    def _judge_poses(self) -> None:
+        """Warn when hardly a match agrees with fixed poses."""
+        known = self.inputs.poses_if("fixed")
+        if known is None:
+            return
+        pairs = [v for v in self.verified if v.name0 in known and v.name1 in known]
+        matches, inliers = sum(v.matches for v in pairs), sum(v.inliers for v in pairs)
+        if matches and inliers < 0.1 * matches:
+            self.folder.note(
+                f"Only {inliers / matches:.1%} of the matches agree with the known poses. Are they "
+                "those of these images (order of names), in the convention of their format, and do "
+                "the intrinsics fit?"
+            )
+
+    # --------------------------------------------------------------------------------------- map
+
+    def map(self) -> list[Step] | None:
+        """Models of the verified pairs, as COLMAP's mappers leave them."""
+        self.map_key = digest(
+            {
+                "database": self.database_key,
+                "map": dataclasses.asdict(self.options.map),
+                "mapper": colmap.resolve_mapper(self.options.mapper, len(self.names)),
+                "refine_intrinsics": self.options.cameras.refine_intrinsics,
+                "threads": 1 if self.options.deterministic else "many",
+                "poses": self.inputs.poses_key(),
+            }
+        )
+        facts = self.folder.facts("map", self.map_key)
+        if facts is None:
+            if "cameras" in self.folder.steps:  # parted in the database by another mapping
+                self.folder.steps.pop("cameras")
+                self.folder.steps.pop("verify")
+                return [Step("verify", self.verify), Step("map", self.map)]
+            try:
+                facts = self._mapped()
+            except MappingError as error:
+                self.failure = error
+                return None
+        self.map_notes = facts["notes"]
+        parted = [
+            colmap.CameraSpec(**{**spec, "params": tuple(spec["params"])})
+            for spec in facts["cameras"]
+        ]
+        if parted == self.cameras:
+            return None
+        self.cameras = parted
+        return [Step("verify", self._write_cameras)]
+
+    def _mapped(self) -> dict[str, Any]:
+        if not any(pair.inliers for pair in self.verified):
+            raise self._nothing_matched()
+        with (
+            self.folder.making("map", self.map_key) as made,
+            self.inputs.bar(len(self.names), "Map", "images") as bar,
+        ):
+
+            def registered(model: int, count: int) -> None:
+                bar.set_postfix_str(f"model {model}", refresh=False)
+                bar.n = count
+                bar.refresh()
+
+            # A copy: cameras are parted in it while mapping tries what explains the images.
+            database = self.folder.hidden("mapping.db")
+            shutil.copyfile(self.output / "database.db", database)
+            job = dataclasses.replace(self._job(), database=database, progress=registered)
+            if self.inputs.poses_if("fixed", "refine") is not None:
+                mapped = colmap.triangulate_known(job)
+                cameras, models, notes = self.cameras, mapped.models, mapped.notes
+            else:
+                grouped = colmap.map_scene(job, split=self.options.cameras.camera_mode == "auto")
+                cameras, models, notes = list(grouped.cameras), grouped.models, grouped.notes
+            colmap.write_models(models, made.path / HIDDEN / "mapped")
+            database.unlink()
+            made.facts = {"notes": notes, "cameras": [dataclasses.asdict(c) for c in cameras]}
+        return made.facts
+
+    def _write_cameras(self) -> None:
+        """The database with the cameras that mapping found it to have."""
+        key = digest([self.map_key, [dataclasses.asdict(spec) for spec in self.cameras]])
+        if self.folder.facts("cameras", key) is None:
+            with self.folder.making("cameras", key) as made:
+                colmap.copy_with_cameras(
+                    self.output / "database.db", made.path / "database.db", self.cameras
+                )
+
+    def _job(self) -> MapJob:
+        return colmap.MapJob(
+            database=self.output / "database.db",
+            cameras=self.cameras,
+            options=self.options.map,
+            mapper="incremental" if self.inputs.poses_if("prior") else self.options.mapper,
+            refine_intrinsics=self.options.cameras.refine_intrinsics,
+            poses=self.inputs.poses_if("fixed", "refine", "prior"),
+            pose_use=self.options.poses,
+            seed=self.options.seed,
+            threads=1 if self.options.deterministic else -1,
+            log_dir=self.folder.hidden("logs"),
+            # COLMAP takes one bound for all images: sizes that differ meet in the middle.
+            stored_px=float(np.exp(-np.mean(np.log(list(self.inputs.scale().values()))))),
+        )
+
+    def mapper_name(self) -> str:
+        """For the report."""
+        if self.inputs.known is not None:
+            return f"known poses, {self.options.poses}"
+        return colmap.resolve_mapper(self.options.mapper, len(self.names))
+
+    def _nothing_matched(self) -> MappingError:
+        found = sum(pair.matches for pair in self.verified)
+        return MappingError(
+            f"Nothing matched: no pair of images passed the verification ({len(self.verified)} "
+            f"tried, {found} matches in all). Are these images of one scene, and are the weights "
+            f"of {self.matcher.info.name} the published ones? Features, matches and the report are "
+            "kept." + "".join(f" {name}: {why}." for name, why in list(self.masked().items())[:5])
+        )
+
+    # ------------------------------------------------------------------------------------ refine
+
+    def refine(self) -> None:
+        """The models as they are handed over: refined, checked, aligned, coloured."""
+        if self.failure is not None:
+            return
+        options = self.options
+        self.model_key = digest(
+            {
+                "map": self.map_key,
+                "refine": dataclasses.asdict(options.refine) if options.refine_keypoints else None,
+                "warps": dataclasses.asdict(options.warps) if options.refine_warps else None,
+            }
+        )
+        facts = self.folder.facts("refine", self.model_key)
+        if facts is not None:
+            logger.info("Model reused: %s", self.output / "sparse")
+        else:
+            try:
+                facts = self._refined()
+            except MappingError as error:
+                self.failure = error
+                return
+            self._drop_stale()
+        self.left_model, self.intrinsics = facts["left_model"], facts["intrinsics"]
+        self.folder.notes += [*self.map_notes, *facts["notes"]]
+        self.models = [self.output / "sparse" / str(i) for i in range(len(self.intrinsics))]
+
+    def _refined(self) -> dict[str, Any]:
+        job = self._job()
+        mapped = self.output / HIDDEN / "mapped"
+        count = len(list(mapped.iterdir()))
+        notes: list[str] = []
+        with self.folder.making("refine", self.model_key) as made:
+            improved = [self._improve(job, mapped / str(i), i, notes, made) for i in range(count)]
+            models = [model for model, _ in improved]
+            seen = [set(colmap.poses_of(model)) for model in models]
+            reasons: dict[str, str] = {}
+            if job.poses is None:  # known poses carry a model that would not stand alone
+                models, reasons = self._checked(job, models, notes)
+            # Models may have been split: a part has the cameras of the whole.
+            intrinsics = [
+                next(
+                    rows
+                    for names, (_, rows) in zip(seen, improved, strict=True)
+                    if names >= set(colmap.poses_of(model))
+                )
+                for model in models
+            ]
+            known = self.inputs.poses_if("refine", "prior")
+            for model in models:
+                if known is not None:
+                    colmap.align(model, known)
+                colmap.extract_colours(
+                    model, lambda n: image_module.read_rgb(self.records[n], upright=False)
+                )
+            colmap.write_models(models, made.path / "sparse")
+            made.facts = {"notes": notes, "left_model": reasons, "intrinsics": intrinsics}
+        return made.facts
+
+    def _improve(
+        self, job: MapJob, path: Path, index: int, notes: list[str], made: Made
+    ) -> tuple[Any, dict[str, dict[str, Any]]]:
+        """What follows mapping: warps read again, patches compared, intrinsics settled.
+
+        Returns:
+            The model, and what is known of its cameras by their ids.
+        """
+        with colmap.colmap_log(job.log_dir):
+            model = colmap.read_model(path)
+            fixed = job.fixed | colmap.hold_undetermined(model, job)
+            before = {camera["id"]: camera["params"] for camera in colmap.cameras_of(model)}
+            refined = None
+            try:
+                if self.options.refine_warps:
+                    sentence = self._refine_by_warps(model, fixed)
+                    notes.append(f"The model was {sentence}.")
+                    logger.info("Model %d: %s", index, sentence)
+                if self.options.refine_keypoints:
+                    refined = self._refine_by_patches(model, fixed)
+                    notes.append(f"The model was {refined.sentence}.")
+                    logger.info("Model %d: %s", index, refined.sentence)
+            except (RuntimeError, MemoryError) as error:
+                if not engine.is_out_of_memory(error):
+                    raise
+                made.whole = False
+                notes.append(
+                    f"Memory ran out while model {index} was refined ({error}): it is as it was "
+                    "mapped. The same command tries the refinement again."
+                )
+                logger.warning("%s", notes[-1])
+                model, refined = colmap.read_model(path), None
+                fixed = job.fixed | colmap.hold_undetermined(model, job)
+            said, found = colmap.settle(model, job, before, refined.robust_px if refined else None)
+            rows = {} if self._held() else colmap.describe_intrinsics(model, job, found)
+            # Afterwards: what patches did not confirm says little about intrinsics.
+            if refined is not None and refined.original is not None:
+                said.append(colmap.give_back(model, refined, job.threads))
+        for note in said:
+            logger.info("Model %d: %s", index, note)
+            notes.append(f"Model {index}: {note}")
+        return model, {str(camera): row for camera, row in rows.items()}
+
+    def _checked(
+        self, job: MapJob, models: Sequence[Any], notes: list[str]
+    ) -> tuple[list[Any], dict[str, str]]:
+        """What is left of models, and why images left them (see ``colmap.check_models``)."""
+        checked = colmap.check_models(models, min_model_size=job.options.min_model_size)
+        for note in checked.notes:
+            logger.warning("%s", note)
+        notes += checked.notes
+        if not checked.models:
+            raise MappingError(
+                " ".join(checked.notes)
+                or "No model came out: what COLMAP built has hardly a point (see the images in "
+                "the report). Is there parallax between the photographs (a camera that only turns "
+                "has none), and enough overlap?"
+            )
+        return checked.models, checked.reasons
+
+    def _drop_stale(self) -> None:
+        """Take away what was made of an earlier model and is not made again."""
+        stale = [
+            name
+            for name in self.folder.steps
+            if (
+                name.startswith("export ")
+                and name.removeprefix("export ") not in self.options.export
+            )
+            or (name == "dense" and not self.options.dense)
+        ]
+        if stale:
+            self.folder.drop(*stale)
+            logger.info("Removed what was made of the model before: %s", ", ".join(stale))
+
+    def _held(self) -> set[str]:
+        """Images whose poses must not move."""
+        return set(self.inputs.poses_if("fixed") or ())
+
+    def _refine_by_warps(self, model: Any, fixed: set[int]) -> str:
+        matcher = self.matcher
+
+        def read(name: str) -> Any:
+            return self.photographs.read(name, matcher.image_options)
+
+        registered = {model.image(i).name for i in model.reg_image_ids()}
+        pairs = [p for p in self.matching.selection.pairs if registered.issuperset(p)]
+        budget = memory_budget(matcher.device, self.options.cache_gb)
+        first = matcher.encode(read(pairs[0][0])) if pairs else None
+        size = max(1, encoding_bytes(first))
+        order = order_pairs(pairs, max(2, budget.total // size))
+        rounds = self.options.warps.rounds
+        with (
+            EncodingPool(
+                read,
+                matcher.encode,
+                order * rounds,
+                budget,
+                matcher.device,
+            ) as pool,
+            self.inputs.bar(rounds * len(order), "Reread", "pairs") as bar,
+        ):
+            if first is not None:
+                pool.put(pairs[0][0], first)
+            position = itertools.count()
+
+            def warp(a: str, b: str) -> Any:
+                here = next(position)
+                encodings = pool.acquire([(a, b)], here)
+                try:
+                    return matcher.warp_batch(encodings)[0]
+                finally:
+                    pool.release([(a, b)])
+
+            sentence = colmap.refine_by_warps(
+                model,
+                warp,
+                order,
+                options=self.options.warps,
+                fixed=fixed,
+                threads=1 if self.options.deterministic else -1,
+                progress=bar.update,
+                held=self._held(),
+            )
+            self.matching.dense_encodings += len(pool.encoded)
+        return sentence
+
+    def _refine_by_patches(self, model: Any, fixed: set[int]) -> Refined:
+        import cv2
+
+        def gray(name: str) -> np.ndarray:
+            rgb = image_module.read_rgb(self.records[name], upright=False)
+            return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).astype(np.float32)
+
+        total = 2 * self.options.refine.rounds * model.num_reg_images()
+        with self.inputs.bar(total, "Refine", "views") as bar:
+            refined = colmap.refine_tracks(
+                model,
+                gray,
+                options=self.options.refine,
+                fixed=fixed,
+                threads=1 if self.options.deterministic else -1,
+                progress=bar.update,
+                held=self._held(),
+                scale=self.inputs.scale(),
+            )
+            bar.total = bar.n
+            bar.refresh()
+        return refined
+
+    # ------------------------------------------------------------------------- export and report
+
+    def export(self) -> None:
+        """The models in other formats, and what is dense. A format that fails leaves no old one."""
+        if self.failure is not None:
+            return
+        files = self.folder.steps["refine"]["files"]
+        model_key = digest([self.model_key, [self.folder.files[name] for name in files]])
+        wanted: list[tuple[str, Callable[[Path], list[str]]]] = [
+            (f"export {kind}", functools.partial(self._export_to, kind))
+            for kind in self.options.export
+        ]
+        if self.options.dense:
+            wanted.append(("dense", self._export_dense))
+        for name, write in wanted:
+            facts = self.folder.facts(name, model_key)
+            try:
+                if facts is None:
+                    with self.folder.making(name, model_key, large=True) as made:
+                        notes = [
+                            s.replace(f"{made.path}", f"{self.output}") for s in write(made.path)
+                        ]
+                        made.facts = {"notes": notes}
+                    facts = made.facts
+            except GimError as error:  # the report and what else is wanted come first
+                self.failure = error
+                self.folder.drop(name)
+                continue
+            for sentence in dict.fromkeys(facts["notes"]):
+                self.folder.note(sentence)
+
+    def _export_to(self, kind: str, folder: Path) -> list[str]:
+        notes: list[str] = []
+        for index, path in enumerate(self.models):
+            target = folder / "export" / str(index)
+            notes += export_model(
+                colmap.read_model(path), target, formats=(kind,), images=self.inputs.root,
+                place=self.output / "export" / str(index), progress=self.inputs.show,
+            )  # fmt: skip
+        return notes
+
+    def _export_dense(self, folder: Path) -> list[str]:
+        return colmap.run_dense(
+            self.inputs.root,
+            colmap.read_model(self.models[0]),
+            folder / "dense",
+            log_dir=self.folder.hidden("logs"),
+            progress=self.inputs.show,
+        )
+
+    def masked(self) -> dict[str, str]:
+        """Images of which their masks leave nothing, and the sentence that says so."""
+        masks = self.photographs.masks
+        empty = [name for name in self.names if not len(self.matching.keypoints[name])]
+        said = {name: masks.nothing_left(self.records[name]) for name in empty if masks}
+        return {name: why for name, why in said.items() if why}
