@@ -48,24 +48,25 @@ CountOrNone = Annotated[int, Field(ge=0)]  # 0 means none, or that it is chosen
 @overload
 def options(kind: type[Kind]) -> type[Kind]: ...
 @overload
-def options(*, section: str) -> Callable[[type[Kind]], type[Kind]]: ...
+def options(*, section: str = "", rare: bool = False) -> Callable[[type[Kind]], type[Kind]]: ...
 
 
 @dataclass_transform(
     frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field)
 )
-def options(kind: type[Kind] | None = None, *, section: str = "") -> Any:
+def options(kind: type[Kind] | None = None, *, section: str = "", rare: bool = False) -> Any:
     """Make a class of options: frozen, keyword-only, checked.
 
     Args:
         kind: fields with types, bounds in the annotation, and their effect below each.
         section: what its flags begin with, as in ``--verify.max-error``.
+        rare: whether ``--help-all`` alone shows them.
 
     Raises:
         InputError: when an instance is made, for an unknown name or a value out of its bounds.
     """
     if kind is None:
-        return functools.partial(options, section=section)
+        return functools.partial(options, section=section, rare=rare)
     config = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
     checked = made.__init__
@@ -83,7 +84,7 @@ def options(kind: type[Kind] | None = None, *, section: str = "") -> Any:
             raise _refusal(error, made, f"{section}." if section else "") from None
 
     made.__init__ = init
-    made.section = section
+    made.section, made.rare = section, rare or bool(section)
     return made
 
 
@@ -445,22 +446,9 @@ class MatcherOptions:
 
 
 @options
-class RunOptions:
+class RunOptions(WorkOptions):
     """How it runs."""
 
-    device: str = "auto"
-    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
-    devices: tuple[str, ...] = ()
-    """Several of them: a process for each, such as cuda:0 cuda:1, or cpu cpu."""
-    engine: Literal["local", "ray"] = "local"
-    """Who works: this machine, or --workers of Ray, here or on the cluster of RAY_ADDRESS (OUTPUT
-    and IMAGES on a file system that all of them see)."""
-    workers: CountOrNone = 0
-    """Network threads side by side on a processor, or Ray's workers; 0 chooses."""
-    batch_size: CountOrNone = 0
-    """Pairs a network call on a GPU; 0 chooses. Halved when memory runs out."""
-    cache_gb: Positive | None = None
-    """Memory for encodings of dense matchers, 10^9 bytes; the device first, then the host."""
     seed: CountOrNone = 0
     """Of every random number."""
     overwrite: bool = False
@@ -469,7 +457,19 @@ class RunOptions:
     """Remove what is kept for other settings and images than these."""
 
 
-@options
+@options(rare=True)
+class TuningOptions:
+    """What is chosen well without you."""
+
+    threads: CountOrNone = 0
+    """Network threads side by side on a processor; 0 chooses."""
+    batch_size: CountOrNone = 0
+    """Pairs a network call on a GPU; 0 chooses. Halved when memory runs out."""
+    cache_gb: Positive | None = None
+    """Memory for encodings, 10^9 bytes; the device first, then the host."""
+
+
+@options(rare=True)
 class StepOptions:
     """Parts of a run, for arrays of jobs in a batch system."""
 

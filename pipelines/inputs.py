@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gim_hloc import colmap, engine, matchers, workers
+from gim_hloc import colmap, engine, matchers
 from gim_hloc import images as image_module
 from gim_hloc import poses as pose_module
 from gim_hloc.errors import InputError, some
@@ -297,13 +297,8 @@ class Inputs:
             model=self.pair_model,
         )
         self.plan = plan(self.pair_options, self.names)
-        self.where = workers.Where(
-            devices=options.devices,
-            engine=options.engine,
-            workers=options.workers if options.engine == "ray" else 0,
-            device=options.device,
-        )
-        device = options.devices[0] if options.devices else options.device
+        self.where = options.where
+        device = self.where.devices[0] if self.where.devices else options.device
         self.imported: ImportedMatcher | None = None
         self.matcher: Matcher[Any]
         if options.features is not None and options.matches is not None:
@@ -322,9 +317,8 @@ class Inputs:
             raise InputError(
                 f"--refine-warps needs a dense matcher; {self.matcher.info.name} has no warps."
             )
-        self.threads = 0 if options.engine == "ray" else options.workers
-        self.threads = self.threads or engine.default_workers(
-            self.matcher.device, options.deterministic or bool(options.devices)
+        self.threads = options.threads or engine.default_workers(
+            self.matcher.device, options.deterministic or bool(self.where.devices)
         )
         self.batch = options.batch_size or (16 if self.matcher.device.type != "cpu" else 1)
         logger.info(
@@ -334,7 +328,7 @@ class Inputs:
             "" if len(self.cameras) == 1 else "s",
             self.matcher.info.name,
             options.quality,
-            ", ".join(options.devices) or self.matcher.device,
+            ", ".join(self.where.devices) or self.matcher.device,
         )
         logger.info("Pairs: %s (%s)", self.plan.mode, self.plan.why)
 

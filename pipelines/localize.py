@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gim_hloc import colmap, engine, matchers, workers
+from gim_hloc import colmap, engine, matchers
 from gim_hloc import images as image_module
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.files import write_atomic
@@ -496,13 +496,8 @@ class _Localization:
         keypoints = made.get("max_keypoints")
         if same and not free and keypoints is not None:
             overrides.setdefault("max_keypoints", keypoints)
-        self.where = workers.Where(
-            devices=options.devices,
-            engine=options.engine,
-            workers=options.workers if options.engine == "ray" else 0,
-            device=options.device,
-        )
-        device = options.devices[0] if options.devices else options.device
+        self.where = options.where
+        device = self.where.devices[0] if self.where.devices else options.device
         self.loader = Loader(name, quality, overrides)
         self.matcher: Matcher[Any] = self.loader.load(device)
         self.linker: Linker = linker_for(self.matcher)
@@ -521,9 +516,8 @@ class _Localization:
         )
         if needs_features:
             self._open_features(device, made)
-        self.threads = 0 if options.engine == "ray" else options.workers
-        self.threads = self.threads or engine.default_workers(
-            self.matcher.device, bool(options.devices)
+        self.threads = options.threads or engine.default_workers(
+            self.matcher.device, bool(self.where.devices)
         )
         self.batch = options.batch_size or (16 if self.matcher.device.type != "cpu" else 1)
 

@@ -30,6 +30,7 @@ from gim_hloc.options import (
     RunOptions,
     Share,
     StepOptions,
+    TuningOptions,
     VerifyOptions,
     options,
 )
@@ -129,6 +130,7 @@ class ReconstructOptions(
     ModelOptions,
     ExportOptions,
     RunOptions,
+    TuningOptions,
     StepOptions,
 ):
     """Everything a reconstruction can be told."""
@@ -216,6 +218,7 @@ class LocalizeOptions(
     QueryCameraOptions,
     AcceptanceOptions,
     RunOptions,
+    TuningOptions,
     StepOptions,
 ):
     """Everything localisation can be told."""

@@ -232,7 +232,7 @@ class _Reconstruction:
                 "matcher_licence": self.inputs.matcher.info.licence,
                 "weights_sha256": dict(self.inputs.matcher.weights_hashes),
                 "device": str(self.inputs.matcher.device),
-                "workers": self.inputs.threads,
+                "threads": self.inputs.threads,
             }
         )
         report["versions"] = versions()

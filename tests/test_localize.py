@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(place: Path, output: Path, queries: Path | None = None, **options: Any) -> LocalizeResult:
     FakeMatcher.calls.clear()
     return gim_hloc.localize(
-        place / "map", queries or place / "new", output, progress=False, workers=1, **options
+        place / "map", queries or place / "new", output, progress=False, threads=1, **options
     )
 
 
@@ -503,7 +503,7 @@ def test_semidense_matcher_in_a_map_of_keypoints(rendered: Path, tmp_path: Path)
     # The matcher looks at the name of an image and at its frame, not at what it shows.
     Image.open(first).save(first, exif=exif)
     options: dict[str, Any] = {
-        "matcher": SEMIDENSE, "matcher_options": knows(rendered), "progress": False, "workers": 2,
+        "matcher": SEMIDENSE, "matcher_options": knows(rendered), "progress": False, "threads": 2,
     }  # fmt: skip
     result = gim_hloc.localize(tmp_path / "map", queries, tmp_path / "out", **options)
     check_rendered(result, rendered)
@@ -557,7 +557,7 @@ def test_images_are_added_to_a_model(poses: str, place: Path, tmp_path: Path) ->
     assert FakeMatcher.calls == []
     assert again.report["summary"]["points"] == result.report["summary"]["points"]
     located = gim_hloc.localize(
-        tmp_path / "out", place / "new", tmp_path / "loc", progress=False, workers=1
+        tmp_path / "out", place / "new", tmp_path / "loc", progress=False, threads=1
     )
     assert located.localized == 2
 

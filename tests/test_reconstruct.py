@@ -258,7 +258,7 @@ def test_deterministic_runs_are_equal(images: Path, tmp_path: Path) -> None:
 
 def test_several_workers_give_the_same_files(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path / "one", export=("txt",))
-    run(images, tmp_path / "many", export=("txt",), workers=4)
+    run(images, tmp_path / "many", export=("txt",), threads=4)
     first, second = ((tmp_path / n / "export/0/images.txt").read_text() for n in ("one", "many"))
     assert first == second
 

@@ -183,7 +183,10 @@ def parse_options(
     for name, part in groups.items():
         default = part(**_values(base, part))
         title = name.removesuffix("Options").lower()
-        fields.append((title, Annotated[part, tyro.conf.OmitArgPrefixes], default))
+        group: Any = Annotated[part, tyro.conf.OmitArgPrefixes]
+        if part.rare and short:  # type: ignore[attr-defined]
+            group = Annotated[group, tyro.conf.Suppress]
+        fields.append((title, group, default))
     for name in (f.name for f in dataclasses.fields(base) if f.name in own):  # type: ignore[arg-type]
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and not hint.section:  # type: ignore[union-attr]
