@@ -19,6 +19,7 @@ from gim_hloc.matchers import ImageData, Matches, SparseEncoding, registry
 from gim_hloc.matchers.base import apply_affine
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.matchers.sparse import make_encoding
+from gim_hloc.matchers.table import ROWS
 
 SPARSE = [
     pytest.param("aliked_lightglue", marks=pytest.mark.weights),
@@ -400,6 +401,7 @@ def test_qualities_differ_and_overrides_win() -> None:
 
 
 PROTOCOL = {name: m for name, m in vars(matchers.Matcher).items() if inspect.isfunction(m)}
+OURS = [row.info for row in ROWS]  # other tests register more
 METHODS = sorted(name for name in PROTOCOL if not name.startswith("_"))
 
 
@@ -413,7 +415,7 @@ def test_the_protocol_is_what_callers_use() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_matcher_has_all_of_the_protocol(method: str) -> None:
     wanted = inspect.signature(PROTOCOL[method]).parameters
-    kinds = {name: registry.matcher_class(name) for name in matchers.names()}
+    kinds = {info.name: registry.matcher_class(info.name) for info in OURS}
     for name, kind in (*kinds.items(), ("base", matchers.MatcherBase)):
         found = inspect.signature(getattr(kind, method)).parameters
         assert list(found)[: len(wanted)] == list(wanted), name
@@ -434,7 +436,7 @@ def test_what_a_matcher_cannot_do_it_says() -> None:
 
 def test_licences_are_those_of_the_weight_files() -> None:
     """Whatever is not free for commerce in one file is not free as a whole, and says so."""
-    for info in matchers.describe():
+    for info in OURS:
         files = [weights.find(name) for name in info.checkpoint]
         assert info.commercial == all(file.commercial for file in files)
         assert all(file.licence in info.licence for file in files)
@@ -445,7 +447,7 @@ def test_licences_are_those_of_the_weight_files() -> None:
     assert matchers.describe("sift").licence == "Apache-2.0 (OpenCV)"
 
 
-@pytest.mark.parametrize("name", matchers.names())
+@pytest.mark.parametrize("name", [info.name for info in OURS])
 def test_operating_points_are_options_of_the_matcher(name: str) -> None:
     info = matchers.describe(name)
     points = [registry.operating_point(name, quality) for quality in ("fast", "base", "precise")]
