@@ -469,6 +469,14 @@ class TuningOptions:
     """Memory for encodings, 10^9 bytes; the device first, then the host."""
 
 
+# In the order of a reconstruction; gim-localize has locate and model in the place of verify to
+# export.
+StepName = Literal[
+    "encode", "pairs", "match", "rotations", "link", "verify", "map", "refine", "export",
+    "locate", "model", "report",
+]  # fmt: skip
+
+
 @options(rare=True)
 class StepOptions:
     """Parts of a run, for arrays of jobs in a batch system."""
@@ -478,7 +486,12 @@ class StepOptions:
     what such jobs did, and does what is left."""
     shard: str | None = None
     """i/N: part i of N of the step, from 0."""
-    stop_after: str | None = None
-    """Stop after this step: encode, pairs, match, rotations, link, verify, map, refine, export."""
-    start: Annotated[str | None, tyro.conf.arg(name="from", metavar="STEP")] = None
+    stop_after: StepName | None = None
+    """Stop after this step."""
+    start: Annotated[StepName | None, tyro.conf.arg(name="from")] = None
     """Do this step and those after it again."""
+
+    def again(self, step: StepName) -> bool:
+        """Whether a step is to be done again, whatever an earlier run left of it."""
+        names: tuple[str, ...] = get_args(StepName)
+        return self.start is not None and names.index(self.start) <= names.index(step)

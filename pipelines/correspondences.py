@@ -6,12 +6,12 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gim_hloc.errors import InputError, some
-from gim_hloc.options import to_mapping
+from gim_hloc.options import StepName, to_mapping
 from gim_hloc.pairs.files import read_pairs, write_pairs
 from gim_hloc.pairs.retrieval import Lazy
 from gim_hloc.pairs.select import Selection
@@ -24,18 +24,10 @@ from gim_hloc.pipelines.matching import (
     pair_name,
     spread,
 )
-from gim_hloc.pipelines.run import (
-    Step,
-)
-from gim_hloc.store import (
-    H5Store,
-    digest,
-)
+from gim_hloc.pipelines.run import Step
+from gim_hloc.store import H5Store, digest
 from gim_hloc.tracks.base import matches0_arrays
 from gim_hloc.tracks.linker import ImagePoints
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +73,13 @@ class Correspondences:
     def _open_stores(self) -> None:
         """The caches of the steps. ``detected`` and ``raw`` are what linking starts from."""
         if self.linker.detector_free:
-            self.detected = self._store("anchors.h5", self.inputs.feature_settings)
-            self.raw = self._store("raw_matches.h5", self.inputs.match_settings, pairs=True)
-            self.features = self._store("features.h5", self.inputs.match_settings)
-            self.matches = self._store("matches.h5", self.inputs.match_settings, pairs=True)
+            self.detected = self._store("anchors.h5", "encode")
+            self.raw = self._store("raw_matches.h5", "match")
+            self.features = self._store("features.h5", "link")
+            self.matches = self._store("matches.h5", "link")
         else:
-            self.detected = self.features = self._store("features.h5", self.inputs.feature_settings)
-            self.raw = self.matches = self._store(
-                "matches.h5", self.inputs.match_settings, pairs=True
-            )
+            self.detected = self.features = self._store("features.h5", "encode")
+            self.raw = self.matches = self._store("matches.h5", "match")
         for store, what in ((self.detected, "Features"), (self.raw, "Matches")):
             if store.changed_settings:
                 logger.info(
@@ -98,15 +88,15 @@ class Correspondences:
                     ", ".join(store.changed_settings),
                 )
 
-    def _store(self, name: str, settings: dict[str, Any], *, pairs: bool = False) -> H5Store:
+    def _store(self, name: str, step: StepName) -> H5Store:
+        inputs = self.inputs
+        # What an extension starts from was just put there.
+        overwrite = self.options.overwrite and inputs.base is None
         return H5Store(
             self.output / name,
-            settings,
-            key_of=self.inputs.pair_key if pairs else None,
-            # What an extension starts from was just put there.
-            overwrite=self.options.overwrite
-            and self.inputs.base is None
-            and self.inputs.part is None,
+            inputs.feature_settings if step == "encode" else inputs.match_settings,
+            key_of=inputs.pair_key if "matches" in name else None,
+            overwrite=inputs.part is None and (overwrite or self.options.again(step)),
             cache_file=self.folder.cache_file(name),
         )
 

@@ -28,10 +28,7 @@ from gim_hloc.pairs.retrieval import Lazy
 from gim_hloc.pairs.select import Selection, plan, select
 from gim_hloc.pipelines.extension import Extension, gather
 from gim_hloc.pipelines.imported import ImportedMatcher
-from gim_hloc.pipelines.matching import (
-    Loader,
-    Photographs,
-)
+from gim_hloc.pipelines.matching import Loader, Photographs
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import versions
 from gim_hloc.pipelines.run import (
@@ -45,10 +42,7 @@ from gim_hloc.pipelines.run import (
 )
 from gim_hloc.poses import radius
 from gim_hloc.schedule import encoding_bytes
-from gim_hloc.store import (
-    digest,
-    pair_keys,
-)
+from gim_hloc.store import digest, pair_keys
 from gim_hloc.tracks.linker import Linker, linker_for
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
 from gim_hloc.matchers.base import ImageData, ImageOptions, Matcher, Quality, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
-from gim_hloc.options import CameraOptions, replace, to_mapping
+from gim_hloc.options import CameraOptions, StepName, replace, to_mapping
 from gim_hloc.pairs.files import read_pairs, write_pairs
 from gim_hloc.pairs.retrieval import Lazy, Rows, aggregate, codebook, retrieval
 from gim_hloc.pickles import read_npz
@@ -576,20 +576,21 @@ class _Localization:
                 )
             },
         }  # fmt: skip
-        self.features = self._store("features.h5", feature_settings)
-        self.matches = self._store("matches.h5", match_settings, pairs=True)
-        self.poses = self._store("poses.h5", pose_settings)
+        self.features = self._store("features.h5", "encode", feature_settings)
+        self.matches = self._store("matches.h5", "match", match_settings)
+        self.poses = self._store("poses.h5", "locate", pose_settings)
         if self.part is None:
             take_parts(self.folder, {"features": self.features, "matches": self.matches})
         self._map_sources: dict[str, str] = {}
         self._read_rotations()
 
-    def _store(self, name: str, settings: dict[str, Any], *, pairs: bool = False) -> H5Store:
+    def _store(self, name: str, step: StepName, settings: dict[str, Any]) -> H5Store:
+        again = self.options.overwrite or self.options.again(step)
         return H5Store(
             self.output / name,
             settings,
-            key_of=self.pair_key if pairs else None,
-            overwrite=self.options.overwrite and self.part is None,
+            key_of=self.pair_key if step == "match" else None,
+            overwrite=again and self.part is None,
             cache_file=self.folder.cache_file(name),
         )
 

@@ -32,10 +32,7 @@ from gim_hloc.pipelines.run import (
     Step,
 )
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
-from gim_hloc.store import (
-    digest,
-    rows_from_matches0,
-)
+from gim_hloc.store import digest, remove_cache, rows_from_matches0
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import MapJob, PairVerification, Refined
@@ -64,7 +61,10 @@ class Modelling:
         self.photographs, self.linker = inputs.photographs, inputs.linker
         self.matcher, self.detector = inputs.matcher, inputs.detector
         self.matching = matching
-        self.geometries = Cache(inputs.folder.cache_file("database.db"))
+        cache_file = inputs.folder.cache_file("database.db")
+        if inputs.part is None and (self.options.overwrite or self.options.again("verify")):
+            remove_cache(cache_file)
+        self.geometries = Cache(cache_file)
         self.cameras = inputs.cameras
         self.verified: list[PairVerification] = []
         self.models: list[Path] = []

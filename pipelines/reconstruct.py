@@ -22,20 +22,13 @@ from gim_hloc import images as image_module
 from gim_hloc.options import CameraOptions, replace, to_mapping
 from gim_hloc.pipelines.correspondences import Correspondences
 from gim_hloc.pipelines.inputs import Inputs
-from gim_hloc.pipelines.matching import (
-    pair_name,
-    take_parts,
-)
+from gim_hloc.pipelines.matching import pair_name, take_parts
 from gim_hloc.pipelines.modelling import Modelling
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import build_report, confidence_sums, scene_view, versions
 from gim_hloc.pipelines.report import write_report
-from gim_hloc.pipelines.run import (
-    Step,
-)
-from gim_hloc.store import (
-    rows_from_matches0,
-)
+from gim_hloc.pipelines.run import Step
+from gim_hloc.store import rows_from_matches0
 
 logger = logging.getLogger(__name__)
 
