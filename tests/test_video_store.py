@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gim_hloc.cache import Cache
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.training.video import store
 from gim_hloc.training.video.folder import VideoFolder, VideoInfo, find_videos
@@ -212,7 +215,19 @@ def test_other_settings_do_not_mix_and_come_back(path: Path) -> None:
         assert list(writer.counts) == [(0, 10)]
 
 
-def test_labels_of_0_1_are_read_and_taken_over(path: Path) -> None:
+def interrupted(function: Callable[..., None], after: int) -> Callable[..., None]:
+    """The same until it was called so often."""
+    calls = itertools.count()
+
+    def called(*arguments: object) -> None:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        function(*arguments)
+
+    return called
+
+
+def test_labels_of_0_1_are_read_and_taken_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_as_0_1(path, make_info())
     assert content(path) == expected()
     with LabelWriter(path, make_info()) as writer:
@@ -220,8 +235,13 @@ def test_labels_of_0_1_are_read_and_taken_over(path: Path) -> None:
         writer.put(4, 14, labels_of(4, 14, 100))
         writer.write()
     assert content(path) == {**expected(), (4, 14): labels_of(4, 14, 100).tobytes()}
-    # Of other settings they are kept for when these come back.
+    # A kill while they are taken over loses none.
     path.with_suffix(".cache").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "put", interrupted(Cache.put, 2))
+        with pytest.raises(KeyboardInterrupt):
+            LabelWriter(path, make_info())
+    # Of other settings they are kept for when these come back.
     write_as_0_1(path, make_info())
     with LabelWriter(path, make_info(zoom=True)) as writer:
         assert writer.counts == {}
@@ -259,15 +279,21 @@ def test_every_flipped_byte_is_noticed_and_heals(path: Path, keeps: str) -> None
         assert content(path) == expected()
 
 
-def test_a_damaged_entry_of_the_cache_is_made_again(path: Path) -> None:
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_damaged_entry_of_the_cache_is_read_or_made_again(path: Path, finished: bool) -> None:
     fill(path)
     place = path.with_suffix(".cache")
     whole = bytearray(place.read_bytes())
     at = whole.find(labels_of(1, 11, 100).tobytes()[:64])
     whole[at + 5] ^= 4
     place.write_bytes(whole)
+    if not finished:
+        path.unlink()
     with LabelWriter(path, make_info()) as writer:
-        assert set(writer.counts) == {(0, 10), (2, 12)}
+        assert ((1, 11) in writer.counts) == finished
+        assert {(0, 10), (2, 12)} <= set(writer.counts)
+        if finished:
+            np.testing.assert_array_equal(writer.read(1, 11), labels_of(1, 11, 100))
 
 
 def test_a_full_disk_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,22 +220,29 @@ class PropagatedWriter:
         self._facts = facts
         self._settings = {**settings, "format": FORMAT}
         self._stamp = cache.key(self._settings)
-        new = not _cache_path(path).exists()
         self._cache = cache.Cache(_cache_path(path))
-        if new and path.exists() and not overwrite:  # of 0.1, or the cache was removed
-            self._take_over()
-        if overwrite:
-            self._cache.prune({k for k in self._cache.keys() if not k.startswith(self._stamp)})  # noqa: SIM118
+        try:
+            if overwrite:
+                mine = set(filter(lambda key: key.startswith(self._stamp), self._cache.keys()))
+                self._cache.prune(set(self._cache.keys()) - mine)
+            elif path.exists():
+                self._take_over()
+        except BaseException:
+            self.close()
+            raise
 
     def _take_over(self) -> None:
+        """Keep what only the h5 file has, such as one of 0.1."""
         try:
             with PropagatedStore(self.path) as store:
                 stamp = cache.key(store.settings)
                 for record in store.records:
+                    if f"{stamp}/{record.name}" in self._cache:
+                        continue
                     labels = None if record.failure else store.read(record.start, record.target)[0]
                     self._cache.put(f"{stamp}/{record.name}", _entry(record, labels))
         except InputError as error:
-            logger.warning("%s What it held is made again.", error)
+            logger.warning("%s", error)
 
     def _get(self, name: str) -> tuple[StartRecord, np.ndarray | None] | None:
         arrays = self._cache.get(f"{self._stamp}/{name}")

@@ -192,11 +192,8 @@ class LabelWriter:
             )
         name = path.stem if shard[1] == 1 else f"{path.stem}.{shard[0]}-of-{shard[1]}"
         place = path.with_name(f"{name}.cache")
-        new = not place.exists()
         self._cache = cache.Cache(place)
         try:
-            if path.exists():
-                self._look_at_file(take_over=new)
             if shard[1] == 1:
                 for other in sorted(path.parent.glob(f"{path.stem}.*-of-*.cache")):
                     self._cache.merge(other)
@@ -204,26 +201,32 @@ class LabelWriter:
             if overwrite:
                 self._cache.prune(set(itertools.filterfalse(self._mine, self._cache.keys())))
             self._read_all()
+            if path.exists():
+                self._take_over(overwrite)
         except BaseException:
             self.close()
             raise
 
-    def _look_at_file(self, take_over: bool) -> None:
-        """Keep what only the h5 file has, such as one of 0.1, and tell other settings."""
+    def _take_over(self, overwrite: bool) -> None:
+        """Keep what only the h5 file has, such as one of 0.1; tell that it has other settings."""
         try:
             with LabelStore(self.path) as store:
-                if take_over:
-                    for i, j in store.pairs().tolist():
-                        self._keep(store.info.stamp, i, j, store.read(i, j))
-                    for i, j, why in store.failures():
-                        self._keep(store.info.stamp, i, j, why)
-                if store.info.stamp != self._stamp:
+                stamp = store.info.stamp
+                if stamp != self._stamp:
                     logger.info(
                         "%s was made with other settings (%s): it stands until these labels are "
                         "complete, and its own are kept.",
                         self.path,
                         ", ".join(self.info.differences(store.info)),
                     )
+                elif overwrite:
+                    return
+                for i, j in store.pairs().tolist():
+                    if _key(stamp, i, j) not in self._cache:
+                        self._keep(stamp, i, j, store.read(i, j))
+                for i, j, why in store.failures():
+                    if _key(stamp, i, j) + _FAILED not in self._cache:
+                        self._keep(stamp, i, j, why)
         except InputError as error:
             logger.warning("%s", error)
 
@@ -232,6 +235,16 @@ class LabelWriter:
             self._cache.put(_key(stamp, i, j) + _FAILED, {"why": np.array(what)})
         else:
             self._cache.put(_key(stamp, i, j), {"labels": what.astype(np.float32)})
+        if stamp == self._stamp:
+            self._note(i, j, what)
+
+    def _note(self, i: int, j: int, what: np.ndarray | str) -> None:
+        """Labels win over a failure, whichever came first: a pair may have been tried again."""
+        if not isinstance(what, str):
+            self.counts[i, j] = len(what)
+            self.failures.pop((i, j), None)
+        elif (i, j) not in self.counts:
+            self.failures[i, j] = what
 
     def _mine(self, key: str) -> bool:
         return key.startswith(f"{self._stamp}/")
@@ -243,12 +256,7 @@ class LabelWriter:
             if arrays is None:
                 continue
             i, j = (int(n) for n in key.split("/")[1].split("_"))
-            if key.endswith(_FAILED):
-                self.failures[i, j] = str(arrays["why"])
-            else:
-                self.counts[i, j] = len(arrays["labels"])
-        # A pair that failed may have been tried again.
-        self.failures = {p: why for p, why in self.failures.items() if p not in self.counts}
+            self._note(i, j, str(arrays["why"]) if key.endswith(_FAILED) else arrays["labels"])
 
     def read(self, i: int, j: int) -> np.ndarray:
         """(n, 4) float32 labels of a pair that has some.
@@ -278,8 +286,6 @@ class LabelWriter:
         if labels.ndim != 2 or labels.shape[1] != 4 or not len(labels):
             raise ValueError(f"Labels must be (n, 4) with n > 0; they are {labels.shape}.")
         self._keep(self._stamp, i, j, labels)
-        self.counts[i, j] = len(labels)
-        self.failures.pop((i, j), None)
 
     def fail(self, i: int, j: int, reason: str) -> None:
         """Note that a pair was tried and has no labels.
@@ -288,7 +294,6 @@ class LabelWriter:
             OutputError: as `put`.
         """
         self._keep(self._stamp, i, j, reason)
-        self.failures[i, j] = reason
 
     def write(self) -> None:
         """Write the h5 file with all that is there, unless it says the same.
