@@ -326,16 +326,17 @@ class _Labeller:
             views |= {
                 n: (frame, crop) for n, frame, crop in zip(names, item[:2], crops, strict=True)
             }
-        device = self.matcher.device
+        device, options = self.matcher.device, self.task.options
+        threads = min(engine.default_workers(device, False), torch.get_num_threads())
         tolerant = TolerantMatcher(self.matcher, f"{ERROR} ")
         for names, found in engine.match(
             tolerant,
             list(named),
             lambda name: self._read(name, *views[name]),
             tolerant.match,
-            batch_size=self.task.options.batch_size or (1 if device.type == "cpu" else 4),
-            workers=min(engine.default_workers(device, False), torch.get_num_threads()),
-            cache_gb=self.task.options.cache_gb,
+            batch_size=options.batch_size or (1 if device.type == "cpu" else 4),
+            workers=options.threads or threads,
+            cache_gb=options.cache_gb,
         ):
             item = named[names]
             yield item, found if isinstance(found, str) else self._clean(item, found)

@@ -17,6 +17,7 @@ from gim_hloc.options import (
     NotNegative,
     Positive,
     Quality,
+    TuningOptions,
     WorkOptions,
     options,
 )
@@ -147,10 +148,6 @@ class RoundOptions:
     shard: str | None = None
     """i/N: only the i-th of N parts of every video, from 0. The command without it takes over what
     such jobs did, does what is left, and writes the labels."""
-    batch_size: CountOrNone = 0
-    """Pairs a network call; 0: 1 on a processor, 4 on a GPU."""
-    cache_gb: Positive | None = None
-    """Memory of a worker for encodings, 10^9 bytes; chosen by default."""
     retry_failed: bool = False
     """Try pairs again that have failed."""
     overwrite: bool = False
@@ -175,6 +172,7 @@ class LabelOptions(
     FrameOptions,
     RoundOptions,
     WorkOptions,
+    TuningOptions,
 ):
     """What ``gim-video label`` can be told."""
 
@@ -280,6 +278,7 @@ class VideoRunOptions(
     PropagationOptions,
     RoundOptions,
     WorkOptions,
+    TuningOptions,
 ):
     """What ``gim-video run`` can be told."""
 
