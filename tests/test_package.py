@@ -24,6 +24,7 @@ COMMANDS = (
     "gim-eval-sfm",
     "gim-weights",
     "gim-match",
+    "gim-merge",
     "gim-masks",
     "gim-zeb",
     "gim-video",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gim_hloc.pipelines.turns import WeakGroup, best_turn, weak_groups
+from gim_hloc.pipelines.rotations import WeakGroup, best_rotation, weak_groups
 
 KEYPOINTS = dict.fromkeys("abcdef", 1000)
 
@@ -38,20 +38,20 @@ def test_the_turn_with_most_matches_is_taken() -> None:
         asked.append((name, turn, tuple(others)))
         return {1: 30, 2: 400, 3: 50}[turn]
 
-    assert best_turn(group(a=10, b=40, c=20, d=30), count) == 2
+    assert best_rotation(group(a=10, b=40, c=20, d=30), count) == 2
     assert asked == [("x", turn, ("b", "d", "c")) for turn in (1, 2, 3)]
 
 
 def test_small_gains_are_not_believed() -> None:
-    assert best_turn(group(a=100, b=90), lambda *_: 400) == 0  # 2.1 times
-    assert best_turn(group(a=100, b=90), lambda *_: 480) == 1
-    assert best_turn(group(a=1, b=2), lambda *_: 50) == 0  # too few to tell
+    assert best_rotation(group(a=100, b=90), lambda *_: 400) == 0  # 2.1 times
+    assert best_rotation(group(a=100, b=90), lambda *_: 480) == 1
+    assert best_rotation(group(a=1, b=2), lambda *_: 50) == 0  # too few to tell
 
 
 def test_a_turn_must_reach_the_matchers_bound_for_a_pair() -> None:
     weak = group(a=1, b=2)  # unrelated images: many matches in some turn, but unsure ones
-    assert best_turn(weak, lambda *_: 99.0, bound=50) == 0
-    assert best_turn(weak, lambda *_: 100.0, bound=50) == 1
+    assert best_rotation(weak, lambda *_: 99.0, bound=50) == 0
+    assert best_rotation(weak, lambda *_: 100.0, bound=50) == 1
 
 
 def test_unsure_pairs_do_not_connect() -> None:
