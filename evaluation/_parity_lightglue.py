@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gim_hloc.errors import InputError
 from gim_hloc.evaluation import filled
 from gim_hloc.evaluation.parity import Golden, Weights
 from gim_hloc.networks import superpoint
@@ -34,12 +38,19 @@ def networks(weights: Weights) -> tuple[superpoint.SuperPoint, LightGlue]:
 def produce(golden: Golden, weights: Weights) -> dict[str, Any]:
     """All arrays that the file holds."""
     detector, matcher = networks(weights)
-    family, _, rest = golden.name.partition("_")
-    if family == "superpoint":
+    if golden.name.startswith("superpoint_"):
         return _superpoint(golden, detector)
-    if rest.startswith("demo"):
-        return _demo(golden.sibling(f"superpoint_{rest.removeprefix('demo_')}"), detector, matcher)
+    if golden.name.startswith("lightglue_demo_"):
+        return _demo(_input(golden), detector, matcher)
     return _lightglue(golden, detector, matcher)
+
+
+def _input(golden: Golden) -> Golden:
+    """The file whose images a recording of LightGlue was made from, as its note says."""
+    named = re.search(r"superpoint_\w+", golden.config["note"])
+    if named is None:
+        raise InputError(f"{golden.name}.npz does not say from which superpoint_ file it was made.")
+    return golden.sibling(named[0])
 
 
 def _gray(golden: Golden, side: str) -> torch.Tensor:
@@ -62,13 +73,14 @@ def _superpoint(golden: Golden, detector: superpoint.SuperPoint) -> dict[str, An
                 f"nms_scores{side}": kept,
                 f"nms_count{side}": (kept > 0).sum(),
             }
-        points = _points(image, detector, config["max_num_keypoints"], config)
-        name = f"demo{side}" if golden.has(f"demo{side}_keypoints") else f"top512_{side}"
+        points = _points(image, detector, config)
+        wanted = config["max_num_keypoints"]
+        name = f"demo{side}" if golden.has(f"demo{side}_keypoints") else f"top{wanted}_{side}"
         xy, count = points.xy, len(points.xy)
         if config["force_num_keypoints"]:
             torch.manual_seed(0)
             size = (image.shape[-1], image.shape[-2])
-            xy = superpoint.pad_with_random(xy, config["max_num_keypoints"], size)
+            xy = superpoint.pad_with_random(xy, wanted, size)
         produced |= {
             f"{name}_keypoints": xy[None] + _HALF,
             f"{name}_keypoint_scores": points.scores,
@@ -80,11 +92,11 @@ def _superpoint(golden: Golden, detector: superpoint.SuperPoint) -> dict[str, An
 
 
 def _points(
-    image: torch.Tensor, detector: superpoint.SuperPoint, count: int, config: dict[str, Any]
+    image: torch.Tensor, detector: superpoint.SuperPoint, config: dict[str, Any]
 ) -> superpoint.Points:
     return detector.detect(
         image,
-        max_keypoints=count,
+        max_keypoints=config["max_num_keypoints"],
         threshold=config.get("detection_threshold", 0.0),
         radius=config.get("nms_radius", 3),
     )[0]
@@ -93,11 +105,11 @@ def _points(
 def _demo(
     images: Golden, detector: superpoint.SuperPoint, matcher: LightGlue
 ) -> dict[str, torch.Tensor]:
-    """The whole way from images to matches, 2048 points."""
+    """The whole way from images to matches."""
     starts, keypoints = [], []
     for side in "01":
         image = _gray(images, side)
-        points = _points(image, detector, 2048, images.config["config"])
+        points = _points(image, detector, images.config["config"])
         keypoints.append(points.xy + _HALF)
         size = (image.shape[-1], image.shape[-2])
         starts.append(matcher.start(points.xy, size, points.descriptors))
@@ -117,20 +129,20 @@ def _lightglue(
     """LightGlue on recorded (or, where too large to record, made-up) features."""
     produced: dict[str, Any] = {}
     if golden.name == "lightglue_random":
-        pair = [torch.from_numpy(array) for array in filled.feature_pair(300, 280, 200)]
+        pair = [torch.from_numpy(array) for array in _made_up(golden)]
         features = [(pair[0], pair[1], (640, 480)), (pair[2], pair[3], (640, 480))]
         produced |= dict(zip(("keypoints0", "keypoints1"), pair[::2], strict=True))
         produced |= dict(zip(("descriptors0", "descriptors1"), pair[1::2], strict=True))
     else:
         features = []
-        images = golden.sibling(f"superpoint_{golden.name.partition('_')[2]}_top512")
+        images = _input(golden)
         for side in "01":
             width, height = golden[f"image_size{side}"][0].tolist()
             xy = torch.from_numpy(golden[f"keypoints{side}"][0])
             descriptors = torch.from_numpy(golden[f"descriptors{side}"][0])
             features.append((xy, descriptors, (width, height)))
             # Our detector must make this very input.
-            points = _points(_gray(images, side), detector, 512, images.config["config"])
+            points = _points(_gray(images, side), detector, images.config["config"])
             produced[f"keypoints{side}"] = points.xy + _HALF
             produced[f"descriptors{side}"] = points.descriptors
     starts = [matcher.start(xy, size, descriptors) for xy, descriptors, size in features]
@@ -142,6 +154,14 @@ def _lightglue(
     turns = torch.stack([swapped.cos, swapped.sin]).repeat_interleave(2, -1)
     produced["posenc0"] = turns[:, None, None]
     return produced | _matches(matcher, starts)
+
+
+def _made_up(golden: Golden) -> Sequence[np.ndarray]:
+    """The features that a note calls ``feature_pair(COUNT0, COUNT1, COMMON, seed)``."""
+    counts = re.search(r"feature_pair\((\d+), *(\d+), *(\d+)", golden.config["note"])
+    if counts is None:
+        raise InputError(f"{golden.name}.npz does not say how many features were made up.")
+    return filled.feature_pair(*(int(count) for count in counts.groups()), seed=golden.seed)
 
 
 def _intermediates(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.Tensor]:

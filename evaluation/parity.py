@@ -20,7 +20,7 @@ import re
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,8 +35,6 @@ from gim_hloc.evaluation import filled
 
 logger = logging.getLogger(__name__)
 
-Weights = Callable[[str], dict[str, torch.Tensor]]
-"""Name of a network -> filled state dict, under the checkpoint's own names."""
 Produced = Mapping[str, Any]
 """Name of a golden array -> tensor or ndarray, whole."""
 State = Literal["ok", "FAIL", "input", "info"]
@@ -64,6 +62,25 @@ _ROWS_OF = (
 _MOVED = 0.01  # share of the points that may stand elsewhere in the order
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weights made by the fill recipe for the checkpoints that a folder describes."""
+
+    folder: Path
+    seed: str = filled.SEED
+
+    def __call__(self, model: str) -> dict[str, torch.Tensor]:
+        """Filled state dict of a network, under the checkpoint's own names.
+
+        Raises:
+            InputError: the folder has no ``MODEL.keys.json``.
+        """
+        path = self.folder / f"{model}.keys.json"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: the names and shapes of the checkpoint.")
+        return filled.fill_state_dict(model, path, self.seed)
+
+
 class Golden:
     """One file of recorded arrays.
 
@@ -71,6 +88,7 @@ class Golden:
         name: file name without its ending.
         folder: where it lies.
         config: what the recording was made with.
+        seed: of weights and made-up inputs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,6 +99,8 @@ class Golden:
             self.config: dict[str, Any] = json.loads(str(self._arrays.pop("config", "{}")))
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} cannot be read as recorded arrays ({error}).") from error
+
+        self.seed = str(self.config.get("seed", filled.SEED))
 
     @property
     def names(self) -> list[str]:
@@ -332,22 +352,6 @@ def _line_up(
     return lined.reshape(shape), known.reshape(shape)
 
 
-def filled_weights(folder: Path) -> Weights:
-    """Weights made by the fill recipe for the checkpoints that a folder describes.
-
-    Raises:
-        InputError: (by the returned function) the folder has no ``MODEL.keys.json``.
-    """
-
-    def weights(model: str) -> dict[str, torch.Tensor]:
-        path = folder / f"{model}.keys.json"
-        if not path.is_file():
-            raise InputError(f"{path} is missing: the names and shapes of the checkpoint.")
-        return filled.fill_state_dict(model, path)
-
-    return weights
-
-
 def family_of(name: str) -> str:
     """Family of a golden file.
 
@@ -361,14 +365,11 @@ def family_of(name: str) -> str:
     return family
 
 
-def check_file(
-    path: Path, weights: Weights, limits: Mapping[str, Mapping[str, Any]] | None = None
-) -> list[Row]:
+def check_file(path: Path, limits: Mapping[str, Mapping[str, Any]] | None = None) -> list[Row]:
     """Run the network of one golden file and compare everything that it holds.
 
     Args:
         path: the file.
-        weights: state dict by network.
         limits: entries of ``tolerances`` for this file.
 
     Returns:
@@ -378,7 +379,7 @@ def check_file(
         golden = Golden(path)
         module = importlib.import_module(f"gim_hloc.evaluation._parity_{family_of(golden.name)}")
         with torch.no_grad():
-            produced = module.produce(golden, weights)
+            produced = module.produce(golden, Weights(path.parent, golden.seed))
     except GimError as error:
         return [Row(array="(all)", state="FAIL", note=str(error))]
     except Exception as error:  # whatever a broken network raises is a failure to report
@@ -444,12 +445,11 @@ def run(options: ParityOptions) -> int:
         logger.warning(
             "%s has no tolerances.json: 1e-4 of each array's largest value counts.", options.folder
         )
-    weights = filled_weights(options.folder)
     bad: list[str] = []
     for number, path in enumerate(paths, 1):
         logger.info("%d/%d %s ...", number, len(paths), path.stem)
         start = time.perf_counter()
-        rows = check_file(path, weights, limits.get(path.stem))
+        rows = check_file(path, limits.get(path.stem))
         failed = [row for row in rows if row.state == "FAIL"]
         shown = rows if options.arrays else failed
         if shown:

@@ -14,18 +14,13 @@ import pytest
 import torch
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation import filled, parity
+from gim_hloc.evaluation import _parity_lightglue, filled, parity
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
 NOT_YET = ("xfeat", "lighterglue")  # networks that are not here yet
 GOLDEN = sorted(p for p in PARITY.glob("*.npz") if not p.name.startswith(NOT_YET))
 
 needs_parity = pytest.mark.skipif(not GOLDEN, reason="../shared/parity is not there")
-
-
-@functools.lru_cache(maxsize=1)
-def weights() -> parity.Weights:
-    return parity.filled_weights(PARITY)
 
 
 @functools.lru_cache(maxsize=1)
@@ -48,7 +43,7 @@ def test_the_parity_data_are_complete() -> None:
     ],
 )
 def test_every_golden_array(path: Path) -> None:
-    rows = parity.check_file(path, weights(), limits()[path.stem])
+    rows = parity.check_file(path, limits()[path.stem])
     failed = [row.line() for row in rows if row.state == "FAIL"]
     assert not failed, "\n".join(["", parity.HEADER, *failed])
     assert sum(row.state == "ok" for row in rows) >= 2
@@ -66,7 +61,7 @@ def test_every_golden_array(path: Path) -> None:
 )
 def test_filled_weights_are_those_of_the_parity_data(model: str) -> None:
     expected = json.loads((PARITY / "digests.json").read_text())["models"][model]
-    state = weights()(model)
+    state = parity.Weights(PARITY)(model)
     assert len(state) == expected["tensors"]
     assert filled.digest(state) == expected["digest"]
     for key, values in expected["samples"].items():
@@ -132,9 +127,10 @@ class Toy:
         self.limits["a_keypoints"] = {"mode": "set", "agree": 0.6}
         self.limits["a_descriptors16"] = {"mode": "info", "why": "no order"}
 
-    def write(self, **changes: np.ndarray) -> Path:
+    def write(self, seed: str = filled.SEED, **changes: np.ndarray) -> Path:
         arrays: dict[str, Any] = self.arrays | changes
-        np.savez(self.folder / "toy_one.npz", config=np.array('{"model": "toy"}'), **arrays)
+        config = json.dumps({"model": "toy", "seed": seed})
+        np.savez(self.folder / "toy_one.npz", config=np.array(config), **arrays)
         (self.folder / "tolerances.json").write_text(json.dumps({"toy_one": self.limits}))
         return self.folder
 
@@ -167,7 +163,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 def states(folder: Path) -> dict[str, parity.Row]:
     limits = parity.tolerances(folder).get("toy_one")
-    rows = parity.check_file(folder / "toy_one.npz", parity.filled_weights(folder), limits)
+    rows = parity.check_file(folder / "toy_one.npz", limits)
     return {row.array: row for row in rows}
 
 
@@ -185,6 +181,47 @@ def test_the_command_passes_and_prints_a_table(
     assert rows["drawn"].state == "info"
     assert rows["a_descriptors16"].note == "3 common points"
     assert rows["y"].absolute == 0.0
+
+
+def test_a_file_says_the_seed_it_was_recorded_with(toy: Toy) -> None:
+    assert states(toy.write(seed="another"))["y"].state == "FAIL"
+    y = toy.x * filled.fill_array("toy", "weight", (1,), seed="another")
+    rows = states(toy.write(seed="another", y=y, **{"big@sub": y.reshape(-1)[::5]}))
+    assert {row.state for row in rows.values()} == {"ok", "input", "info"}
+
+
+class Counting:
+    """A detector that finds nothing and tells how much it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def detect(self, image: torch.Tensor, *, max_keypoints: int, **_: Any) -> list[Any]:
+        self.asked.append(max_keypoints)
+        nothing = torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, 256)
+        return [types.SimpleNamespace(xy=nothing[0], scores=nothing[1], descriptors=nothing[2])]
+
+
+def test_counts_are_those_that_a_file_says(tmp_path: Path) -> None:
+    def record(name: str, config: dict[str, Any], **arrays: np.ndarray) -> parity.Golden:
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, config=np.array(json.dumps(config)), **arrays)
+        return parity.Golden(path)
+
+    gray = np.zeros((64, 64), np.uint8)
+    settings = {"max_num_keypoints": 77, "force_num_keypoints": True}
+    images = record("superpoint_a_top77", {"config": settings}, gray0=gray, gray1=gray)
+    counting: Any = Counting()
+    produced = _parity_lightglue._superpoint(images, counting)
+    assert counting.asked == [77, 77]
+    assert produced["top77_0_keypoints"].shape == (1, 77, 2)
+
+    demo = record("lightglue_demo_a", {"note": "the whole demo path on superpoint_a_top77: ..."})
+    assert _parity_lightglue._input(demo).config == images.config
+    made_up = {"note": "fill.feature_pair(30, 20, 10, seed)", "seed": "another"}
+    features = _parity_lightglue._made_up(record("lightglue_random", made_up))
+    expected = filled.feature_pair(30, 20, 10, "another")
+    assert [x.tolist() for x in features] == [x.tolist() for x in expected]
 
 
 @pytest.mark.parametrize(
