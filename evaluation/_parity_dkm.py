@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from gim_hloc.evaluation.parity import Golden, Weights
 from gim_hloc.geometry.sampling import balance_weights, kernel_density
 from gim_hloc.geometry.warp import Warp, cell_centres
-from gim_hloc.matchers.base import ImageData
 from gim_hloc.matchers.dense import padding_to_aspect
 from gim_hloc.matchers.dkm import DKMMatcher, DKMOptions
+from gim_hloc.types import ImageData
 
 _OPTIONS = DKMOptions(precision="float32", pad=False, black_pixels=True, shared_factor=True)
 

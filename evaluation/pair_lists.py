@@ -52,7 +52,7 @@ from gim_hloc.evaluation.zeb.run import (
 
 if TYPE_CHECKING:
     from gim_hloc.images import ImageRecord
-    from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo
+    from gim_hloc.types import ImageData, ImageOptions, MatcherInfo
 
 logger = logging.getLogger(__name__)
 
@@ -397,7 +397,7 @@ class PairSelection(Selection):
         import torch
 
         from gim_hloc.images import orientation_affine, read_rgb
-        from gim_hloc.matchers.base import ImageData
+        from gim_hloc.types import ImageData
 
         file = self.files[name]
         path = self.path(name)

@@ -34,8 +34,8 @@ from gim_hloc.files import write_atomic
 from gim_hloc.geometry.seeds import pair_seed
 from gim_hloc.geometry.warp import Warp, cell_centres, inverse, read_grid, transform
 from gim_hloc.matchers import common, registry
-from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Quality
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
+from gim_hloc.types import ImageData, ImageOptions, MatcherInfo, Quality
 
 NAME = "synthetic_dense"
 _TOLERANCE = 0.01  # relative depth: what lies farther behind the visible surface is occluded

@@ -24,8 +24,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from gim_hloc.matchers.base import E, Encoding, ImageData, Matcher
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
+from gim_hloc.types import E, Encoding, ImageData, Matcher
 from gim_hloc.workers import usable_cores
 
 logger = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ from gim_hloc.products import find_products
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
-    from gim_hloc.matchers.base import ImageData, ImageOptions
+    from gim_hloc.types import ImageData, ImageOptions
 
 logger = logging.getLogger(__name__)
 
@@ -1022,7 +1022,7 @@ def load(
     import cv2
     import torch
 
-    from gim_hloc.matchers.base import ImageData
+    from gim_hloc.types import ImageData
 
     orientation = record.exif.orientation
     size = network_size(*record.upright_size, options)

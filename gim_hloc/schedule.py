@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gim_hloc.matchers.base import Encoding
+from gim_hloc.types import Encoding
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from gim_hloc import cache, hloc_files
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.matchers.base import SparseEncoding
+from gim_hloc.types import SparseEncoding
 
 logger = logging.getLogger(__name__)
 

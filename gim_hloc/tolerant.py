@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gim_hloc.engine import spoils_the_rest
-from gim_hloc.matchers.base import Encoding, ImageData, Matcher, Matches
+from gim_hloc.types import Encoding, ImageData, Matcher, Matches
 
 logger = logging.getLogger(__name__)
 

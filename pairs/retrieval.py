@@ -23,7 +23,7 @@ from gim_hloc.errors import InputError
 from gim_hloc.pairs.base import Pair, best_of, best_pairs, unique_names
 
 if TYPE_CHECKING:
-    from gim_hloc.matchers.base import ImageData, ImageOptions
+    from gim_hloc.types import ImageData, ImageOptions
 
 _STRONGEST = 400  # local descriptors of an image that re-ranking compares
 _RATIO = 0.85  # of the distances to the nearest and the second nearest descriptor

@@ -13,7 +13,7 @@ import numpy as np
 
 from gim_hloc import images
 from gim_hloc.errors import OutputError
-from gim_hloc.matchers.base import ImageOptions, invert_affine
+from gim_hloc.types import ImageOptions, invert_affine
 
 if TYPE_CHECKING:
     from gim_hloc.images import ImageRecord

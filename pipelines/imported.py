@@ -12,9 +12,9 @@ import torch
 
 from gim_hloc.errors import InputError, some
 from gim_hloc.hloc_files import find, open_h5, read
-from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, MatcherInfo, Matches
 from gim_hloc.matchers.common import MatcherBase
 from gim_hloc.store import H5Store, PairMissingError, digest, read_matches
+from gim_hloc.types import Encoding, ImageData, ImageOptions, MatcherInfo, Matches
 
 if TYPE_CHECKING:
     import h5py

@@ -17,10 +17,9 @@ import numpy as np
 from gim_hloc import colmap, engine, matchers
 from gim_hloc import images as image_module
 from gim_hloc import poses as pose_module
+from gim_hloc.colmap.export import FILES
 from gim_hloc.errors import InputError, some
-from gim_hloc.export import FILES
 from gim_hloc.masks import MaskFolder
-from gim_hloc.matchers.base import Matcher, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.options import PoseUse, to_mapping
 from gim_hloc.pairs.files import read_pairs
@@ -44,6 +43,7 @@ from gim_hloc.poses import radius
 from gim_hloc.schedule import encoding_bytes
 from gim_hloc.store import digest, pair_keys
 from gim_hloc.tracks.linker import Linker, linker_for
+from gim_hloc.types import Matcher, SparseEncoding
 
 if TYPE_CHECKING:
     from gim_hloc.images import ImageSet

@@ -25,7 +25,6 @@ from gim_hloc import images as image_module
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
-from gim_hloc.matchers.base import ImageData, ImageOptions, Matcher, Quality, SparseEncoding
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.options import CameraOptions, StepName, replace, to_mapping
 from gim_hloc.pairs.files import read_pairs, write_pairs
@@ -64,6 +63,7 @@ from gim_hloc.pipelines.run import (
 from gim_hloc.store import H5Store, digest, pair_keys, read_encoding, rows_from_matches0
 from gim_hloc.tracks.anchored import PairReading
 from gim_hloc.tracks.linker import ImagePoints, Linker, linker_for
+from gim_hloc.types import ImageData, ImageOptions, Matcher, Quality, SparseEncoding
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, Located, MapView

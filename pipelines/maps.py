@@ -15,8 +15,8 @@ import yaml
 
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_files import find, open_h5, read
-from gim_hloc.matchers.base import SparseEncoding
 from gim_hloc.pairs.retrieval import strongest_first
+from gim_hloc.types import SparseEncoding
 
 if TYPE_CHECKING:
     import h5py

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from gim_hloc.geometry.warp import Warp
     from gim_hloc.images import ImageRecord
-    from gim_hloc.matchers.base import ImageData, Matcher, Quality
+    from gim_hloc.types import ImageData, Matcher, Quality
 
 Format = Literal["npz", "csv", "h5"]
 

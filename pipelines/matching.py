@@ -24,11 +24,11 @@ from gim_hloc.cache import Cache
 from gim_hloc.errors import InputError
 from gim_hloc.images import ImageRecord
 from gim_hloc.masks import MaskFolder
-from gim_hloc.matchers.base import ImageData, ImageOptions, Matcher, Quality, SparseEncoding
 from gim_hloc.options import AnchoredOptions, QuantizedOptions
 from gim_hloc.pipelines.run import RunFolder
 from gim_hloc.store import H5Store, digest, read_encoding, scored_rows
 from gim_hloc.tracks.linker import ImagePoints, Kind, linker_for
+from gim_hloc.types import ImageData, ImageOptions, Matcher, Quality, SparseEncoding
 
 logger = logging.getLogger(__name__)
 

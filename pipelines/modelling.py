@@ -16,8 +16,8 @@ import numpy as np
 from gim_hloc import colmap, engine
 from gim_hloc import images as image_module
 from gim_hloc.cache import Cache
+from gim_hloc.colmap.export import export_model
 from gim_hloc.errors import GimError, InputError, MappingError, OutputError
-from gim_hloc.export import export_model
 from gim_hloc.options import VerifyOptions
 from gim_hloc.pipelines.correspondences import Correspondences
 from gim_hloc.pipelines.inputs import Inputs

@@ -17,8 +17,8 @@ from PIL import Image
 from synthetic import HEIGHT, WIDTH, Scene, make_scene
 
 from gim_hloc import matchers
-from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
+from gim_hloc.types import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
 
 NAME = "fake"
 SCENE = make_scene(images=8, points=300)

@@ -16,8 +16,8 @@ import pytest
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, Scene, camera_errors, make_scene, record
 
 from gim_hloc import colmap
+from gim_hloc.colmap.export import export_model
 from gim_hloc.errors import InputError, MappingError
-from gim_hloc.export import export_model
 from gim_hloc.options import CameraOptions, MapOptions, VerifyOptions
 from gim_hloc.tracks.photometric import PhotometricOptions
 

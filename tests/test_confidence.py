@@ -19,10 +19,10 @@ from synthetic import INTRINSICS, Scene, make_scene
 import gim_hloc
 from gim_hloc import colmap, matchers
 from gim_hloc.errors import InputError, MappingError
-from gim_hloc.matchers.base import Matches, SparseEncoding
 from gim_hloc.options import CameraOptions, VerifyOptions
 from gim_hloc.pipelines.outcome import confidence_sums
 from gim_hloc.pipelines.reconstruct import ReconstructResult
+from gim_hloc.types import Matches, SparseEncoding
 
 fake_matcher.register()
 

@@ -11,9 +11,9 @@ from fake_matcher import FakeMatcher, Options, register, write_images
 from synthetic import make_scene
 
 from gim_hloc import engine, images
-from gim_hloc.matchers.base import Encoding, Matches
 from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.schedule import encoding_bytes
+from gim_hloc.types import Encoding, Matches
 
 register()
 

@@ -25,7 +25,7 @@ from gim_hloc.errors import InputError
 from gim_hloc.hloc_plugin import __main__ as command
 from gim_hloc.hloc_plugin import confs, models, registration
 from gim_hloc.hloc_plugin.memory import EncodingMemory, content_key, mixed_sum
-from gim_hloc.matchers.base import ImageData
+from gim_hloc.types import ImageData
 
 BASE_MODEL = """
 import inspect
@@ -417,7 +417,7 @@ class Shifting:
         self.encoded.append(image.size)
         assert image.image.ndim == 3
         np.testing.assert_array_equal(image.to_original, [[1, 0, 0], [0, 1, 0]])
-        return matchers.base.Encoding(
+        return matchers.Encoding(
             name=image.name, size=image.size, network_size=image.size, to_original=image.to_original
         )
 

@@ -31,7 +31,7 @@ from gim_hloc.images import (
     require_usable,
     scan,
 )
-from gim_hloc.matchers.base import ImageOptions, apply_affine, invert_affine
+from gim_hloc.types import ImageOptions, apply_affine, invert_affine
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ODD = SHARED / "odd"
@@ -684,7 +684,7 @@ import torch
 from PIL import Image
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 from gim_hloc.images import load, scan
-from gim_hloc.matchers.base import ImageOptions
+from gim_hloc.types import ImageOptions
 def peak():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1e3
 limit = Image.MAX_IMAGE_PIXELS

@@ -15,7 +15,6 @@ import torch
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.synthetic_dense import SceneOptions, SyntheticDense, make_scene
 from gim_hloc.matchers import Matcher, MatcherBase, MatcherInfo, Matches, SparseEncoding
-from gim_hloc.matchers.base import ImageData, ImageOptions
 from gim_hloc.matchers.dense import DenseEncoding
 from gim_hloc.options import AnchoredOptions, QuantizedOptions
 from gim_hloc.tracks.base import Pair, Tracks
@@ -28,6 +27,7 @@ from gim_hloc.tracks.linker import (
     Quantized,
     linker_for,
 )
+from gim_hloc.types import ImageData, ImageOptions
 
 SCENE = make_scene(SceneOptions(views=4, size=(320, 240), boxes=2))
 NAMES = SCENE.names

@@ -11,7 +11,7 @@ from PIL import Image
 from gim_hloc.errors import InputError
 from gim_hloc.images import Exif, ImageRecord, load, scan
 from gim_hloc.masks import MaskFolder
-from gim_hloc.matchers.base import ImageOptions
+from gim_hloc.types import ImageOptions
 
 
 def record(name: str, width: int = 100, height: int = 80, orientation: int = 1) -> ImageRecord:

@@ -20,10 +20,10 @@ from gim_hloc import store
 from gim_hloc.cli import match as command
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp, cell_centres, inverse, transform
-from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.pipelines import _match_pictures
 from gim_hloc.pipelines.match_pair import FitOptions, MatchResult, fit_geometry, match
+from gim_hloc.types import ImageData, ImageOptions, MatcherInfo
 
 WIDTH, HEIGHT = 480, 360
 TILT = np.array([[0.9, 0.15, 20.0], [-0.1, 0.95, 30.0], [1e-4, 5e-5, 1.0]])

@@ -16,10 +16,10 @@ import torch
 from gim_hloc import matchers, weights
 from gim_hloc.errors import InputError
 from gim_hloc.matchers import ImageData, Matches, SparseEncoding, registry
-from gim_hloc.matchers.base import apply_affine
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.matchers.table import ROWS
+from gim_hloc.types import apply_affine
 
 SPARSE = [
     pytest.param("aliked_lightglue", marks=pytest.mark.weights),

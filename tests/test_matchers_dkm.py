@@ -17,11 +17,11 @@ from gim_hloc.geometry import sampling
 from gim_hloc.geometry.warp import Warp, cell_centres
 from gim_hloc.images import orientation_affine
 from gim_hloc.matchers import ImageData
-from gim_hloc.matchers.base import apply_affine
 from gim_hloc.matchers.dense import padding_to_aspect
 from gim_hloc.matchers.dkm import DKMMatcher, DKMOptions, load_dkm
 from gim_hloc.matchers.registry import operating_point
 from gim_hloc.networks.dkm import DKM, both_factors
+from gim_hloc.types import apply_affine
 
 IDENTITY = np.eye(2, 3)
 SMALL = {"size": (96, 128), "upsample_size": (120, 160), "num_matches": 700}

@@ -14,9 +14,9 @@ from gim_hloc import weight_checks
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.evaluation import filled
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.base import ImageData
 from gim_hloc.networks.lightglue import published_shapes
 from gim_hloc.networks.superpoint import SuperPoint
+from gim_hloc.types import ImageData
 
 IDENTITY = np.eye(2, 3)
 

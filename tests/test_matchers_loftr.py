@@ -15,9 +15,9 @@ from gim_hloc import weight_checks
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.evaluation import filled
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.base import ImageData, Matches
 from gim_hloc.matchers.loftr import LoFTRMatcher, LoFTROptions
 from gim_hloc.networks.loftr import LoFTR
+from gim_hloc.types import ImageData, Matches
 
 IDENTITY = np.eye(2, 3)
 

@@ -15,8 +15,8 @@ from synthetic import HEIGHT, WIDTH, make_scene
 
 from gim_hloc.colmap import PairVerification
 from gim_hloc.evaluation.benchmarks import mixed
-from gim_hloc.matchers.base import ImageData, Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
+from gim_hloc.types import ImageData, Matches, SparseEncoding
 
 fake_matcher.register()
 

@@ -22,7 +22,6 @@ from gim_hloc import engine, weights
 from gim_hloc.errors import WeightsError
 from gim_hloc.evaluation.filled import fill_state_dict
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.base import Encoding, ImageData, SparseEncoding
 from gim_hloc.matchers.dense import DenseMatcher
 from gim_hloc.matchers.dkm import DKMMatcher, DKMOptions
 from gim_hloc.matchers.loftr import LoFTRMatcher, LoFTROptions
@@ -35,6 +34,7 @@ from gim_hloc.schedule import Budget, EncodingPool, memory_budget, order_pairs
 from gim_hloc.training.batch import collate
 from gim_hloc.training.logs import Means
 from gim_hloc.training.models import build_model
+from gim_hloc.types import Encoding, ImageData, SparseEncoding
 
 CUDA = torch.device("cuda")
 

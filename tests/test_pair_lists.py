@@ -29,8 +29,8 @@ from gim_hloc.evaluation.pair_lists import FundamentalProtocol, Resize, parse_re
 from gim_hloc.evaluation.zeb import protocol
 from gim_hloc.evaluation.zeb.dumps import read_dump
 from gim_hloc.evaluation.zeb.predictions import Prediction
-from gim_hloc.matchers.base import ImageOptions, MatcherInfo, Matches
 from gim_hloc.matchers.sparse import encode_network_keypoints
+from gim_hloc.types import ImageOptions, MatcherInfo, Matches
 
 NAME = "pair_oracle"
 PLANE = POINTS * [1, 1, 0] + [0, 0, 6]

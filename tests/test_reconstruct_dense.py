@@ -26,9 +26,9 @@ from gim_hloc.evaluation.synthetic_dense import (
     write_scene,
 )
 from gim_hloc.matchers import choose_detector
-from gim_hloc.matchers.base import Matches
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 from gim_hloc.tracks.anchored import AnchoredOptions
+from gim_hloc.types import Matches
 
 synthetic_dense.register()
 SEMIDENSE = "synthetic_semidense"

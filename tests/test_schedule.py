@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gim_hloc import engine, schedule
-from gim_hloc.matchers.base import Encoding
 from gim_hloc.schedule import (
     Budget,
     EncodingPool,
@@ -25,6 +24,7 @@ from gim_hloc.schedule import (
     move_encoding,
     order_pairs,
 )
+from gim_hloc.types import Encoding
 
 BYTES = 4000  # of one encoding
 

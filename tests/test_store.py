@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.matchers.base import SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.store import (
     H5Store,
@@ -27,6 +26,7 @@ from gim_hloc.store import (
     rows_from_matches0,
 )
 from gim_hloc.tracks.base import matches0_arrays
+from gim_hloc.types import SparseEncoding
 
 
 def entry(value: float) -> dict[str, np.ndarray]:

@@ -18,7 +18,6 @@ from training_scene import make_pairs, overfit_set, share_within, true_positions
 
 from gim_hloc import matchers, weights
 from gim_hloc.errors import InputError, WeightsError
-from gim_hloc.matchers.base import ImageData
 from gim_hloc.networks.lightglue import LightGlue
 from gim_hloc.networks.loftr import Widths, cell_xy, similarities
 from gim_hloc.training.batch import PairBatch, PairSample, collate
@@ -26,6 +25,7 @@ from gim_hloc.training.losses.lightglue import IGNORED, UNMATCHED
 from gim_hloc.training.models import TrainingModel, build_model
 from gim_hloc.training.models import lightglue as glue_model
 from gim_hloc.training.models import loftr as loftr_model
+from gim_hloc.types import ImageData
 
 BOX = tiny_models.USUAL_BOX
 LOFTR = tiny_models.TINY["gim_loftr"]

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from gim_hloc import colmap, images
+from gim_hloc.colmap.export import export_model
 from gim_hloc.errors import InputError
-from gim_hloc.export import export_model
 from gim_hloc.images import read_rgb
 
 LOADER = Path(__file__).parents[2] / "shared" / "cases" / "like_3dgs.py"

@@ -31,7 +31,6 @@ from gim_hloc.cli.video import main
 from gim_hloc.errors import GimError, InputError, LockedError, OutputError
 from gim_hloc.lock import FolderLock
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.base import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.training.video.folder import VideoFolder
 from gim_hloc.training.video.labels import (
@@ -54,6 +53,7 @@ from gim_hloc.training.video.propagated import PropagatedStore
 from gim_hloc.training.video.run import LabelReport, label_video
 from gim_hloc.training.video.sources import find_source
 from gim_hloc.training.video.store import LabelStore, StoreInfo
+from gim_hloc.types import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
 
 WIDTH, HEIGHT = 200, 150
 FAKE = "fake_labeller"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.zeb import datasets, dumps
-from gim_hloc.matchers.base import ImageOptions
+from gim_hloc.types import ImageOptions
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MINI = SHARED / "zeb-mini"

@@ -23,8 +23,8 @@ from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
 from gim_hloc.evaluation.zeb.predictions import find_predictions
 from gim_hloc.evaluation.zeb.protocol import Protocol, make_protocol
 from gim_hloc.lock import FolderLock
-from gim_hloc.matchers.base import ImageOptions, MatcherInfo, Matches
 from gim_hloc.matchers.sparse import make_encoding
+from gim_hloc.types import ImageOptions, MatcherInfo, Matches
 
 MINI = Path(__file__).parents[2] / "shared" / "data" / "zeb-mini"
 NAME = "zeb_oracle"

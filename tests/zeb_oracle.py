@@ -18,8 +18,8 @@ from PIL import Image
 from zeb_scene import turned
 
 from gim_hloc import matchers
-from gim_hloc.matchers.base import ImageOptions, MatcherInfo, Matches
 from gim_hloc.matchers.sparse import make_encoding
+from gim_hloc.types import ImageOptions, MatcherInfo, Matches
 
 POINTS = np.random.default_rng(3).uniform([-2, -1.2, 4], [2, 1.2, 8], (150, 3))
 

@@ -125,7 +125,7 @@ def draw(self: Any, warp: Any, a: Any, b: Any) -> Any:
 
     from gim_hloc.geometry.seeds import pair_seed
     from gim_hloc.geometry.warp import transform
-    from gim_hloc.matchers.base import Matches
+    from gim_hloc.types import Matches
 
     rows, certainty = warp.stacked()
     good = torch.nonzero(certainty > 0.5)[:, 0]

@@ -33,9 +33,9 @@ from gim_hloc.cli import common
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.evaluation.benchmarks.measure import machine, now, versions
 from gim_hloc.evaluation.made_up import write_checkpoint
-from gim_hloc.matchers.base import Matcher
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.schedule import Budget, EncodingPool, encoding_bytes, order_pairs
+from gim_hloc.types import Matcher
 
 # What must be reached: times faster, or the share of what the split of a pair's cost allows.
 LEAST_GAIN = {"gim_loftr": 2.5}

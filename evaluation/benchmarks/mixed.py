@@ -25,12 +25,12 @@ from gim_hloc.cli import common
 from gim_hloc.colmap import PairVerification
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.evaluation.benchmarks.measure import machine
-from gim_hloc.matchers.base import Quality
 from gim_hloc.options import MapOptions, Mapper, VerifyOptions
 from gim_hloc.pairs.files import write_pairs
 from gim_hloc.pipelines.extension import gather
 from gim_hloc.pipelines.outcome import QUANTILES, versions
 from gim_hloc.pipelines.reconstruct import reconstruct
+from gim_hloc.types import Quality
 
 _PLACES = ("fountain-P11", "cyprus", "Herz-Jesus-P8", "fox")
 

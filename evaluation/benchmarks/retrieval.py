@@ -24,11 +24,11 @@ from gim_hloc import images as image_module
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.benchmarks.measure import machine
-from gim_hloc.matchers.base import Quality
 from gim_hloc.pairs.base import top_k
 from gim_hloc.pairs.retrieval import retrieval, vlad
 from gim_hloc.pairs.spatial import earth_centred_m
 from gim_hloc.pipelines.outcome import versions
+from gim_hloc.types import Quality
 
 _MAX_ANGLE_DEG = 30.0  # between viewing directions of neighbours, as in gim-pairs
 

@@ -24,10 +24,10 @@ from gim_hloc.cli import common
 from gim_hloc.engine import Stopwatch
 from gim_hloc.evaluation.benchmarks.measure import machine
 from gim_hloc.evaluation.sfm import evaluate
-from gim_hloc.matchers.base import Quality
 from gim_hloc.options import CameraOptions
 from gim_hloc.pipelines.outcome import versions
 from gim_hloc.pipelines.reconstruct import reconstruct
+from gim_hloc.types import Quality
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ import numpy as np
 from gim_hloc.errors import InputError, OutputError
 
 if TYPE_CHECKING:
-    from gim_hloc.matchers.base import ImageData, ImageOptions
+    from gim_hloc.types import ImageData, ImageOptions
 
 logger = logging.getLogger(__name__)
 
@@ -541,7 +541,7 @@ def prepare_image(
     import torch
 
     from gim_hloc.images import read_rgb
-    from gim_hloc.matchers.base import ImageData
+    from gim_hloc.types import ImageData
 
     path = Path(path)
     pixels = read_rgb(path, upright=False)

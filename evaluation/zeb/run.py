@@ -64,7 +64,7 @@ from gim_hloc.evaluation.zeb.protocol import (
 from gim_hloc.evaluation.zeb.task import MatchTask, Names
 from gim_hloc.lock import FolderLock
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.base import ImageData, ImageOptions, Matcher, MatcherInfo
+from gim_hloc.types import ImageData, ImageOptions, Matcher, MatcherInfo
 
 logger = logging.getLogger(__name__)
 

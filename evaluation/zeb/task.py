@@ -10,8 +10,8 @@ from gim_hloc import engine
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.zeb.predictions import Prediction
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.base import Encoding, ImageData, ImageOptions, Matcher, Matches, Quality
 from gim_hloc.tolerant import TolerantMatcher, Unusable
+from gim_hloc.types import Encoding, ImageData, ImageOptions, Matcher, Matches, Quality
 
 Names = tuple[str, str]
 

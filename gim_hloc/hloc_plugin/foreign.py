@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from gim_hloc.hloc_plugin.registration import import_hloc, register
-from gim_hloc.matchers.base import (
+from gim_hloc.matchers.common import MatcherBase, resolve_device
+from gim_hloc.types import (
     Encoding,
     ImageData,
     ImageOptions,
@@ -17,7 +18,6 @@ from gim_hloc.matchers.base import (
     Matches,
     apply_affine,
 )
-from gim_hloc.matchers.common import MatcherBase, resolve_device
 
 
 @dataclasses.dataclass(kw_only=True)

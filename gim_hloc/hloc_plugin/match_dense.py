@@ -43,7 +43,6 @@ from gim_hloc.hloc_files import find, group, open_h5, read
 from gim_hloc.hloc_plugin import confs, models
 from gim_hloc.hloc_plugin.foreign import HlocMatcher
 from gim_hloc.hloc_plugin.registration import import_hloc, register
-from gim_hloc.matchers.base import ImageOptions, Matcher
 from gim_hloc.pairs.files import read_pairs
 from gim_hloc.store import digest, remove_cache
 from gim_hloc.tracks import quantized
@@ -51,6 +50,7 @@ from gim_hloc.tracks.anchored import AnchoredOptions
 from gim_hloc.tracks.base import Arrays, Pair, Tracks
 from gim_hloc.tracks.linker import ImagePoints, Kind, Linker, Quantized, linker_for
 from gim_hloc.tracks.quantized import QuantizedOptions, Raw
+from gim_hloc.types import ImageOptions, Matcher
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from gim_hloc.matchers.base import Encoding
 from gim_hloc.schedule import encoding_bytes, memory_budget
+from gim_hloc.types import Encoding
 
 # Odd constants with well mixed bits (splitmix64), as signed 64-bit numbers.
 _A = -7046029254386353131

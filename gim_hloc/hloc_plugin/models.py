@@ -16,8 +16,8 @@ import torch
 from gim_hloc import matchers
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_plugin.memory import EncodingMemory, content_key
-from gim_hloc.matchers.base import Encoding, ImageData, Matcher, Matches, SparseEncoding
 from gim_hloc.matchers.sparse import make_encoding
+from gim_hloc.types import Encoding, ImageData, Matcher, Matches, SparseEncoding
 
 MAX_KEYPOINTS = 32767  # hloc stores rows of keypoints as int16
 

@@ -7,7 +7,16 @@
 
 from __future__ import annotations
 
-from gim_hloc.matchers.base import (
+from gim_hloc.matchers.common import MatcherBase
+from gim_hloc.matchers.registry import (
+    choose_detector,
+    describe,
+    load,
+    load_sparse,
+    names,
+    register,
+)
+from gim_hloc.types import (
     Encoding,
     ImageData,
     ImageOptions,
@@ -17,15 +26,6 @@ from gim_hloc.matchers.base import (
     Matches,
     Quality,
     SparseEncoding,
-)
-from gim_hloc.matchers.common import MatcherBase
-from gim_hloc.matchers.registry import (
-    choose_detector,
-    describe,
-    load,
-    load_sparse,
-    names,
-    register,
 )
 
 __all__ = [

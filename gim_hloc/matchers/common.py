@@ -13,8 +13,8 @@ import yaml
 
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp
-from gim_hloc.matchers.base import E, ImageData, ImageOptions, MatcherInfo, Matches, Quality
 from gim_hloc.options import build
+from gim_hloc.types import E, ImageData, ImageOptions, MatcherInfo, Matches, Quality
 
 Options = TypeVar("Options")
 Precision = Literal["auto", "float32", "float16", "bfloat16"]

@@ -16,9 +16,9 @@ from pydantic import Field
 from gim_hloc.geometry.sampling import balanced_sample
 from gim_hloc.geometry.seeds import pair_seed
 from gim_hloc.geometry.warp import Warp, cell_centres, normalised_frame, read_grid, transform
-from gim_hloc.matchers.base import Encoding, ImageData, Matches
 from gim_hloc.matchers.common import MatcherBase, Precision, resolve_precision
 from gim_hloc.options import Count, options
+from gim_hloc.types import Encoding, ImageData, Matches
 
 BLACK = 8 / 255  # pixels whose channels are all below it are black (``black_pixels``)
 

@@ -9,7 +9,6 @@ import torch
 
 from gim_hloc import weights
 from gim_hloc.geometry.warp import Warp
-from gim_hloc.matchers.base import ImageData, ImageOptions
 from gim_hloc.matchers.common import (
     resolve_dtype,
 )
@@ -18,6 +17,7 @@ from gim_hloc.matchers.registry import describe
 from gim_hloc.networks.dense import Record
 from gim_hloc.networks.dkm import DKM, DKMConfig
 from gim_hloc.options import options
+from gim_hloc.types import ImageData, ImageOptions
 
 
 @options

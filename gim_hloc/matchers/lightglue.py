@@ -18,7 +18,6 @@ import torch
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
-from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, SparseEncoding
 from gim_hloc.matchers.common import (
     MatcherBase,
     Precision,
@@ -33,6 +32,7 @@ from gim_hloc.networks.keypoints import Subpixel
 from gim_hloc.networks.lightglue import LightGlue, published_shapes, sizes_of
 from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.options import Count, options
+from gim_hloc.types import ImageData, ImageOptions, Matches, SparseEncoding
 
 logger = logging.getLogger(__name__)
 

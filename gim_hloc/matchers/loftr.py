@@ -17,13 +17,6 @@ from pydantic import Field
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
-from gim_hloc.matchers.base import (
-    Encoding,
-    ImageData,
-    ImageOptions,
-    Matches,
-    apply_affine,
-)
 from gim_hloc.matchers.common import (
     MatcherBase,
     Precision,
@@ -42,6 +35,13 @@ from gim_hloc.networks.loftr import (
     stack,
 )
 from gim_hloc.options import CountOrNone, options
+from gim_hloc.types import (
+    Encoding,
+    ImageData,
+    ImageOptions,
+    Matches,
+    apply_affine,
+)
 
 _SMALLEST = 160  # px, long side: below it hardly a cell is off the border
 _LARGE = 4096  # px, long side: what halving starts from where no size was set

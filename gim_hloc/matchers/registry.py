@@ -14,9 +14,9 @@ from typing import Any, get_args, overload
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError, WeightsError
-from gim_hloc.matchers.base import Matcher, MatcherInfo, Quality, SparseEncoding
 from gim_hloc.matchers.common import resolve_device, resolve_options
 from gim_hloc.matchers.table import ROWS
+from gim_hloc.types import Matcher, MatcherInfo, Quality, SparseEncoding
 
 Factory = Callable[..., Matcher]
 """``factory(*, quality, device, **overrides) -> Matcher``."""

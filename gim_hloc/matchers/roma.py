@@ -11,7 +11,6 @@ import torch
 from gim_hloc import weights
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.geometry.warp import Warp
-from gim_hloc.matchers.base import ImageData, ImageOptions
 from gim_hloc.matchers.common import (
     resolve_dtype,
 )
@@ -21,6 +20,7 @@ from gim_hloc.networks.dense import count_modules, resize
 from gim_hloc.networks.dinov2 import HEAD, PATCH, DINOv2
 from gim_hloc.networks.roma import Features, RoMa, RoMaConfig
 from gim_hloc.options import options
+from gim_hloc.types import ImageData, ImageOptions
 
 DINOV2 = "dinov2_vitl14_pretrain.pth"
 _SMALLEST = 8 * PATCH  # px: fewer than 8 x 8 tokens say nothing about where things are

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, SparseEncoding
 from gim_hloc.matchers.common import MatcherBase
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
 from gim_hloc.options import Count, options
+from gim_hloc.types import ImageData, ImageOptions, Matches, SparseEncoding
 
 _CHUNK = 4096  # rows of the similarity matrix at once: bounds memory at _CHUNK x N floats
 

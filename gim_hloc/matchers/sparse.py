@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gim_hloc.matchers.base import ImageData, Matches, SparseEncoding, apply_affine
+from gim_hloc.types import ImageData, Matches, SparseEncoding, apply_affine
 
 make_encoding = SparseEncoding.make
 

@@ -14,12 +14,12 @@ from pydantic import Field
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
-from gim_hloc.matchers.base import ImageData, ImageOptions, Matches, SparseEncoding
 from gim_hloc.matchers.common import MatcherBase
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
 from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.options import Count, options
+from gim_hloc.types import ImageData, ImageOptions, Matches, SparseEncoding
 
 
 @options

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gim_hloc import weights
-from gim_hloc.matchers.base import MatcherInfo, Quality
+from gim_hloc.types import MatcherInfo, Quality
 
 Presets = Mapping[Quality, Mapping[str, Any]]
 """Fields of a matcher's options that an operating point sets."""

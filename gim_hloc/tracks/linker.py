@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.matchers.base import Matcher, Matches
 from gim_hloc.options import AnchoredOptions, QuantizedOptions
 from gim_hloc.tracks.anchored import Anchors, PairReading, make_anchors, read_matches, read_pair
 from gim_hloc.tracks.anchored import link as link_readings
 from gim_hloc.tracks.base import Arrays, Pair, Tracks, matches0_arrays
 from gim_hloc.tracks.quantized import Raw, quantize
+from gim_hloc.types import Matcher, Matches
 
 Kind = Literal["anchored", "quantized"]
 Encodings = list[tuple[Any, Any]]  # of the matcher's kind

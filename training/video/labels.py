@@ -24,7 +24,6 @@ from gim_hloc import engine, images, weights
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.images import ImageRecord
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.base import ImageData, Matcher, Matches
 from gim_hloc.tolerant import TolerantMatcher, Unusable
 from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.masks import FrameMasks
@@ -34,6 +33,7 @@ from gim_hloc.training.video.options import (
     LabellerOptions,
     LabelOptions,
 )
+from gim_hloc.types import ImageData, Matcher, Matches
 
 logger = logging.getLogger(__name__)
 

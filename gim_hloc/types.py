@@ -1,4 +1,4 @@
-"""What a matcher is: ``encode`` once per image, ``match`` per pair.
+"""The core types: a matcher (``encode`` once per image, ``match`` per pair) and what it works on.
 
 Coordinates: ``*_px`` and every ``keypoints`` field are in hloc's frame, in which the integer
 coordinate (0, 0) is the *centre* of the top left pixel. Unless a name says ``network``, pixels are
