@@ -31,7 +31,6 @@ from pydantic import Field
 from pydantic_core import ErrorDetails
 
 from gim_hloc.errors import InputError
-from gim_hloc.workers import Where
 
 Kind = TypeVar("Kind")
 
@@ -403,6 +402,29 @@ class FitOptions:
 
 
 # What every run is told, whatever it does.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Where:
+    """Who does the work; by default this process.
+
+    Raises:
+        InputError: devices for Ray, or Ray without a number of workers.
+    """
+
+    devices: tuple[str, ...] = ()  # one spawned process a device ("cpu", "cuda:0", ...)
+    engine: Literal["local", "ray"] = "local"
+    workers: int = 0  # Ray's actors
+    device: str = "auto"  # of Ray's actors and of this process
+
+    def __post_init__(self) -> None:
+        if self.engine == "ray" and (self.devices or self.workers < 1):
+            raise InputError("Ray places its workers itself: give --workers N and no --devices.")
+
+    @property
+    def count(self) -> int:
+        """Processes that work."""
+        return self.workers if self.engine == "ray" else len(self.devices) or 1
 
 
 @options

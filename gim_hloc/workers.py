@@ -21,12 +21,12 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import resource_tracker
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from gim_hloc.errors import GimError, InputError, OutputError, some
+from gim_hloc.options import Where as Where
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +43,6 @@ class Task(Protocol[Item, _Result_co]):
 
     def open(self, device: str) -> Callable[[Sequence[Item]], Iterable[tuple[Item, _Result_co]]]:
         """Load what a worker needs; returns what yields each item of a chunk with its result."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Where:
-    """Who does the work; by default this process.
-
-    Raises:
-        InputError: devices for Ray, or Ray without a number of workers.
-    """
-
-    devices: tuple[str, ...] = ()  # one spawned process a device ("cpu", "cuda:0", ...)
-    engine: Literal["local", "ray"] = "local"
-    workers: int = 0  # Ray's actors
-    device: str = "auto"  # of Ray's actors and of this process
-
-    def __post_init__(self) -> None:
-        if self.engine == "ray" and (self.devices or self.workers < 1):
-            raise InputError("Ray places its workers itself: give --workers N and no --devices.")
-
-    @property
-    def count(self) -> int:
-        """Processes that work."""
-        return self.workers if self.engine == "ray" else len(self.devices) or 1
 
 
 def usable_cores() -> int:
