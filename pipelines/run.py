@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from gim_hloc import __version__, images
 from gim_hloc.errors import GimError, InputError, OutputError, some
+from gim_hloc.export import FILES
 from gim_hloc.files import write_atomic
 from gim_hloc.images import ImageRecord, ImageSet
 from gim_hloc.lock import FolderLock
@@ -496,7 +497,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
             "Choose another output folder, or move that away with all that is to be kept."
         )
     if "files" not in state:  # of 0.1
-        state["files"] = dict.fromkeys(_of_01(folder))
+        state["files"] = dict.fromkeys(_of_01(folder, state))
     return state
 
 
@@ -527,8 +528,11 @@ def _parsed(path: Path) -> dict[str, Any] | None:
     return state if inside else None
 
 
-def _of_01(folder: Path) -> Iterable[str]:
+def _of_01(folder: Path, state: Mapping[str, Any]) -> Iterable[str]:
     """Files that version 0.1 made beside its run.yaml, which did not list them."""
+    options = state.get("options")
+    formats = options.get("export") if isinstance(options, dict) else None
+    exported = [name for kind in formats or () for name in FILES.get(str(kind), ())]
     names = [
         *("log.txt", "pairs.txt", "features.h5", "matches.h5", "anchors.h5", "readings.h5"),
         *("database.db", "report.html", "report.json", "turns.json"),
@@ -537,6 +541,11 @@ def _of_01(folder: Path) -> Iterable[str]:
         f"sparse/{model.name}/{part}"
         for model in folder.glob("sparse/[0-9]*")
         for part in MODEL_FILES
+    ]
+    names += [
+        path.relative_to(folder).as_posix()
+        for name in exported
+        for path in folder.glob(f"export/[0-9]*/{name}")
     ]
     return [name for name in names if (folder / name).is_file()]
 
