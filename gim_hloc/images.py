@@ -972,10 +972,12 @@ def read_rgb(
         reduced: use ``load``.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or is not the one that was scanned.
     """
     path = source.path if isinstance(source, ImageRecord) else Path(source)
     pixels = _read(path, max_size)
+    if isinstance(source, ImageRecord):
+        check_unchanged(source)
     width, height = pixels.stored_size
     rgb = pixels.rgb
     scale = 1.0 if max_size is None else max_size / max(width, height)

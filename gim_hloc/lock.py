@@ -140,7 +140,7 @@ def _alive(path: Path, now: float) -> bool:
     if not owner:  # of 0.1, whose files stay, or in the making
         return path.stat().st_size == 0 and now - beat < _BEAT_SECONDS
     if owner.get("host") == _host() and owner.get("started") is not None:
-        return _started(owner["pid"]) == owner["started"]
+        return _started(owner.get("pid")) == owner["started"]
     return now - beat < _DEAD_SECONDS
 
 
@@ -152,7 +152,7 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def _started(pid: int) -> str | None:
+def _started(pid: Any) -> str | None:
     """When a running process was started, in the kernel's words; None where it cannot be known."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -181,8 +182,12 @@ def gather(records: Sequence[ImageRecord], folder: Path) -> None:
         for record in records:
             target = folder / record.name
             source = record.path.resolve()
-            if target.exists() and target.resolve() == source:
+            if target.is_symlink() and target.resolve() == source:
                 continue
+            if target.exists() and not target.is_symlink():
+                if hashlib.sha256(target.read_bytes()).hexdigest() == record.sha256:
+                    continue  # a copy of earlier
+                raise OutputError(f"{target} was replaced by another image: move it away.")
             target.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 target.unlink()

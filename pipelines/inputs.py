@@ -146,7 +146,8 @@ class Inputs:
             ],
             writes=[
                 *("features.h5", "matches.h5", "anchors.h5", "raw_matches.h5"),
-                *("report.html", "report.json"),
+                *("features.cache", "matches.cache", "anchors.cache", "raw_matches.cache"),
+                *("database.cache", "report.html", "report.json"),
             ],
             overwrite=self.options.overwrite,
             part=self.part,

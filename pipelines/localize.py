@@ -392,6 +392,7 @@ class _Localization:
             writes=[
                 *("pairs.txt", "poses.txt", "report.txt", "report.json", "cameras.json"),
                 *("features.h5", "matches.h5", "poses.h5", "retrieval.npz"),
+                *("features.cache", "matches.cache", "poses.cache"),
             ],
             overwrite=self.options.overwrite,
             part=self.part,

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.pairs.retrieval import strongest_first
+from gim_hloc.pipelines.run import read_state
 from gim_hloc.types import SparseEncoding
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def open_map(
             f"The model {model_folder} has no 3D points to localise by. Triangulate it first: "
             "gim-reconstruct IMAGES OUTPUT --model MAP."
         )
-    state = _read_state(folder / "run.yaml")
+    state = read_state(folder) or {}
     made_here = state.get("command", "reconstruct") == "reconstruct"
     options = (state.get("options") or {}) if made_here else {}
     if features is None:
@@ -137,16 +137,6 @@ def open_map(
         sources=_sources(features),
         turns=_turns(folder, state),
     )
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        state = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from None
-    return state if isinstance(state, dict) else {}
 
 
 def _sources(features: Path | None) -> dict[str, str]:

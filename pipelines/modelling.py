@@ -17,7 +17,7 @@ from gim_hloc import colmap, engine
 from gim_hloc import images as image_module
 from gim_hloc.cache import Cache
 from gim_hloc.colmap.export import export_model
-from gim_hloc.errors import GimError, InputError, MappingError, OutputError
+from gim_hloc.errors import GimError, InputError, MappingError, OutputError, some
 from gim_hloc.options import VerifyOptions
 from gim_hloc.pipelines.correspondences import Correspondences
 from gim_hloc.pipelines.inputs import Inputs
@@ -350,7 +350,7 @@ class Modelling:
             except MappingError as error:
                 self.failure = error
                 return
-            self._drop_stale()
+        self._drop_stale()
         self.left_model, self.intrinsics = facts["left_model"], facts["intrinsics"]
         self.folder.notes += [*self.map_notes, *facts["notes"]]
         self.models = [self.output / "sparse" / str(i) for i in range(len(self.intrinsics))]
@@ -380,9 +380,15 @@ class Modelling:
             for model in models:
                 if known is not None:
                     colmap.align(model, known)
-                colmap.extract_colours(
+                unread = colmap.extract_colours(
                     model, lambda n: image_module.read_rgb(self.records[n], upright=False)
                 )
+                if unread:
+                    made.whole = False
+                    notes.append(
+                        f"{len(unread)} images could not be read any more for the colours of the "
+                        f"points: {some(unread)}. Repeat the command when they are back."
+                    )
             colmap.write_models(models, made.path / "sparse")
             made.facts = {"notes": notes, "left_model": reasons, "intrinsics": intrinsics}
         return made.facts
@@ -448,19 +454,21 @@ class Modelling:
         return checked.models, checked.reasons
 
     def _drop_stale(self) -> None:
-        """Take away what was made of an earlier model and is not made again."""
+        """Take away what was made of another model."""
+        key = self._product_key()
         stale = [
             name
-            for name in self.folder.steps
-            if (
-                name.startswith("export ")
-                and name.removeprefix("export ") not in self.options.export
-            )
-            or (name == "dense" and not self.options.dense)
+            for name, entry in self.folder.steps.items()
+            if name.startswith("export ") and entry["key"] != key
         ]
         if stale:
             self.folder.drop(*stale)
             logger.info("Removed what was made of the model before: %s", ", ".join(stale))
+
+    def _product_key(self) -> str:
+        """Of what is made of the models."""
+        files = self.folder.steps["refine"]["files"]
+        return digest([self.model_key, [self.folder.files[name] for name in files]])
 
     def _held(self) -> set[str]:
         """Images whose poses must not move."""
@@ -543,19 +551,18 @@ class Modelling:
         """The models in other formats, and what is dense. A format that fails leaves no old one."""
         if self.failure is not None:
             return
-        files = self.folder.steps["refine"]["files"]
-        model_key = digest([self.model_key, [self.folder.files[name] for name in files]])
+        model_key = self._product_key()
         wanted: list[tuple[str, Callable[[Path], list[str]]]] = [
             (f"export {kind}", functools.partial(self._export_to, kind))
             for kind in self.options.export
         ]
         if self.options.dense:
-            wanted.append(("dense", self._export_dense))
+            wanted.append(("export dense", self._export_dense))
         for name, write in wanted:
             facts = self.folder.facts(name, model_key)
             try:
                 if facts is None:
-                    with self.folder.making(name, model_key, large=True) as made:
+                    with self.folder.making(name, model_key, large=name == "export dense") as made:
                         notes = [
                             s.replace(f"{made.path}", f"{self.output}") for s in write(made.path)
                         ]

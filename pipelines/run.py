@@ -26,8 +26,8 @@ import yaml
 from tqdm import tqdm
 
 from gim_hloc import __version__, images
+from gim_hloc.colmap.export import FILES
 from gim_hloc.errors import GimError, InputError, OutputError, some
-from gim_hloc.export import FILES
 from gim_hloc.files import write_atomic
 from gim_hloc.images import ImageRecord, ImageSet
 from gim_hloc.lock import FolderLock
@@ -42,7 +42,23 @@ _GONE = ("turns.json",)  # of 0.1; now in run.yaml
 MODEL_FILES = [f"{part}.bin" for part in ("cameras", "images", "points3D", "rigs", "frames")]
 _INDEX = f"{HIDDEN}/images.json"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Of what UTF-8 cannot hold (paths need not be text), YAML gets an escaped form."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_str(text.encode("utf-8", "backslashreplace").decode()),
+)
+
+
+class _Log(logging.FileHandler):
+    """A log that says nothing of itself: work goes on where a disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,15 @@ class RunFolder:
         self.claim(*self.makes, *self.writes)
 
     def _read(self) -> None:
-        state = _read_state(self.path)
+        state = read_state(self.path)
+        if state is None:
+            if os.path.lexists(self.path / STATE):
+                raise OutputError(
+                    f"{self.path / STATE} is damaged or none of gim-hloc's, so it does not say "
+                    "what runs made here. Choose another output folder, or move that away with "
+                    "all that is to be kept."
+                )
+            state = {}
         theirs = state.get("command", self.command)
         if theirs != self.command:
             raise OutputError(
@@ -186,24 +210,31 @@ class RunFolder:
         Raises:
             OutputError: names what is in the way.
         """
-        found = [
+        found = {
             str(PurePosixPath(path.relative_to(self.path)))
             for pattern in patterns
             for path in self.path.glob(pattern)
-            if path.is_symlink() or not path.is_dir()
-        ]
-        self._refuse(sorted({name for name in found if name not in self.files}))
+            if path.is_symlink() or not path.is_dir() or not pattern.endswith("*")
+        }
+        self._refuse(sorted(found - self.files.keys() - self._moved()))
+
+    def _moved(self) -> set[str]:
+        """Pending files that have left the staging folder: those in their places are ours."""
+        if self.pending is None:
+            return set()
+        staged = self.path / HIDDEN / f"{self.pending['step']}.new"
+        return {name for name in self.pending["files"] if not os.path.lexists(staged / name)}
 
     def own(self, *names: str) -> None:
         """Claim files that are written in place by their own means."""
         self.claim(*names)
         self.files.update((name, self.files.get(name)) for name in names)
 
-    def _refuse(self, foreign: Sequence[str], kept: str = "") -> None:
+    def _refuse(self, foreign: Sequence[str]) -> None:
         if foreign:
             raise OutputError(
                 f"{self.path} holds {some(foreign)}, which no run made and which would be "
-                f"replaced: choose another output folder, or move that away.{kept}"
+                "replaced: choose another output folder, or move that away."
             )
 
     def remove(self, names: Iterable[str]) -> None:
@@ -283,6 +314,13 @@ class RunFolder:
         made.path.mkdir()
         try:
             yield made
+        except OSError as error:
+            shutil.rmtree(made.path, ignore_errors=True)
+            where = made.path if error.filename is None else os.fsdecode(error.filename)
+            raise OutputError(
+                f"{where} cannot be used: {error.strerror or error}. What was finished is kept: "
+                "repeat the command."
+            ) from None
         except BaseException:
             shutil.rmtree(made.path, ignore_errors=True)
             raise
@@ -290,8 +328,6 @@ class RunFolder:
         files = {
             str(PurePosixPath(p.relative_to(made.path))): _fingerprint(p, not large) for p in paths
         }
-        taken = [n for n in files if n not in self.files and os.path.lexists(self.path / n)]
-        self._refuse(taken, f" What was made is in {made.path}.")
         self.pending = {
             "step": step,
             "key": key if made.whole else None,
@@ -299,8 +335,6 @@ class RunFolder:
             "facts": json.loads(json.dumps(made.facts, default=lambda number: number.item())),
         }
         made.facts = self.pending["facts"]
-        # Listed before they are moved: a kill in between is made good by the next run.
-        self.save()
         self._place()
 
     def _place(self) -> None:
@@ -308,12 +342,16 @@ class RunFolder:
         if self.pending is None:
             return
         step, files = self.pending["step"], self.pending["files"]
+        self._refuse(
+            [
+                name
+                for name in files.keys() - self.files.keys() - self._moved()
+                if os.path.lexists(self.path / name)
+            ]
+        )
+        self.save()  # before files are moved: a kill in between is made good by the next run
         staged = self.path / HIDDEN / f"{step}.new"
-        for folder in (p for p in staged.rglob("*") if p.is_dir() and not p.is_symlink()):
-            (self.path / folder.relative_to(staged)).mkdir(parents=True, exist_ok=True)
-        for name in files:
-            if os.path.lexists(staged / name):
-                os.replace(staged / name, self.path / name)
+        self._move(staged, files)
         self.files.update(files)
         before = self.steps.get(step, {}).get("files", [])
         self.steps[step] = {
@@ -326,6 +364,19 @@ class RunFolder:
         self.pending = None
         self.save()
         shutil.rmtree(staged, ignore_errors=True)
+
+    def _move(self, staged: Path, names: Iterable[str]) -> None:
+        try:
+            for folder in (p for p in staged.rglob("*") if p.is_dir() and not p.is_symlink()):
+                (self.path / folder.relative_to(staged)).mkdir(parents=True, exist_ok=True)
+            for name in names:
+                if os.path.lexists(staged / name):
+                    os.replace(staged / name, self.path / name)
+        except OSError as error:
+            raise OutputError(
+                f"{os.fsdecode(error.filename2 or error.filename)} cannot be put in its place: "
+                f"{error.strerror}. It is kept in {staged}: repeat the command."
+            ) from None
 
     def drop(self, *steps: str) -> None:
         """Forget steps and remove their files."""
@@ -348,8 +399,10 @@ class RunFolder:
         for asked in (again, until):
             if asked is not None and asked not in names:
                 raise InputError(f"There is no step {asked!r} in this run; there are {names}.")
-        for name in names[names.index(again) :] if again else []:
-            self.steps.get(name, {})["key"] = None
+        redone = names[names.index(again) :] if again else []
+        for name, entry in self.steps.items():
+            if name.split()[0] in redone:  # "export ply" is of export
+                entry["key"] = None
         ahead = deque(steps)
         while ahead:
             step = ahead.popleft()
@@ -364,16 +417,19 @@ class RunFolder:
         """Write run.yaml and its copy."""
         if self.part is not None:
             return
-        state = {
+        about = {
             "gim_hloc": __version__,
             "command": self.command,
             **self.about,
             "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()},
+        }
+        state = {
             "steps": self.steps,
             "pending": self.pending,
             "files": {STATE: None, **self.files},
         }
-        text = yaml.dump(state, Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+        text = _yaml(state)
+        text = f"{_yaml(about)}{text}checksum: {zlib.crc32(text.encode())}\n"
         try:
             write_atomic(self.path / STATE, text)
             write_atomic(self.hidden(STATE), text)
@@ -404,7 +460,7 @@ class RunFolder:
         """Write everything, single pairs included, to log.txt, or to the log of the part."""
         path = self.path / "log.txt" if self.part is None else self.hidden(f"{self.part.name}.log")
         mode = "w" if self.overwrite else "a"
-        handler = logging.FileHandler(path, mode, encoding="utf-8")
+        handler = _Log(path, mode, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         package = logging.getLogger("gim_hloc")
         level = package.level
@@ -424,15 +480,28 @@ class RunFolder:
 
 def scanned(output: Path) -> dict[str, ImageRecord]:
     """Images by name as an earlier run in the folder found them."""
+    path = output / _INDEX
     try:
-        return images.from_json(json.loads((output / _INDEX).read_bytes()))
-    except (OSError, ValueError):
+        stored = json.loads(path.read_bytes())
+        listed = stored["images"]
+        return images.from_json(listed) if stored["checksum"] == _crc(listed) else {}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise OutputError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except (ValueError, KeyError, TypeError, RecursionError):  # damaged: looked at anew
         return {}
 
 
 def keep_scan(folder: RunFolder, image_set: ImageSet) -> None:
     """Keep what was found of the images, so that the next run need not decode them."""
-    write_atomic(folder.path / _INDEX, json.dumps(images.to_json(image_set)))
+    listed = images.to_json(image_set)
+    stored = {"checksum": _crc(listed), "images": listed}
+    write_atomic(folder.hidden(Path(_INDEX).name), json.dumps(stored))
+
+
+def _crc(value: Any) -> int:
+    return zlib.crc32(json.dumps(value).encode())
 
 
 def refuse_other_images(image_set: ImageSet, output: Path, *, overwrite: bool) -> None:
@@ -483,77 +552,93 @@ def _fingerprint(path: Path, checksum: bool) -> list[int | None]:
 # ------------------------------------------------------------------------------------------- state
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    """What runs before left in run.yaml, or in its copy where that is damaged."""
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """What runs before left in run.yaml, or in its copy where that is damaged; else None.
+
+    Raises:
+        OutputError: it is there and cannot be read.
+    """
     path, copy = folder / STATE, folder / HIDDEN / STATE
-    if not os.path.lexists(path):
-        return {}
     state = _parsed(path)
     if state is None and (state := _parsed(copy)) is not None:
         logger.warning("%s is damaged; its copy %s is used.", path, copy)
-    if state is None:
-        raise OutputError(
-            f"{path} is damaged or none of gim-hloc's, so it does not say what runs made here. "
-            "Choose another output folder, or move that away with all that is to be kept."
-        )
-    if "files" not in state:  # of 0.1
-        state["files"] = dict.fromkeys(_of_01(folder, state))
     return state
 
 
 def _parsed(path: Path) -> dict[str, Any] | None:
-    """The state in a file, or None where it is damaged or none of ours."""
+    """The state in a file, or None where it is missing, damaged or none of ours."""
     try:
-        state = yaml.load(path.read_bytes(), Loader=_LOADER)
-    except PermissionError as error:
-        raise OutputError(f"Cannot read {path}: {error.strerror}.") from None
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        data = path.read_bytes()
+        state = yaml.load(data, Loader=_LOADER)
+    except FileNotFoundError:
+        return None
+    except OSError as error:  # it may be whole
+        raise OutputError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
     if not isinstance(state, dict) or "gim_hloc" not in state:
         return None
-    steps, files = state.setdefault("steps", {}), state.get("files", {})
-    pending = state.setdefault("pending", None)
-    if not isinstance(steps, dict) or not isinstance(files, dict):
+    if not isinstance(state.setdefault("options", {}), dict):
         return None
-    entries = [*steps.values(), *([] if pending is None else [pending])]
-    for entry in entries:
+    if "stages" in state:  # of 0.1
+        return {**state, **_of_01(path.parent, state["options"])}
+    begin, end = data.find(b"\nsteps:") + 1, data.rfind(b"checksum: ")
+    whole = state.get("checksum") == zlib.crc32(data[begin:end])
+    return state if whole and _harmless(state) else None
+
+
+def _harmless(state: Mapping[str, Any]) -> bool:
+    """Whether a state, which somebody may have made up, names nothing outside its folder."""
+    steps, pending, files = (state.get(name) for name in ("steps", "pending", "files"))
+    if not isinstance(steps, dict) or not isinstance(files, dict):
+        return False
+    names = [*files]
+    for step, entry in [*steps.items(), *([] if pending is None else [(None, pending)])]:
+        kind = list if step is not None else dict
         if not (
             isinstance(entry, dict)
-            and isinstance(entry.get("files"), dict if entry is pending else list)
+            and "key" in entry
+            and isinstance(entry.get("files"), kind)
             and isinstance(entry.get("facts"), dict)
         ):
-            return None
-    names = [*files, *(name for entry in entries for name in entry["files"])]
-    inside = all(isinstance(n, str) and not {"..", "/"} & {*PurePosixPath(n).parts} for n in names)
-    return state if inside else None
+            return False
+        names += [*entry["files"], entry["step"] if step is None else step]
+    return all(isinstance(n, str) and not {"..", "/"} & {*PurePosixPath(n).parts} for n in names)
 
 
-def _of_01(folder: Path, state: Mapping[str, Any]) -> Iterable[str]:
-    """Files that version 0.1 made beside its run.yaml, which did not list them."""
-    options = state.get("options")
-    formats = options.get("export") if isinstance(options, dict) else None
-    exported = [name for kind in formats or () for name in FILES.get(str(kind), ())]
-    names = [
-        *("log.txt", "pairs.txt", "features.h5", "matches.h5", "anchors.h5", "readings.h5"),
-        *("database.db", "report.html", "report.json", "turns.json"),
-    ]
-    names += [
-        f"sparse/{model.name}/{part}"
-        for model in folder.glob("sparse/[0-9]*")
-        for part in MODEL_FILES
-    ]
-    names += [
-        path.relative_to(folder).as_posix()
-        for name in exported
-        for path in folder.glob(f"export/[0-9]*/{name}")
-    ]
-    return [name for name in names if (folder / name).is_file()]
+def _yaml(value: Mapping[str, Any]) -> str:
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
-def read_facts(folder: Path, step: str) -> Mapping[str, Any]:
-    """What a step of an earlier run kept, whatever for; empty where there is none."""
-    facts: Mapping[str, Any] = _read_state(folder).get("steps", {}).get(step, {}).get("facts", {})
-    return facts
+def _of_01(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a run of version 0.1, which did not list its files.
+
+    What it computed is taken over by other means; its models and what was made of them are not
+    finished for any key, so that they go when there is a new model.
+    """
+
+    def there(*patterns: str) -> list[str]:
+        return [str(p.relative_to(folder)) for name in patterns for p in folder.glob(name)]
+
+    asked = options.get("export")
+    kinds = [kind for kind in FILES if isinstance(asked, list) and kind in asked]
+    made = {
+        "pairs": there("pairs.txt"),
+        "verify": there("database.db"),
+        "refine": there(*(f"sparse/[0-9]*/{part}" for part in MODEL_FILES)),
+        "export 0.1": there(
+            "export/[0-9]*/points.ply", *(f"export/[0-9]*/{n}" for k in kinds for n in FILES[k])
+        ),
+    }
+    files = there(
+        *("log.txt", "features.h5", "matches.h5", "anchors.h5", "readings.h5"),
+        *("report.html", "report.json", *_GONE),
+    )
+    return {
+        "command": "reconstruct",
+        "steps": {step: {"key": None, "files": own, "facts": {}} for step, own in made.items()},
+        "files": dict.fromkeys([STATE, *files, *(name for own in made.values() for name in own)]),
+    }
 
 
 __all__ = [
@@ -567,7 +652,7 @@ __all__ = [
     "keep_scan",
     "part_of",
     "progress_bar",
-    "read_facts",
+    "read_state",
     "refuse_other_images",
     "scanned",
 ]

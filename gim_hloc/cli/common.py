@@ -27,7 +27,8 @@ Kind = TypeVar("Kind")
 _REFUSED = frozenset(
     {
         *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-        *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+        *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+        *(errno.EIO, errno.ESTALE, errno.EFBIG, errno.EXDEV, errno.EBUSY, errno.ENOLCK),
     }
 )
 _PIPE_CLOSED = 128 + 13  # as shells report a program that SIGPIPE ended

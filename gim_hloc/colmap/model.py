@@ -387,15 +387,21 @@ def align(model: Any, poses: Mapping[str, Pose]) -> None:
         )
 
 
-def extract_colours(model: Any, colours: Callable[[str], np.ndarray]) -> None:
-    """Colour each point with the mean over its observations, nearest pixel of the stored image."""
+def extract_colours(model: Any, colours: Callable[[str], np.ndarray]) -> list[str]:
+    """Colour each point with the mean over its observations, nearest pixel of the stored image.
+
+    Returns:
+        Names of images that could not be read.
+    """
     total: dict[int, np.ndarray] = {}
+    unread = []
     for image_id in model.reg_image_ids():
         image = model.image(image_id)
         try:
             pixels = colours(image.name)
         except Exception as error:  # a picture that went away must not lose the model
             logger.warning("%s could not be read for colours: %s", image.name, error)
+            unread.append(image.name)
             continue
         observed = [p for p in image.points2D if p.has_point3D()]
         if not observed:
@@ -410,6 +416,7 @@ def extract_colours(model: Any, colours: Callable[[str], np.ndarray]) -> None:
             entry[3] += 1
     for point_id, entry in total.items():
         model.points3D[point_id].color = np.round(entry[:3] / entry[3]).astype(np.uint8)
+    return unread
 
 
 @contextlib.contextmanager
