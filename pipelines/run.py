@@ -602,7 +602,7 @@ def _harmless(state: Mapping[str, Any]) -> bool:
             and isinstance(entry.get("facts"), dict)
         ):
             return False
-        names += [*entry["files"], entry["step"] if step is None else step]
+        names += [*entry["files"], entry.get("step") if step is None else step]
     return all(isinstance(n, str) and not {"..", "/"} & {*PurePosixPath(n).parts} for n in names)
 
 

@@ -192,6 +192,14 @@ def test_files_and_modules_named_exist(page: Path) -> None:
     assert missing == []
 
 
+def test_the_tests_that_prove_reliability_exist() -> None:
+    named = re.findall(r"`(test_\w+)`", (REPOSITORY / "docs/reliability.md").read_text("utf-8"))
+    files = (REPOSITORY / "tests").glob("test_*.py")
+    known = {n for f in files for n in re.findall(r"^def (test_\w+)\(", f.read_text("utf-8"), re.M)}
+    assert len(named) > 50
+    assert sorted(set(named) - known) == []
+
+
 def resolves(dotted: str) -> bool:
     """Whether a dotted name is a module or what a module holds."""
     parts = dotted.split(".")
