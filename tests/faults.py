@@ -69,7 +69,8 @@ def _work(
         kill_at(step, number)
     if limit is not None:  # of every file; what is beyond fails as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most[1]))
     said = io.StringIO()
     command = localize_command if arguments[0] == "localize" else reconstruct_command
     try:
@@ -81,7 +82,7 @@ def _work(
         said.write(traceback.format_exc())
         code = 99
     if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
     log.write_text(said.getvalue())
     sys.exit(code)
 

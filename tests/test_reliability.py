@@ -178,7 +178,7 @@ def test_a_killed_localisation_goes_on_where_it_was(place: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kilobytes", [1, 8, 16, 32, 48, 64, 96, 128, 256])
+@pytest.mark.parametrize("kilobytes", [1, 32, 128, 192, 256, 320, 512, 2000])
 def test_a_full_disk_takes_nothing_and_is_said_in_one_line(
     kilobytes: int, place: Path, tmp_path: Path
 ) -> None:
