@@ -35,13 +35,16 @@ OTHER_PARSERS = (
     *(
         f"gim_hloc.evaluation.benchmarks.{name}"
         for name in (
-            "encode_once", "hloc_dense", "propagation", "tracks", "video_labels",
+            "encode_once", "hloc_dense", "parallel", "propagation", "tracks", "video_labels",
             "vs_colmap", "vs_hloc",
         )
     ),
 )  # fmt: skip
-# Options of pip, of hloc's own commands and of examples/render_room.py.
-FOREIGN = {"--no-deps", "--sfm_dir", "--views", "--width", "--height", "--supersample"}
+# Options of pip, of hloc's own commands, of examples/render_room.py and of sbatch.
+FOREIGN = {
+    *("--no-deps", "--sfm_dir", "--views", "--width", "--height", "--supersample"),
+    "--dependency",
+}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))
 

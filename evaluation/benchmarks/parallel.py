@@ -135,7 +135,7 @@ class Comparison:
             go(output)
             wall = time.perf_counter() - start
             seconds = processor.stop()
-            same = {file: _same(first / file, output / file) for file in _FILES}
+            same = {file: same_file(first / file, output / file) for file in _FILES}
             yield Row(way=name, wall_s=wall, processor_s=seconds, same=same)
 
     def _command(self, output: Path, *more: str) -> list[str]:
@@ -193,7 +193,8 @@ def _actor(driver: int) -> int:
     raise BenchmarkError("Ray has no actor of ours.")
 
 
-def _same(a: Path, b: Path) -> bool:
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two files are the same: databases in every row of every table, others to the byte."""
     if a.suffix == ".db":
         return _tables(a) == _tables(b)
     return a.read_bytes() == b.read_bytes()
