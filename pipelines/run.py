@@ -152,8 +152,8 @@ class RunFolder:
         self._read()
         self.claim(*self.makes, *self.writes)
 
-    def _read(self) -> None:
-        state = read_state(self.path)
+    def _read(self, *, tell: bool = True) -> None:
+        state = read_state(self.path, tell=tell)
         if state is None:
             if os.path.lexists(self.path / STATE):
                 raise OutputError(
@@ -176,7 +176,7 @@ class RunFolder:
         self._exit.enter_context(FolderLock(self.path, self.part.name if self.part else "run"))
         with contextlib.ExitStack() as undo:
             undo.push(self._exit)
-            self._read()  # another run may have ended meanwhile
+            self._read(tell=False)  # another run may have ended meanwhile
             if self.part is None:
                 self._begin()
             self._exit.enter_context(self._log())
@@ -552,7 +552,7 @@ def _fingerprint(path: Path, checksum: bool) -> list[int | None]:
 # ------------------------------------------------------------------------------------------- state
 
 
-def read_state(folder: Path) -> dict[str, Any] | None:
+def read_state(folder: Path, *, tell: bool = True) -> dict[str, Any] | None:
     """What runs before left in run.yaml, or in its copy where that is damaged; else None.
 
     Raises:
@@ -560,7 +560,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     """
     path, copy = folder / STATE, folder / HIDDEN / STATE
     state = _parsed(path)
-    if state is None and (state := _parsed(copy)) is not None:
+    if state is None and (state := _parsed(copy)) is not None and tell:
         logger.warning("%s is damaged; its copy %s is used.", path, copy)
     return state
 
@@ -580,8 +580,8 @@ def _parsed(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(state.setdefault("options", {}), dict):
         return None
-    if "stages" in state:  # of 0.1
-        return {**state, **_of_01(path.parent, state["options"])}
+    if isinstance(state.get("stages"), dict) and not (path.parent / HIDDEN / STATE).exists():
+        return {**state, **_of_01(path.parent, state["options"])}  # of 0.1
     begin, end = data.find(b"\nsteps:") + 1, data.rfind(b"checksum: ")
     whole = state.get("checksum") == zlib.crc32(data[begin:end])
     return state if whole and _harmless(state) else None

@@ -323,6 +323,8 @@ DAMAGED = {
     "empty": b"",
     "a list": b"- 1\n",
     "another shape": b"gim_hloc: 0.1.0\nsteps: [1]\npending: 5\nfiles: {}\n",
+    "0.1, which it is not": b"gim_hloc: 0.1.0\nstages: {}\n",
+    "stages": b"gim_hloc: 0.1.0\nstages: hello\nmap_notes: 5\n",
     "code": b'!!python/object/apply:os.system ["touch PWNED"]\n',
     "deep": b"[" * 20000,
 }
@@ -349,7 +351,8 @@ def test_damage_of_run_yaml_is_healed_by_its_copy_or_named(
     assert "its copy" in caplog.text
     for path in (out / "run.yaml", out / ".run/run.yaml"):
         damage(path)
-    expected = "no run made" if how == "gone" else "run.yaml is damaged or none of gim-hloc's"
+    named = how in ("gone", "0.1, which it is not")
+    expected = "no run made" if named else "run.yaml is damaged or none of gim-hloc's"
     with pytest.raises(OutputError, match=expected):
         folder(out)
     assert listed(out) == {**OLD, "export/0/p.ply": "points"}
