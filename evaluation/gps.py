@@ -18,9 +18,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from gim_hloc import colmap
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.pose import camera_centres, umeyama
+from gim_hloc.images import scan
 from gim_hloc.pairs.spatial import earth_centred_m, has_fix
 from gim_hloc.poses import Pose
 
@@ -98,9 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(GpsOptions, args=common.prog(argv))
 
     def run() -> int:
-        from gim_hloc import colmap
-        from gim_hloc.images import scan
-
         records = scan(options.images).images
         fixes = {r.name: r.exif.gps for r in records if r.exif.gps is not None}
         scores = evaluate(colmap.model_cameras(options.model), fixes)

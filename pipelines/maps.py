@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gim_hloc import colmap
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_files import find, open_h5, read
+from gim_hloc.images import focal_prior
 from gim_hloc.pairs.retrieval import strongest_first
 from gim_hloc.pipelines.run import read_state
 from gim_hloc.types import SparseEncoding
@@ -61,8 +63,6 @@ class SceneMap:
 
     def stamp(self) -> str:
         """Hash of poses, points and observations."""
-        from gim_hloc import colmap
-
         found = hashlib.sha256()
         arrays = [*colmap.point_positions(self.model)]
         for name, view in sorted(self.views.items()):
@@ -98,8 +98,6 @@ def open_map(
     Raises:
         InputError: there is no model, it has no points, or a given file is missing.
     """
-    from gim_hloc import colmap
-
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"There is no map {folder}.")
@@ -171,8 +169,6 @@ def _turns(folder: Path, state: Mapping[str, Any]) -> dict[str, int]:
 
 def shared_camera(scene: SceneMap, record: ImageRecord) -> CameraSpec | None:
     """The map's camera for an image: the only one of its size, if EXIF does not contradict."""
-    from gim_hloc.images import focal_prior
-
     cameras = scene.cameras_of_size(record.size)
     if not cameras:
         return None

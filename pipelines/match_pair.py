@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from gim_hloc import images, matchers
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
 from gim_hloc.options import FitOptions
+from gim_hloc.pipelines import _match_pictures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -213,7 +215,6 @@ def _load_matcher(
         if options:
             raise InputError(f"A loaded matcher has its options already; {min(options)} is new.")
         return matcher
-    from gim_hloc import matchers
 
     return matchers.load(matcher, quality=quality, device=device, **options)
 
@@ -225,8 +226,6 @@ def _match(
     fit_options: FitOptions | None,
     seconds: dict[str, float],
 ) -> MatchResult:
-    from gim_hloc import images
-
     with _timed(seconds, "read"):
         data = [
             images.load(record, matcher.image_options, mask=mask)
@@ -372,8 +371,6 @@ def _open_pair(a: Path, b: Path) -> tuple[ImageRecord, ImageRecord]:
 
 
 def _open(path: Path) -> ImageRecord:
-    from gim_hloc import images
-
     if not path.exists():
         raise InputError(f"There is no image {path}.")
     if not path.is_file():
@@ -505,8 +502,6 @@ _WRITERS = {"npz": _write_npz, "csv": _write_csv, "h5": _write_h5}
 
 
 def _write_pictures(result: MatchResult, folder: Path, base: str) -> list[Path]:
-    from gim_hloc.pipelines import _match_pictures
-
     drawn = {
         folder / f"{base}_match.png": _match_pictures.draw_matches(result),
         folder / f"{base}_warp.png": _match_pictures.draw_warp(result),

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gim_hloc import __version__
+from gim_hloc import __version__, colmap
+from gim_hloc.pipelines.report import CameraView, SceneView
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import PairVerification
@@ -33,9 +34,6 @@ def versions() -> dict[str, str]:
 
 def scene_view(model: Any) -> Any:
     """Points and cameras of a model for the report's 3D view."""
-    from gim_hloc import colmap
-    from gim_hloc.pipelines.report import CameraView, SceneView
-
     xyz, rgb, _, _ = colmap.points(model)
     cameras = []
     sizes = {c["id"]: (c["width"], c["height"]) for c in colmap.cameras_of(model)}
@@ -79,8 +77,6 @@ def build_report(
         notes: sentences for the user.
         confidence: of ``confidence_sums``.
     """
-    from gim_hloc import colmap
-
     of_image: dict[str, dict[str, int]] = {
         record.name: {
             "pairs": 0,

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gim_hloc import matchers, weights
 from gim_hloc.errors import InputError, OutputError
 
 LAST = "last.ckpt"
@@ -113,8 +114,6 @@ def published_name(model: str) -> str | None:
 
     Of the files of a matcher that is the one named after it; others are detectors and encoders.
     """
-    from gim_hloc import matchers
-
     if model not in matchers.names():
         return None
     files = matchers.describe(model).checkpoint
@@ -152,8 +151,6 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         InputError: there is no such file.
         WeightsError: it holds no weights.
     """
-    from gim_hloc import weights
-
     if not path.is_file():
         raise InputError(f"There is no file {path} to take weights from.")
     return dict(weights.load_state_dict(path))

@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gim_hloc.evaluation.zeb import protocol
+from gim_hloc.evaluation.zeb.metrics import auc, pose_errors
+from gim_hloc.evaluation.zeb.protocol import evaluate_pair
 from gim_hloc.training.batch import PairBatch
+from gim_hloc.training.data.truth import warp_points
 
 if TYPE_CHECKING:
     from gim_hloc.evaluation.zeb.protocol import Protocol
@@ -59,8 +63,6 @@ class PairResult:
 
 def make_protocol(threshold: float, confidence: float, max_iterations: int) -> Protocol:
     """Return the protocol of the reference's validation, by default 0.5 px and 0.999999."""
-    from gim_hloc.evaluation.zeb import protocol
-
     return protocol.make_protocol(
         "gim", threshold=threshold, confidence=confidence, max_iterations=max_iterations
     )
@@ -98,7 +100,6 @@ def match_errors(batch: PairBatch, index: int, match: Match) -> np.ndarray | Non
     """
     if not bool(batch.has_depth[index]):
         return None
-    from gim_hloc.training.data.truth import warp_points
 
     points0, points1, _ = match
     if not len(points0):
@@ -176,9 +177,6 @@ def judge(
     """
     pose_error = precision = math.nan
     if has_pose(batch, position):
-        from gim_hloc.evaluation.zeb.metrics import pose_errors
-        from gim_hloc.evaluation.zeb.protocol import evaluate_pair
-
         record = evaluate_pair(
             to_original(match[0], batch.to_original0[position]),
             to_original(match[1], batch.to_original1[position]),
@@ -216,8 +214,6 @@ def summarise(results: Iterable[PairResult]) -> dict[str, float]:
         share of matches or labels that had an error) where depth or labels are; ``matches`` (mean a
         pair) and ``pairs``. Shares are in [0, 1].
     """
-    from gim_hloc.evaluation.zeb.metrics import auc
-
     ordered = sorted(results, key=lambda r: r.index)
     figures: dict[str, float] = {}
     posed = [r for r in ordered if not math.isnan(r.pose_error)]

@@ -50,7 +50,7 @@ from gim_hloc.evaluation.benchmarks import measure
 from gim_hloc.evaluation.synthetic_dense import Scene, SceneOptions, SyntheticDense
 from gim_hloc.geometry.epipolar import distances, essential_matrix
 from gim_hloc.geometry.pose import relative_pose
-from gim_hloc.options import VerifyOptions
+from gim_hloc.options import RereadOptions, VerifyOptions
 from gim_hloc.tracks import anchored, base, quantized
 from gim_hloc.tracks.base import Pair, Tracks
 
@@ -563,8 +563,6 @@ def measure_sigma(options: BenchmarkOptions, sigma: float, folder: Path) -> list
 
 
 def _refinement(inputs: Inputs) -> Callable[[Any, set[int]], str]:
-    from gim_hloc.options import RereadOptions
-
     return lambda model, fixed: colmap.refine_by_warps(
         model, inputs.warp, inputs.pairs, options=RereadOptions(), fixed=fixed, threads=1
     )

@@ -40,6 +40,7 @@ from gim_hloc.files import write_atomic
 from gim_hloc.geometry.epipolar import distances, essential_matrix
 from gim_hloc.geometry.pose import relative_pose
 from gim_hloc.options import to_mapping
+from gim_hloc.poses import read_poses
 from gim_hloc.training.video.folder import VideoFolder
 from gim_hloc.training.video.labels import LabelTask
 from gim_hloc.training.video.masks import FrameMasks
@@ -631,8 +632,6 @@ def fox_truth(options: VideoLabels) -> Error:
         InputError: the data is not there.
     """
     import cv2
-
-    from gim_hloc.poses import read_poses
 
     folder = options.data / "fox"
     if not folder.is_dir():

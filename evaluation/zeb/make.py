@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gim_hloc import colmap
+from gim_hloc.colmap import pinhole, point_positions
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.evaluation.options import SEPARATOR, MakeOptions
 from gim_hloc.evaluation.zeb.datasets import (
@@ -37,6 +39,7 @@ from gim_hloc.evaluation.zeb.datasets import (
 )
 from gim_hloc.files import write_atomic
 from gim_hloc.geometry.pose import relative_pose
+from gim_hloc.images import SUFFIXES, read_rgb, scan
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, MapView
@@ -111,8 +114,6 @@ def make_set(
             not look at one place, or no pair in the range of overlaps.
         OutputError: the set or the scene exists already.
     """
-    from gim_hloc import colmap
-
     images = Path(images)
     folder = Path(output) / "zeb" / options.name.lower()
     described = _require_new(folder, options)
@@ -229,8 +230,6 @@ def file_stems(names: Iterable[str]) -> dict[str, str]:
     front. What then is the same for two images (case apart: some file systems do not tell it) gets
     a number.
     """
-    from gim_hloc.images import SUFFIXES
-
     stems: dict[str, str] = {}
     taken: set[str] = set()
     for name in sorted(names):
@@ -249,8 +248,6 @@ def file_stems(names: Iterable[str]) -> dict[str, str]:
 
 def _unusable(root: Path, views: Mapping[str, MapView], progress: bool) -> dict[str, str]:
     """Return what is wrong with images of the model, by name."""
-    from gim_hloc.images import scan
-
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise InputError(f"The image folder {root} {problem}.")
@@ -307,8 +304,6 @@ def _render(source: Path, frame: _Frame) -> bytes:
     """The image as the frame shows it, as the bytes of a PNG file."""
     import cv2
 
-    from gim_hloc.images import read_rgb
-
     pixels = cv2.cvtColor(read_rgb(source, upright=False), cv2.COLOR_RGB2BGR)
     if frame.places is not None:
         x, y = frame.places[..., 0], frame.places[..., 1]
@@ -361,8 +356,6 @@ class _Frames:
         return self._held[key]
 
     def _make(self, camera: CameraSpec) -> _Frame:
-        from gim_hloc.colmap import pinhole
-
         target, places = pinhole(camera)
         width, height = target.width, target.height
         scale = 1.0 if self._max_size is None else min(1.0, self._max_size / max(width, height))
@@ -475,8 +468,6 @@ def _hidden(
 def _model_clouds(model: Any, views: Sequence[MapView], cameras: _Cameras) -> _Clouds | None:
     """The points that each image observes; None if the model has none."""
     from scipy.sparse import csc_matrix
-
-    from gim_hloc.colmap import point_positions
 
     all_ids, positions = point_positions(model)
     if not len(all_ids):

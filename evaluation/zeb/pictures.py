@@ -23,12 +23,20 @@ from gim_hloc.errors import InputError, OutputError
 from gim_hloc.evaluation.options import PictureOptions
 from gim_hloc.evaluation.zeb import metrics
 from gim_hloc.evaluation.zeb.check import find_dumps
-from gim_hloc.evaluation.zeb.datasets import ZebPair, ZebSet, find_root, find_set, read_labels
+from gim_hloc.evaluation.zeb.datasets import (
+    ZebPair,
+    ZebSet,
+    find_root,
+    find_set,
+    read_labels,
+    set_folder,
+)
 from gim_hloc.evaluation.zeb.dumps import Dump, DumpRecord, parse_dump_name, read_pose_dump
 from gim_hloc.evaluation.zeb.predictions import Prediction, find_predictions
 from gim_hloc.evaluation.zeb.protocol import CORRECT, epipolar_distance
 from gim_hloc.evaluation.zeb.run import ZebSelection
 from gim_hloc.files import write_atomic
+from gim_hloc.images import read_rgb
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
@@ -156,8 +164,6 @@ def _columns(
     run: str | os.PathLike[str] | None,
 ) -> tuple[dict[str, list[_Column]], list[str]]:
     """The one or two dumps of each set, and what is wrong with others."""
-    from gim_hloc.evaluation.zeb.datasets import set_folder
-
     wanted = {set_folder(name) for name in sets}
     problems: list[str] = []
     found: dict[str, list[Dump]] = {}
@@ -376,8 +382,6 @@ def _panel(
 ) -> np.ndarray:
     """One matcher: lines of text, then image 0 above image 1 with the matches."""
     import cv2
-
-    from gim_hloc.images import read_rgb
 
     pictures, scales = [], []
     for name in (pair.image0, pair.image1):

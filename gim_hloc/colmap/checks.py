@@ -13,6 +13,8 @@ from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, connected_components, minimum_spanning_tree
 from scipy.spatial.transform import Rotation
 
+from gim_hloc.colmap.cameras import project
+
 # Points an image needs to count as placed: two places glued left images with 4 and 8, while 15
 # inliers are what the relaxed mapping registers on.
 MIN_POINTS = 10
@@ -238,8 +240,6 @@ def _sigma(residual_px: np.ndarray, unknowns: int) -> float:
 
 def _observations(model: Any, ids: Sequence[int], most: int = 300) -> _Observations:
     """Observations of the points that most of these images see, ``most`` points at most."""
-    from gim_hloc.colmap.cameras import project
-
     views: dict[int, list[tuple[int, Any]]] = {}
     for index, image_id in enumerate(ids):
         for point in model.image(image_id).points2D:

@@ -13,6 +13,9 @@ import pycolmap
 from gim_hloc.colmap.cameras import project, size_of
 from gim_hloc.colmap.model import statistics
 from gim_hloc.errors import some
+from gim_hloc.tracks import photometric
+from gim_hloc.tracks.photometric import TrackViews
+from gim_hloc.tracks.refine import read_again
 
 if TYPE_CHECKING:
     from gim_hloc.geometry.warp import Warp
@@ -120,8 +123,6 @@ def refine_tracks(
         scale: name -> pixels that the matcher saw for a stored one, at most 1 (the default).
     """
     import copy
-
-    from gim_hloc.tracks import photometric
 
     before = statistics(model)
     if not before["points"]:
@@ -280,8 +281,6 @@ def _restore(model: Any, original: Any) -> None:
 
 def _views(model: Any, images: Sequence[Any], ids: np.ndarray) -> tuple[Any, np.ndarray]:
     """All observations, and the row of each among its image's keypoints."""
-    from gim_hloc.tracks.photometric import TrackViews
-
     index_of = {int(point_id): i for i, point_id in enumerate(ids)}
     track, image_index, xy, rows = [], [], [], []
     for index, image in enumerate(images):
@@ -305,8 +304,6 @@ def _patch_shapes(
     options: PhotometricOptions,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reference row of each track, and (K, 2, 2) shape of its patch in every observation."""
-    from gim_hloc.tracks import photometric
-
     xyz = np.array([model.points3D[int(i)].xyz for i in ids])
     poses = [np.asarray(image.cam_from_world().matrix()) for image in images]
     centres = np.array([-pose[:, :3].T @ pose[:, 3] for pose in poses])
@@ -372,8 +369,6 @@ def refine_by_warps(
         A sentence for the log.
     """
     import copy
-
-    from gim_hloc.tracks.refine import read_again
 
     before = statistics(model)
     if not before["points"]:

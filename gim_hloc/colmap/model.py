@@ -16,6 +16,7 @@ import pycolmap
 from gim_hloc.colmap.cameras import CameraSpec, camera_key, camera_spec
 from gim_hloc.colmap.model_files import check_model, image_lines
 from gim_hloc.errors import InputError, OutputError
+from gim_hloc.poses import similarity
 
 if TYPE_CHECKING:
     from gim_hloc.poses import Pose
@@ -377,8 +378,6 @@ def write_models(models: Sequence[Any], folder: Path) -> list[Path]:
 
 def align(model: Any, poses: Mapping[str, Pose]) -> None:
     """Move a model as a whole to where known poses are."""
-    from gim_hloc.poses import similarity
-
     found = similarity(poses_of(model), poses)
     if found is not None:
         scale, rotation, translation = found

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gim_hloc import colmap
 from gim_hloc.errors import InputError
 from gim_hloc.options import options
 from gim_hloc.training.data.posed import PosedOptions, PosedViews, View
@@ -39,8 +40,6 @@ def open_colmap(options: ColmapOptions) -> PosedViews:
     Raises:
         InputError: a part is missing, a camera has distortion, or no pair overlaps.
     """
-    from gim_hloc import colmap
-
     root = Path(options.root)
     model = options.model or next(
         (root / m for m in _MODELS if any((root / m / f).is_file() for f in _MODEL_FILES)), None

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.images import read_rgb
+from gim_hloc.images import open_stored, read_rgb
 from gim_hloc.options import options
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.depth_maps import MILLIMETRES, read_depth
@@ -224,8 +224,6 @@ def _stored_size(path: Path) -> tuple[int, int]:
     Raises:
         InputError: it is missing or damaged.
     """
-    from gim_hloc.images import open_stored
-
     try:
         image = open_stored(path.read_bytes())
     except (OSError, ValueError, SyntaxError) as error:

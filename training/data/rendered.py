@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.images import SUFFIXES, read_rgb
 from gim_hloc.options import Count, options
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import PairSource, SourceOptions
@@ -436,8 +437,6 @@ def _texture_pool(seed: int, folder: Path | None) -> tuple[tuple[np.ndarray, ...
         made = (make_texture(np.random.default_rng([seed, k])) for k in range(_TEXTURES))
         return tuple(tuple(pyramid(texture)) for texture in made)
     import cv2
-
-    from gim_hloc.images import SUFFIXES, read_rgb
 
     paths = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
     if not paths:

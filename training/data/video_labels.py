@@ -21,6 +21,8 @@ from gim_hloc.images import read_rgb
 from gim_hloc.options import options
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import PairSource, SourceOptions
+from gim_hloc.training.video.folder import VideoFolder
+from gim_hloc.training.video.frames import on_grid, open_source
 from gim_hloc.training.video.propagated import PropagatedStore
 
 _VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
@@ -62,10 +64,7 @@ class Frames:
             InputError: the frame is not there or damaged.
         """
         if self._numbered:
-            from gim_hloc.training.video.folder import VideoFolder
-
             return read_rgb(VideoFolder(self.path).frame_path(index), upright=False)
-        from gim_hloc.training.video.frames import on_grid, open_source
 
         if self._source is None:
             self._source = open_source(self.path)

@@ -30,6 +30,7 @@ from gim_hloc.pickles import read_npz
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import SourceOptions
 from gim_hloc.training.data.video_labels import VideoOptions, VideoPairs, wanted_videos
+from gim_hloc.training.video.frames import open_source
 
 _NAME = re.compile(r"(\d+)_(\d+)\.npy")
 _LATE = 1e-6  # s: rounding of a time stamp
@@ -141,7 +142,6 @@ class _Frames:
         if self.path.is_dir():
             rgb = read_rgb(self.path / f"{index}.png", upright=False)
             return np.ascontiguousarray(rgb[:, :, ::-1]) if self._exchanged else rgb
-        from gim_hloc.training.video.frames import open_source
 
         if self._source is None:
             self._source = open_source(self.path)

@@ -29,6 +29,7 @@ from gim_hloc.training.video._show_pictures import (
 )
 from gim_hloc.training.video.options import ShowOptions
 from gim_hloc.training.video.propagated import PropagatedStore, StartRecord, VideoFacts
+from gim_hloc.training.video.propagation import FILE_NAME
 
 if TYPE_CHECKING:
     from gim_hloc.training.video.folder import VideoFolder
@@ -187,7 +188,6 @@ def show_folder(
         InputError: as `show`; the labels were not propagated.
         OutputError: as `show`.
     """
-    from gim_hloc.training.video.propagation import FILE_NAME
 
     def read(index: int) -> np.ndarray | None:
         return _read_frame(video.frame_path(index))
