@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -301,15 +300,3 @@ def _run_schedule(
         finally:
             left[:] = [pair for pair in left if pair not in matched]
             report.encoded += pool.encoded
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Elapsed wall time in seconds."""
-        return time.perf_counter() - self._start

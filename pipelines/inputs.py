@@ -17,6 +17,7 @@ import numpy as np
 from gim_hloc import colmap, engine, matchers
 from gim_hloc import images as image_module
 from gim_hloc import poses as pose_module
+from gim_hloc.clock import Stopwatch, timed
 from gim_hloc.colmap.export import FILES
 from gim_hloc.errors import InputError, some
 from gim_hloc.masks import MaskFolder
@@ -27,7 +28,7 @@ from gim_hloc.pairs.retrieval import Lazy
 from gim_hloc.pairs.select import Selection, plan, select
 from gim_hloc.pipelines.extension import Extension, gather
 from gim_hloc.pipelines.imported import ImportedMatcher
-from gim_hloc.pipelines.matching import Loader, Photographs
+from gim_hloc.pipelines.matching import Photographs
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import versions
 from gim_hloc.pipelines.run import (
@@ -155,7 +156,7 @@ class Inputs:
 
     def _scan(self) -> None:
         options = self.options
-        with self.folder.timed("scan"):
+        with timed(self.folder.timings, "scan"):
             self.image_set: ImageSet = image_module.scan(
                 self.root,
                 min_size=options.min_image_size,
@@ -299,7 +300,7 @@ class Inputs:
         if options.features is not None and options.matches is not None:
             self.imported = self.matcher = ImportedMatcher(options.features, options.matches)
         else:
-            self.loader = Loader(options.matcher, options.quality, self._overrides())
+            self.loader = matchers.Loader(options.matcher, options.quality, self._overrides())
             self.matcher = self.loader.load(device)
         self.linker: Linker = linker_for(
             self.matcher, options.tracks, anchored=options.anchored, quantized=options.quantized
@@ -341,7 +342,7 @@ class Inputs:
         options = self.options
         name = matchers.choose_detector(options.anchors)
         count = options.max_keypoints
-        self.detector_loader = Loader(
+        self.detector_loader = matchers.Loader(
             name, options.quality, {} if count is None else {"max_keypoints": count}
         )
         detector = self.detector_loader.load(device)
@@ -385,14 +386,14 @@ class Inputs:
     def estimate(self) -> dict[str, Any]:
         """Time two images and one pair, and tell what the whole will take."""
         two = self.names[:2]
-        watch = engine.Stopwatch()
+        watch = Stopwatch()
         encodings = dict(
             engine.encode(
                 self.matcher, two, lambda n: self.photographs.read(n, self.matcher.image_options)
             )
         )
         per_image = watch.seconds / 2
-        watch = engine.Stopwatch()
+        watch = Stopwatch()
         self.matcher.match_batch([(encodings[two[0]], encodings[two[1]])])
         per_pair = watch.seconds
         pairs, exact = self._expected_pairs()

@@ -22,6 +22,7 @@ import numpy as np
 
 from gim_hloc import colmap, engine, matchers
 from gim_hloc import images as image_module
+from gim_hloc.clock import Stopwatch, timed
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
@@ -40,7 +41,6 @@ from gim_hloc.pipelines.maps import (
 from gim_hloc.pipelines.matching import (
     EncodeTask,
     Entry,
-    Loader,
     MatchTask,
     Photographs,
     pair_name,
@@ -307,7 +307,7 @@ class _Localization:
     # ------------------------------------------------------------------------------------- order
 
     def run(self) -> LocalizeResult:
-        watch = engine.Stopwatch()
+        watch = Stopwatch()
         self._check_folders()
         self._scan()
         self.guessed, self.sharing = self._cameras()
@@ -400,11 +400,11 @@ class _Localization:
 
     def _scan(self) -> None:
         options = self.options
-        with self.folder.timed("map"):
+        with timed(self.folder.timings, "map"):
             self.map: SceneMap = open_map(
                 self.map_folder, features=options.features, images=options.images
             )
-        with self.folder.timed("scan"):
+        with timed(self.folder.timings, "scan"):
             self.image_set = image_module.scan(
                 self.root,
                 min_size=options.min_image_size,
@@ -499,7 +499,7 @@ class _Localization:
             overrides.setdefault("max_keypoints", keypoints)
         self.where = options.where
         device = self.where.devices[0] if self.where.devices else options.device
-        self.loader = Loader(name, quality, overrides)
+        self.loader = matchers.Loader(name, quality, overrides)
         self.matcher: Matcher[Any] = self.loader.load(device)
         self.linker: Linker = linker_for(self.matcher)
         self.detector: Matcher[SparseEncoding] | None = None if free else self.matcher
@@ -537,7 +537,7 @@ class _Localization:
             if theirs is not None and matchers.describe(theirs).has_keypoints:
                 name = theirs
             count = made.get("max_keypoints")
-            self.detector_loader = Loader(
+            self.detector_loader = matchers.Loader(
                 name, self.quality, {} if count is None else {"max_keypoints": count}
             )
             self.detector = self.detector_loader.load(device)
@@ -877,7 +877,7 @@ class _Localization:
         self.points, self.positions = colmap.point_positions(self.map.model)
         self.cameras = dict(self.guessed)
         if self.sharing:
-            with self.folder.timed("cameras"):
+            with timed(self.folder.timings, "cameras"):
                 self._share_cameras(of_query)
         self.results: dict[str, QueryResult] = {}
         with self._bar(len(self.names), "Locate", "queries") as bar:

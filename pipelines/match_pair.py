@@ -9,9 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from gim_hloc import images, matchers
+from gim_hloc.clock import timed
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
@@ -26,8 +25,6 @@ from gim_hloc.options import FitOptions
 from gim_hloc.pipelines import _match_pictures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from gim_hloc.geometry.warp import Warp
     from gim_hloc.images import ImageRecord
     from gim_hloc.types import ImageData, Matcher, Quality
@@ -197,13 +194,13 @@ def match(
         WeightsError: the matcher's weights are missing.
     """
     seconds: dict[str, float] = {}
-    with _timed(seconds, "read"):
+    with timed(seconds, "read"):
         records = _open_pair(Path(a), Path(b))
         masks = [
             _read_mask(mask, record, mask_erode)
             for mask, record in zip((mask0, mask1), records, strict=True)
         ]
-    with _timed(seconds, "load"):
+    with timed(seconds, "load"):
         loaded = _load_matcher(matcher, quality, device, options)
     return _match(loaded, records, masks, fit, seconds)
 
@@ -226,14 +223,14 @@ def _match(
     fit_options: FitOptions | None,
     seconds: dict[str, float],
 ) -> MatchResult:
-    with _timed(seconds, "read"):
+    with timed(seconds, "read"):
         data = [
             images.load(record, matcher.image_options, mask=mask)
             for record, mask in zip(records, masks, strict=True)
         ]
-    with _timed(seconds, "encode"):
+    with timed(seconds, "encode"):
         one, two = (matcher.encode(image) for image in data)
-    with _timed(seconds, "match"):
+    with timed(seconds, "match"):
         matches = matcher.match(one, two)
         keypoints0, keypoints1, scores = (
             np.asarray(values.detach().cpu(), dtype=np.float32)
@@ -241,7 +238,7 @@ def _match(
         )
     fitted = None
     if fit_options is not None:
-        with _timed(seconds, "fit"):
+        with timed(seconds, "fit"):
             scale0, scale1 = (_scale(image) for image in data)
             fitted = fit_geometry(keypoints0, keypoints1, fit_options, scale0=scale0, scale1=scale1)
     features = indices = None
@@ -343,13 +340,6 @@ def _usac(method: Any, *args: Any, **kwargs: Any) -> tuple[np.ndarray | None, np
 def _scale(image: ImageData) -> float:
     """Stored pixels a network pixel, at least 1."""
     return max(1.0, float(np.sqrt(abs(np.linalg.det(image.to_original[:, :2])))))
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------------------ inputs

@@ -28,7 +28,7 @@ from gim_hloc.options import AnchoredOptions, QuantizedOptions
 from gim_hloc.pipelines.run import RunFolder
 from gim_hloc.store import H5Store, digest, read_encoding, scored_rows
 from gim_hloc.tracks.linker import ImagePoints, Kind, linker_for
-from gim_hloc.types import ImageData, ImageOptions, Matcher, Quality, SparseEncoding
+from gim_hloc.types import ImageData, ImageOptions, SparseEncoding
 
 logger = logging.getLogger(__name__)
 
@@ -87,32 +87,11 @@ class Readable(Protocol):
         ...
 
 
-@dataclass
-class Loader:
-    """How to make a matcher. What it made stays here and does not travel."""
-
-    name: str
-    quality: Quality
-    overrides: Mapping[str, Any]
-    _made: dict[str, Matcher] = field(default_factory=dict, repr=False, compare=False)
-
-    def load(self, device: str) -> Matcher:
-        """The matcher on a device."""
-        if device not in self._made:
-            self._made[device] = matchers.load(
-                self.name, quality=self.quality, device=device, **self.overrides
-            )
-        return self._made[device]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_made": {}}
-
-
 @dataclass(frozen=True)
 class EncodeTask:
     """Encode images of their names."""
 
-    loader: Loader
+    loader: matchers.Loader
     photographs: Photographs
     threads: int
 
@@ -161,7 +140,7 @@ class MatchTask:
         report: of what was done in this process.
     """
 
-    loader: Loader
+    loader: matchers.Loader
     photographs: Readable
     stored: Callable[[str], SparseEncoding]
     tracks: Kind = "anchored"

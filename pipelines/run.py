@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import sys
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ import yaml
 from tqdm import tqdm
 
 from gim_hloc import __version__, images
+from gim_hloc.clock import timed
 from gim_hloc.colmap.export import FILES
 from gim_hloc.errors import GimError, InputError, OutputError, some
 from gim_hloc.files import write_atomic
@@ -398,7 +398,7 @@ class RunFolder:
         names = [step.name for step in steps]
         for asked in (again, until):
             if asked is not None and asked not in names:
-                raise InputError(f"There is no step {asked!r} in this run; there are {names}.")
+                raise InputError(f"There is no step {asked!r} here; there are {', '.join(names)}.")
         redone = names[names.index(again) :] if again else []
         for name, entry in self.steps.items():
             if name.split()[0] in redone:  # "export ply" is of export
@@ -406,7 +406,7 @@ class RunFolder:
         ahead = deque(steps)
         while ahead:
             step = ahead.popleft()
-            with self.timed(step.name):
+            with timed(self.timings, step.name):
                 more = list(step.run() or ())
             self.save()
             ahead.extendleft(reversed(more))
@@ -445,15 +445,6 @@ class RunFolder:
         """Say something to the user now and in the report."""
         logger.warning("%s", sentence)
         self.notes.append(sentence)
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a timing."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
     @contextlib.contextmanager
     def _log(self) -> Iterator[None]:

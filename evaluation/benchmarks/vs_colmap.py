@@ -21,7 +21,7 @@ import tyro
 from gim_hloc import colmap
 from gim_hloc import images as image_module
 from gim_hloc.cli import common
-from gim_hloc.engine import Stopwatch
+from gim_hloc.clock import Stopwatch
 from gim_hloc.evaluation.benchmarks.measure import machine
 from gim_hloc.evaluation.sfm import evaluate
 from gim_hloc.options import CameraOptions

@@ -20,8 +20,7 @@ import hashlib
 import logging
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from gim_hloc import cache, engine, weights, workers
 from gim_hloc.cache import Cache
+from gim_hloc.clock import timed
 from gim_hloc.errors import LockedError
 from gim_hloc.evaluation.options import EvaluationOptions, RunOptions
 from gim_hloc.evaluation.zeb.datasets import (
@@ -63,7 +63,7 @@ from gim_hloc.evaluation.zeb.protocol import (
 )
 from gim_hloc.evaluation.zeb.task import MatchTask, Names
 from gim_hloc.lock import FolderLock
-from gim_hloc.matchers import registry
+from gim_hloc.matchers import Loader, registry
 from gim_hloc.types import ImageData, ImageOptions, Matcher, MatcherInfo
 
 logger = logging.getLogger(__name__)
@@ -132,15 +132,6 @@ class RunReport:
         """Tell of a problem, now and at the end."""
         logger.warning("%s", problem)
         self.problems.append(problem)
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the time of the block."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 # --------------------------------------------------------------------------------------------- sets
@@ -359,7 +350,7 @@ def run_selections(
     index, count = options.part
     report = RunReport()
     with (
-        report.timed("total"),
+        timed(report.seconds, "total"),
         FolderLock(output, f"shard-{index}-of-{count}" if count > 1 else "run"),
     ):
         for selection in selections:
@@ -370,19 +361,18 @@ def run_selections(
                 )
         keys = [selection.keys() for selection in selections]
         for name in options.matchers:
+            overrides = reference_options(name) if reference_settings else {}
             task = MatchTask(
-                name,
-                options.quality,
-                reference_options(name) if reference_settings else {},
+                Loader(name, options.quality, overrides),
                 batch_size=options.batch_size,
                 cache_gb=options.cache_gb,
             )
             where = options.where
-            matcher = task.load((*where.devices, where.device)[0])
+            matcher = task.loader.load((*where.devices, where.device)[0])
             stem, settings = settings_stem(name, matcher_settings(matcher))
             info = matcher.info
             if where.devices or where.engine == "ray":  # the work is done elsewhere
-                task.loaded.clear()
+                task.loader.made.clear()
                 del matcher
             with opened(output, stem, settings, options.part) as kept:
                 elsewhere = _known(output / FOLDER / f"{stem}.db") if count > 1 else set()
@@ -456,7 +446,7 @@ class _Job:
         images: Any = dataclasses.replace(self.selection, pairs=(), bad=())
         where = self.options.where
         chunks = 1 if where.count == 1 else _CHUNKS * where.count
-        with bar, self.report.timed("match"):
+        with bar, timed(self.report.seconds, "match"):
             workers.run(
                 dataclasses.replace(self.task, images=images),
                 list(left),
@@ -507,7 +497,7 @@ class _Job:
             prediction = Prediction.from_arrays(arrays)
             return [self.selection.evaluate(prediction, pair, p, self.info) for p in missing]
 
-        with self._bar(len(left), "judged") as bar, self.report.timed("judge"):
+        with self._bar(len(left), "judged") as bar, timed(self.report.seconds, "judge"):
             judged = engine.in_threads(work, left, workers=workers.usable_cores())
             for (pair, missing), records in judged:
                 for protocol, record in zip(missing, records, strict=bool(records)):

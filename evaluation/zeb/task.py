@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gim_hloc import engine
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.zeb.predictions import Prediction
-from gim_hloc.matchers import registry
+from gim_hloc.matchers import Loader
 from gim_hloc.tolerant import TolerantMatcher, Unusable
-from gim_hloc.types import Encoding, ImageData, ImageOptions, Matcher, Matches, Quality
+from gim_hloc.types import Encoding, ImageData, ImageOptions, Matches
 
 Names = tuple[str, str]
 
@@ -28,39 +28,22 @@ class MatchTask:
     """Match pairs of names; what cannot be matched gives the reason.
 
     Attributes:
-        name: of the matcher.
-        quality: its operating point.
-        overrides: more of its options.
+        loader: of the matcher.
         images: what it matches; must be picklable.
         batch_size: pairs a network call; 0 chooses.
         cache_gb: memory for encodings, 10^9 bytes; None chooses.
-        loaded: matchers by device; they stay in their process.
     """
 
-    name: str
-    quality: Quality
-    overrides: Mapping[str, Any]
+    loader: Loader
     images: Images | None = None
     batch_size: int = 0
     cache_gb: float | None = None
-    loaded: dict[str, Matcher] = field(default_factory=dict, repr=False, compare=False)
-
-    def load(self, device: str) -> Matcher:
-        """The matcher, loaded once."""
-        if device not in self.loaded:
-            self.loaded[device] = registry.load(
-                self.name, quality=self.quality, device=device, **self.overrides
-            )
-        return self.loaded[device]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "loaded": {}}
 
     def open(
         self, device: str
     ) -> Callable[[Sequence[Names]], Iterator[tuple[Names, Prediction | str]]]:
         """Load the matcher."""
-        matcher, images = self.load(device), self.images
+        matcher, images = self.loader.load(device), self.images
         assert images is not None
 
         tolerant = TolerantMatcher(matcher)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from gim_hloc.matchers.common import MatcherBase
 from gim_hloc.matchers.registry import (
+    Loader,
     choose_detector,
     describe,
     load,
@@ -33,6 +34,7 @@ __all__ = [
     "ImageData",
     "ImageOptions",
     "Kind",
+    "Loader",
     "Matcher",
     "MatcherBase",
     "MatcherInfo",

@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, get_args, overload
 
 from gim_hloc import weights
@@ -82,6 +82,27 @@ def load(
         factory = getattr(importlib.import_module(module), attribute)
     matcher: Matcher = factory(quality=quality, device=device, **overrides)
     return matcher
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How to make a matcher: what travels to workers. What it made stays in its process."""
+
+    name: str
+    quality: Quality
+    overrides: Mapping[str, Any]
+    made: dict[str, Matcher] = field(default_factory=dict, repr=False, compare=False)
+
+    def load(self, device: str) -> Matcher:
+        """The matcher on a device, made once."""
+        if device not in self.made:
+            self.made[device] = load(
+                self.name, quality=self.quality, device=device, **self.overrides
+            )
+        return self.made[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "made": {}}
 
 
 def load_sparse(
