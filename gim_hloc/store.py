@@ -241,16 +241,9 @@ class H5Store:
         """Take over what a part of an array job left in its cache; the number of entries."""
         return self._cache.merge(path)
 
-    def unused(self) -> int:
-        """Number of entries in the cache that are none of those asked for or put here."""
-        return len(set(self._cache.keys()) - self._used())
-
-    def prune(self) -> int:
-        """Remove these entries; their number."""
-        return self._cache.prune(self._used())
-
-    def _used(self) -> set[str]:
-        return {self._key(name, source) for name, source in self._sources.items()}
+    def kept(self) -> tuple[cache.Cache, set[str]]:
+        """The cache, and the keys in it that were asked for or put here."""
+        return self._cache, {self._key(name, source) for name, source in self._sources.items()}
 
     def close(self) -> None:
         """Close all files."""

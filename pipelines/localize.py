@@ -46,6 +46,7 @@ from gim_hloc.pipelines.matching import (
     pair_name,
     spread,
     take_parts,
+    tell_kept,
 )
 from gim_hloc.pipelines.options import LocalizeOptions
 from gim_hloc.pipelines.outcome import versions
@@ -335,9 +336,11 @@ class _Localization:
                 if self.part is not None:
                     self._do_part(self.part)
                     return LocalizeResult(output=self.output, queries={}, model=None, report={})
-                self.folder.go(
-                    self.steps(), again=self.options.start, until=self.options.stop_after
-                )
+                options = self.options
+                self.folder.go(self.steps(), again=options.start, until=options.stop_after)
+                if options.stop_after is None:
+                    stores = (self.features, self.matches, self.poses)
+                    tell_kept([store.kept() for store in stores], prune=options.prune)
             finally:
                 for store in (self.features, self.matches, self.poses):
                     store.close()
@@ -1141,8 +1144,7 @@ class _Localization:
         """Map and localised queries as one COLMAP model."""
         good = [r for r in self.results.values() if r.localized]
         self.model_names: dict[str, str] = {}
-        if not good:
-            self.folder.drop("model")
+        if not good:  # what an earlier run found stays
             return
         model = colmap.read_model(self.map.model_folder)
         taken = {image.name for image in model.images.values()}
@@ -1179,6 +1181,8 @@ class _Localization:
         self.model = self.output / "sparse"
 
     def _report(self) -> None:
+        if self.model is None and (self.output / "sparse").exists():
+            self.folder.note("poses.txt and sparse/ are still those of the run before.")
         results = [self.results[name] for name in self.names]
         results += [
             QueryResult(name=r.name, status=r.reason, reason=f"{r.reason}: {r.detail}")
@@ -1245,7 +1249,8 @@ class _Localization:
         text = json.dumps(report, indent=1, ensure_ascii=False)
         write_atomic(self.output / "report.json", text + "\n")
         write_atomic(self.output / "report.txt", format_table(results))
-        write_atomic(self.output / "poses.txt", format_poses(results))
+        if self.model is not None or not (self.output / "poses.txt").exists():
+            write_atomic(self.output / "poses.txt", format_poses(results))
         self.report = report
 
 

@@ -243,3 +243,22 @@ def take_parts(folder: RunFolder, stores: Mapping[str, H5Store | Cache]) -> None
         shutil.rmtree(part)
     if taken:
         logger.info("Took over %d results of parts of the run", taken)
+
+
+def tell_kept(kept: Sequence[tuple[Cache, set[str]]], *, prune: bool) -> None:
+    """Say how much is kept for later runs, or remove what this one did not use.
+
+    Args:
+        kept: caches, and the keys in them that a whole run used.
+        prune: remove all others.
+    """
+    if prune:
+        removed = sum(cache.prune(used) for cache, used in kept)
+        logger.info("Removed %d entries that this run did not use", removed)
+    unused = sum(len(set(cache.keys()) - used) for cache, used in kept)
+    size = sum(cache.path.stat().st_size for cache, _ in kept if cache.path.exists())
+    logger.info(
+        "Kept for later runs: %.0f MB (*.cache)%s",
+        size / 1e6,
+        f", {unused} entries of other settings or images (--prune removes them)" if unused else "",
+    )

@@ -65,6 +65,7 @@ class Modelling:
         if inputs.part is None and (self.options.overwrite or self.options.again("verify")):
             remove_cache(cache_file)
         self.geometries = Cache(cache_file)
+        self._keys: dict[Pair, str] = {}  # pair -> key of what verification found of it
         self.cameras = inputs.cameras
         self.verified: list[PairVerification] = []
         self.models: list[Path] = []
@@ -72,6 +73,10 @@ class Modelling:
         self.left_model: dict[str, str] = {}
         self.intrinsics: list[dict[str, dict[str, Any]]] = []
         self.failure: GimError | None = None
+
+    def kept(self) -> tuple[Cache, set[str]]:
+        """The cache of verification, and the keys in it that this run used."""
+        return self.geometries, set(self._keys.values())
 
     # ------------------------------------------------------------------------------------ verify
 
@@ -103,7 +108,7 @@ class Modelling:
             scale=self.inputs.scale(),
         )
         settings = [self.matching.matches.stamp, verification.settings()]
-        keys = {
+        keys = self._keys = {
             pair: digest([settings, self._match_source(pair), verification.pair_facts(*pair)])
             for pair in pairs
         }

@@ -22,7 +22,7 @@ from gim_hloc import images as image_module
 from gim_hloc.options import CameraOptions, replace, to_mapping
 from gim_hloc.pipelines.correspondences import Correspondences
 from gim_hloc.pipelines.inputs import Inputs
-from gim_hloc.pipelines.matching import pair_name, take_parts
+from gim_hloc.pipelines.matching import pair_name, take_parts, tell_kept
 from gim_hloc.pipelines.modelling import Modelling
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import build_report, confidence_sums, scene_view, versions
@@ -170,7 +170,9 @@ class _Reconstruction:
                     step.run()
             return ReconstructResult(output=inputs.output)
         inputs.folder.go(self.steps(), again=options.start, until=options.stop_after)
-        self._tell_kept()
+        if options.stop_after is None:  # else much is not asked for yet
+            kept = [store.kept() for store in self.matching.stores()]
+            tell_kept([*kept, self.modelling.kept()], prune=options.prune)
         if self.modelling.failure is not None:
             raise self.modelling.failure
         return ReconstructResult(
@@ -260,21 +262,4 @@ class _Reconstruction:
             self.matching.keypoints[a][rows[:, 0]],
             self.matching.keypoints[b][rows[:, 1]],
             inlier,
-        )
-
-    def _tell_kept(self) -> None:
-        """Say how much is kept for later runs, or remove what this one did not use."""
-        stores = self.matching.stores()
-        if self.inputs.options.prune:
-            removed = sum(store.prune() for store in stores)
-            logger.info("Removed %d entries that this run did not use", removed)
-        unused = sum(store.unused() for store in stores)
-        caches = [*(store.cache_file for store in stores), self.modelling.geometries.path]
-        size = sum(path.stat().st_size for path in caches if path.exists())
-        logger.info(
-            "Kept for later runs: %.0f MB (*.cache)%s",
-            size / 1e6,
-            f", {unused} entries of other settings or images (--prune removes them)"
-            if unused
-            else "",
         )

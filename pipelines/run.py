@@ -398,7 +398,9 @@ class RunFolder:
         names = [step.name for step in steps]
         for asked in (again, until):
             if asked is not None and asked not in names:
-                raise InputError(f"There is no step {asked!r} here; there are {', '.join(names)}.")
+                raise InputError(
+                    f"There is no step {asked!r} in this run; there are {', '.join(names)}."
+                )
         redone = names[names.index(again) :] if again else []
         for name, entry in self.steps.items():
             if name.split()[0] in redone:  # "export ply" is of export

@@ -334,6 +334,22 @@ def test_exif_is_refined(place: Path, tmp_path: Path) -> None:
     assert run(place, tmp_path / "zoom", queries).queries[QUERIES[0]].intrinsics == "exif"
 
 
+def test_a_run_that_finds_no_pose_leaves_those_of_the_run_before(
+    place: Path, tmp_path: Path
+) -> None:
+    run(place, tmp_path / "out")
+    kept = {
+        p: p.read_bytes()
+        for p in [tmp_path / "out/poses.txt", *(tmp_path / "out/sparse").iterdir()]
+    }
+    with pytest.raises(MappingError):
+        run(place, tmp_path / "out", min_inliers=1000)
+    assert {path: path.read_bytes() for path in kept} == kept
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    assert report["model"] is None
+    assert any("still those of the run before" in note for note in report["notes"])
+
+
 def test_failures_are_explained(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

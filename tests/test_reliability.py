@@ -28,8 +28,10 @@ from synthetic import INTRINSICS
 import gim_hloc
 from gim_hloc import colmap
 from gim_hloc import images as image_module
+from gim_hloc.cache import Cache
 from gim_hloc.colmap.export import export_model
 from gim_hloc.errors import GimError, InputError, MappingError, OutputError
+from gim_hloc.options import VerifyOptions
 from gim_hloc.pipelines import modelling
 from gim_hloc.pipelines.run import RunFolder
 
@@ -365,11 +367,22 @@ def test_lists_folders_and_options_that_change_back_cost_nothing(
     assert_whole(out, place)
 
 
+def len_of(path: Path) -> int:
+    """Entries of a cache."""
+    with Cache(path) as cache:
+        return len(cache)
+
+
 def test_prune_removes_what_nothing_uses(out: Path, place: Path) -> None:
     run(place / "images", out, matcher_options=("version=3",), stop_after="match")
-    size = (out / "features.cache").stat().st_size
+    run(place / "images", out, verify=VerifyOptions(max_error=3.0), stop_after="verify")
+    kept = ("features.cache", "matches.cache", "database.cache")
+    counts = [len_of(out / name) for name in kept]
+    assert counts == [2 * len(NAMES), 2 * PAIRS, 2 * PAIRS]
+    run(place / "images", out, prune=True, stop_after="encode")  # has not asked for the rest yet
+    assert [len_of(out / name) for name in kept] == counts
     run(place / "images", out, prune=True)
-    assert (out / "features.cache").stat().st_size < size
+    assert [len_of(out / name) for name in kept] == [len(NAMES), PAIRS, PAIRS]
     run(place / "images", out)
     assert FakeMatcher.calls == []
     assert_whole(out, place)
@@ -422,8 +435,14 @@ def test_an_image_that_changes_during_the_run_is_noticed(
 
 
 def test_a_resume_decodes_no_image(out: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_module, "_probe", lambda *_: pytest.fail("decoded again"))
+    decoded: list[bytes] = []
+    probe = image_module._probe
+    monkeypatch.setattr(image_module, "_probe", lambda data: decoded.append(data) or probe(data))
     run(place / "images", out)
+    assert decoded == []
+    (out / ".run/images.json").unlink()
+    run(place / "images", out)
+    assert len(decoded) == len(NAMES)
 
 
 def test_touched_and_moved_images_are_the_same(
