@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pycolmap
-from scipy.sparse import coo_matrix, csr_matrix
-from scipy.sparse.csgraph import breadth_first_order, connected_components, minimum_spanning_tree
-from scipy.spatial.transform import Rotation
+import scipy  # its packages are loaded when they are used
 
 from gim_hloc.colmap.cameras import project
 
@@ -107,7 +105,9 @@ def shared_points(model: Any) -> tuple[list[int], np.ndarray]:
     column = {point: k for k, point in enumerate(points)}
     rows = np.repeat(np.arange(len(ids)), [len(seen[i]) for i in ids])
     columns = [column[p] for i in ids for p in seen[i]]
-    sees = csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(ids), len(points)))
+    sees = scipy.sparse.csr_matrix(
+        (np.ones(len(rows)), (rows, columns)), shape=(len(ids), len(points))
+    )
     shared = (sees @ sees.T).toarray()
     np.fill_diagonal(shared, 0)
     return ids, shared
@@ -123,7 +123,9 @@ def split_at_weak_joints(model: Any, notes: list[str]) -> list[Any]:
         return [model]
     ids, shared = shared_points(model)
     with np.errstate(divide="ignore"):
-        tree = -minimum_spanning_tree(coo_matrix(np.where(shared > 0, -shared, 0))).tocoo()
+        tree = -scipy.sparse.csgraph.minimum_spanning_tree(
+            scipy.sparse.coo_matrix(np.where(shared > 0, -shared, 0))
+        ).tocoo()
     edges = sorted(zip(tree.data.tolist(), tree.row.tolist(), tree.col.tolist(), strict=True))
     for joint, side in _cuts(edges, len(ids)):
         if joint >= WEAK_JOINT:
@@ -152,8 +154,8 @@ def _cuts(
 
     def parts(kept: Sequence[tuple[float, int, int]]) -> np.ndarray:
         rows, columns = np.array([e[1:] for e in kept], dtype=np.int64).reshape(-1, 2).T
-        graph = coo_matrix((np.ones(len(kept)), (rows, columns)), shape=(count, count))
-        return np.asarray(connected_components(graph, directed=False)[1])
+        graph = scipy.sparse.coo_matrix((np.ones(len(kept)), (rows, columns)), shape=(count, count))
+        return np.asarray(scipy.sparse.csgraph.connected_components(graph, directed=False)[1])
 
     label = parts(edges)
     if label.max():
@@ -190,7 +192,9 @@ def only_turns(model: Any) -> bool:
     """
     ids, shared = shared_points(model)
     first = int(np.argmax(shared.sum(1)))
-    order = breadth_first_order(csr_matrix(shared), first, directed=False)[0]
+    order = scipy.sparse.csgraph.breadth_first_order(
+        scipy.sparse.csr_matrix(shared), first, directed=False
+    )[0]
     starts = range(0, max(1, len(order) - _WINDOW // 2), _WINDOW // 2)
     return all(
         _window_turns(model, [ids[k] for k in order[start : start + _WINDOW]]) for start in starts
@@ -371,7 +375,12 @@ def _polish(
         normal[np.diag_indices_from(normal)] *= 1 + 1e-4
         normal[np.diag_indices_from(normal)] += 1e-6  # the turn of all images together
         change = np.linalg.solve(normal, -weighted.T @ here.ravel())
-        turns = Rotation.from_rotvec(change[: 3 * count].reshape(-1, 3)).as_matrix() @ turns
+        turns = (
+            scipy.spatial.transform.Rotation.from_rotvec(
+                change[: 3 * count].reshape(-1, 3)
+            ).as_matrix()
+            @ turns
+        )
         lens = np.clip(lens + change[3 * count :], *np.split(bounds, 2))
     return np.linalg.norm(offsets(turns, lens), axis=1)
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pycolmap
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
+import scipy  # its packages are loaded when they are used
 
 from gim_hloc.colmap.cameras import CameraSpec, camera_spec, colmap_camera
 from gim_hloc.colmap.verification import Verification, colmap_keypoints, geometry_of
@@ -474,7 +473,8 @@ def verified_components(database: Path) -> list[set[str]]:
         return []
     rows, columns = np.array(ends).T
     size = int(max(rows.max(), columns.max())) + 1
-    _, label = connected_components(coo_matrix((np.ones(len(ends)), (rows, columns)), (size, size)))
+    graph = scipy.sparse.coo_matrix((np.ones(len(ends)), (rows, columns)), (size, size))
+    _, label = scipy.sparse.csgraph.connected_components(graph)
     found: dict[int, set[str]] = {}
     for image_id in sorted({*rows.tolist(), *columns.tolist()}):
         found.setdefault(int(label[image_id]), set()).add(names[image_id])
