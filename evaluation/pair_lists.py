@@ -49,6 +49,8 @@ from gim_hloc.evaluation.zeb.run import (
     draw,
     run_selections,
 )
+from gim_hloc.options import FitOptions
+from gim_hloc.two_view import MIN_MATCHES, fit_geometry
 
 if TYPE_CHECKING:
     from gim_hloc.images import ImageRecord
@@ -505,8 +507,6 @@ def fundamental_inliers(prediction: Prediction, protocol: Protocol) -> np.ndarra
     ``gim`` is USAC with MAGSAC as in GIM's demo (`gim_hloc.pipelines.match_pair`), ``poselib`` is
     LO-RANSAC. The threshold counts stored pixels, of images longer than 1600 px as many more.
     """
-    from gim_hloc.pipelines.match_pair import MIN_MATCHES, FitOptions, fit_geometry
-
     scales = fundamental_scales(prediction)
     if protocol.estimator == "gim":
         fit = fit_geometry(

@@ -21,8 +21,10 @@ from gim_hloc.cli import match as command
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp, cell_centres, inverse, transform
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
+from gim_hloc.options import FitOptions
 from gim_hloc.pipelines import _match_pictures
-from gim_hloc.pipelines.match_pair import FitOptions, MatchResult, fit_geometry, match
+from gim_hloc.pipelines.match_pair import MatchResult, match
+from gim_hloc.two_view import fit_geometry
 from gim_hloc.types import ImageData, ImageOptions, MatcherInfo
 
 WIDTH, HEIGHT = 480, 360
