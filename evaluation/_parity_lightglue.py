@@ -15,8 +15,8 @@ from gim_hloc.errors import InputError
 from gim_hloc.evaluation import filled
 from gim_hloc.evaluation.parity import Golden, Weights
 from gim_hloc.networks import superpoint
-from gim_hloc.networks.lightglue import LightGlue, Start, published_shapes
-from gim_hloc.weights import check_names, load_into, strip_prefixes
+from gim_hloc.networks.lightglue import LightGlue, Side, Start
+from gim_hloc.weights import load_into, strip_prefixes
 
 _HALF = 0.5  # the reference's keypoints have their origin in the corner of the first pixel
 
@@ -29,10 +29,9 @@ def networks(weights: Weights) -> tuple[superpoint.SuperPoint, LightGlue]:
     own = strip_prefixes(state, strip=("superpoint.",), drop=("model.",))
     load_into(detector, own, path="the filled gim_lightglue")
     rest = strip_prefixes(state, strip=("model.",), drop=("superpoint.",))
-    shapes = published_shapes(input_dim=256)
-    check_names(shapes, rest, path="the filled gim_lightglue", network="LightGlue")
-    matcher = LightGlue.from_state(rest, input_dim=256, depth_confidence=-1, width_confidence=-1)
-    return detector.eval(), matcher
+    matcher = LightGlue(input_dim=256, depth_confidence=-1, width_confidence=-1)
+    load_into(matcher, rest, path="the filled gim_lightglue")
+    return detector.eval(), matcher.fold()
 
 
 def produce(golden: Golden, weights: Weights) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def _demo(
     produced: dict[str, torch.Tensor] = {}
     for threshold in (0.1, 0.0):
         matcher.filter_threshold = threshold
-        index, score = matcher.match(*starts)
+        index, score = matcher.match([(starts[0], starts[1])])[0]
         ends = [keypoints[0][index[:, 0]], keypoints[1][index[:, 1]]]
         produced[f"th{threshold:g}_match_points"] = torch.cat(ends, 1)
         produced[f"th{threshold:g}_match_scores"] = score
@@ -167,24 +166,11 @@ def _made_up(golden: Golden) -> Sequence[np.ndarray]:
 def _intermediates(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.Tensor]:
     """States after each layer and the assignment; dustbins are the last row and column."""
     produced = {"self_attn_layer0_0": starts[0].x}
-    states = [start.x[None] for start in starts]
-    for layer, block in enumerate(matcher.crosses):
-        if layer:
-            own = matcher.selfs[layer]
-            states = [
-                own(x, start.cos[None], start.sin[None], None)
-                for x, start in zip(states, starts, strict=True)
-            ]
-        (qk0, v0), (qk1, v1) = (block.heads_of(x) for x in states)
-        states = [
-            block.attend(states[0], qk0, qk1, v1, None),
-            block.attend(states[1], qk1, qk0, v0, None),
-        ]
-        produced |= {f"desc{side}_layer{layer}": x for side, x in enumerate(states)}
-    project, heads = matcher.final_proj[-1], matcher.heads[-1]
-    scaled = [project(x[0]) * x.shape[-1] ** -0.25 for x in states]
-    similarity = scaled[0] @ scaled[1].T
-    logits = [heads(x[0])[:, 0] for x in states]
+    states = tuple(Side.of([start]) for start in starts)
+    for number, layer in enumerate(matcher.transformers):
+        states = layer(*states) if number else layer.cross_attn(*states)
+        produced |= {f"desc{side}_layer{number}": state.x for side, state in enumerate(states)}
+    similarity, *logits = (t[0] for t in matcher.log_assignment[-1](states[0].x, states[1].x))
     score = similarity.log_softmax(1) + similarity.log_softmax(0)
     score = score + F.logsigmoid(logits[0])[:, None] + F.logsigmoid(logits[1])
     unmatched = [F.logsigmoid(-logit) for logit in logits]
@@ -202,11 +188,11 @@ def _intermediates(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.T
 def _matches(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.Tensor]:
     """Matches at both thresholds. Scores are those of all mutual pairs, whatever the threshold."""
     matcher.filter_threshold = 0.0
-    mutual, confidence = matcher.match(starts[0], starts[1])
+    mutual, confidence = matcher.match([(starts[0], starts[1])])[0]
     produced: dict[str, torch.Tensor] = {}
     for threshold in (0.1, 0.0):
         matcher.filter_threshold = threshold
-        index, score = matcher.match(starts[0], starts[1])
+        index, score = matcher.match([(starts[0], starts[1])])[0]
         name = f"th{threshold:g}"
         produced |= {f"{name}_matches": index, f"{name}_scores": score}
         for side, start in enumerate(starts):

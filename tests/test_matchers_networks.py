@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from gim_hloc import matchers, weights
-from gim_hloc.errors import WeightsError
 from gim_hloc.matchers.lightglue import _lightglue_key
 from gim_hloc.networks.aliked import ALIKED, corners, weighted_rows
 from gim_hloc.networks.disk import DISK
 from gim_hloc.networks.keypoints import refine, select_maxima
-from gim_hloc.networks.lightglue import LightGlue, Start, published_shapes
+from gim_hloc.networks.lightglue import LightGlue, Start
 
 needs_weights = pytest.mark.weights
 
@@ -131,6 +130,12 @@ def encodings() -> list[Any]:
     return codes
 
 
+def lightglue(state: dict[str, torch.Tensor], **options: Any) -> LightGlue:
+    network = LightGlue(**options)
+    weights.load_into(network, state, path="x")
+    return network.fold()
+
+
 def start_of(network: LightGlue, code: Any) -> Start:
     return network.start(code.network_keypoints, code.network_size, code.descriptors.float())
 
@@ -153,14 +158,14 @@ def test_lightglue_is_kornias(state, encodings, depth: float, width: float) -> N
     options = {"depth_confidence": depth, "width_confidence": width}
     reference = kornia.feature.LightGlue(features=None, input_dim=128, **options).eval()
     reference.load_state_dict(state, strict=False)
-    ours = LightGlue.from_state(state, **options)
+    ours = lightglue(state, **options)
     with torch.inference_mode():
         for a, b in [(0, 1), (2, 0)]:
             codes = encodings[a], encodings[b]
             expected = reference(
                 {"image0": kornia_input(codes[0]), "image1": kornia_input(codes[1])}
             )
-            index, confidence = ours.match(*(start_of(ours, code) for code in codes))
+            ((index, confidence),) = ours.match([[start_of(ours, code) for code in codes]])
             assert len(index) > 20
             assert torch.equal(index, expected["matches"][0])
             assert torch.allclose(confidence, expected["scores"][0], atol=1e-3)
@@ -174,7 +179,7 @@ def test_padded_batch_is_one_by_one(
     state, encodings, depth: float, width: float, pruning_min: int
 ) -> None:
     """Unequal numbers of keypoints; pairs stop at different layers and leave the batch."""
-    network = LightGlue.from_state(
+    network = lightglue(
         state, depth_confidence=depth, width_confidence=width, pruning_min=pruning_min
     )
     assert len({len(code) for code in encodings}) == len(encodings)
@@ -184,8 +189,8 @@ def test_padded_batch_is_one_by_one(
         pairs = [(starts[a], starts[b]) for a, b in [(0, 1), (2, 0), (3, 3)]]
         pairs.append((one, starts[0]))
         agree = total = 0
-        for pair, (index, confidence) in zip(pairs, network.match_padded(pairs), strict=True):
-            expected, _ = network.match(*pair)
+        for pair, (index, confidence) in zip(pairs, network.match(pairs), strict=True):
+            ((expected, _),) = network.match([pair])
             assert len(index) == len(confidence)
             a, b = ({tuple(row) for row in rows.tolist()} for rows in (index, expected))
             agree += len(a & b)
@@ -197,30 +202,25 @@ def test_padded_batch_is_one_by_one(
 @needs_weights
 def test_lightglue_in_half_precision(state, encodings) -> None:
     """Autocast, which CUDA uses by default, leaves nearly all matches as they are."""
-    network = LightGlue.from_state(state)
+    network = lightglue(state)
     codes = encodings[2], encodings[0]
     with torch.inference_mode():
-        exact, _ = network.match(*(start_of(network, code) for code in codes))
+        ((exact, _),) = network.match([[start_of(network, code) for code in codes]])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             starts = [start_of(network, code) for code in codes]
-            rough, _ = network.match(*starts)
-            batched = network.match_padded([tuple(starts), tuple(starts)])[1][0]
+            ((rough, _),) = network.match([starts])
+            batched, _ = network.match([starts, starts])[1]
     a, b, c = ({tuple(row) for row in rows.tolist()} for rows in (exact, rough, batched))
     assert len(a & b) > 0.9 * len(a)
     assert len(a & c) > 0.9 * len(a)
 
 
 @needs_weights
-def test_expected_names_are_kornias(state) -> None:
+def test_names_and_shapes_are_kornias() -> None:
     reference = kornia.feature.LightGlue(features=None, input_dim=128).state_dict()
     reference.pop("confidence_thresholds")
-    assert published_shapes() == {k: tuple(v.shape) for k, v in reference.items()}
-    weights.check_names(published_shapes(), state, path="x", network="LightGlue")
-
-
-def test_expected_names_with_another_size() -> None:
-    with pytest.raises(WeightsError, match=r"LightGlue.*\n.*missing \(\d+\): input_proj"):
-        weights.check_names(published_shapes(), {}, path="x", network="LightGlue")
+    ours = LightGlue().state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in reference.items()}
 
 
 # ---------------------------------------------------------------- keypoints

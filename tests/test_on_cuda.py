@@ -27,7 +27,7 @@ from gim_hloc.matchers.dkm import DKMMatcher, DKMOptions
 from gim_hloc.matchers.loftr import LoFTRMatcher, LoFTROptions
 from gim_hloc.matchers.roma import RoMaMatcher, RoMaOptions
 from gim_hloc.networks.dkm import DKM, DKMConfig
-from gim_hloc.networks.lightglue import published_shapes
+from gim_hloc.networks.lightglue import LightGlue
 from gim_hloc.networks.loftr import LoFTR, Widths
 from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.schedule import Budget, EncodingPool, memory_budget, order_pairs
@@ -284,8 +284,8 @@ MAKERS: dict[str, Callable[[torch.device, str], Any]] = {
 def small_glue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GIM's SuperPoint and a small LightGlue with made-up weights."""
     shapes = {f"superpoint.{key}": v.shape for key, v in SuperPoint().state_dict().items()}
-    glue = published_shapes(input_dim=256, dim=64, layers=2, heads=2)
-    shapes |= {f"model.{key}": shape for key, shape in glue.items()}
+    glue = LightGlue(input_dim=256, dim=64, layers=2, heads=2).state_dict()
+    shapes |= {f"model.{key}": value.shape for key, value in glue.items()}
     keys = {key: [list(shape), "float32"] for key, shape in shapes.items()}
     torch.save(
         {"state_dict": fill_state_dict("gim_lightglue", keys)}, tmp_path / "gim_lightglue_100h.ckpt"

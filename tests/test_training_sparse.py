@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -18,7 +19,6 @@ from training_scene import make_pairs, overfit_set, share_within, true_positions
 
 from gim_hloc import matchers, weights
 from gim_hloc.errors import InputError, WeightsError
-from gim_hloc.networks.lightglue import LightGlue
 from gim_hloc.networks.loftr import Widths, cell_xy, similarities
 from gim_hloc.training.batch import PairBatch, PairSample, collate
 from gim_hloc.training.losses.lightglue import IGNORED, UNMATCHED
@@ -197,7 +197,7 @@ def test_a_checkpoint_gives_the_matcher_the_same_matches(
     if name == "gim_loftr":
         model.threshold = low["threshold"]
     else:
-        model.confidences |= low
+        model.glue.filter_threshold = low["filter_threshold"]
     matcher = load_matcher(model, tmp_path, monkeypatch, **low)
     for sample, masked in ((scene()[0], False), (padded(scene()[1]), True)):
         ((xy0, xy1, scores),) = model.match(collate([sample]))
@@ -440,25 +440,30 @@ def points(seed: int, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]
     return xy, torch.nn.functional.normalize(descriptors, dim=1)
 
 
-def check_against_inference(glue: Any, tolerance: float) -> None:
-    """States of all layers lead to the same matches as the network that matches."""
+def states_of(model: Any, *sides: Any, wide: int = 0, **options: Any) -> tuple[Any, torch.Tensor]:
+    """States after all layers of keypoints and descriptors, and what is no padding."""
+    xy, d, valid = glue_model._pad([glue_model.Points(*side) for side in sides])
+    pad = torch.nn.functional.pad
+    xy, d = (pad(t, (0, 0, 0, wide), value=7.0) for t in (xy, d))
+    valid = pad(valid, (0, wide))
+    return model.glue(*model._sides(xy, BOX, d, valid), **options), valid
+
+
+def check_against_inference(model: Any, tolerance: float) -> None:
+    """States of all layers lead to the matches of the folded network that encodes once."""
+    glue = model.glue
     dim = glue.sizes["input_dim"]
     (xy0, d0), (xy1, d1) = points(0, 40, dim), points(1, 33, dim)
     d1[:20] = torch.nn.functional.normalize(d0[:20] + 0.02 * torch.randn(20, dim), dim=1)
-    xy, d, valid = glue_model._pad([glue_model.Points(xy0, d0), glue_model.Points(xy1, d1)])
     with torch.no_grad():
-        states = glue(xy, BOX, d, valid)
-        similarity, logits = glue.log_assignment[-1](states[-1])
-        z0, z1 = logits.chunk(2)
+        states, valid = states_of(model, (xy0, d0), (xy1, d1))
+        similarity, z0, z1 = glue.log_assignment[-1](*(side.x for side in states[-1]))
         table = glue_model.log_assignment(similarity, z0, z1, valid[:1], valid[1:])[0].exp()
-    network = LightGlue.from_state(
-        glue.state_dict(),
-        **glue.sizes,
-        depth_confidence=-1,
-        width_confidence=-1,
-        filter_threshold=0.0,
-    )
-    index, confidence = network.match(network.start(xy0, BOX, d0), network.start(xy1, BOX, d1))
+    network = copy.deepcopy(glue).fold()
+    network.depth_confidence = network.width_confidence = -1
+    network.filter_threshold = 0.0
+    starts = network.start(xy0, BOX, d0), network.start(xy1, BOX, d1)
+    ((index, confidence),) = network.match([starts])
     assert len(index) > 3
     expected = table[index[:, 0], index[:, 1]]
     assert torch.allclose(confidence, expected, rtol=tolerance, atol=1e-9)
@@ -466,7 +471,7 @@ def check_against_inference(glue: Any, tolerance: float) -> None:
 
 
 def test_the_network_is_the_one_that_matches() -> None:
-    check_against_inference(make("gim_lightglue", layers=3).glue, 1e-4)
+    check_against_inference(make("gim_lightglue", layers=3), 1e-4)
 
 
 @pytest.mark.weights
@@ -474,7 +479,7 @@ def test_the_published_weights_too() -> None:
     path = weight_file("aliked_lightglue.pth")
     model = build_model("aliked_lightglue", keypoints=64)
     model.initialise(path)
-    check_against_inference(model.glue, 1e-3)
+    check_against_inference(model, 1e-3)
     state = weights.load_state_dict(path)
     assert model.checkpoint().keys() == state.keys()
     assert all(torch.equal(model.checkpoint()[key], value) for key, value in state.items())
@@ -516,23 +521,22 @@ def test_start_weights_of_the_first_release_and_of_gim(
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_padding_and_recomputing_change_nothing(recompute: bool) -> None:
-    glue = make("gim_lightglue").glue
+    model = make("gim_lightglue")
     a, b = points(0, 20, 256), points(1, 31, 256)
-    sides = [glue_model.Points(*side) for side in (a, b)]
-    xy, d, valid = glue_model._pad(sides)
-    expected = glue(xy, BOX, d, valid)
     weights_of_states = torch.randn(31, 64, generator=torch.Generator().manual_seed(0))
-    (expected[-1][1] * weights_of_states).sum().backward()
-    wanted = [p.grad.clone() for p in glue.transformers.parameters()]
-    glue.zero_grad()
-    wide = [torch.nn.functional.pad(t, (0, 0, 0, 9), value=7.0) for t in (xy, d)]
-    found = glue(wide[0], BOX, wide[1], torch.nn.functional.pad(valid, (0, 9)), recompute=recompute)
-    for x, y in zip(expected, found, strict=True):
-        assert torch.allclose(x[0, :20], y[0, :20], atol=1e-5)
-        assert torch.allclose(x[1], y[1, :31], atol=1e-5)
-    (found[-1][1, :31] * weights_of_states).sum().backward()
-    for p, g in zip(glue.transformers.parameters(), wanted, strict=True):
-        assert torch.allclose(p.grad, g, atol=1e-4 * float(g.abs().max()) + 1e-7)
+    runs = []
+    for options in ({}, {"wide": 9, "recompute": recompute}):
+        model.zero_grad()
+        states, _ = states_of(model, a, b, **options)
+        (states[-1][1].x[0, :31] * weights_of_states).sum().backward()
+        gradients = [p.grad for p in model.glue.transformers.parameters()]
+        runs.append((states, gradients))
+    (expected, wanted), (found, gradients) = runs
+    for (x0, x1), (y0, y1) in zip(expected, found, strict=True):
+        assert torch.allclose(x0.x[0, :20], y0.x[0, :20], atol=1e-5)
+        assert torch.allclose(x1.x[0], y1.x[0, :31], atol=1e-5)
+    for p, g in zip(gradients, wanted, strict=True):
+        assert torch.allclose(p, g, atol=1e-4 * float(g.abs().max()) + 1e-7)
 
 
 def test_truth_of_keypoints_is_right() -> None:

@@ -29,7 +29,7 @@ from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
 from gim_hloc.networks.aliked import ALIKED
 from gim_hloc.networks.disk import DISK
 from gim_hloc.networks.keypoints import Subpixel
-from gim_hloc.networks.lightglue import LightGlue, published_shapes, sizes_of
+from gim_hloc.networks.lightglue import LightGlue, sizes_of
 from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.options import Count, options
 from gim_hloc.types import ImageData, ImageOptions, Matches, SparseEncoding
@@ -76,17 +76,16 @@ def _load_glue(
     state = weights.load_state_dict(path)
     state = published_names(weights.unwrap("lightglue.matcher", state))
     sizes: dict[str, Any] = {"input_dim": dim, **sizes_of(state)}
-    shapes = published_shapes(**sizes)
-    weights.check_names(shapes, state, path=path, network="LightGlue", optional=UNREAD)
-    return LightGlue.from_state(
-        state,
+    glue = LightGlue(
         **sizes,
         depth_confidence=options.depth_confidence,
         width_confidence=options.width_confidence,
         filter_threshold=options.filter_threshold,
         # Below this many points, a GPU is no faster with fewer.
         pruning_min=1536 if device.type == "cuda" else -1,
-    ).to(device)
+    )
+    weights.load_into(glue, state, path=path, optional=UNREAD)
+    return glue.to(device).fold()
 
 
 # Some published files hold parameters that no version of the network reads.
@@ -185,27 +184,23 @@ class LightGlueMatcher(MatcherBase[SparseEncoding]):
         )
         return encode_network_keypoints(image, xy, descriptors, scores)
 
-    @torch.inference_mode()
     def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
         """Match two encodings."""
-        if len(a) == 0 or len(b) == 0:
-            return no_matches(a, b)
-        with self._autocast():
-            index, score = self.glue.match(self._start(a), self._start(b))
-        return Matches.from_indices(a, b, index, score)
+        return self._match([(a, b)])[0]
 
-    @torch.inference_mode()
     def match_batch(self, pairs: Sequence[tuple[SparseEncoding, SparseEncoding]]) -> list[Matches]:
         """Match many pairs: at once on a GPU, one by one on a processor (padding costs time)."""
         if self.device.type == "cpu":
             return [self.match(a, b) for a, b in pairs]
+        return self._match(pairs)
+
+    @torch.inference_mode()
+    def _match(self, pairs: Sequence[tuple[SparseEncoding, SparseEncoding]]) -> list[Matches]:
         results = [no_matches(a, b) for a, b in pairs]
         rows = [row for row, (a, b) in enumerate(pairs) if len(a) and len(b)]
         if rows:
             with self._autocast():
-                found = self.glue.match_padded(
-                    [(self._start(pairs[row][0]), self._start(pairs[row][1])) for row in rows]
-                )
+                found = self.glue.match([[self._start(code) for code in pairs[r]] for r in rows])
             for row, (index, score) in zip(rows, found, strict=True):
                 results[row] = Matches.from_indices(*pairs[row], index, score)
         return results

@@ -22,7 +22,7 @@ from gim_hloc import weights
 from gim_hloc.errors import InputError
 from gim_hloc.matchers import registry
 from gim_hloc.matchers.lightglue import UNREAD, published_names
-from gim_hloc.networks.lightglue import LightGlue, published_shapes
+from gim_hloc.networks.lightglue import LightGlue, Side
 from gim_hloc.networks.superpoint import SuperPoint, pad_with_random
 from gim_hloc.training.batch import PairBatch
 from gim_hloc.training.data.truth import warp_points
@@ -35,7 +35,6 @@ from gim_hloc.training.losses.lightglue import (
     true_partners,
 )
 from gim_hloc.training.models.base import Match, TrainingModel, keep_graph
-from gim_hloc.training.models.lightglue_layers import TrainableLightGlue
 from gim_hloc.training.models.seeds import sample_seeds
 
 logger = logging.getLogger(__name__)
@@ -111,8 +110,7 @@ class LightGlueTraining(TrainingModel):
         glue: the network to be trained.
         keypoints: at most so many per image; labels of a video pair are filled up to as many.
         options: ``threshold``, ``radius`` and ``subpixel`` of the detector.
-        confidences: ``depth_confidence``, ``width_confidence`` and ``filter_threshold`` at test.
-        recompute: see ``TrainableLightGlue.forward``.
+        recompute: see ``LightGlue.forward``.
         cache: images whose keypoints are kept, see ``FeatureCache``.
     """
 
@@ -121,10 +119,9 @@ class LightGlueTraining(TrainingModel):
         name: str,
         *,
         detector: nn.Module,
-        glue: TrainableLightGlue,
+        glue: LightGlue,
         keypoints: int,
         options: Mapping[str, Any],
-        confidences: Mapping[str, float],
         recompute: bool = False,
         cache: int = 0,
     ) -> None:
@@ -134,7 +131,6 @@ class LightGlueTraining(TrainingModel):
         self.glue = glue
         self.keypoints = keypoints
         self.options = dict(options)
-        self.confidences = dict(confidences)
         self.recompute = recompute
         self.cache = FeatureCache(cache)
 
@@ -153,17 +149,18 @@ class LightGlueTraining(TrainingModel):
         """
         points, count = self._points(batch)
         xy, descriptors, valid = _pad(points)
-        states = self.glue(xy, batch.box, descriptors, valid, recompute=self.recompute)
+        states = self.glue(
+            *self._sides(xy, batch.box, descriptors, valid), recompute=self.recompute
+        )
         size = len(batch)
         last = len(states) - 1
 
         def assign(layer: int, rows: torch.Tensor) -> torch.Tensor:
-            both = torch.cat([rows, rows + size])
-            similarity, logits = self.glue.log_assignment[layer](states[layer][both])
-            z0, z1 = logits.chunk(2)
+            x0, x1 = (side.x[rows] for side in states[layer])
+            similarity, z0, z1 = self.glue.log_assignment[layer](x0, x1)
             return log_assignment(similarity, z0, z1, valid[rows], valid[rows + size])
 
-        zero = states[-1].new_zeros((), dtype=torch.float32)
+        zero = xy.new_zeros(())
         assignment, certainty, labels, positives = zero, zero, zero, zero
         deep = [row for row, counted in enumerate(count) if counted is None]
         if deep:
@@ -176,8 +173,7 @@ class LightGlueTraining(TrainingModel):
             for layer in range(last):
                 now = assign(layer, rows)
                 losses.append(assignment_loss(now, partner0, partner1))
-                state = states[layer][torch.cat([rows, rows + size])]
-                logits = self.glue.token_confidence[layer].logits(state).chunk(2)
+                logits = [self.glue.token_confidence[layer](s.x[rows]) for s in states[layer]]
                 unsure.append(certainty_loss(*logits, now, final, valid[rows], valid[rows + size]))
             assignment = torch.stack(losses).mean(0).sum() / size
             if unsure:
@@ -194,6 +190,22 @@ class LightGlueTraining(TrainingModel):
             "labels": labels.detach(),
             "positives": positives / size,
         }
+
+    def _sides(
+        self,
+        xy: torch.Tensor,
+        size: tuple[int, int],
+        descriptors: torch.Tensor,
+        valid: torch.Tensor,
+    ) -> tuple[Side, Side]:
+        """What LightGlue wants of keypoints that `_pad` put together."""
+        index = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+        # An image without keypoints attends to its first row of padding: anything but NaN.
+        attended = valid | (~valid.any(1, keepdim=True) & (index == 0))
+        x, cos, sin = self.glue.embed(xy, size, descriptors)
+        both = Side(x, cos, sin, attended, index, full=bool(valid.all()))
+        half = len(xy) // 2
+        return both.select(slice(half)), both.select(slice(half, None))
 
     def _points(self, batch: PairBatch) -> tuple[list[Points], list[int | None]]:
         """Keypoints of all first images, then of all second ones, and numbers of labels.
@@ -274,10 +286,6 @@ class LightGlueTraining(TrainingModel):
     @torch.no_grad()
     def match(self, batch: PairBatch, *, seed: int = 0) -> list[Match]:
         """See ``TrainingModel``; nothing is drawn, ``seed`` has no effect."""
-        glue: Any = LightGlue.from_state(
-            self.glue.state_dict(), **self.glue.sizes, **self.confidences
-        )
-        glue.to(batch.image0.device)
         results = []
         for row in range(len(batch)):
             points = [
@@ -288,7 +296,8 @@ class LightGlueTraining(TrainingModel):
                 none = points[0].xy[:0]
                 results.append((none, none, none[:, 0]))
                 continue
-            index, score = glue.match(*(glue.start(p.xy, batch.box, p.descriptors) for p in points))
+            a, b = (self.glue.start(p.xy, batch.box, p.descriptors) for p in points)
+            ((index, score),) = self.glue.match([(a, b)])
             results.append((points[0].xy[index[:, 0]], points[1].xy[index[:, 1]], score.float()))
         return results
 
@@ -324,10 +333,7 @@ class LightGlueTraining(TrainingModel):
 
     def _load_glue(self, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
         names = published_names(state)
-        names = {key: value for key, value in names.items() if key not in UNREAD}
-        expected = published_shapes(**self.glue.sizes)
-        weights.check_names(expected, names, path=path, network="LightGlue")
-        self.glue.load_state_dict(names)
+        weights.load_into(self.glue, names, path=path, optional=UNREAD)
 
     def initialise(self, path: Path | None) -> None:
         """Start from trained weights of LightGlue.
@@ -516,16 +522,17 @@ def build(
     return LightGlueTraining(
         name,
         detector=network,
-        glue=TrainableLightGlue(
-            input_dim=registry.describe(name).descriptor_dim, dim=dim, heads=heads, layers=layers
+        glue=LightGlue(
+            input_dim=registry.describe(name).descriptor_dim or 0,
+            dim=dim,
+            heads=heads,
+            layers=layers,
+            depth_confidence=point.depth_confidence,
+            width_confidence=point.width_confidence,
+            filter_threshold=point.filter_threshold,
         ),
         keypoints=keypoints,
         options={key: own if own is not None else usual for key, (own, usual) in given.items()},
-        confidences={
-            "depth_confidence": point.depth_confidence,
-            "width_confidence": point.width_confidence,
-            "filter_threshold": point.filter_threshold,
-        },
         recompute=recompute,
         cache=cache,
     )
