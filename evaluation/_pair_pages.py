@@ -17,12 +17,13 @@ import numpy as np
 
 from gim_hloc.errors import GimError, OutputError
 from gim_hloc.evaluation import homography
-from gim_hloc.evaluation.zeb.predictions import Prediction
+from gim_hloc.evaluation.fundamental import fundamental_scales
+from gim_hloc.evaluation.predictions import Prediction
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
-    from gim_hloc.evaluation.pair_formats import ListedPair
-    from gim_hloc.evaluation.pair_lists import PairReport, PairRow, PairSelection
+    from gim_hloc.evaluation.pair_lists import ListPairs, PairReport, PairRow
+    from gim_hloc.evaluation.pair_set import Pair
     from gim_hloc.pipelines.match_pair import MatchResult
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,7 @@ _NONE = "-"  # a number that is not known
 _ACCURACY_SHOWN = (1.0, 3.0, 5.0)  # px, of the accuracies in the table for people
 
 
-def write(
-    report: PairReport, selection: PairSelection, folder: Path, *, pictures: bool
-) -> list[Path]:
+def write(report: PairReport, selection: ListPairs, folder: Path, *, pictures: bool) -> list[Path]:
     """Write all files of a report.
 
     Args:
@@ -160,7 +159,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _pairs_csv(report: PairReport, selection: PairSelection) -> str:
+def _pairs_csv(report: PairReport, selection: ListPairs) -> str:
     names = {pair.identifier: (pair.image0, pair.image1) for pair in selection.pairs}
     if report.kind == "none":
         columns = {"matches": "correct_before", "inliers": "correct_after"}
@@ -207,7 +206,7 @@ td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
 
 
 def _contact_sheet(
-    report: PairReport, selection: PairSelection, folder: Path, *, pictures: bool
+    report: PairReport, selection: ListPairs, folder: Path, *, pictures: bool
 ) -> str:
     from tqdm import tqdm
 
@@ -236,11 +235,11 @@ def _contact_sheet(
 
 def _figure(
     number: int,
-    pair: ListedPair,
+    pair: Pair,
     matcher: str,
     prediction: Prediction | None,
     told: Sequence[str],
-    selection: PairSelection,
+    selection: ListPairs,
     folder: Path,
     pictures: bool,
 ) -> str:
@@ -263,10 +262,9 @@ def _figure(
 
 
 def match_result(
-    prediction: Prediction, pair: ListedPair, matcher: str, selection: PairSelection
+    prediction: Prediction, pair: Pair, matcher: str, selection: ListPairs
 ) -> MatchResult:
     """A prediction with the geometry of GIM's demo, as `gim_hloc.pipelines.match_pair` has it."""
-    from gim_hloc.evaluation.pair_lists import fundamental_scales
     from gim_hloc.pipelines.match_pair import FitOptions, MatchResult, fit_geometry
 
     scales = fundamental_scales(prediction)

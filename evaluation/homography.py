@@ -11,19 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.zeb.dumps import DumpRecord
-from gim_hloc.evaluation.zeb.protocol import Protocol, require_poselib
+from gim_hloc.evaluation.dumps import DumpRecord
+from gim_hloc.evaluation.protocol import Protocol, poselib_options
 
 FEWEST_MATCHES = 4  # that a homography needs
 CORRECT_PX = 3.0  # distance below which a match counts as correct in dumps
 ACCURACY_PX = (1.0, 2.0, 3.0, 5.0, 10.0)
 AUC_PX = (1.0, 3.0, 5.0, 10.0, 20.0)
-
-_ITERATIONS = {"gim": 2000, "poselib": 10000}  # 2000 is OpenCV's own default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,12 @@ class HomographyProtocol(Protocol):
     """How a homography is estimated from matches: OpenCV's RANSAC or PoseLib's LO-RANSAC."""
 
     threshold: float = 3.0  # px in image 1: distance of an inlier
-    max_iterations: int = 2000  # cap on RANSAC's samples
+    max_iterations: int = 2000  # cap on RANSAC's samples; 2000 is OpenCV's own
     # Side in pixels that the shorter side of both images is taken to have: thresholds and errors
     # count such pixels. The literature on HPatches uses 480. None: pixels of the stored images.
     short_side: int | None = None
+
+    poselib: ClassVar[dict[str, Any]] = {"max_iterations": 10000}
 
     @property
     def name(self) -> str:
@@ -45,35 +47,6 @@ class HomographyProtocol(Protocol):
         if self.seed:
             parts.append(f"seed{self.seed}")
         return "-".join(parts)
-
-
-def make_protocol(
-    estimator: str,
-    *,
-    threshold: float | None = None,
-    short_side: int | None = None,
-    seed: int = 0,
-) -> HomographyProtocol:
-    """Return the protocol "gim" or "poselib" for homographies.
-
-    Raises:
-        InputError: no such protocol, a value that is none, or PoseLib is not installed.
-    """
-    if estimator not in _ITERATIONS:
-        raise InputError(
-            f"There is no protocol {estimator!r}; choose one of {', '.join(_ITERATIONS)}."
-        )
-    if estimator == "poselib":
-        require_poselib()
-    if short_side is not None and short_side < 1:
-        raise InputError(f"short_side is {short_side}, it must be positive.")
-    return HomographyProtocol(
-        estimator=estimator,
-        threshold=3.0 if threshold is None else threshold,
-        max_iterations=_ITERATIONS[estimator],
-        short_side=short_side,
-        seed=seed,
-    )
 
 
 def transfer(H: np.ndarray, points: np.ndarray, *, front: np.ndarray) -> np.ndarray:
@@ -199,19 +172,11 @@ def estimate_homography(
         H, info = poselib.estimate_homography(
             points0,
             points1,
-            {
-                "max_reproj_error": protocol.threshold,
-                "success_prob": protocol.confidence,
-                "max_iterations": protocol.max_iterations,
-                "min_iterations": min(1000, protocol.max_iterations),
-                "seed": protocol.seed,
-            },
+            poselib_options(protocol, "max_reproj_error"),
             {},
         )
         inliers = np.asarray(info["inliers"], dtype=bool)
     else:
-        import cv2
-
         try:
             H, mask = cv2.findHomography(
                 points0,
@@ -267,21 +232,9 @@ def evaluate_pair(
     # In the frame of the evaluation the image need not have whole pixels: its outermost centres do.
     frame = (size0[0] * scale0, size0[1] * scale0)
     correct = transfer_distance(points0, points1, truth, frame) <= CORRECT_PX
-    found = estimate_homography(points0, points1, protocol)
     error, inliers = math.inf, np.zeros(len(points0), dtype=bool)
+    found = estimate_homography(points0, points1, protocol)
     if found is not None:
         inliers = found[1]
         error = corner_error(found[0], truth, frame)
-    before, after, kept = int(correct.sum()), int((correct & inliers).sum()), int(inliers.sum())
-    return DumpRecord(
-        identifier=identifier,
-        covisible0=covisible[0],
-        covisible1=covisible[1],
-        rotation_error=error,
-        translation_error=error,
-        translation_distance=error,
-        precision_before=before / len(correct) if len(correct) else 0.0,
-        correct_before=before,
-        precision_after=after / kept if kept else 0.0,
-        correct_after=after,
-    )
+    return DumpRecord.judged(identifier, covisible, (error, error, error), correct, inliers)

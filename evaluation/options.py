@@ -11,7 +11,7 @@ import tyro
 from pydantic import Field
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.zeb.datasets import check_set_name
+from gim_hloc.evaluation.zeb.sets import check_set_name
 from gim_hloc.options import Count, CountOrNone, Positive, Quality, Share, WorkOptions, options
 from gim_hloc.workers import parse_shard
 

@@ -30,13 +30,22 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.zeb.datasets import BadLabel, check_calibration
+from gim_hloc.evaluation.pair_set import (
+    TRUTH_NUMBERS,
+    BadPair,
+    HomographyPair,
+    Pair,
+    PosedPair,
+    check_calibration,
+    parse_numbers,
+    split_truth,
+)
 from gim_hloc.pickles import read_npz
 
 Format = Literal["superglue", "megadepth", "scannet", "homography", "pairs"]
 POSED: tuple[Format, ...] = ("superglue", "megadepth", "scannet")
 
-_FIELDS = 38  # of a line of SuperGlue's format
+_FIELDS = 4 + TRUTH_NUMBERS  # of a line of SuperGlue's format
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 _MATRIX_NAME = re.compile(r"H_?(\d+)(?:_|to)(\d+)p?(?:\.txt)?")
 # Matrices are judged in units of this many pixels, where the entries of a homography are alike.
@@ -69,65 +78,6 @@ class ImageFile:
         return f"{token}@{90 * self.turns}" if self.turns else token
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ListedPair:
-    """One pair of a list.
-
-    Attributes:
-        identifier: scene#name0#name1, without blanks.
-        files: the two images.
-        covisible0: overlap in [0, 1]; 0 where the list does not say.
-        covisible1: the same of image 1.
-    """
-
-    identifier: str
-    files: tuple[ImageFile, ImageFile]
-    covisible0: float = 0.0
-    covisible1: float = 0.0
-
-    @property
-    def image0(self) -> str:
-        """Key of image 0."""
-        return self.files[0].key
-
-    @property
-    def image1(self) -> str:
-        """Key of image 1."""
-        return self.files[1].key
-
-    def truth(self) -> tuple[np.ndarray, ...]:
-        """What results are compared with."""
-        return ()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PosedPair(ListedPair):
-    """A pair with calibration and relative pose.
-
-    K and pose are those of the *stored* images also where these are shown turned: matches come back
-    in stored pixels.
-    """
-
-    K0: np.ndarray  # (3, 3) float64
-    K1: np.ndarray
-    T_0to1: np.ndarray  # (4, 4) float64, x1 = R @ x0 + t
-
-    def truth(self) -> tuple[np.ndarray, ...]:
-        """K0, K1 and the pose."""
-        return self.K0, self.K1, self.T_0to1
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class HomographyPair(ListedPair):
-    """A pair with a homography."""
-
-    H: np.ndarray  # (3, 3) float64, stored pixels of image 0 -> of image 1
-
-    def truth(self) -> tuple[np.ndarray, ...]:
-        """The matrix."""
-        return (self.H,)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PairList:
     """What a list holds."""
@@ -135,8 +85,9 @@ class PairList:
     name: str  # of the set: names results
     format: Format
     root: Path  # folder that image names are relative to
-    pairs: tuple[ListedPair, ...]
-    bad: tuple[BadLabel, ...] = ()  # entries that are no pair; each counts as a failed pair
+    files: dict[str, ImageFile]  # images by their keys, which pairs name
+    pairs: tuple[Pair, ...]
+    bad: tuple[BadPair, ...] = ()  # entries that are no pair; each counts as a failed pair
     lost: tuple[str, ...] = ()  # whole files that cannot be used: how many pairs is unknown
     repeated: int = 0  # entries left out because a later one has the same identifier
     calibrated_size: tuple[int, int] | None = None  # (width, height) that K is for; None: stored
@@ -146,12 +97,29 @@ class PairList:
 
 
 @dataclass(kw_only=True)
-class _Collected:
+class _Entries:
     """Pairs and faults while a list is read."""
 
-    pairs: list[ListedPair] = field(default_factory=list)
-    bad: list[BadLabel] = field(default_factory=list)
+    files: dict[str, ImageFile] = field(default_factory=dict)
+    pairs: list[Pair] = field(default_factory=list)
+    bad: list[BadPair] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+
+    def add(
+        self, scene: str, files: Sequence[ImageFile], kind: type[Pair] = Pair, **known: Any
+    ) -> None:
+        """A pair of two images."""
+        a, b = files
+        self.files |= {a.key: a, b.key: b}
+        identifier = f"{scene}#{a.token}#{b.token}"
+        self.pairs.append(kind(identifier=identifier, image0=a.key, image1=b.key, **known))
+
+    def add_bad(self, label: str, reason: str, scene: str, names: Sequence[str] = ()) -> None:
+        """An entry that cannot be used, and what it names."""
+        identifier = f"{_escape(label)}##"
+        if len(names) >= 2:
+            identifier = "#".join((scene, *(ImageFile(name=name).token for name in names[:2])))
+        self.bad.append(BadPair(label=label, identifier=identifier, reason=reason))
 
 
 def read_list(
@@ -188,23 +156,24 @@ def read_list(
     if format is not None and format not in get_args(Format):
         raise InputError(f"No format {format!r}; choose one of {', '.join(get_args(Format))}.")
     format = format or detect_format(path)
-    collected = _READERS[format](path, None if intrinsics is None else Path(intrinsics))
-    if not collected.pairs:
-        faults = [*collected.lost, *(f"{bad.label}: {bad.reason}" for bad in collected.bad)]
-        told = "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")
-        raise InputError(f"{path} has no usable pair" + (f": {told}" if told else "") + ".")
-    last = {pair.identifier: pair for pair in collected.pairs}
-    faults_by_name = {bad.identifier: bad for bad in collected.bad if bad.identifier not in last}
+    entries = _READERS[format](path, None if intrinsics is None else Path(intrinsics))
+    if not entries.pairs:
+        faults = [*entries.lost, *(f"{bad.label}: {bad.reason}" for bad in entries.bad)]
+        listed = "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")
+        raise InputError(f"{path} has no usable pair" + (f": {listed}" if listed else "") + ".")
+    last = {pair.identifier: pair for pair in entries.pairs}
+    faults_by_name = {bad.identifier: bad for bad in entries.bad if bad.identifier not in last}
     if calibrated_size is None and format == "scannet":
         calibrated_size = (640, 480)
     return PairList(
         name=_set_name(path) if name is None else _clean(name),
         format=format,
-        root=_find_root(path, images, collected.pairs),
+        root=_find_root(path, images, [file.name for file in entries.files.values()]),
+        files=entries.files,
         pairs=tuple(last.values()),
         bad=tuple(faults_by_name.values()),
-        lost=tuple(collected.lost),
-        repeated=len(collected.pairs) + len(collected.bad) - len(last) - len(faults_by_name),
+        lost=tuple(entries.lost),
+        repeated=len(entries.pairs) + len(entries.bad) - len(last) - len(faults_by_name),
         calibrated_size=calibrated_size,
     )
 
@@ -261,16 +230,14 @@ def _clean(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name).lstrip(".") or "pairs"
 
 
-def _find_root(
-    path: Path, images: str | os.PathLike[str] | None, pairs: Sequence[ListedPair]
-) -> Path:
+def _find_root(path: Path, images: str | os.PathLike[str] | None, found: Sequence[str]) -> Path:
     folder = path if path.is_dir() else path.parent
     roots = [folder, folder / "images", folder / "scannet_test_1500", folder.parent]
     if images is not None:
         roots = [Path(images)]
         if not roots[0].is_dir():
             raise InputError(f"The image folder {roots[0]} does not exist.")
-    names = list(dict.fromkeys(file.name for pair in pairs for file in pair.files))
+    names = list(dict.fromkeys(found))
     counts = []
     for root in roots:
         if (root / names[0]).is_file() and (root / names[-1]).is_file():
@@ -299,18 +266,6 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, tokens
 
 
-def _bad(label: str, reason: str, scene: str, names: Sequence[str] = ()) -> BadLabel:
-    if len(names) >= 2:
-        identifier = _identify(scene, ImageFile(name=names[0]), ImageFile(name=names[1]))
-    else:
-        identifier = f"{_escape(label)}##"
-    return BadLabel(label=label, identifier=identifier, reason=reason)
-
-
-def _identify(scene: str, file0: ImageFile, file1: ImageFile) -> str:
-    return "#".join((scene, file0.token, file1.token))
-
-
 def _turns(token: str) -> int:
     try:
         turns = int(token)
@@ -324,34 +279,25 @@ def _turns(token: str) -> int:
 # ---------------------------------------------------------------------------------------- SuperGlue
 
 
-def _read_superglue(path: Path, intrinsics: Path | None) -> _Collected:
-    collected = _Collected()
-    scene = _set_name(path)
+def _read_superglue(path: Path, intrinsics: Path | None) -> _Entries:
+    entries, scene = _Entries(), _set_name(path)
     for number, tokens in _lines(path):
         try:
-            collected.pairs.append(_parse_superglue(tokens, scene))
+            if len(tokens) != _FIELDS:
+                raise ValueError(f"the line has {len(tokens)} tokens instead of {_FIELDS}")
+            files = _turned_files(tokens)
+            truth = split_truth(parse_numbers(tokens[4:]))
         except ValueError as error:
-            collected.bad.append(_bad(f"{path.name}, line {number}", str(error), scene, tokens))
-    return collected
+            entries.add_bad(f"{path.name}, line {number}", str(error), scene, tokens)
+        else:
+            entries.add(scene, files, PosedPair, **truth)
+    return entries
 
 
-def _parse_superglue(tokens: Sequence[str], scene: str) -> PosedPair:
-    if len(tokens) != _FIELDS:
-        raise ValueError(f"the line has {len(tokens)} tokens instead of {_FIELDS}")
-    file0 = ImageFile(name=tokens[0], turns=_turns(tokens[2]))
-    file1 = ImageFile(name=tokens[1], turns=_turns(tokens[3]))
-    try:
-        numbers = np.array([float(token) for token in tokens[4:]])
-    except ValueError as error:
-        raise ValueError(f"a token is not a number ({error})") from error
-    K0, K1, pose = (
-        part.reshape(shape)
-        for part, shape in zip(np.split(numbers, [9, 18]), ((3, 3), (3, 3), (4, 4)), strict=True)
-    )
-    check_calibration(K0, K1, pose)
-    return PosedPair(
-        identifier=_identify(scene, file0, file1), files=(file0, file1), K0=K0, K1=K1, T_0to1=pose
-    )
+def _turned_files(tokens: Sequence[str]) -> tuple[ImageFile, ImageFile]:
+    """Two names and, where the line goes on, their quarter turns."""
+    turns = [_turns(token) for token in tokens[2:4]] or [0, 0]
+    return ImageFile(name=tokens[0], turns=turns[0]), ImageFile(name=tokens[1], turns=turns[1])
 
 
 # -------------------------------------------------------------------------------------------- LoFTR
@@ -372,17 +318,17 @@ def _npz_files(path: Path) -> list[Path]:
     return [_named_file(path.parent, tokens[0]) for _, tokens in _lines(path)]
 
 
-def _read_megadepth(path: Path, intrinsics: Path | None) -> _Collected:
-    collected = _Collected()
+def _read_megadepth(path: Path, intrinsics: Path | None) -> _Entries:
+    entries = _Entries()
     for file in _npz_files(path):
         try:
-            _add_scene(file, collected)
+            _add_scene(file, entries)
         except InputError as error:
-            collected.lost.append(str(error))
-    return collected
+            entries.lost.append(str(error))
+    return entries
 
 
-def _add_scene(path: Path, collected: _Collected) -> None:
+def _add_scene(path: Path, entries: _Entries) -> None:
     arrays = read_npz(path)
     missing = {"image_paths", "intrinsics", "poses", "pair_infos"} - arrays.keys()
     if missing:
@@ -401,10 +347,11 @@ def _add_scene(path: Path, collected: _Collected) -> None:
     for number, info in enumerate(infos if infos.ndim else ()):
         known: list[str] = []
         try:
-            collected.pairs.append(_parse_info(info, names, calibrations, poses, scene, known))
+            found = _parse_info(info, names, calibrations, poses, known)
         except ValueError as error:
-            label = f"{path.name}, pair {number}"
-            collected.bad.append(_bad(label, str(error), scene, known))
+            entries.add_bad(f"{path.name}, pair {number}", str(error), scene, known)
+        else:
+            entries.add(scene, [ImageFile(name=name) for name in known], PosedPair, **found)
 
 
 def _parse_info(
@@ -412,10 +359,9 @@ def _parse_info(
     names: Sequence[Any],
     calibrations: Sequence[Any],
     poses: Sequence[Any],
-    scene: str,
     known: list[str],
-) -> PosedPair:
-    """Make a pair of an entry of pair_infos: ((index0, index1), overlap, ...)."""
+) -> dict[str, Any]:
+    """What ((index0, index1), overlap, ...) says; names go to ``known`` as they are found."""
     try:
         indices = [int(index) for index in info[0]]
         overlap = float(info[1]) if len(info) > 1 else 0.0
@@ -434,16 +380,8 @@ def _parse_info(
     except np.linalg.LinAlgError:
         raise ValueError(f"the pose of image {indices[0]} is singular") from None
     check_calibration(K0, K1, pose)
-    file0, file1 = (ImageFile(name=name) for name in known)
-    return PosedPair(
-        identifier=_identify(scene, file0, file1),
-        files=(file0, file1),
-        covisible0=overlap if math.isfinite(overlap) else 0.0,
-        covisible1=overlap if math.isfinite(overlap) else 0.0,
-        K0=K0,
-        K1=K1,
-        T_0to1=pose,
-    )
+    overlap = overlap if math.isfinite(overlap) else 0.0
+    return {"covisible0": overlap, "covisible1": overlap, "K0": K0, "K1": K1, "T_0to1": pose}
 
 
 def _matrix(value: Any, shape: tuple[int, int], what: str) -> np.ndarray:
@@ -458,18 +396,18 @@ def _matrix(value: Any, shape: tuple[int, int], what: str) -> np.ndarray:
     return matrix
 
 
-def _read_scannet(path: Path, intrinsics: Path | None) -> _Collected:
-    collected = _Collected()
+def _read_scannet(path: Path, intrinsics: Path | None) -> _Entries:
+    entries = _Entries()
     files = [path / "test.npz"] if path.is_dir() else _npz_files(path)
     for file in files:
         try:
-            _add_frames(file, intrinsics or file.with_name("intrinsics.npz"), collected)
+            _add_frames(file, intrinsics or file.with_name("intrinsics.npz"), entries)
         except InputError as error:
-            collected.lost.append(str(error))
-    return collected
+            entries.lost.append(str(error))
+    return entries
 
 
-def _add_frames(path: Path, intrinsics: Path, collected: _Collected) -> None:
+def _add_frames(path: Path, intrinsics: Path, entries: _Entries) -> None:
     arrays = read_npz(path)
     if not {"name", "rel_pose"} <= arrays.keys():
         raise InputError(f"{path} is no list of ScanNet pairs: it lacks name or rel_pose.")
@@ -484,7 +422,7 @@ def _add_frames(path: Path, intrinsics: Path, collected: _Collected) -> None:
     calibrations = read_npz(intrinsics)
     for number, (frames, flat) in enumerate(zip(names.tolist(), poses, strict=True)):
         scene = f"scene{frames[0]:04d}_{frames[1]:02d}"
-        file0, file1 = (ImageFile(name=f"{scene}/color/{frame}.jpg") for frame in frames[2:])
+        files = [ImageFile(name=f"{scene}/color/{frame}.jpg") for frame in frames[2:]]
         try:
             if scene not in calibrations:
                 raise ValueError(f"{intrinsics.name} has no K of {scene}")
@@ -494,17 +432,9 @@ def _add_frames(path: Path, intrinsics: Path, collected: _Collected) -> None:
             check_calibration(K, K, pose)
         except ValueError as error:
             label = f"{path.name}, pair {number}"
-            collected.bad.append(_bad(label, str(error), scene, (file0.name, file1.name)))
-            continue
-        collected.pairs.append(
-            PosedPair(
-                identifier=_identify(scene, file0, file1),
-                files=(file0, file1),
-                K0=K,
-                K1=K,
-                T_0to1=pose,
-            )
-        )
+            entries.add_bad(label, str(error), scene, [file.name for file in files])
+        else:
+            entries.add(scene, files, PosedPair, K0=K, K1=K, T_0to1=pose)
 
 
 # ------------------------------------------------------------------------------------- homographies
@@ -524,10 +454,10 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part) if part.isdigit() else -1, part) for part in parts]
 
 
-def _read_homographies(path: Path, intrinsics: Path | None) -> _Collected:
+def _read_homographies(path: Path, intrinsics: Path | None) -> _Entries:
     if not path.is_dir():
         raise InputError(f"{path} is no folder; homographies are read from folders.")
-    collected = _Collected()
+    entries = _Entries()
     for file, *numbers in _matrices(path):
         relative = file.relative_to(path)
         scene = _escape(relative.parent.name) or _set_name(path)
@@ -537,13 +467,10 @@ def _read_homographies(path: Path, intrinsics: Path | None) -> _Collected:
                 names.append(_numbered_image(file.parent, number).relative_to(path).as_posix())
             H = _read_matrix(file)
         except ValueError as error:
-            collected.bad.append(_bad(relative.as_posix(), str(error), scene, names))
-            continue
-        file0, file1 = (ImageFile(name=name) for name in names)
-        collected.pairs.append(
-            HomographyPair(identifier=_identify(scene, file0, file1), files=(file0, file1), H=H)
-        )
-    return collected
+            entries.add_bad(relative.as_posix(), str(error), scene, names)
+        else:
+            entries.add(scene, [ImageFile(name=name) for name in names], HomographyPair, H=H)
+    return entries
 
 
 def _numbered_image(folder: Path, number: str) -> Path:
@@ -589,39 +516,31 @@ def _pair_folders(folder: Path) -> Iterator[tuple[Path, Path | None, Path | None
             yield sub, found[0], found[1]
 
 
-def _read_pairs(path: Path, intrinsics: Path | None) -> _Collected:
-    collected = _Collected()
-    scene = _set_name(path)
+def _read_pairs(path: Path, intrinsics: Path | None) -> _Entries:
+    entries, scene = _Entries(), _set_name(path)
     if path.is_dir():
-        for sub, image0, image1 in _pair_folders(path):
-            if image0 is None or image1 is None:
-                number = 0 if image0 is None else 1
-                label = sub.relative_to(path).as_posix()
-                collected.bad.append(_bad(label, f"there is no image {number} in it", scene))
-                continue
-            files = (
-                ImageFile(name=image0.relative_to(path).as_posix()),
-                ImageFile(name=image1.relative_to(path).as_posix()),
-            )
-            collected.pairs.append(ListedPair(identifier=_identify(scene, *files), files=files))
-        return collected
+        for folder, *found in _pair_folders(path):
+            if None in found:
+                label = folder.relative_to(path).as_posix()
+                reason = f"there is no image {found.index(None)} in it"
+                entries.add_bad(label, reason, scene)
+            else:
+                names = [image.relative_to(path).as_posix() for image in found if image]
+                entries.add(scene, [ImageFile(name=name) for name in names])
+        return entries
     for number, tokens in _lines(path):
         try:
             if len(tokens) not in (2, 4):
                 raise ValueError(f"the line has {len(tokens)} tokens instead of 2 names")
-            turns = [_turns(token) for token in tokens[2:]] or [0, 0]
-            files = (
-                ImageFile(name=tokens[0], turns=turns[0]),
-                ImageFile(name=tokens[1], turns=turns[1]),
-            )
+            files = _turned_files(tokens)
         except ValueError as error:
-            collected.bad.append(_bad(f"{path.name}, line {number}", str(error), scene, tokens))
-            continue
-        collected.pairs.append(ListedPair(identifier=_identify(scene, *files), files=files))
-    return collected
+            entries.add_bad(f"{path.name}, line {number}", str(error), scene, tokens)
+        else:
+            entries.add(scene, files)
+    return entries
 
 
-_READERS: dict[Format, Callable[[Path, Path | None], _Collected]] = {
+_READERS: dict[Format, Callable[[Path, Path | None], _Entries]] = {
     "superglue": _read_superglue,
     "megadepth": _read_megadepth,
     "scannet": _read_scannet,

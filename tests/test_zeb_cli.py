@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gim_hloc.cli.zeb import main
-from gim_hloc.evaluation.zeb.datasets import unpack
+from gim_hloc.evaluation.zeb.archives import unpack
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ARCHIVE = DATA / "zeb-dumps" / "zeb-dumps.tar.gz"

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.zeb import datasets, dumps
+from gim_hloc.evaluation import dumps
+from gim_hloc.evaluation.zeb import archives, datasets
 from gim_hloc.types import ImageOptions
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -283,13 +284,13 @@ def test_unpack_zip_and_tar_and_again(tmp_path: Path, gl3d: Path) -> None:
     tarred = shutil.make_archive(str(tmp_path / "b"), "gztar", source.parent, "gl3d")
     for archive, name in ((zipped, "z"), (tarred, "t")):
         target = tmp_path / name / "zeb"
-        datasets.unpack([archive], target)
+        archives.unpack([archive], target)
         for path in source.iterdir():
             assert (target / "gl3d" / path.name).read_bytes() == path.read_bytes()
         kept = target / "gl3d" / "s_0000.png"
         inode = kept.stat().st_ino
         (target / "gl3d" / "s_0001.png").write_bytes(b"cut")
-        datasets.unpack([archive], target)
+        archives.unpack([archive], target)
         assert kept.stat().st_ino == inode
         assert (target / "gl3d/s_0001.png").read_bytes() == (source / "s_0001.png").read_bytes()
 
@@ -299,7 +300,7 @@ def test_no_archive_writes_outside(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "in" / "zeb"
     archive = _zip(tmp_path / "a.zip", {"good": b"1", name: b"2"})
     with pytest.raises(InputError, match="outside"):
-        datasets.unpack([archive], folder)
+        archives.unpack([archive], folder)
     assert not list((tmp_path / "in").rglob("*evil*"))
     assert not (folder / "good").exists()
     assert not (tmp_path / "evil").exists()
@@ -315,12 +316,12 @@ def test_links_in_archives_are_refused(tmp_path: Path) -> None:
         file.size = 1
         archive.addfile(file, io.BytesIO(b"1"))
     with pytest.raises(InputError, match="link or device"):
-        datasets.unpack([path], tmp_path / "zeb")
+        archives.unpack([path], tmp_path / "zeb")
     # A link that was there before leads nowhere either.
     (tmp_path / "out").mkdir()
     (tmp_path / "zeb" / "gl3d").symlink_to(tmp_path / "out")
     with pytest.raises(InputError, match="outside"):
-        datasets.unpack([_zip(tmp_path / "b.zip", {"gl3d/evil": b"1"})], tmp_path / "zeb")
+        archives.unpack([_zip(tmp_path / "b.zip", {"gl3d/evil": b"1"})], tmp_path / "zeb")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -328,7 +329,7 @@ def test_broken_archive_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     path.write_bytes(b"no archive")
     with pytest.raises(InputError, match=r"a\.zip"):
-        datasets.unpack([path], tmp_path / "zeb")
+        archives.unpack([path], tmp_path / "zeb")
 
 
 # ------------------------------------------------------------------------------------------ dumps

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.zeb import metrics
-from gim_hloc.evaluation.zeb.dumps import Dump, DumpRecord
-from gim_hloc.evaluation.zeb.published import NAMES, PUBLISHED, find_row
+from gim_hloc.evaluation import metrics
+from gim_hloc.evaluation.dumps import Dump, DumpRecord
+from gim_hloc.evaluation.zeb.published import PUBLISHED, find_row
+from gim_hloc.evaluation.zeb.sets import NAMES
 
 
 def auc_by_definition(errors: list[float], threshold: float) -> float:
@@ -143,15 +144,21 @@ def test_ranks_are_the_spreadsheets():
     assert metrics.ranks([7.0, 9.0, 7.0, math.nan, 3.0]) == [2, 1, 2, None, 4]
 
 
+def record(i: int, rotation: float, translation: float, *counts: float) -> DumpRecord:
+    names = ("precision_before", "precision_after", "correct_before", "correct_after")
+    return DumpRecord(
+        identifier=f"s#{i}#{i}", covisible0=0.5, covisible1=0.5, rotation_error=rotation,
+        translation_error=translation, **dict(zip(names, counts, strict=True)),
+    )  # fmt: skip
+
+
 def test_measure():
-    figures = metrics.measure(
-        np.array([1.0, np.inf, 2.0]),
-        np.array([2.0, np.inf, 30.0]),
-        precision=np.array([[0.5, 1.0], [0.25, 0.0], [0.0, np.nan]]),
-        correct=np.array([[10, 8], [5, 0], [0, 0]]),
-        thresholds=(5.0,),
-        samples=20,
-    )
+    records = [
+        record(0, 1.0, 2.0, 0.5, 1.0, 10, 8),
+        record(1, np.inf, np.inf, 0.25, 0.0, 5, 0),
+        record(2, 2.0, 30.0, 0.0, np.nan, 0, 0),
+    ]
+    figures = metrics.measure(records, thresholds=(5.0,), samples=20)
     assert (figures.pairs, figures.failures) == (3, 1)
     # One of three pairs at 2 degrees: (2 * 1/3 / 2 + 3 * 1/3) / 5.
     assert figures.auc == pytest.approx([4 / 15])
@@ -167,8 +174,7 @@ def test_measure():
 
 
 def test_measure_without_bootstrap():
-    ones = np.ones((2, 2))
-    figures = metrics.measure(ones[0], ones[0], precision=ones, correct=ones, samples=0)
+    figures = metrics.measure([record(0, 1.0, 1.0, 1, 1, 1, 1)], samples=0)
     assert np.isnan(figures.interval()).all()
 
 

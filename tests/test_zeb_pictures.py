@@ -16,13 +16,13 @@ from PIL import Image
 from gim_hloc.cache import Cache
 from gim_hloc.cli.zeb import main
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.options import PictureOptions, RunOptions
+from gim_hloc.evaluation.dumps import Dump, DumpRecord, write_dump
+from gim_hloc.evaluation.options import PictureOptions
+from gim_hloc.evaluation.predictions import Prediction
 from gim_hloc.evaluation.zeb import pictures
 from gim_hloc.evaluation.zeb.datasets import ZebPair, find_root, find_set
-from gim_hloc.evaluation.zeb.dumps import Dump, DumpRecord, write_dump
 from gim_hloc.evaluation.zeb.pictures import draw_worst, error_colours
-from gim_hloc.evaluation.zeb.predictions import Prediction
-from gim_hloc.evaluation.zeb.run import select
+from gim_hloc.evaluation.zeb.run import ZebPairs
 
 SIZE = (160, 120)
 FOCAL = 100.0
@@ -90,7 +90,7 @@ def write(zeb: Path, tmp_path: Path) -> Write:
 def keep(zeb: Path, out: Path, matcher: str, known: dict[str, Prediction]) -> None:
     """Keep matches as a run does, in place of what was there."""
     root = find_root(zeb)
-    keys = select(root, find_set("GL3D"), RunOptions(matchers=(matcher,))).keys()
+    keys = ZebPairs.read(root, find_set("GL3D")).keys()
     path = out / "predictions" / f"{matcher}-01234567.db"
     path.unlink(missing_ok=True)
     with Cache(path) as kept:

@@ -17,11 +17,13 @@ from zeb_scene import POINTS, SIZE, K, pose, relative
 
 from gim_hloc import matchers, weights
 from gim_hloc.errors import InputError, LockedError, OutputError, WeightsError
+from gim_hloc.evaluation import protocol
+from gim_hloc.evaluation import run as runs
+from gim_hloc.evaluation.dumps import Dump, read_dump
 from gim_hloc.evaluation.options import RunOptions
-from gim_hloc.evaluation.zeb import datasets, protocol, run
-from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
-from gim_hloc.evaluation.zeb.predictions import find_predictions
-from gim_hloc.evaluation.zeb.protocol import Protocol, make_protocol
+from gim_hloc.evaluation.predictions import find_predictions
+from gim_hloc.evaluation.protocol import Protocol
+from gim_hloc.evaluation.zeb import datasets, run
 from gim_hloc.lock import FolderLock
 from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.types import ImageOptions, MatcherInfo, Matches
@@ -125,7 +127,7 @@ def zeb(tmp_path: Path) -> Path:
 OPTIONS = RunOptions(matchers=(NAME,), version="v")
 
 
-def only_dump(report: run.RunReport) -> Dump:
+def only_dump(report: runs.RunReport) -> Dump:
     (result,) = report.results
     assert result.dump is not None
     return read_dump(result.dump)
@@ -233,17 +235,17 @@ def test_slip_is_the_references_scaling() -> None:
     kitti = datasets.find_set("KITTI")
     # The right end of a 1226 px image lies at 1226 / 1240 of the padded frame.
     end = np.array([[1225.5, 369.5]])
-    slipped = protocol.slip(end, (1226, 370), kitti) + 0.5
+    slipped = run.slip(end, (1226, 370), kitti) + 0.5
     np.testing.assert_allclose(slipped, [[1226 * 1226 / 1240, 370 * 370 / 384]])
     gl3d = datasets.find_set("GL3D")
-    np.testing.assert_array_equal(protocol.slip(end, (1226, 370), gl3d), end)
+    np.testing.assert_array_equal(run.slip(end, (1226, 370), gl3d), end)
 
 
 def test_protocol_names_tell_what_differs() -> None:
     assert Protocol().name == "gim"
     assert Protocol(padded_slip=True, threshold=1.0).name == "gim-1px-slip"
     with pytest.raises(InputError, match="usac"):
-        make_protocol("usac")
+        Protocol.make("usac")
     with pytest.raises(InputError, match="positive threshold"):
         Protocol(threshold=0)
 
@@ -251,16 +253,16 @@ def test_protocol_names_tell_what_differs() -> None:
 def test_poselib_is_asked_for(monkeypatch: pytest.MonkeyPatch, zeb: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install poselib"):
-        make_protocol("poselib")
+        Protocol.make("poselib")
     with pytest.raises(InputError, match="pip install poselib"):
         run.run(zeb, tmp_path / "out", replace(OPTIONS, protocols=("poselib",)))
 
 
 def test_poselib_finds_the_pose() -> None:
     pytest.importorskip("poselib", reason="PoseLib is not installed")
-    assert make_protocol("poselib").name == "poselib-1px"
+    assert Protocol.make("poselib").name == "poselib-1px"
     # Matches are exact and the image is small: by a pixel, many of the wrong ones would pass.
-    chosen = make_protocol("poselib", threshold=0.05)
+    chosen = Protocol.make("poselib", threshold=0.05)
     assert chosen.name == "poselib-0.05px"
     points1 = project(2).copy()
     points1[:60] = np.random.default_rng(1).uniform([0, 0], SIZE, (60, 2))
@@ -316,7 +318,7 @@ def test_killed_between_prediction_and_evaluation(
 ) -> None:
     out = tmp_path / "out"
     before = only_dump(run.run(zeb, tmp_path / "whole", OPTIONS))
-    judge, judged = run.evaluate_pair, []
+    judge, judged = protocol.evaluate_pair, []
 
     def stops(*arguments: Any, **more: Any) -> Any:
         judged.append(more["identifier"])
@@ -324,7 +326,7 @@ def test_killed_between_prediction_and_evaluation(
             raise KeyboardInterrupt
         return judge(*arguments, **more)
 
-    monkeypatch.setattr(run, "evaluate_pair", stops)
+    monkeypatch.setattr(protocol, "evaluate_pair", stops)
     with pytest.raises(KeyboardInterrupt):
         run.run(zeb, out, OPTIONS)
     assert not list(out.glob("dump/*/*"))
@@ -385,19 +387,19 @@ def test_threads_for_ransac_and_batches_change_nothing(
 ) -> None:
     dumps = []
     for threads, batch in ((1, 1), (3, 3)):
-        monkeypatch.setattr(run.workers, "usable_cores", lambda count=threads: count)
+        monkeypatch.setattr(runs.workers, "usable_cores", lambda count=threads: count)
         options = replace(OPTIONS, batch_size=batch)
         dumps.append(only_dump(run.run(zeb, tmp_path / str(batch), options)))
     assert dumps[0].records == dumps[1].records
 
 
-def selection(zeb: Path) -> run.ZebSelection:
-    return run.select(datasets.find_root(zeb), datasets.find_set("GL3D"), OPTIONS)
+def pair_set(zeb: Path) -> run.ZebPairs:
+    return run.ZebPairs.read(datasets.find_root(zeb), datasets.find_set("GL3D"))
 
 
 def test_predictions_are_found_for_pictures(zeb: Path, tmp_path: Path) -> None:
     run.run(zeb, tmp_path / "out", OPTIONS)
-    keys = selection(zeb).keys()
+    keys = pair_set(zeb).keys()
     found = find_predictions(tmp_path / "out", NAME, keys).read(["a#0000#0003", "a#1#2"])
     assert list(found) == ["a#0000#0003"]
     prediction = found["a#0000#0003"]
@@ -472,7 +474,7 @@ def test_damage_heals(
     before = only_dump(run.run(zeb, out, OPTIONS))
     [path] = out.glob("predictions/*.db")
     content = bytearray(path.read_bytes())
-    pair = selection(zeb).keys()["b#0001#0004"]
+    pair = pair_set(zeb).keys()["b#0001#0004"]
     prediction = find_predictions(out, NAME, {"": pair}).read()[""]
     place = content.index(prediction.points1.tobytes())
     content[place] ^= 1
@@ -491,16 +493,16 @@ def test_another_version_of_the_estimator_judges_anew(
     out = tmp_path / "out"
     run.run(zeb, out, OPTIONS)
     judged: list[str] = []
-    judge = run.evaluate_pair
+    judge = protocol.evaluate_pair
 
     def counts(*arguments: Any, **more: Any) -> Any:
         judged.append(more["identifier"])
         return judge(*arguments, **more)
 
-    monkeypatch.setattr(run, "evaluate_pair", counts)
+    monkeypatch.setattr(protocol, "evaluate_pair", counts)
     assert run.run(zeb, out, OPTIONS).matched == 0
     assert not judged
-    monkeypatch.setattr(run, "estimator_version", lambda estimator: "opencv 1.0")
+    monkeypatch.setattr(runs, "estimator_version", lambda estimator: "opencv 1.0")
     assert run.run(zeb, out, OPTIONS).matched == 0
     assert len(judged) == 30
 
@@ -575,10 +577,10 @@ def test_the_references_options_are_options_of_the_matchers() -> None:
         "gim_lightglue": SparseOptions,
     }  # fmt: skip
     for name, kind in kinds.items():
-        assert protocol.reference_options(name)
-        kind(**protocol.reference_options(name))  # raises on a field or value that is none
-    assert protocol.reference_options("gim_dkm")["size"] == (660, 880)
-    assert not protocol.reference_options("sift")
+        assert run.reference_options(name)
+        kind(**run.reference_options(name))  # raises on a field or value that is none
+    assert run.reference_options("gim_dkm")["size"] == (660, 880)
+    assert not run.reference_options("sift")
 
 
 # -------------------------------------------------------------------------------------- real images

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from zeb_oracle import calibration, pose, project, register, run_and_kill, write_set
 
-from gim_hloc.evaluation import synthetic_dense
+from gim_hloc.evaluation import protocol, synthetic_dense
+from gim_hloc.evaluation.dumps import Dump, read_dump
 from gim_hloc.evaluation.options import RunOptions
-from gim_hloc.evaluation.zeb import datasets, protocol, run
-from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
-from gim_hloc.evaluation.zeb.predictions import find_predictions
-from gim_hloc.evaluation.zeb.run import RunReport
+from gim_hloc.evaluation.predictions import find_predictions
+from gim_hloc.evaluation.run import RunReport
+from gim_hloc.evaluation.zeb import datasets, run
 
 MINI = Path(__file__).parents[2] / "shared" / "data" / "zeb-mini"
 SPARSE, DENSE = "zeb_oracle_sparse", "zeb_oracle_dense"
@@ -223,7 +223,7 @@ def test_the_slip_through_a_whole_dense_matcher(
     assert correct.pose_error < 1
     assert slipped.precision_before < correct.precision_before
     root = datasets.find_root(tmp_path / "data")
-    keys = run.select(root, datasets.find_set("KITTI"), options).keys()
+    keys = run.ZebPairs.read(root, datasets.find_set("KITTI")).keys()
     found = find_predictions(tmp_path / "out", synthetic_dense.NAME, keys)
     (prediction,) = found.read().values()
     # What was matched is right; only the protocol spoils it.

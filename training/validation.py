@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gim_hloc.evaluation.zeb import protocol
-from gim_hloc.evaluation.zeb.metrics import auc, pose_errors
-from gim_hloc.evaluation.zeb.protocol import evaluate_pair
+from gim_hloc.evaluation.metrics import auc, pose_errors
+from gim_hloc.evaluation.protocol import Protocol, evaluate_pair
 from gim_hloc.training.batch import PairBatch
 from gim_hloc.training.data.truth import warp_points
 
 if TYPE_CHECKING:
-    from gim_hloc.evaluation.zeb.protocol import Protocol
     from gim_hloc.training.models.base import Match, TrainingModel
 
 POSE_THRESHOLDS = (5.0, 10.0, 20.0)
@@ -63,7 +61,7 @@ class PairResult:
 
 def make_protocol(threshold: float, confidence: float, max_iterations: int) -> Protocol:
     """Return the protocol of the reference's validation, by default 0.5 px and 0.999999."""
-    return protocol.make_protocol(
+    return Protocol.make(
         "gim", threshold=threshold, confidence=confidence, max_iterations=max_iterations
     )
 

@@ -15,9 +15,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.zeb.datasets import SETS, set_folder
-from gim_hloc.evaluation.zeb.dumps import Dump, read_dump
-from gim_hloc.evaluation.zeb.published import NAMES
+from gim_hloc.evaluation.dumps import Dump, read_dump
+from gim_hloc.evaluation.zeb.sets import NAMES, SETS, set_folder
 
 
 @dataclass(frozen=True, kw_only=True)

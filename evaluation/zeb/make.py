@@ -31,12 +31,9 @@ from gim_hloc import colmap
 from gim_hloc.colmap import pinhole, point_positions
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.evaluation.options import SEPARATOR, MakeOptions
-from gim_hloc.evaluation.zeb.datasets import (
-    DESCRIPTION,
-    ZebSet,
-    check_calibration,
-    read_description,
-)
+from gim_hloc.evaluation.pair_set import check_calibration
+from gim_hloc.evaluation.zeb.datasets import DESCRIPTION, read_description
+from gim_hloc.evaluation.zeb.sets import ZebSet
 from gim_hloc.files import write_atomic
 from gim_hloc.geometry.pose import relative_pose
 from gim_hloc.images import SUFFIXES, read_rgb, scan

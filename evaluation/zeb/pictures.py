@@ -20,21 +20,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gim_hloc.errors import InputError, OutputError
+from gim_hloc.evaluation import metrics
+from gim_hloc.evaluation.dumps import Dump, DumpRecord, parse_dump_name, read_pose_dump
 from gim_hloc.evaluation.options import PictureOptions
-from gim_hloc.evaluation.zeb import metrics
+from gim_hloc.evaluation.predictions import Prediction, find_predictions
+from gim_hloc.evaluation.protocol import CORRECT, epipolar_distance
 from gim_hloc.evaluation.zeb.check import find_dumps
-from gim_hloc.evaluation.zeb.datasets import (
-    ZebPair,
-    ZebSet,
-    find_root,
-    find_set,
-    read_labels,
-    set_folder,
-)
-from gim_hloc.evaluation.zeb.dumps import Dump, DumpRecord, parse_dump_name, read_pose_dump
-from gim_hloc.evaluation.zeb.predictions import Prediction, find_predictions
-from gim_hloc.evaluation.zeb.protocol import CORRECT, epipolar_distance
-from gim_hloc.evaluation.zeb.run import ZebSelection
+from gim_hloc.evaluation.zeb.datasets import ZebPair, find_root, find_set, read_labels
+from gim_hloc.evaluation.zeb.run import ZebPairs
+from gim_hloc.evaluation.zeb.sets import ZebSet, set_folder
 from gim_hloc.files import write_atomic
 from gim_hloc.images import read_rgb
 
@@ -255,7 +249,7 @@ class _Set:
         self.columns, self.options = columns, options
         self.output = output / self.zeb_set.folder
         names = {name for _, identifiers in _chosen(columns, options) for name in identifiers}
-        wanted = ZebSelection(
+        wanted = ZebPairs(
             name=dataset,
             root=root,
             dump_name=None,

@@ -1,23 +1,24 @@
-"""Plots of a results table: bars, radar, cumulative error curves. Needs matplotlib, no display."""
+"""Plots of a results table: bars and cumulative error curves. Needs matplotlib, no display."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.zeb.published import short_name
+from gim_hloc.evaluation.zeb.sets import short_name
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from gim_hloc.evaluation.zeb.table import Row, Table
 
@@ -29,57 +30,40 @@ _GRAY = "#6b757d"
 # Curves are drawn to this many degrees, where the largest threshold is not larger.
 _CURVE_END = 20.0
 _BARS_WIDTH = 13.0  # inches of a panel of bars
-# A polygon needs three corners.
-_RADAR_SETS = 3
 
 
 def figures(table: Table) -> list[tuple[str, Figure]]:
-    """Return title and figure of every plot that the table allows."""
+    """Title and figure of every plot."""
     first = table.options.thresholds[0]
-    drawn = [(f"AUC@{first:g}° of each set", bars(table))]
-    if len(table.sets) >= _RADAR_SETS:
-        drawn.append((f"AUC@{first:g}°, radar", radar(table)))
-    drawn.append(("Share of pairs below an error", curves(table)))
-    return drawn
+    return [
+        (f"AUC@{first:g}° of each set", bars(table)),
+        ("Share of pairs below an error", curves(table)),
+    ]
 
 
 def write_plots(
     table: Table, folder: str | os.PathLike[str], *, suffix: str = ".png"
 ) -> list[Path]:
-    """Write bars, radar (from three sets on) and curves into a folder.
-
-    Args:
-        table: what to draw.
-        folder: made if it does not exist.
-        suffix: .png, .svg or .pdf.
-
-    Returns:
-        The files.
+    """Write ``zeb_bars`` and ``zeb_curves`` into a folder, made if it does not exist.
 
     Raises:
-        InputError: another suffix.
+        InputError: another suffix than .png, .svg or .pdf.
     """
     if suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"plots are written as .png, .svg or .pdf, not {suffix!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    named = {"bars": bars(table), "curves": curves(table)}
-    if len(table.sets) >= _RADAR_SETS:
-        named["radar"] = radar(table)
     paths = []
-    for name, figure in named.items():
+    for name, figure in (("bars", bars(table)), ("curves", curves(table))):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix[1:], dpi=150)
-        path = folder / f"zeb_{name}{suffix}"
-        write_atomic(path, buffer.getvalue())
-        paths.append(path)
+        paths.append(folder / f"zeb_{name}{suffix}")
+        write_atomic(paths[-1], buffer.getvalue())
     return paths
 
 
 def to_svg(figure: Figure) -> str:
-    """Return a figure as an ``<svg>`` element for a web page."""
-    import matplotlib
-
+    """A figure as an ``<svg>`` element for a web page."""
     buffer = io.StringIO()
     # A fixed salt instead of a random one: the same table gives the same page.
     with matplotlib.rc_context({"svg.hashsalt": "zeb"}):
@@ -90,37 +74,30 @@ def to_svg(figure: Figure) -> str:
 
 
 def bars(table: Table) -> Figure:
-    """Draw AUC at the first threshold: sets side by side, one bar a matcher, interval on top.
+    """AUC at the first threshold: sets side by side, one bar a matcher, interval on top.
 
     With many matchers the sets go on over several panels.
     """
-    from matplotlib.figure import Figure
-
-    threshold = table.options.thresholds[0]
     rows = table.own
     heads = ["mean", *map(short_name, table.sets)]
-    heights, lows, highs = (np.empty((len(rows), len(heads))) for _ in range(3))
-    for i, row in enumerate(rows):
-        values = [row.mean[threshold], *(row.auc[threshold].get(n, math.nan) for n in table.sets)]
-        heights[i] = 100 * np.array(values)
-        lows[i], highs[i] = _bounds(table, row, threshold)
+    height, low, high = (100 * values for values in _heights(table))  # (rows, heads)
     group = 0.3 + 0.2 * max(len(rows), 3)  # inches a set
     across = min(len(heads), max(1, int(_BARS_WIDTH / group)))
     down = -(-len(heads) // across)
     across = -(-len(heads) // down)  # panels of about the same length
-    figure = Figure(figsize=(max(6.0, across * group + 0.8), 2.9 * down + 1.2))
+    figure = Figure((max(6.0, across * group + 0.8), 2.9 * down + 1.2), layout="constrained")
     panels = figure.subplots(down, 1, sharey=True, squeeze=False)[:, 0]
     width = 0.82 / len(rows)
     for first, axes in zip(range(0, len(heads), across), panels, strict=True):
         part = slice(first, min(first + across, len(heads)))
-        count = part.stop - part.start
+        places = np.arange(part.stop - part.start) - 0.41
         for i, row in enumerate(rows):
-            places = np.arange(count) - 0.41 + (i + 0.5) * width
-            height, low, high = heights[i, part], lows[i, part], highs[i, part]
-            axes.bar(
-                places,
-                height,
+            bar = axes.bar(
+                places + (i + 0.5) * width,
+                height[i, part],
                 width,
+                yerr=[height[i, part] - low[i, part], high[i, part] - height[i, part]],
+                error_kw={"elinewidth": 0.9, "capsize": min(3.0, 18 * width)},
                 color=_COLOURS[i % 7],
                 hatch=_HATCHES[i // 7 % 4],
                 edgecolor="white",
@@ -128,92 +105,47 @@ def bars(table: Table) -> Figure:
                 label=row.name,
                 zorder=2,
             )
-            axes.errorbar(
-                places,
-                height,
-                [np.maximum(height - low, 0), np.maximum(high - height, 0)],
-                fmt="none",
-                ecolor="#1c2126",
-                elinewidth=0.9,
-                capsize=min(3.0, 18 * width),
-                zorder=3,
-            )
             if len(rows) <= 2:
-                top = np.where(np.isfinite(high), high, height)
-                for x, y, value in zip(places, top, height, strict=True):
-                    if math.isfinite(value):
-                        axes.text(x, y + 0.8, f"{value:.1f}", ha="center", fontsize=7)
+                known = [f"{v:.1f}" if math.isfinite(v) else "" for v in height[i, part]]
+                axes.bar_label(bar, known, padding=2, fontsize=7)
         if first == 0:
             axes.axvline(0.5, color=_GRAY, linewidth=0.8)
-        axes.set_xticks(range(count), heads[part])
+        axes.set_xticks(range(len(places)), heads[part])
         # As wide as the panels above, so that bars are equally wide.
         axes.set_xlim(-0.5, across - 0.5)
-        axes.set_ylabel(f"AUC@{threshold:g}° in %")
+        axes.set_ylabel(f"AUC@{table.options.thresholds[0]:g}° in %")
         _clean(axes, grid="y")
-    _legend(figure, len(rows))
+    _legend(figure, rows)
     return figure
 
 
-def radar(table: Table) -> Figure:
-    """Draw AUC at the first threshold as one polygon a matcher, a set at each corner.
+def _heights(table: Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and each set's AUC at the first threshold with the ends of their intervals.
 
-    Rows that lack a set are left out: their polygon would not close.
-
-    Raises:
-        InputError: fewer than three sets.
+    (rows, 1 + sets), fractions; ends are the values themselves without bootstrap.
     """
-    from matplotlib.figure import Figure
-
-    if len(table.sets) < _RADAR_SETS:
-        raise InputError(f"a radar plot needs three sets or more, the dumps have {len(table.sets)}")
     threshold = table.options.thresholds[0]
-    figure = Figure(figsize=(7.2, 7.2))
-    axes = figure.add_subplot(projection="polar")
-    angles = np.linspace(0, 2 * np.pi, len(table.sets), endpoint=False)
-    drawn = 0
-    top = 0.0
+    found = np.full((3, len(table.own), 1 + len(table.sets)), np.nan)
     for i, row in enumerate(table.own):
-        if any(name not in row.auc[threshold] for name in table.sets):
-            continue
-        values = 100 * np.array([row.auc[threshold][name] for name in table.sets])
-        closed = np.append(values, values[0])
-        style = _STYLES[i // 7 % 4]
-        colour = _COLOURS[i % 7]
-        turn = np.append(angles, angles[0])
-        axes.plot(turn, closed, style, color=colour, linewidth=1.8, label=row.name)
-        axes.fill(angles, values, color=colour, alpha=0.08)
-        drawn += 1
-        top = max(top, float(values.max()))
-    polar = axes  # methods of polar axes that the type of add_subplot does not tell
-    polar.set_theta_zero_location("N")  # type: ignore[attr-defined]
-    polar.set_theta_direction(-1)  # type: ignore[attr-defined]
-    axes.set_xticks(angles, [short_name(name) for name in table.sets])
-    axes.tick_params(axis="x", pad=6)
-    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
-        side = math.sin(angle)  # of the circle, clockwise from the top
-        if abs(side) > 0.1:
-            label.set_horizontalalignment("left" if side > 0 else "right")
-    limit = min(100.0, 10 * math.ceil(max(top, 1.0) / 10))
-    axes.set_ylim(0, limit)
-    ticks = np.arange(20, limit + 1, 20)
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], color=_GRAY, fontsize=8)
-    axes.grid(color="#d5d9dc", linewidth=0.7)
-    axes.spines["polar"].set_color("#d5d9dc")
-    _legend(figure, drawn)
-    return figure
+        found[:, i, 0] = (row.mean[threshold], *row.interval[threshold])
+        for j, name in enumerate(table.sets, start=1):
+            if name in row.metrics:
+                ends = row.metrics[name].interval(level=table.options.level)[:, 0]
+                found[:, i, j] = (row.auc[threshold][name], *ends)
+    value, low, high = found
+    low, high = (np.where(np.isfinite(end), end, value) for end in (low, high))
+    return value, np.minimum(low, value), np.maximum(high, value)
 
 
 def curves(table: Table) -> Figure:
-    """Draw the share of pairs below each error, a panel for every set.
+    """The share of pairs below each error, a panel for every set.
 
     The dotted line is the first threshold: AUC is the mean height of the curve left of it.
     """
-    from matplotlib.figure import Figure
-
     count = len(table.sets)
     across = min(4, count)
     down = -(-count // across)
-    figure = Figure(figsize=(max(5.5, 3.0 * across), 2.5 * down + 0.9))
+    figure = Figure((max(5.5, 3.0 * across), 2.5 * down + 0.9), layout="constrained")
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     end = max(_CURVE_END, *table.options.thresholds)
     for axes, name in zip(panels.flat, table.sets, strict=False):
@@ -245,22 +177,8 @@ def curves(table: Table) -> Figure:
         axes.tick_params(labelbottom=True)
     figure.supxlabel("larger of rotation and translation error in degrees", fontsize=10)
     figure.supylabel("pairs in %", fontsize=10)
-    _legend(figure, len(table.own))
+    _legend(figure, table.own)
     return figure
-
-
-def _bounds(table: Table, row: Row, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return low and high ends in percent of the mean and of each set; NaN without bootstrap."""
-    index = table.options.thresholds.index(threshold)
-    bounds = [row.interval[threshold]]
-    for name in table.sets:
-        if name in row.metrics:
-            low, high = row.metrics[name].interval(level=table.options.level)[:, index]
-            bounds.append((float(low), float(high)))
-        else:
-            bounds.append((math.nan, math.nan))
-    low_high = 100 * np.array(bounds)
-    return low_high[:, 0], low_high[:, 1]
 
 
 def _clean(axes: Axes, *, grid: str) -> None:
@@ -269,26 +187,15 @@ def _clean(axes: Axes, *, grid: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(figure: Figure, count: int) -> None:
-    """Put one legend above all panels and fit the panels below it."""
-    found: dict[str, Artist] = {}
+def _legend(figure: Figure, rows: Sequence[Row]) -> None:
+    """One legend above all panels, of what any of them shows."""
+    found = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
-        for handle, label in zip(handles, labels, strict=True):
-            found.setdefault(label, handle)
-    width, height = figure.get_size_inches()
+        found.update(zip(labels, handles, strict=True))
     # An entry is its handle and its text, about 0.085 inches a letter.
-    entry = 0.75 + 0.085 * max(map(len, found), default=0)
-    columns = max(1, min(count, 4, int(width / entry)))
-    lines = -(-len(found) // columns)
-    used = (0.12 + 0.26 * lines) / height
-    if found:
-        figure.legend(
-            list(found.values()),
-            list(found),
-            loc="upper center",
-            bbox_to_anchor=(0.5, 1 - 0.02 / height),
-            ncols=columns,
-            frameon=False,
-        )
-    figure.tight_layout(rect=(0, 0, 1, 1 - used))
+    entry = 0.75 + 0.085 * max(len(row.name) for row in rows)
+    columns = max(1, min(len(rows), 4, int(figure.get_figwidth() / entry)))
+    figure.legend(
+        list(found.values()), list(found), loc="outside upper center", ncols=columns, frameon=False
+    )

@@ -1,4 +1,4 @@
-"""The published ZEB table: AUC@5° of 16 matchers on the twelve sets, and the sets' column order."""
+"""The published ZEB table: AUC@5° of 16 matchers on the twelve sets."""
 
 from __future__ import annotations
 
@@ -7,40 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gim_hloc.errors import InputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One of the twelve sets as a column of tables."""
-
-    short: str  # three letters, heads the columns of text tables
-    name: str  # as in dump file names
-    title: str  # heading in the spreadsheet
-
-
-COLUMNS = (
-    Column(short="GL3", name="GL3D", title="GL3D"),
-    Column(short="BLE", name="BlendedMVS", title="BlendedMVS"),
-    Column(short="ETI", name="ETH3DI", title="ETH3DIn"),
-    Column(short="ETO", name="ETH3DO", title="ETH3-Out"),
-    Column(short="KIT", name="KITTI", title="KITTI"),
-    Column(short="WEA", name="RobotcarWeather", title="Weather"),
-    Column(short="SEA", name="RobotcarSeason", title="Season"),
-    Column(short="NIG", name="RobotcarNight", title="Night"),
-    Column(short="MUL", name="Multi-FoV", title="MultiFoV"),
-    Column(short="SCE", name="SceneNetRGBD", title="SceneNet"),
-    Column(short="ICL", name="ICL-NUIM", title="ICLNUIM"),
-    Column(short="GTA", name="GTA-SfM", title="GTA-SfM"),
-)
-"""The twelve sets in the order of the published table."""
-
-NAMES = tuple(column.name for column in COLUMNS)
-"""Names of the twelve sets in dump file names, in table order."""
-
-
-def short_name(name: str) -> str:
-    """Return the three letters of one of the twelve sets; any other name as it is."""
-    return next((column.short for column in COLUMNS if column.name == name), name)
+from gim_hloc.evaluation.zeb.sets import NAMES
 
 
 @dataclass(frozen=True)

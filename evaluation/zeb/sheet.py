@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.zeb.published import COLUMNS, PUBLISHED
+from gim_hloc.evaluation.zeb.published import PUBLISHED
+from gim_hloc.evaluation.zeb.sets import SETS
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def write_sheet(table: Table, path: str | os.PathLike[str]) -> Path:
 
     book = Workbook()
     book.remove(book.active)
-    names = [column.name for column in COLUMNS]
+    names = [entry.dump_name for entry in SETS]
     lines = _lines(table, names)
     if lines:
         if table.options.published and not table.incomplete:
@@ -50,7 +51,7 @@ def write_sheet(table: Table, path: str | os.PathLike[str]) -> Path:
                 (f"{line.method} (published)", [value / 100 for value in line.percent])
                 for line in PUBLISHED
             ]
-        _fill(book.create_sheet("zeb"), [column.title for column in COLUMNS], lines)
+        _fill(book.create_sheet("zeb"), [entry.title for entry in SETS], lines)
     others = [name for name in table.sets if name not in names]
     if others:
         _fill(book.create_sheet("other sets"), others, _lines(table, others))

@@ -6,28 +6,31 @@ web page. Text tables show percent, CSV and spreadsheet fractions.
 
 from __future__ import annotations
 
-import csv
-import html
-import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from gim_hloc.errors import InputError
+from gim_hloc.evaluation import metrics
+from gim_hloc.evaluation.dumps import Dump, read_pose_dump
+from gim_hloc.evaluation.metrics import SetMetrics
 from gim_hloc.evaluation.options import TableOptions
-from gim_hloc.evaluation.zeb import metrics
+from gim_hloc.evaluation.zeb import plots, sheet
 from gim_hloc.evaluation.zeb.check import find_dumps
-from gim_hloc.evaluation.zeb.datasets import SETS
-from gim_hloc.evaluation.zeb.dumps import Dump, read_pose_dump
-from gim_hloc.evaluation.zeb.metrics import SetMetrics
-from gim_hloc.evaluation.zeb.published import NAMES, PUBLISHED, short_name
+from gim_hloc.evaluation.zeb.published import PUBLISHED
+from gim_hloc.evaluation.zeb.sets import NAMES, SETS, short_name
 from gim_hloc.files import write_atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -92,33 +95,16 @@ class Table:
                 parts.append(f"{short_name(name)} {several} of {published[name]}")
         return ", ".join(parts)
 
-    def shown(self, threshold: float) -> tuple[Row, ...]:
-        """Return the rows that have figures at a threshold."""
-        return tuple(row for row in self.rows if threshold in row.auc)
+    def auc_frame(self, threshold: float) -> pd.DataFrame:
+        """AUC as a fraction: a row for each of ``rows`` that has figures, by its place there."""
+        import pandas as pd
 
-    @cached_property
-    def ranks(self) -> dict[float, list[dict[str, int | None]]]:
-        """Threshold -> for each row of ``shown`` its rank on each set, 1 the best."""
-        result = {}
-        for threshold in self.options.thresholds:
-            rows = self.shown(threshold)
-            columns = {
-                name: metrics.ranks([row.auc[threshold].get(name, math.nan) for row in rows])
-                for name in self.sets
-            }
-            result[threshold] = [
-                {name: columns[name][index] for name in self.sets} for index in range(len(rows))
-            ]
-        return result
+        found = {i: row.auc[threshold] for i, row in enumerate(self.rows) if threshold in row.auc}
+        return pd.DataFrame.from_dict(found, orient="index").reindex(columns=list(self.sets))
 
-    def mean_rank(self, threshold: float) -> list[float]:
-        """Return for each row of ``shown`` its mean rank over all columns, NaN if it lacks one."""
-        means = []
-        for by_set in self.ranks[threshold]:
-            known = [rank for rank in by_set.values() if rank is not None]
-            complete = known and len(known) == len(self.sets)
-            means.append(float(np.mean(known)) if complete else math.nan)
-        return means
+    def rank_frame(self, threshold: float) -> pd.DataFrame:
+        """Rank of each row on each set, 1 the best; equal ones share the better rank."""
+        return self.auc_frame(threshold).rank(ascending=False, method="min")
 
 
 def make_table(
@@ -164,7 +150,9 @@ def make_table(
             )
             table.append(row)
     first = options.thresholds[0]
-    table.sort(key=lambda row: _descending(row.mean.get(first, math.nan)))
+    means = [row.mean.get(first, math.nan) for row in table]
+    order = np.argsort(-np.array(means), kind="stable")  # NaN last
+    table = [table[i] for i in order]
     return Table(sets=sets, rows=tuple(table), options=options, problems=tuple(problems))
 
 
@@ -228,178 +216,198 @@ def _row_versions(dumps: Sequence[Dump]) -> list[str]:
 
 
 def check_formats(table: Table, paths: Iterable[str | os.PathLike[str]]) -> None:
-    """Raise InputError, before anything is written, for a file that `write_table` would refuse."""
+    """Raise InputError, before anything is written, where `write_table` would."""
+    require_pandas()
     for path in map(Path, paths):
         if path.suffix.lower() not in FORMATS:
             raise InputError(
                 f"{path}: tables are written as {', '.join(FORMATS)}, by the file's suffix"
             )
         if path.suffix.lower() == ".xlsx":
-            from gim_hloc.evaluation.zeb.sheet import check_sheet
+            sheet.check_sheet(table)
 
-            check_sheet(table)
+
+def require_pandas() -> None:
+    """Raise InputError with what to do where the extra ``zeb`` is not installed."""
+    try:
+        import pandas  # noqa: F401
+        import tabulate  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"Tables need {error.name}, which is not installed: pip install 'gim-hloc[zeb]'."
+        ) from None
 
 
 def write_table(table: Table, path: str | os.PathLike[str]) -> Path:
     """Write a table in the format of the file's suffix: md, csv, xlsx or html.
 
     Raises:
-        InputError: another suffix, or xlsx without openpyxl.
+        InputError: another suffix, or the extra ``zeb`` is not installed.
     """
     path = Path(path)
     check_formats(table, [path])
-    suffix = path.suffix.lower()
     path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = path.suffix.lower()
     if suffix == ".xlsx":
-        from gim_hloc.evaluation.zeb.sheet import write_sheet
-
-        return write_sheet(table, path)
-    writers: dict[str, Callable[[Table], str]] = {
-        ".md": to_markdown,
-        ".csv": to_csv,
-        ".html": to_html,
-    }
+        return sheet.write_sheet(table, path)
+    writers = {".md": to_markdown, ".csv": to_csv, ".html": to_html}
     write_atomic(path, writers[suffix](table))
     return path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A text table: title, headings, cells; shared by Markdown and HTML."""
+    """A part of the table as people read it."""
 
     title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    bold: frozenset[tuple[int, int]] = frozenset()  # (row, column) of the best values
-    dim: frozenset[int] = frozenset()  # published rows
+    cells: pd.DataFrame  # text; the matchers are its first column
+    best: pd.DataFrame  # bool, of all or some of the columns
+    published: Sequence[bool]  # rows that are not of dumps
+
+    def lines(self) -> Iterator[list[tuple[str, bool]]]:
+        """Rows of cells with whether they are the best of their column."""
+        best = self.best.reindex(index=self.cells.index, columns=self.cells.columns)
+        for cells, marks in zip(self.cells.to_numpy(), best.eq(True).to_numpy(), strict=True):
+            yield list(zip(cells, marks, strict=True))
 
 
 def to_grids(table: Table) -> list[Grid]:
-    """Return the table's parts: AUC at each threshold, then the other figures of the dumps."""
+    """The table's parts: AUC at each threshold, then the other figures of the dumps."""
     grids = [_auc_grid(table, threshold) for threshold in table.options.thresholds]
-    parts: list[tuple[str, Callable[[SetMetrics], float], str]] = [
-        ("Failures (pairs without a pose)", lambda m: m.failures, "{:.0f}"),
-        ("Pairs", lambda m: m.pairs, "{:.0f}"),
-        ("Matches a pair (pairs with a correct match)", lambda m: m.matches, "{:.0f}"),
-        ("Correct matches a pair", lambda m: m.correct_before, "{:.0f}"),
-        ("Precision of matches, %", lambda m: 100 * m.precision_before, "{:.1f}"),
-        ("Precision of RANSAC's inliers, %", lambda m: 100 * m.precision_after, "{:.1f}"),
-        ("Median rotation error, °", lambda m: m.rotation_median, "{:.3g}"),
-        ("Median translation error, °", lambda m: m.translation_median, "{:.3g}"),
+    parts: list[tuple[str, str, Callable[[SetMetrics], float], str]] = [
+        ("Failures (pairs without a pose)", "sum", lambda m: m.failures, "{:.0f}"),
+        ("Pairs", "sum", lambda m: m.pairs, "{:.0f}"),
+        ("Matches a pair (pairs with a correct match)", "mean", lambda m: m.matches, "{:.0f}"),
+        ("Correct matches a pair", "mean", lambda m: m.correct_before, "{:.0f}"),
+        ("Precision of matches, %", "mean", lambda m: 100 * m.precision_before, "{:.1f}"),
+        ("Precision of RANSAC's inliers, %", "mean", lambda m: 100 * m.precision_after, "{:.1f}"),
+        ("Median rotation error, °", "mean", lambda m: m.rotation_median, "{:.3g}"),
+        ("Median translation error, °", "mean", lambda m: m.translation_median, "{:.3g}"),
     ]
-    for title, get, form in parts:
-        # The mean of numbers of pairs says nothing; their sum does.
-        total = form == "{:.0f}" and ("Pairs" in title or "pose" in title)
-        rows = []
-        for row in table.own:
-            values = [
-                get(row.metrics[name]) if name in row.metrics else math.nan for name in table.sets
-            ]
-            last = float(np.sum(values) if total else np.mean(values))
-            rows.append((row.name, *(_number(value, form) for value in (last, *values))))
-        heads = ("matcher", "sum" if total else "mean", *map(short_name, table.sets))
-        grids.append(Grid(title=title, heads=heads, rows=tuple(rows)))
-    return grids
+    return [*grids, *(_figure_grid(table, *part) for part in parts)]
+
+
+def _figure_grid(
+    table: Table, title: str, total: str, get: Callable[[SetMetrics], float], form: str
+) -> Grid:
+    import pandas as pd
+
+    values = pd.DataFrame(
+        [{name: float(get(m)) for name, m in row.metrics.items()} for row in table.own],
+        columns=list(table.sets),
+    )
+    values.insert(0, total, values.agg(total, axis=1, skipna=False))
+    cells = values.map(lambda value: _text(value, form)).rename(columns=short_name)
+    cells.insert(0, "matcher", [row.name for row in table.own])
+    return Grid(title=title, cells=cells, best=pd.DataFrame(), published=[False] * len(cells))
+
+
+def _auc_grid(table: Table, threshold: float) -> Grid:
+    values = table.auc_frame(threshold)
+    rows = [table.rows[i] for i in values.index]
+    values.insert(0, "mean", [row.mean[threshold] for row in rows])
+    # Published values have one decimal.
+    forms = ["{:.1f}" if row.published else "{:.2f}" for row in rows]
+    cells = values.apply(
+        lambda column: [_text(100 * v, form) for v, form in zip(column, forms, strict=True)]
+    )
+    ranks = table.rank_frame(threshold).mean(axis=1, skipna=False)
+    cells.insert(0, "matcher", [row.name for row in rows])
+    cells.insert(2, "mean rank", ranks.map(lambda rank: _text(rank, "{:.2f}")))
+    if table.options.bootstrap:
+        bounds = [row.interval.get(threshold, (math.nan, math.nan)) for row in rows]
+        cells[f"mean, {100 * table.options.level:g} % interval"] = [
+            _NONE if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
+            for low, high in bounds
+        ]
+    return Grid(
+        title=f"AUC@{threshold:g}°, %",
+        cells=cells.rename(columns=short_name),
+        best=(values == values.max()).rename(columns=short_name),
+        published=[row.published for row in rows],
+    )
 
 
 def to_markdown(table: Table) -> str:
-    """Return the table as Markdown."""
+    """The table as Markdown."""
+    import pandas as pd
+
     lines = ["# ZEB results", "", _remark(table), ""]
     for grid in to_grids(table):
-        cells = [
-            [
-                f"**{cell}**" if (i, j) in grid.bold else cell.replace("|", "\\|")
-                for j, cell in enumerate(row)
-            ]
-            for i, row in enumerate(grid.rows)
+        marked = [
+            [f"**{cell}**" if best else cell.replace("|", "\\|") for cell, best in line]
+            for line in grid.lines()
         ]
-        width = [max(map(len, column)) for column in zip(grid.heads, *cells, strict=True)]
-        lines += [f"## {grid.title}", ""]
-        lines.append(_markdown_line(grid.heads, width))
-        rule = [("-" * w) if j == 0 else "-" * (w - 1) + ":" for j, w in enumerate(width)]
-        lines.append(_markdown_line(rule, width))
-        lines += [_markdown_line(row, width) for row in cells]
-        lines.append("")
+        frame = pd.DataFrame(marked, columns=grid.cells.columns)
+        align = ["left", *["right"] * (len(frame.columns) - 1)]
+        text = frame.to_markdown(index=False, colalign=align, disable_numparse=True)
+        lines += [f"## {grid.title}", "", text, ""]
     if table.problems:
         lines += ["## Problems", "", *(f"- {problem}" for problem in table.problems), ""]
     return "\n".join(lines)
 
 
 def to_csv(table: Table) -> str:
-    """Return one line for each row and set, and one for each row's mean; fractions, not percent."""
-    thresholds = table.options.thresholds
-    heads = ["matcher", "version", "source", "set", "pairs", "failures"]
-    for threshold in thresholds:
-        heads += [f"auc@{threshold:g}{part}" for part in ("", "_low", "_high")]
-    heads += ["rank", "precision_before", "precision_after", "matches", "correct_before"]
-    heads += ["correct_after", "rotation_median", "translation_median"]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(heads)
-    first = thresholds[0]
-    ranked = dict(zip((id(row) for row in table.shown(first)), table.ranks[first], strict=True))
-    means = dict(zip((id(row) for row in table.shown(first)), table.mean_rank(first), strict=True))
-    for row in table.rows:
-        source = PUBLISHED_MARK if row.published else "dump"
-        version = "" if row.published else row.version
+    """One line for each row and set, and one for each row's mean; fractions, not percent."""
+    import pandas as pd
+
+    first = table.options.thresholds[0]
+    ranks = table.rank_frame(first)
+    lines = []
+    for i, row in enumerate(table.rows):
+        known = {
+            "matcher": row.matcher,
+            "version": "" if row.published else row.version,
+            "source": PUBLISHED_MARK if row.published else "dump",
+        }
         for name in table.sets:
             if not any(name in values for values in row.auc.values()):
                 continue
-            figures = row.metrics.get(name)
-            line: list[object] = [row.matcher, version, source, name]
-            line += [figures.pairs, figures.failures] if figures else ["", ""]
-            for index, threshold in enumerate(thresholds):
-                value = row.auc.get(threshold, {}).get(name, math.nan)
-                bounds = (
-                    figures.interval(level=table.options.level)[:, index]
-                    if figures
-                    else (math.nan, math.nan)
-                )
-                line += [_fraction(number) for number in (value, *bounds)]
-            line.append(ranked.get(id(row), {}).get(name) or "")
-            if figures:
-                line += [
-                    _fraction(number)
-                    for number in (
-                        figures.precision_before,
-                        figures.precision_after,
-                        figures.matches,
-                        figures.correct_before,
-                        figures.correct_after,
-                        figures.rotation_median,
-                        figures.translation_median,
-                    )
-                ]
-            else:
-                line += [""] * 7
-            writer.writerow(line)
-        line = [row.matcher, version, source, "mean"]
-        own = row.metrics.values()
-        line += [sum(m.pairs for m in own), sum(m.failures for m in own)] if own else ["", ""]
-        for threshold in thresholds:
-            low, high = row.interval.get(threshold, (math.nan, math.nan))
-            mean = row.mean.get(threshold, math.nan)
-            line += [_fraction(number) for number in (mean, low, high)]
-        line += [_fraction(means.get(id(row), math.nan)), *[""] * 7]
-        writer.writerow(line)
-    return out.getvalue()
+            line = {**known, "set": name}
+            if i in ranks.index and not math.isnan(ranks.at[i, name]):
+                line["rank"] = str(int(ranks.at[i, name]))
+            line |= {f"auc@{t:g}": values.get(name) for t, values in row.auc.items()}
+            if name in row.metrics:
+                line |= _figures(row.metrics[name], table.options.level)
+            lines.append(line)
+        line = {**known, "set": "mean"}
+        if not row.published:
+            for field_ in ("pairs", "failures"):
+                line[field_] = sum(getattr(found, field_) for found in row.metrics.values())
+        for t, mean in row.mean.items():
+            low, high = row.interval.get(t, (math.nan, math.nan))
+            line |= {f"auc@{t:g}": mean, f"auc@{t:g}_low": low, f"auc@{t:g}_high": high}
+        rank = ranks.loc[i].mean(skipna=False) if i in ranks.index else math.nan
+        line["rank"] = "" if math.isnan(rank) else f"{rank:.6f}"
+        lines.append(line)
+    columns = ["matcher", "version", "source", "set", "pairs", "failures"]
+    columns += [f"auc@{t:g}{part}" for t in table.options.thresholds for part in ("", *_BOUNDS)]
+    frame = pd.DataFrame(lines, columns=[*columns, "rank", *_MEANS])
+    frame = frame.astype({"pairs": "Int64", "failures": "Int64"})
+    return frame.to_csv(index=False, float_format="%.6f", lineterminator="\n")
+
+
+_BOUNDS = ("_low", "_high")
+_MEANS = (
+    *("precision_before", "precision_after", "matches", "correct_before", "correct_after"),
+    *("rotation_median", "translation_median"),
+)
+
+
+def _figures(found: SetMetrics, level: float) -> dict[str, Any]:
+    """Figures of a set but AUC, by column of the CSV."""
+    line = {name: getattr(found, name) for name in ("pairs", "failures", *_MEANS)}
+    bounds = found.interval(level=level)
+    for part, values in zip(_BOUNDS, bounds, strict=True):
+        line |= {f"auc@{t:g}{part}": v for t, v in zip(found.thresholds, values, strict=True)}
+    return line
 
 
 def to_html(table: Table) -> str:
-    """Return the table as one web page without outside parts, its plots drawn in."""
-    from gim_hloc.evaluation.zeb import plots
-
-    parts = ["<h1>ZEB results</h1>", f"<p>{html.escape(_remark(table))}</p>"]
-    if table.problems:
-        items = "".join(f"<li>{html.escape(problem)}</li>" for problem in table.problems)
-        parts.append(f"<h2>Problems</h2><ul>{items}</ul>")
-    grids = to_grids(table)
-    split = len(table.options.thresholds)
-    parts += [_html_grid(grid) for grid in grids[:split]]
-    for title, figure in plots.figures(table):
-        parts.append(f"<h2>{html.escape(title)}</h2>{plots.to_svg(figure)}")
-    parts += [_html_grid(grid) for grid in grids[split:]]
-    return _PAGE.replace("@BODY@", "\n".join(parts))
+    """The table as one web page without outside parts, its plots drawn in."""
+    figures = [(title, Markup(plots.to_svg(figure))) for title, figure in plots.figures(table)]
+    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    return page.render(table=table, remark=_remark(table), grids=to_grids(table), figures=figures)
 
 
 _PAGE = """<!doctype html>
@@ -418,7 +426,25 @@ tr.published td { color: #6b757d; font-style: italic; }
 td.best { font-weight: 700; }
 svg { max-width: 100%; height: auto; }
 </style></head><body>
-@BODY@
+<h1>ZEB results</h1>
+<p>{{ remark }}</p>
+{% if table.problems %}
+<h2>Problems</h2><ul>{% for problem in table.problems %}<li>{{ problem }}</li>{% endfor %}</ul>
+{% endif %}
+{% macro show(grid) %}
+<h2>{{ grid.title }}</h2><div class="wide"><table>
+<thead><tr>{% for head in grid.cells.columns %}<th>{{ head }}</th>{% endfor %}</tr></thead><tbody>
+{% for line in grid.lines() %}
+<tr{% if grid.published[loop.index0] %} class="published"{% endif %}>
+{%- for cell, best in line %}<td{% if best %} class="best"{% endif %}>{{ cell }}</td>{% endfor -%}
+</tr>
+{% endfor %}
+</tbody></table></div>
+{% endmacro %}
+{% set split = table.options.thresholds | length %}
+{% for grid in grids[:split] %}{{ show(grid) }}{% endfor %}
+{% for title, figure in figures %}<h2>{{ title }}</h2>{{ figure }}{% endfor %}
+{% for grid in grids[split:] %}{{ show(grid) }}{% endfor %}
 </body></html>
 """
 
@@ -446,12 +472,8 @@ def _own_row(
 def measure_dump(dump: Dump, options: TableOptions | None = None) -> SetMetrics:
     """Compute the figures of one dump; of repeated identifiers the first counts."""
     options = options or TableOptions()
-    records = dump.unique
     return metrics.measure(
-        np.array([record.rotation_error for record in records]),
-        np.array([record.translation_error for record in records]),
-        precision=np.array([(r.precision_before, r.precision_after) for r in records]),
-        correct=np.array([(r.correct_before, r.correct_after) for r in records]),
+        dump.unique,
         thresholds=options.thresholds,
         samples=options.bootstrap,
         seed=options.seed,
@@ -490,38 +512,6 @@ def _different_pairs(rows: Sequence[Row], sets: Sequence[str]) -> list[str]:
     return problems
 
 
-def _auc_grid(table: Table, threshold: float) -> Grid:
-    rows = table.shown(threshold)
-    own = [[row.auc[threshold].get(name, math.nan) for row in rows] for name in table.sets]
-    columns = [[row.mean.get(threshold, math.nan) for row in rows], *own]
-    heads = ["matcher", "mean", "mean rank", *map(short_name, table.sets)]
-    places = [1, *range(3, len(heads))]  # of the columns in the grid
-    bold = set()
-    for place, column in zip(places, columns, strict=True):
-        known = [value for value in column if not math.isnan(value)]
-        bold |= {(i, place) for i, value in enumerate(column) if known and value == max(known)}
-    if table.options.bootstrap:
-        heads.append(f"mean, {100 * table.options.level:g} % interval")
-    mean_ranks = table.mean_rank(threshold)
-    cells = []
-    for i, row in enumerate(rows):
-        # Published values have one decimal.
-        form = "{:.1f}" if row.published else "{:.2f}"
-        mean, *values = (_number(100 * column[i], form) for column in columns)
-        line = [row.name, mean, _number(mean_ranks[i], "{:.2f}"), *values]
-        if table.options.bootstrap:
-            low, high = row.interval.get(threshold, (math.nan, math.nan))
-            line.append(_NONE if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}")
-        cells.append(tuple(line))
-    return Grid(
-        title=f"AUC@{threshold:g}°, %",
-        heads=tuple(heads),
-        rows=tuple(cells),
-        bold=frozenset(bold),
-        dim=frozenset(i for i, row in enumerate(rows) if row.published),
-    )
-
-
 def _remark(table: Table) -> str:
     own = table.own
     text = (
@@ -550,39 +540,5 @@ def _remark(table: Table) -> str:
     return text
 
 
-def _html_grid(grid: Grid) -> str:
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in grid.heads)
-    body = []
-    for i, row in enumerate(grid.rows):
-        cells = "".join(
-            f'<td class="best">{html.escape(cell)}</td>'
-            if (i, j) in grid.bold
-            else f"<td>{html.escape(cell)}</td>"
-            for j, cell in enumerate(row)
-        )
-        body.append(f'<tr class="published">{cells}</tr>' if i in grid.dim else f"<tr>{cells}</tr>")
-    return (
-        f'<h2>{html.escape(grid.title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _markdown_line(cells: Sequence[str], width: Sequence[int]) -> str:
-    padded = [
-        cell.ljust(size) if j == 0 else cell.rjust(size)
-        for j, (cell, size) in enumerate(zip(cells, width, strict=True))
-    ]
-    return f"| {' | '.join(padded)} |"
-
-
-def _number(value: float, form: str) -> str:
+def _text(value: float, form: str) -> str:
     return _NONE if math.isnan(value) else form.format(value)
-
-
-def _fraction(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6f}"
-
-
-def _descending(value: float) -> tuple[bool, float]:
-    """Sort key: large first, NaN last."""
-    return math.isnan(value), -value

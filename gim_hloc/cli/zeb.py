@@ -21,7 +21,7 @@ from gim_hloc.evaluation.options import (
 )
 
 if TYPE_CHECKING:
-    from gim_hloc.evaluation.zeb.run import RunReport
+    from gim_hloc.evaluation.run import RunReport
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Table:
     out: tuple[Path, ...] = ()
     """Files to write: .md, .csv, .xlsx or .html. Without any, Markdown is printed."""
     plots: Path | None = None
-    """Folder for bars, radar and cumulative error curves."""
+    """Folder for bars and cumulative error curves."""
     table: Annotated[TableOptions, _Flags] = field(default_factory=TableOptions)
 
 
@@ -172,10 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _data(command: Data) -> int:
-    from gim_hloc.evaluation.zeb import datasets
+    from gim_hloc.evaluation.zeb import archives, datasets
 
     if command.unpack:
-        files = datasets.unpack(command.unpack, command.folder)
+        files = archives.unpack(command.unpack, command.folder)
         sys.stdout.write(f"{len(files)} files unpacked into {command.folder}\n")
     found = datasets.verify(
         command.folder,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.zeb.dumps import Dump
+from gim_hloc.evaluation.dumps import Dump, DumpRecord
 from gim_hloc.geometry import pose
 
 THRESHOLDS = (5.0, 10.0, 20.0)
@@ -154,24 +154,18 @@ class SetMetrics:
 
 
 def measure(
-    rotation: np.ndarray,
-    translation: np.ndarray,
+    records: Sequence[DumpRecord],
     *,
-    precision: np.ndarray,
-    correct: np.ndarray,
     thresholds: Sequence[float] = THRESHOLDS,
     samples: int = 1000,
     seed: int = 0,
     name: str = "",
 ) -> SetMetrics:
-    """Compute all figures of one matcher on one set.
+    """All figures of one matcher on one set.
 
     Args:
-        rotation: (N,) degrees, not finite on failure.
-        translation: (N,) degrees.
-        precision: (N, 2) fraction of correct matches before and after RANSAC.
-        correct: (N, 2) their numbers.
-        thresholds: degrees.
+        records: of its pairs.
+        thresholds: of AUC, in the unit of the records' errors.
         samples: bootstrap resamplings; 0 leaves intervals out.
         seed: of the bootstrap.
         name: of the set (`bootstrap_auc`).
@@ -179,16 +173,17 @@ def measure(
     Raises:
         InputError: no pairs, or a bad threshold.
     """
+    rotation = np.array([record.rotation_error for record in records])
+    translation = np.array([record.translation_error for record in records])
+    precision = np.array([(r.precision_before, r.precision_after) for r in records])
+    precision = np.nan_to_num(precision.reshape(-1, 2), nan=0.0)
+    correct = np.array([(r.correct_before, r.correct_after) for r in records], dtype=np.float64)
     errors = pose_errors(rotation, translation)
     thresholds = tuple(float(threshold) for threshold in thresholds)
     values = auc(errors, thresholds)
-    precision = np.nan_to_num(np.asarray(precision, dtype=np.float64), nan=0.0)
-    correct = np.asarray(correct, dtype=np.float64)
-    drawn = (
-        bootstrap_auc(errors, thresholds, samples=samples, seed=seed, name=name)
-        if samples
-        else np.empty((0, len(thresholds)))
-    )
+    drawn = np.empty((0, len(thresholds)))
+    if samples:
+        drawn = bootstrap_auc(errors, thresholds, samples=samples, seed=seed, name=name)
     return SetMetrics(
         pairs=len(errors),
         failures=int(failed(rotation, translation).sum()),

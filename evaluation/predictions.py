@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from gim_hloc import cache
 from gim_hloc.cache import Cache
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
+
+if TYPE_CHECKING:
+    from gim_hloc.types import Encoding, Matches
 
 FOLDER = "predictions"
 _NUMBERS = ("points0", "points1", "scores")
@@ -41,6 +45,17 @@ class Prediction:
         """As they are kept."""
         numbers = {name: np.asarray(getattr(self, name), np.float32) for name in _NUMBERS}
         return {**numbers, "size0": np.array(self.size0), "size1": np.array(self.size1)}
+
+    @classmethod
+    def of(cls, matches: Matches, a: Encoding, b: Encoding) -> Prediction:
+        """Of what a matcher gave."""
+        return cls(
+            points0=matches.keypoints0.numpy(),
+            points1=matches.keypoints1.numpy(),
+            scores=matches.scores.numpy(),
+            size0=a.size,
+            size1=b.size,
+        )
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Prediction:

@@ -11,14 +11,14 @@ import importlib.metadata
 import importlib.util
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
+import cv2
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.evaluation.dumps import DumpRecord
 from gim_hloc.evaluation.options import Estimator
-from gim_hloc.evaluation.zeb.datasets import ZebSet, network_sizes
-from gim_hloc.evaluation.zeb.dumps import DumpRecord
 from gim_hloc.geometry.epipolar import essential_matrix, squared_symmetric_distance
 from gim_hloc.geometry.pose import direction_error_deg, rotation_error_deg
 
@@ -26,17 +26,8 @@ from gim_hloc.geometry.pose import direction_error_deg, rotation_error_deg
 CORRECT = 5e-4
 FEWEST_MATCHES = 5  # that an essential matrix needs
 
-# What the reference's test sets, where it differs from the ``base`` operating point
-# here; other matchers run at their operating point.
-_REFERENCE_OPTIONS: dict[str, dict[str, Any]] = {
-    "gim_dkm": {"size": (660, 880), "upsample_size": (1152, 1536), "pad": False,
-                "num_matches": 5000},
-    "gim_roma": {"size": (672, 672), "upsample_size": (1344, 1344), "pad": False,
-                 "num_matches": 5000},
-    "gim_loftr": {"max_size": None, "border_rule": "mask"},
-    "gim_lightglue": {"max_size": None, "max_keypoints": 2048, "detection_threshold": 0.0,
-                      "nms_radius": 3, "filter_threshold": 0.1},
-}  # fmt: skip
+
+Kind = TypeVar("Kind", bound="Protocol")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +47,9 @@ class Protocol:
     # network saw the padded frame, as the reference does: up to 4 % off, on KITTI.
     padded_slip: bool = False
 
+    # PoseLib refines its models: it profits from a threshold at which all good matches are inliers.
+    poselib: ClassVar[dict[str, Any]] = {"threshold": 1.0, "max_iterations": 10000}
+
     def __post_init__(self) -> None:
         if self.estimator not in get_args(Estimator):
             choices = " or ".join(get_args(Estimator))
@@ -67,18 +61,35 @@ class Protocol:
                 f"{self.max_iterations}."
             )
 
+    @classmethod
+    def make(cls: type[Kind], estimator: str, **changes: Any) -> Kind:
+        """The protocol of an estimator with its defaults, but for changes that are not None.
+
+        Raises:
+            InputError: no such estimator or a value that is none; or PoseLib is not installed.
+        """
+        if estimator == "poselib":
+            require_poselib()
+        return cls(
+            **{**cls._defaults(estimator), **{k: v for k, v in changes.items() if v is not None}}
+        )
+
+    @classmethod
+    def _defaults(cls, estimator: str) -> dict[str, Any]:
+        return {"estimator": estimator, **(cls.poselib if estimator == "poselib" else {})}
+
     @property
     def name(self) -> str:
         """What folders are named by: the estimator and everything that differs from its default."""
-        default = _DEFAULTS[self.estimator]
+        default = Protocol(**self._defaults(self.estimator))
         parts: list[str] = [self.estimator]
-        if self.estimator == "poselib" or self.threshold != default["threshold"]:
+        if self.estimator == "poselib" or self.threshold != default.threshold:
             parts.append(f"{self.threshold:g}px")
-        if self.confidence != default["confidence"]:
+        if self.confidence != default.confidence:
             parts.append(f"p{self.confidence:g}")
-        if self.max_iterations != default["max_iterations"]:
+        if self.max_iterations != default.max_iterations:
             parts.append(f"{self.max_iterations}it")
-        if self.max_depth != 50.0:
+        if self.max_depth != default.max_depth:
             parts.append(f"depth{self.max_depth:g}")
         if self.padded_slip:
             parts.append("slip")
@@ -87,42 +98,29 @@ class Protocol:
         return "-".join(parts)
 
 
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gim": {"threshold": 0.5, "confidence": 0.99999, "max_iterations": 1000},
-    # PoseLib refines its models: it profits from a threshold at which all good matches are inliers.
-    "poselib": {"threshold": 1.0, "confidence": 0.99999, "max_iterations": 10000},
-}
-
-
-def make_protocol(estimator: str, **changes: Any) -> Protocol:
-    """Return a protocol with its defaults, some of them changed.
-
-    Args:
-        estimator: "gim" or "poselib".
-        **changes: fields of `Protocol`; None leaves the default.
-
-    Raises:
-        InputError: no such protocol or a value that is none; or PoseLib is not installed.
-    """
-    if estimator not in _DEFAULTS:
-        raise InputError(
-            f"There is no protocol {estimator!r}; choose one of {', '.join(_DEFAULTS)}."
-        )
-    if estimator == "poselib":
-        require_poselib()
-    given = {key: value for key, value in changes.items() if value is not None}
-    return Protocol(**{"estimator": estimator, **_DEFAULTS[estimator], **given})
-
-
 def require_poselib() -> None:
     """Raise InputError with what to do if PoseLib is not installed."""
     if importlib.util.find_spec("poselib") is None:
         raise InputError("The protocol poselib needs PoseLib: pip install poselib")
 
 
-def reference_options(matcher: str) -> dict[str, Any]:
-    """Return the options that the reference's test sets for a matcher; none for other matchers."""
-    return dict(_REFERENCE_OPTIONS.get(matcher, {}))
+def poselib_options(protocol: Protocol, threshold: str = "max_epipolar_error") -> dict[str, Any]:
+    """A protocol as PoseLib's RANSAC takes it; its thresholds have several names."""
+    return {
+        threshold: protocol.threshold,
+        "success_prob": protocol.confidence,
+        "max_iterations": protocol.max_iterations,
+        "min_iterations": min(1000, protocol.max_iterations),
+        "seed": protocol.seed,
+    }
+
+
+def estimator_version(estimator: Estimator) -> str:
+    """Library and version that a protocol's numbers depend on, e.g. "opencv 4.11.0"."""
+    if estimator == "poselib":
+        require_poselib()
+        return f"poselib {importlib.metadata.version('poselib')}"
+    return f"opencv {cv2.__version__}"
 
 
 # --------------------------------------------------------------------------------------------- pose
@@ -169,8 +167,6 @@ def estimate_pose(
 def _with_opencv(
     points0: np.ndarray, points1: np.ndarray, K0: np.ndarray, K1: np.ndarray, protocol: Protocol
 ) -> RelativePose | None:
-    import cv2
-
     # fy of camera 1 and fx of camera 0, twice each: the reference's mean.
     focal = float(np.mean([K0[0, 0], K1[1, 1], K0[0, 0], K1[1, 1]]))
     identity = np.eye(3)
@@ -224,13 +220,7 @@ def _with_poselib(
         np.asarray(points1, dtype=np.float64),
         cameras[0],
         cameras[1],
-        {
-            "max_epipolar_error": protocol.threshold,
-            "success_prob": protocol.confidence,
-            "max_iterations": protocol.max_iterations,
-            "min_iterations": min(1000, protocol.max_iterations),
-            "seed": protocol.seed,
-        },
+        poselib_options(protocol),
         {},
     )
     inliers = np.asarray(info["inliers"], dtype=bool)
@@ -285,58 +275,20 @@ def evaluate_pair(
         reference, whose analysis counts that as a failure.
     """
     correct = epipolar_distance(points0, points1, K0, K1, pose) < CORRECT
-    before = int(correct.sum())
-    estimate = estimate_pose(points0, points1, K0, K1, protocol)
-    rotation_error = translation_error = distance = math.inf
+    errors = (math.inf, math.inf, math.inf)
     inliers = np.zeros(len(points0), dtype=bool)
+    estimate = estimate_pose(points0, points1, K0, K1, protocol)
     if estimate is not None:
         inliers = estimate.inliers
-        true_translation = pose[:3, 3]
-        length = float(np.linalg.norm(true_translation))
-        rotation_error = float(rotation_error_deg(estimate.rotation, pose[:3, :3]))
-        translation_error = math.nan
+        truth = pose[:3, 3]
+        length = float(np.linalg.norm(truth))
+        direction = math.nan
         if length > 0:
-            translation_error = float(
-                direction_error_deg(estimate.translation, true_translation, sign_known=False)
-            )
+            direction = float(direction_error_deg(estimate.translation, truth, sign_known=False))
         scaled = estimate.translation * (length / np.linalg.norm(estimate.translation))
-        distance = float(np.linalg.norm(scaled - true_translation))
-    after = int((correct & inliers).sum())
-    kept = int(inliers.sum())
-    return DumpRecord(
-        identifier=identifier,
-        covisible0=covisible[0],
-        covisible1=covisible[1],
-        rotation_error=rotation_error,
-        translation_error=translation_error,
-        translation_distance=distance,
-        precision_before=before / len(correct) if len(correct) else 0.0,
-        correct_before=before,
-        precision_after=after / kept if kept else 0.0,
-        correct_after=after,
-    )
-
-
-def slip(points: np.ndarray, size: tuple[int, int], zeb_set: ZebSet) -> np.ndarray:
-    """Move correct coordinates to where the reference puts them on a padded set.
-
-    It multiplies the coordinate in [0, 1] of the padded frame by the size of the original image.
-
-    Args:
-        points: (M, 2) original pixels, hloc's frame.
-        size: (width, height) of the original image.
-        zeb_set: the set, padded or not.
-    """
-    resized, padded = network_sizes(size, zeb_set)
-    ratio = np.array(resized, dtype=np.float64) / np.array(padded)
-    return (points + 0.5) * ratio - 0.5
-
-
-def estimator_version(estimator: Estimator) -> str:
-    """Library and version that a protocol's numbers depend on, e.g. "opencv 4.11.0"."""
-    if estimator == "poselib":
-        require_poselib()
-        return f"poselib {importlib.metadata.version('poselib')}"
-    import cv2
-
-    return f"opencv {cv2.__version__}"
+        errors = (
+            float(rotation_error_deg(estimate.rotation, pose[:3, :3])),
+            direction,
+            float(np.linalg.norm(scaled - truth)),
+        )
+    return DumpRecord.judged(identifier, covisible, errors, correct, inliers)

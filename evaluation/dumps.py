@@ -50,6 +50,30 @@ class DumpRecord:
     precision_after: float = 0.0  # share of correct matches among RANSAC's inliers
     correct_after: int = 0  # number of correct matches among them
 
+    @classmethod
+    def judged(
+        cls,
+        identifier: str,
+        covisible: tuple[float, float],
+        errors: tuple[float, float, float],
+        correct: np.ndarray,
+        inliers: np.ndarray,
+    ) -> DumpRecord:
+        """The record of a pair of which correct matches (M,) and inliers (M,), bool, are known."""
+        before, after, kept = int(correct.sum()), int((correct & inliers).sum()), int(inliers.sum())
+        return cls(
+            identifier=identifier,
+            covisible0=covisible[0],
+            covisible1=covisible[1],
+            rotation_error=errors[0],
+            translation_error=errors[1],
+            translation_distance=errors[2],
+            precision_before=before / len(correct) if len(correct) else 0.0,
+            correct_before=before,
+            precision_after=after / kept if kept else 0.0,
+            correct_after=after,
+        )
+
     @property
     def failed(self) -> bool:
         """Whether no pose was estimated: an error is infinite or not a number."""
