@@ -18,6 +18,7 @@ from gim_hloc.evaluation.zeb.sets import short_name
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
     from gim_hloc.evaluation.zeb.table import Row, Table
@@ -189,7 +190,7 @@ def _clean(axes: Axes, *, grid: str) -> None:
 
 def _legend(figure: Figure, rows: Sequence[Row]) -> None:
     """One legend above all panels, of what any of them shows."""
-    found = {}
+    found: dict[str, Artist] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from gim_hloc import page
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation import metrics
 from gim_hloc.evaluation.dumps import Dump, read_pose_dump
@@ -262,7 +262,6 @@ class Grid:
     title: str
     cells: pd.DataFrame  # text; the matchers are its first column
     best: pd.DataFrame  # bool, of all or some of the columns
-    published: Sequence[bool]  # rows that are not of dumps
 
     def lines(self) -> Iterator[list[tuple[str, bool]]]:
         """Rows of cells with whether they are the best of their column."""
@@ -299,7 +298,7 @@ def _figure_grid(
     values.insert(0, total, values.agg(total, axis=1, skipna=False))
     cells = values.map(lambda value: _text(value, form)).rename(columns=short_name)
     cells.insert(0, "matcher", [row.name for row in table.own])
-    return Grid(title=title, cells=cells, best=pd.DataFrame(), published=[False] * len(cells))
+    return Grid(title=title, cells=cells, best=pd.DataFrame())
 
 
 def _auc_grid(table: Table, threshold: float) -> Grid:
@@ -324,7 +323,6 @@ def _auc_grid(table: Table, threshold: float) -> Grid:
         title=f"AUC@{threshold:g}°, %",
         cells=cells.rename(columns=short_name),
         best=(values == values.max()).rename(columns=short_name),
-        published=[row.published for row in rows],
     )
 
 
@@ -355,7 +353,7 @@ def to_csv(table: Table) -> str:
     ranks = table.rank_frame(first)
     lines = []
     for i, row in enumerate(table.rows):
-        known = {
+        known: dict[str, Any] = {
             "matcher": row.matcher,
             "version": "" if row.published else row.version,
             "source": PUBLISHED_MARK if row.published else "dump",
@@ -406,47 +404,14 @@ def _figures(found: SetMetrics, level: float) -> dict[str, Any]:
 def to_html(table: Table) -> str:
     """The table as one web page without outside parts, its plots drawn in."""
     figures = [(title, Markup(plots.to_svg(figure))) for title, figure in plots.figures(table)]
-    page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
-    return page.render(table=table, remark=_remark(table), grids=to_grids(table), figures=figures)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>ZEB results</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1700px; padding: 0 1rem;
-  color: #1c2126; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .22rem .55rem; text-align: right; border-bottom: 1px solid #e3e6e8; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-thead th { border-bottom: 2px solid #8a949c; }
-tr.published td { color: #6b757d; font-style: italic; }
-td.best { font-weight: 700; }
-svg { max-width: 100%; height: auto; }
-</style></head><body>
-<h1>ZEB results</h1>
-<p>{{ remark }}</p>
-{% if table.problems %}
-<h2>Problems</h2><ul>{% for problem in table.problems %}<li>{{ problem }}</li>{% endfor %}</ul>
-{% endif %}
-{% macro show(grid) %}
-<h2>{{ grid.title }}</h2><div class="wide"><table>
-<thead><tr>{% for head in grid.cells.columns %}<th>{{ head }}</th>{% endfor %}</tr></thead><tbody>
-{% for line in grid.lines() %}
-<tr{% if grid.published[loop.index0] %} class="published"{% endif %}>
-{%- for cell, best in line %}<td{% if best %} class="best"{% endif %}>{{ cell }}</td>{% endfor -%}
-</tr>
-{% endfor %}
-</tbody></table></div>
-{% endmacro %}
-{% set split = table.options.thresholds | length %}
-{% for grid in grids[:split] %}{{ show(grid) }}{% endfor %}
-{% for title, figure in figures %}<h2>{{ title }}</h2>{{ figure }}{% endfor %}
-{% for grid in grids[split:] %}{{ show(grid) }}{% endfor %}
-</body></html>
-"""
+    return page.render(
+        "zeb_table.html.j2",
+        remark=_remark(table),
+        problems=table.problems,
+        grids=to_grids(table),
+        split=len(table.options.thresholds),
+        figures=figures,
+    )
 
 
 def _own_row(
