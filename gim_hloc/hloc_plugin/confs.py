@@ -45,6 +45,11 @@ MATCH_DENSE: dict[str, Conf] = {
     "gim_loftr": _dense("matches-gim-loftr", {"name": "gim_loftr"}, resize_max=1024, dfactor=8),
     # The ZEB benchmark: images as they are, but for the rounding to multiples of 8.
     "gim_loftr_zeb": _dense("matches-gim-loftr-zeb", {"name": "gim_loftr"}, dfactor=8),
+    "gim_hloc_xfeat_star": _dense(
+        "matches-gim-hloc-xfeat-star",
+        {"name": "gim_hloc_dense", "matcher": "xfeat_star"},
+        resize_max=1024,
+    ),
 }
 
 EXTRACT_FEATURES: dict[str, Conf] = {
@@ -67,6 +72,11 @@ EXTRACT_FEATURES: dict[str, Conf] = {
         "model": {"name": "gim_hloc_sparse", "matcher": "disk_lightglue", "max_keypoints": 2048},
         "preprocessing": {"grayscale": False, "resize_max": 1024},
     },
+    "gim_hloc_xfeat": {
+        "output": "feats-gim-hloc-xfeat-n4096-r1024",
+        "model": {"name": "gim_hloc_sparse", "matcher": "xfeat", "max_keypoints": 4096},
+        "preprocessing": {"grayscale": False, "resize_max": 1024},
+    },
 }
 
 MATCH_FEATURES: dict[str, Conf] = {
@@ -81,5 +91,14 @@ MATCH_FEATURES: dict[str, Conf] = {
     "gim_hloc_disk_lightglue": {
         "output": "matches-gim-hloc-disk-lightglue",
         "model": {"name": "gim_hloc_lightglue", "matcher": "disk_lightglue"},
+    },
+    # Both for gim_hloc_xfeat.
+    "gim_hloc_xfeat": {
+        "output": "matches-gim-hloc-xfeat",
+        "model": {"name": "gim_hloc_lightglue", "matcher": "xfeat"},
+    },
+    "gim_hloc_xfeat_lighterglue": {
+        "output": "matches-gim-hloc-xfeat-lighterglue",
+        "model": {"name": "gim_hloc_lightglue", "matcher": "xfeat_lighterglue"},
     },
 }

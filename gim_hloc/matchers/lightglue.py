@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,57 +16,26 @@ import kornia.feature
 import torch
 
 from gim_hloc import weights
-from gim_hloc.errors import InputError
-from gim_hloc.matchers.common import (
-    MatcherBase,
-    Precision,
-    resolve_dtype,
-    resolve_precision,
-)
-from gim_hloc.matchers.registry import describe
-from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
+from gim_hloc.matchers.common import Precision, resolve_dtype, resolve_precision
+from gim_hloc.matchers.sparse import DetectorMatcher, DetectorOptions, no_matches
 from gim_hloc.networks.aliked import ALIKED
 from gim_hloc.networks.disk import DISK
-from gim_hloc.networks.keypoints import Subpixel
 from gim_hloc.networks.lightglue import LightGlue, sizes_of
 from gim_hloc.networks.superpoint import SuperPoint
-from gim_hloc.options import Count, options
-from gim_hloc.types import ImageData, ImageOptions, Matches, SparseEncoding
+from gim_hloc.options import options
+from gim_hloc.types import Matches, SparseEncoding
 
 logger = logging.getLogger(__name__)
 
 
 @options
-class SparseOptions:
+class SparseOptions(DetectorOptions):
     """Numbers of a matcher with learned keypoints and LightGlue."""
 
-    # Long side in pixels that the network sees; None keeps the image's.
-    max_size: Count | None = 1024
-    upsample: bool = False  # enlarge smaller images to max_size: finer keypoints, more time
-    max_keypoints: Count = 2048  # per image, the strongest; matching time grows with the square
-    detection_threshold: float = 0.0  # lowest score of a keypoint, in units of the network
-    nms_radius: Count = 2  # pixels of the network's image: keypoints keep this distance
-    subpixel: Subpixel = "quadratic"  # keypoint positions: quadratic, soft_argmax or none
     depth_confidence: float = 0.95  # stop early when this part of the points is certain; -1: never
     width_confidence: float = 0.99  # drop points that are surely unmatchable; -1: never
     filter_threshold: float = 0.1  # lowest confidence of a match, in [0, 1]
     precision: Precision = "auto"  # of LightGlue; auto: float16 on CUDA, float32 elsewhere
-
-    def __post_init__(self) -> None:
-        if self.upsample and self.max_size is None:
-            raise InputError("upsample needs max_size: the long side to enlarge images to.")
-
-
-_GRAY = (0.299, 0.587, 0.114)  # what red, green and blue weigh in a gray image
-
-_ENCODE_FIELDS = (
-    "max_size",
-    "upsample",
-    "max_keypoints",
-    "detection_threshold",
-    "nms_radius",
-    "subpixel",
-)
 
 
 def _load_glue(
@@ -105,84 +73,31 @@ def _lightglue_key(key: str) -> str:
     return key
 
 
-class LightGlueMatcher(MatcherBase[SparseEncoding]):
+class LightGlueMatcher(DetectorMatcher):
     """A detector with descriptors, and LightGlue.
 
     ``match`` may be called from several threads.
     """
 
     options_type = SparseOptions
-    whole_pixels = False  # whether the detector's keypoints have no sub-pixel positions
-    encode_fields = _ENCODE_FIELDS
 
     def __init__(self, name: str, *, options: SparseOptions, device: torch.device) -> None:
-        info = describe(name)
-        if self.whole_pixels and options.subpixel != "none":
-            raise InputError(
-                f"{name} has whole-pixel keypoints: subpixel must be 'none', "
-                f"not {options.subpixel!r}."
-            )
-        paths = {file: weights.locate(file) for file in info.checkpoint}
+        super().__init__(name, options=options, device=device)
         self.dtype = resolve_dtype(options.precision, device)
-        super().__init__(
-            info=info,
-            options=options,
-            image_options=ImageOptions(
-                max_size=options.max_size,
-                upsample=options.upsample,
-                grayscale=info.colour == "gray",
-            ),
-            device=device,
-            weights_hashes={file: weights.sha256(path) for file, path in paths.items()},
+        glue_file = self.info.checkpoint[-1]  # GIM publishes both networks in one file
+        self.glue: Any = _load_glue(
+            self.info.descriptor_dim, self.paths[glue_file], options, device
         )
-        # GIM publishes both networks in one file.
-        extractor_file, glue_file = info.checkpoint[0], info.checkpoint[-1]
-        self.extractor: Any = self.load_detector(paths[extractor_file]).eval().to(device)
-        self.glue: Any = _load_glue(info.descriptor_dim, paths[glue_file], options, device)
         # Encodings may be shared by matchers with other weights or on other devices.
         self._cache_key = f"{glue_file}:{self.weights_hashes[glue_file]}:{device}:{self.dtype}"
 
-    @staticmethod
-    @abstractmethod
-    def load_detector(path: Path) -> torch.nn.Module:
-        """The detector with the weights of a file."""
-
     def _versions(self) -> dict[str, str]:
         return {"kornia": importlib.metadata.version("kornia")}
-
-    def _encode_weights(self) -> list[str]:
-        return [self.info.checkpoint[0]]
 
     def match_settings(self) -> dict[str, Any]:
         """See ``MatcherBase``; with the number format that "auto" stands for."""
         resolved = resolve_precision(self.options.precision, self.device)
         return super().match_settings() | {"precision": resolved}
-
-    @torch.inference_mode()
-    def encode(self, image: ImageData) -> SparseEncoding:
-        """Detect and describe keypoints.
-
-        Args:
-            image: RGB, (3, H, W), or gray (1, H, W); turned into what the network wants.
-        """
-        tensor = image.image.to(self.device)
-        if self.info.colour == "gray" and tensor.shape[0] == 3:
-            tensor = torch.tensordot(tensor.new_tensor(_GRAY), tensor, 1)[None]
-        elif self.info.colour == "rgb" and tensor.shape[0] == 1:
-            tensor = tensor.expand(3, -1, -1)
-        if tensor.amax() - tensor.amin() < 1 / 255:
-            # Networks that normalise each image find keypoints in nothing, at the border.
-            nothing = tensor.new_empty(0, self.info.descriptor_dim or 0)
-            return encode_network_keypoints(image, nothing[:, :2], nothing, nothing[:, 0])
-        xy, descriptors, scores = self.extractor.detect_and_describe(
-            tensor,
-            max_keypoints=self.options.max_keypoints,
-            threshold=self.options.detection_threshold,
-            radius=self.options.nms_radius,
-            subpixel=self.options.subpixel,
-            mask=image.mask,
-        )
-        return encode_network_keypoints(image, xy, descriptors, scores)
 
     def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
         """Match two encodings."""

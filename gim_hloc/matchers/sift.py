@@ -10,12 +10,11 @@ import torch
 from pydantic import Field
 
 from gim_hloc.matchers.common import MatcherBase
+from gim_hloc.matchers.nearest import distance, mutual_nearest, rivals
 from gim_hloc.matchers.registry import describe
-from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
+from gim_hloc.matchers.sparse import encode_network_keypoints
 from gim_hloc.options import Count, options
 from gim_hloc.types import ImageData, ImageOptions, Matches, SparseEncoding
-
-_CHUNK = 4096  # rows of the similarity matrix at once: bounds memory at _CHUNK x N floats
 
 
 @options
@@ -91,23 +90,24 @@ class SiftMatcher(MatcherBase[SparseEncoding]):
     @torch.inference_mode()
     def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
         """Match two encodings; score = cosine similarity of the descriptors."""
-        if len(a) == 0 or len(b) == 0:
-            return no_matches(a, b)
-        index, score = mutual_nearest(
-            a.descriptors.to(self.device).float(),
-            b.descriptors.to(self.device).float(),
-            ratio=self.options.ratio,
-            **self._rules(a, b),
-        )
-        return Matches.from_indices(a, b, index, score)
+        places = [_places(e.keypoints).to(self.device) for e in (a, b)]
+        # SIFT describes a place once per dominant orientation; a twin is no rival.
+        index, score = self._nearest(a, b, places[1])
+        keep = distance(score) <= self.options.max_distance
+        index, score = _one_per_place(index[keep], score[keep], *places)
+        return Matches.from_indices(a, b, index, score.clamp(0, 1))
 
-    def _rules(self, a: SparseEncoding, b: SparseEncoding) -> dict[str, Any]:
-        """What ``mutual_nearest`` is to heed beside the ratio."""
-        return {
-            "places0": _places(a.keypoints).to(self.device),
-            "places1": _places(b.keypoints).to(self.device),
-            "max_distance": self.options.max_distance,
-        }
+    def _nearest(
+        self, a: SparseEncoding, b: SparseEncoding, places: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mutual nearest neighbours that pass the ratio test in image 1, and their cosines."""
+        ends = [e.descriptors.to(self.device).float() for e in (a, b)]
+        index, score = mutual_nearest(*ends)
+        if self.options.ratio < 1:
+            rival = rivals(ends[0][index[:, 0]], ends[1], index[:, 1], places)
+            keep = distance(score) < self.options.ratio * distance(rival)
+            index, score = index[keep], score[keep]
+        return index, score
 
 
 class RootSiftMatcher(SiftMatcher):
@@ -133,67 +133,11 @@ class RootSiftMatcher(SiftMatcher):
         found, descriptors = detector.detectAndCompute(gray, _mask_array(image.mask))
         return _encoding(image, found, descriptors)
 
-    def _rules(self, a: SparseEncoding, b: SparseEncoding) -> dict[str, Any]:
-        return {}
-
-
-def mutual_nearest(
-    descriptors0: torch.Tensor,
-    descriptors1: torch.Tensor,
-    *,
-    ratio: float,
-    max_distance: float = 2.0,
-    places0: torch.Tensor | None = None,
-    places1: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mutual nearest neighbours that pass the ratio test in image 1.
-
-    Args:
-        descriptors0: (M, D) unit vectors.
-        descriptors1: (N, D) unit vectors.
-        ratio: nearest over second nearest distance must be below.
-        max_distance: Euclidean distance of matched descriptors must be at most this.
-        places0: (M,) number of the place of each keypoint. SIFT describes a place once per
-            dominant orientation; a twin is no rival in the ratio test, and two places are matched
-            at most once. None: every keypoint is a place of its own.
-        places1: the same for image 1.
-
-    Returns:
-        indices (K, 2) int64 and cosine similarities (K,), ordered by the index in image 0.
-    """
-    m, n = len(descriptors0), len(descriptors1)
-    best_of_1 = descriptors0.new_full((n,), -2.0)
-    arg_of_1 = torch.zeros(n, dtype=torch.long, device=descriptors0.device)
-    firsts, seconds, args = [], [], []
-    for start in range(0, m, _CHUNK):
-        similarity = descriptors0[start : start + _CHUNK] @ descriptors1.T
-        column, row = similarity.max(0)
-        better = column > best_of_1
-        best_of_1 = torch.where(better, column, best_of_1)
-        arg_of_1 = torch.where(better, row + start, arg_of_1)
-        first, arg = similarity.max(1)
-        if n > 1:
-            if places1 is None:
-                similarity.scatter_(1, arg[:, None], -2.0)
-            else:
-                similarity.masked_fill_(places1[None] == places1[arg][:, None], -2.0)
-            second = similarity.amax(1)
-        else:
-            second = torch.full_like(first, -1.0)
-        firsts.append(first)
-        seconds.append(second)
-        args.append(arg)
-    first, second, arg = torch.cat(firsts), torch.cat(seconds), torch.cat(args)
-    here = torch.arange(m, device=arg.device)
-    distance = (2 - 2 * first).clamp(min=0).sqrt()
-    rival = (2 - 2 * second).clamp(min=0).sqrt()
-    keep = (arg_of_1[arg] == here) & (distance <= max_distance)
-    if ratio < 1:
-        keep &= distance < ratio * rival
-    index, score = torch.stack([here, arg], 1)[keep], first[keep]
-    if places0 is not None and places1 is not None:
-        index, score = _one_per_place(index, score, places0, places1)
-    return index, score.clamp(0, 1)
+    @torch.inference_mode()
+    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        """Match two encodings; every keypoint is a place of its own."""
+        index, score = self._nearest(a, b)
+        return Matches.from_indices(a, b, index, score.clamp(0, 1))
 
 
 def _one_per_place(

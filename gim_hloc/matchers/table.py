@@ -61,6 +61,22 @@ _DISK: Presets = {
     "base": {"max_size": 1024, "max_keypoints": 2048},
     "precise": {"max_size": 1600, "max_keypoints": 4096},
 }
+_XFEAT: Presets = {
+    "fast": {"max_size": 1024, "max_keypoints": 2048},
+    "base": {"max_size": 1024, "max_keypoints": 4096},
+    "precise": {"max_size": 1600, "max_keypoints": 8192},
+}
+_XFEAT_STAR: Presets = {
+    "fast": {"max_size": 1024, "max_cells": 4096},
+    "base": {"max_size": 1024, "max_cells": 8192},
+    "precise": {"max_size": 1600, "max_cells": 10240},
+}
+_LIGHTER = {"detection_threshold": 0.05, "depth_confidence": -1.0, "width_confidence": 0.95}
+_LIGHTERGLUE: Presets = {
+    "fast": {**_LIGHTER, "max_size": 1024, "max_keypoints": 1024},
+    "base": {**_LIGHTER, "max_size": 1024, "max_keypoints": 2048},
+    "precise": {**_LIGHTER, "max_size": 1600, "max_keypoints": 4096},
+}
 # The reference's numbers: no early stop, no pruning.
 _GIM = {
     "nms_radius": 3,
@@ -141,6 +157,17 @@ ROWS = (
         "disk-depth-save.pth", "disk_lightglue.pth", **_SPARSE, **_CALIBRATED,
     ),
     _row(
+        "xfeat", "xfeat:XFeatMatcher", _XFEAT,
+        "XFeat keypoints, mutual nearest neighbours with a ratio test: fastest on a processor",
+        "xfeat.pt", **{**_SPARSE, "descriptor_dim": 64},
+        min_confidence_sum={"fast": 15.0, "base": 15.0, "precise": 15.0},
+    ),
+    _row(
+        "xfeat_lighterglue", "xfeat:XFeatLighterGlue", _LIGHTERGLUE,
+        "XFeat keypoints, matched by LighterGlue, a small LightGlue",
+        "xfeat.pt", "xfeat-lighterglue.pt", **{**_SPARSE, "descriptor_dim": 64},
+    ),
+    _row(
         "gim_lightglue", "lightglue:SuperPointLightGlue", _GIM_LIGHTGLUE,
         "SuperPoint keypoints, matched by LightGlue trained on internet videos",
         "gim_lightglue_100h.ckpt", **{**_SUPERPOINT, "default_size": 1920},
@@ -167,6 +194,11 @@ ROWS = (
         "root_sift", "sift:RootSiftMatcher", {"fast": {}, "base": {}, "precise": {}},
         "RootSIFT with the numbers of the ZEB benchmark, for comparison with its tables",
         **{**_OPENCV, "default_size": 1600},
+    ),
+    _row(
+        "xfeat_star", "xfeat:XFeatStar", _XFEAT_STAR,
+        "XFeat*: semi-dense and without keypoints, fast on a processor",
+        "xfeat.pt", kind="semidense", colour="rgb", default_size=1024,
     ),
     _row(
         "gim_loftr", "loftr:LoFTRMatcher", _GIM_LOFTR,
