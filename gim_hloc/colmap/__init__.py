@@ -87,7 +87,7 @@ from gim_hloc.colmap.model import (
     write_model,
     write_models,
 )
-from gim_hloc.colmap.undistort import pinhole, run_dense, undistort
+from gim_hloc.colmap.undistort import pinhole, resample, run_dense, undistort
 from gim_hloc.colmap.verification import Verification
 
 # pycolmap's import puts a stack trace in the place of whatever SIGTERM was to do: ending at once,
@@ -153,6 +153,7 @@ __all__ = [
     "read_verification",
     "refine_by_warps",
     "refine_tracks",
+    "resample",
     "resolve_mapper",
     "run_dense",
     "run_mapping",

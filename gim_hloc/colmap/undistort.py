@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pycolmap
 
@@ -67,6 +68,14 @@ def pinhole(camera: CameraSpec, *, centred: bool = False) -> tuple[CameraSpec, n
     return found, places
 
 
+def resample(pixels: np.ndarray, places: np.ndarray | None) -> np.ndarray:
+    """An image (H, W, 3) uint8 with its pixels taken from the places that ``pinhole`` gave."""
+    if places is None:
+        return pixels
+    x, y = places[..., 0], places[..., 1]
+    return cv2.remap(pixels, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+
+
 def _camera(spec: CameraSpec) -> pycolmap.Camera:
     return pycolmap.Camera(
         model=spec.model, width=spec.width, height=spec.height, params=list(spec.params)
@@ -101,7 +110,6 @@ def undistort(
             out of the root.
         OutputError: an image cannot be written.
     """
-    import cv2
     from PIL import Image
 
     result = copy.deepcopy(model)
@@ -126,10 +134,7 @@ def undistort(
                 f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, its camera in the model "
                 f"{camera.width} x {camera.height}: give the images that the model was made of."
             )
-        places = places_of(view.camera_id)
-        if places is not None:
-            x, y = places[..., 0], places[..., 1]
-            pixels = cv2.remap(pixels, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        pixels = resample(pixels, places_of(view.camera_id))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(target, quality=95, subsampling=0)
