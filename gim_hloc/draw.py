@@ -160,37 +160,34 @@ def draw_points(
 
 
 def draw_matches(
-    picture0: np.ndarray,
-    picture1: np.ndarray,
-    xy0: np.ndarray,
-    xy1: np.ndarray,
+    pictures: Sequence[np.ndarray],
+    points: Sequence[np.ndarray],
     colours: np.ndarray | tuple[int, int, int] = INLIER,
     *,
     lines: int | np.ndarray = 100,
     radius: int = 3,
     opacity: float = 0.6,
     below: bool = False,
-    margin: int = 0,
+    gap: int = GAP,
 ) -> np.ndarray:
     """Two pictures side by side with a dot for every match and lines between some.
 
     Args:
-        picture0: (H0, W0, 3) uint8 RGB.
-        picture1: (H1, W1, 3) uint8 RGB.
-        xy0: (M, 2) pixels of picture 0, integer = pixel centre.
-        xy1: (M, 2) pixels of picture 1.
+        pictures: of image 0 and 1, (H, W, 3) uint8 RGB.
+        points: (M, 2) pixels of picture 0, integer = pixel centre, and (M, 2) of picture 1.
         colours: one RGB, or (M, 3).
         lines: which rows have a line, or how many have, evenly over all; later ones are on top.
         radius: of a dot, pixels.
         opacity: of the lines.
-        below: picture 1 below picture 0.
-        margin: white pixels around.
+        below: the second picture below the first.
+        gap: white pixels between the pictures.
     """
-    canvas, corners = join([picture0, picture1], below=below, margin=margin)
-    colours = np.asarray(_each(colours, len(xy0)), int).reshape(-1, 3)
-    ends = [np.asarray(xy) + corner for xy, corner in zip((xy0, xy1), corners, strict=True)]
+    canvas, corners = join(pictures, below=below, gap=gap)
+    count = len(points[0])
+    colours = np.asarray(_each(colours, count), int).reshape(-1, 3)
+    ends = [np.asarray(xy) + corner for xy, corner in zip(points, corners, strict=True)]
     if isinstance(lines, int):
-        lines = np.unique(np.linspace(0, len(xy0) - 1, min(lines, len(xy0))).astype(int))
+        lines = np.unique(np.linspace(0, count - 1, min(lines, count)).astype(int))
     draw_lines(canvas, ends[0][lines], ends[1][lines], colours[lines], opacity=opacity)
     for end in ends:
         draw_points(canvas, end, colours, radius=radius)
@@ -243,6 +240,16 @@ def caption(
         pen.text((0, _LEADING * number), part, fill=INK if font is fonts[0] else SOFT, font=font)
     text = np.asarray(strip)
     return join([text, picture] if above else [picture, text], below=True)[0]
+
+
+def notice(text: str, size: tuple[int, int]) -> np.ndarray:
+    """A grey picture of (width, height) that says something in its middle."""
+    picture = Image.new("RGB", size, (223, 221, 213))
+    font = _font(False).font_variant(size=min(_TEXT, max(8, size[0] // 14)))
+    ImageDraw.Draw(picture).text(
+        (size[0] / 2, size[1] / 2), text, fill=SOFT, font=font, anchor="mm"
+    )
+    return np.array(picture)
 
 
 def contact_sheet(

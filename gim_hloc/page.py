@@ -7,6 +7,7 @@ its sections hold. Everything that is put into a template is escaped.
 from __future__ import annotations
 
 import functools
+import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,11 @@ def duration(seconds: Any) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
+def plain(text: str) -> str:
+    """Text for a figure, where plotly reads a little markup, as it is."""
+    return html.escape(text, quote=False)
+
+
 def _plotly_js() -> Markup:
     from plotly.offline import get_plotlyjs
 
@@ -72,10 +78,11 @@ def chart(figure: Figure, name: str) -> Markup:
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
     config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    html = figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id=f"chart-{name}", config=config
+    return Markup(
+        figure.to_html(
+            full_html=False, include_plotlyjs=False, div_id=f"chart-{name}", config=config
+        )
     )
-    return Markup(html)
 
 
 @functools.cache
@@ -92,13 +99,14 @@ def _environment() -> Environment:
     return environment
 
 
-def render(template: str, *, charts: Mapping[str, Figure] = {}, **values: Any) -> str:
+def render(template: str, *, charts: Mapping[str, Figure | None] = {}, **values: Any) -> str:
     """The text of a page.
 
     Args:
         template: file in ``gim_hloc/templates``.
         charts: figures by name, ``charts.name`` in the template; plotly.js comes along with them.
+            Those that are None are not there.
         **values: what else the template uses.
     """
-    elements = {name: chart(figure, name) for name, figure in charts.items()}
+    elements = {name: chart(figure, name) if figure else None for name, figure in charts.items()}
     return _environment().get_template(template).render(charts=elements, **values)

@@ -1,4 +1,4 @@
-"""Pictures of matched pairs: inliers drawn, and image 1 projected onto image 0.
+"""Pictures of a matched pair: its inliers, and image 1 projected onto image 0.
 
 Images are shown upright and reduced to a size that screens can show; coordinates, which are those
 of the stored files, are mapped accordingly.
@@ -9,50 +9,41 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 
-from gim_hloc import images
-from gim_hloc.errors import OutputError
-from gim_hloc.types import ImageOptions, invert_affine
+from gim_hloc import draw, images
+from gim_hloc.geometry.warp import inverse
+from gim_hloc.types import ImageOptions
 
 if TYPE_CHECKING:
     from gim_hloc.images import ImageRecord
     from gim_hloc.pipelines.match_pair import MatchResult
 
 _MARGIN = 2  # white pixels between and around images
-_RADIUS = 3  # of a match's dot, pixels
-_MOST_LINES = 100  # more would hide the images; every match has its dots all the same
 _MATCH_SIDE = 1600  # longest side of an image in the picture of matches, pixels
 _SMALL_SIDE = 320  # smaller images are enlarged to it, and to half the other's side
 _WARP_SIDE = 1200  # of a panel of the projection
 _INLIER = (0, 255, 0)  # green
 _UNVERIFIED = (255, 140, 0)  # orange: matches that no geometry was fitted to
-_SHIFT = 4  # bits after the point in OpenCV's drawing coordinates
 _ROWS = 256  # of a projection at a time
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """An image for people.
-
-    Attributes:
-        rgb: (H, W, 3) uint8, upright.
-        to_stored: (2, 3) picture pixel -> stored pixel, hloc's frame.
-    """
+    """An upright image (H, W, 3) uint8 and the (2, 3) map from its pixels to stored ones."""
 
     rgb: np.ndarray
     to_stored: np.ndarray
 
     def place(self, stored: np.ndarray) -> np.ndarray:
         """Stored pixels (..., 2) as picture pixels, float64."""
-        return _apply(invert_affine(self.to_stored), stored)
+        return _apply(inverse(self.to_stored), stored)
 
 
 def _open(record: ImageRecord, side: int, *, enlarge: bool = False) -> _Picture:
     data = images.load(record, ImageOptions(max_size=side, upsample=enlarge))
     rgb = np.rint(data.image.numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
-    if rgb.shape[2] == 1:
-        rgb = rgb.repeat(3, axis=2)
     return _Picture(np.ascontiguousarray(rgb), data.to_original)
 
 
@@ -61,62 +52,34 @@ def _apply(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
     return mapped
 
 
-def png(picture: np.ndarray) -> bytes:
-    """An RGB picture (H, W, 3) uint8 as the bytes of a PNG file."""
-    import cv2
-
-    done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise OutputError(f"A picture of {picture.shape[1]} x {picture.shape[0]} cannot be coded.")
-    return bytes(data)
-
-
-def draw_matches(result: MatchResult) -> np.ndarray:
-    """Both images side by side; below them the same with the matches.
+def draw_matches(result: MatchResult, *, plain: bool = True) -> np.ndarray:
+    """Both images side by side with the matches; above them the same without, if ``plain``.
 
     Inliers are green; of many, a part has lines. Where no geometry could be fitted or none was
     asked for, all matches are drawn in orange.
-
-    Returns:
-        (H, W, 3) uint8 RGB on white.
     """
-    import cv2
-
     sides = [min(max(record.size), _MATCH_SIDE) for record in result.images]
     smallest = max(_SMALL_SIDE, max(sides) // 2)
     pictures = [
         _open(record, max(side, smallest), enlarge=True)
         for record, side in zip(result.images, sides, strict=True)
     ]
-    (h0, w0), (h1, w1) = (picture.rgb.shape[:2] for picture in pictures)
-    height = max(h0, h1)
-    canvas = np.full((2 * height + 3 * _MARGIN, w0 + w1 + 3 * _MARGIN, 3), 255, dtype=np.uint8)
-    left = (_MARGIN, w0 + 2 * _MARGIN)
-    below = height + 2 * _MARGIN
-    for picture, x in zip(pictures, left, strict=True):
-        h, w = picture.rgb.shape[:2]
-        for y in (_MARGIN, below):
-            canvas[y : y + h, x : x + w] = picture.rgb
-
     fitted = result.fundamental is not None
     shown = result.inliers if fitted else np.ones(len(result), dtype=bool)
-    colour = _INLIER if fitted else _UNVERIFIED
-    ends = [
-        np.rint((picture.place(points[shown]) + np.array([x, below])) * (1 << _SHIFT)).astype(int)
-        for picture, points, x in zip(
-            pictures, (result.keypoints0, result.keypoints1), left, strict=True
-        )
-    ]
-    lines = canvas.copy()
-    count = len(ends[0])
-    drawn = np.unique(np.linspace(0, count - 1, min(count, _MOST_LINES)).astype(int))
-    for start, end in zip(*(points[drawn].tolist() for points in ends), strict=True):
-        cv2.line(lines, start, end, colour, 1, cv2.LINE_AA, _SHIFT)
-    canvas = cv2.addWeighted(lines, 0.5, canvas, 0.5, 0)
-    for points in ends:
-        for point in points.tolist():
-            cv2.circle(canvas, point, _RADIUS << _SHIFT, colour, -1, cv2.LINE_AA, _SHIFT)
-    return canvas
+    matches = draw.draw_matches(
+        [picture.rgb for picture in pictures],
+        [
+            pictures[0].place(result.keypoints0[shown]),
+            pictures[1].place(result.keypoints1[shown]),
+        ],
+        _INLIER if fitted else _UNVERIFIED,
+        opacity=0.5,
+        gap=_MARGIN,
+    )
+    rows = [matches]
+    if plain:
+        rows.insert(0, draw.join([picture.rgb for picture in pictures], gap=_MARGIN)[0])
+    return draw.join(rows, below=True, gap=_MARGIN, margin=_MARGIN)[0]
 
 
 def draw_warp(result: MatchResult) -> np.ndarray | None:
@@ -125,8 +88,7 @@ def draw_warp(result: MatchResult) -> np.ndarray | None:
     Dense matchers project by their warp, faint where it is uncertain; others by the homography,
     which is exact for planes and turning cameras only.
 
-    Returns:
-        (H, W, 3) uint8 RGB on white; None where there is neither warp nor homography.
+    None where there is neither warp nor homography.
     """
     if result.warp is None and result.homography is None:
         return None
@@ -145,11 +107,7 @@ def draw_warp(result: MatchResult) -> np.ndarray | None:
         here = base.rgb[rows].astype(np.float32)
         panels[1, rows] = np.rint(seen * weight + 255 * (1 - weight))
         panels[2, rows] = np.rint(here * (1 - weight / 2) + seen * weight / 2)
-    canvas = np.full((height + 2 * _MARGIN, 3 * width + 4 * _MARGIN, 3), 255, dtype=np.uint8)
-    for index, panel in enumerate(panels):
-        x0 = _MARGIN + index * (width + _MARGIN)
-        canvas[_MARGIN : _MARGIN + height, x0 : x0 + width] = panel
-    return canvas
+    return draw.join(list(panels), gap=_MARGIN, margin=_MARGIN)[0]
 
 
 def _by_warp(result: MatchResult, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -181,8 +139,6 @@ def _by_homography(result: MatchResult, stored: np.ndarray) -> tuple[np.ndarray,
 
 def _read(rgb: np.ndarray, xy: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Colours (H, W, 3) float32 of an image at points (H, W, 2), and weights that are 0 outside."""
-    import cv2
-
     height, width = rgb.shape[:2]
     inside = (xy >= -0.5).all(-1) & (xy[..., 0] <= width - 0.5) & (xy[..., 1] <= height - 0.5)
     maps = np.clip(xy, -1, (width, height)).astype(np.float32)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from gim_hloc import images, matchers
+from gim_hloc import draw, images, matchers
 from gim_hloc.clock import timed
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
@@ -403,5 +403,5 @@ def _write_pictures(result: MatchResult, folder: Path, base: str) -> list[Path]:
         if picture is None:
             path.unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
         else:
-            write_atomic(path, _match_pictures.png(picture))
+            write_atomic(path, draw.encode(picture, ".png"))
     return [path for path, picture in drawn.items() if picture is not None]

@@ -132,33 +132,14 @@ def build_report(
     ]
     rows.sort(key=lambda row: str(row["name"]))
 
-    largest = models[0] if models else None
     tracks: dict[str, int] = {}
-    summary: dict[str, Any] = {}
-    if largest is not None:
-        _, _, lengths, _ = colmap.points(largest)
+    if models:
+        _, _, lengths, _ = colmap.points(models[0])
         values, counts_of = np.unique(lengths, return_counts=True)
         tracks = {str(int(v)): int(c) for v, c in zip(values, counts_of, strict=True)}
-        statistics = colmap.statistics(largest)
-        statistics.pop("images")
-        summary.update(statistics)
     edges = np.linspace(0, 4, 41)
     errors = [details[name].errors_px for name, index in model_of.items() if index == 0]
     histogram, _ = np.histogram(np.clip(np.concatenate([[], *errors]), 0, 4 - 1e-9), edges)
-    summary = {
-        "images": len(image_set.images) + len(image_set.rejected),
-        "usable": len(image_set.images),
-        "registered": largest.num_reg_images() if largest is not None else 0,
-        "models": len(models),
-        "points": 0,
-        "observations": 0,
-        "mean_track_length": 0.0,
-        "mean_reprojection_error_px": None,
-        "pairs": len(verified),
-        "pairs_matched": sum(v.matches > 0 for v in verified),
-        "pairs_verified": sum(v.inliers > 0 for v in verified),
-        **summary,
-    }
     described = []
     for model, path in zip(models, paths, strict=True):
         statistics = colmap.statistics(model)
@@ -167,7 +148,6 @@ def build_report(
         "gim_hloc": __version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
-        "summary": summary,
         "images": rows,
         "pairs": [
             {
@@ -272,7 +252,7 @@ def summary_text(result: ReconstructResult) -> str:
     lines = [
         f"{summary['registered']} of {summary['images']} images registered, "
         f"{summary['points']} points, "
-        f"{summary['mean_track_length']:.1f} views a point, "
+        f"{summary['mean_track_length'] or 0:.1f} views a point, "
         f"reprojection error {summary['mean_reprojection_error_px'] or math.nan:.2f} px, "
         f"{summary['seconds']:.0f} s"
     ]

@@ -26,7 +26,7 @@ from gim_hloc.pipelines.matching import pair_name, take_parts, tell_kept
 from gim_hloc.pipelines.modelling import Modelling
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import build_report, confidence_sums, scene_view, versions
-from gim_hloc.pipelines.report import write_report
+from gim_hloc.pipelines.report import complete_report, write_report
 from gim_hloc.pipelines.run import Step
 from gim_hloc.store import rows_from_matches0
 
@@ -236,11 +236,12 @@ class _Reconstruction:
             "dense_encodings_now": self.matching.dense_encodings,
             "pairs_matched_now": len(self.matching.matched),
         }
-        report["summary"]["seconds"] = time.perf_counter() - self.start
+        report["summary"] = {"seconds": time.perf_counter() - self.start}
         report["timings"] = dict(self.inputs.folder.timings)
+        self.report = complete_report(report)
         try:
             write_report(
-                report,
+                self.report,
                 self.inputs.output,
                 images=lambda name: image_module.read_rgb(
                     self.inputs.records[name], max_size=960, upright=False
@@ -250,7 +251,6 @@ class _Reconstruction:
             )
         except OSError as error:  # the model is worth more than its report
             logger.warning("The report could not be written: %s", error)
-        self.report = report
 
     def _pair_matches(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Coordinates of a pair's matches in both images, and whether each is an inlier."""

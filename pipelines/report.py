@@ -12,50 +12,124 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from gim_hloc import draw, page
 from gim_hloc.files import write_atomic
-from gim_hloc.pipelines._report_html import ADVICE, UNUSABLE, plural, render_page
+from gim_hloc.page import plural
+from gim_hloc.pipelines import _report_figures as figures
+from gim_hloc.pipelines._report_figures import CameraView, SceneView
+
+__all__ = ["CameraView", "SceneView", "complete_report", "write_report"]
 
 logger = logging.getLogger(__name__)
 
 ImageReader = Callable[[str], np.ndarray]
 PairMatches = Callable[[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]
+T = TypeVar("T")
 
-_REQUIRED = ("images", "pairs", "models", "settings", "timings")
-_REQUIRED_IN_RECORDS = {
-    "images": ("name", "status"),
-    "pairs": ("name0", "name1", "matches", "inliers"),
-}
 # Position of (fx, fy, cx, cy) in the parameters of COLMAP's camera models.
 _ONE_FOCAL = (0, 0, 1, 2)
 _TWO_FOCALS = (0, 1, 2, 3)
 _FISHEYE = ("FISHEYE", "FOV", "EUCM", "DIVISION")
+_MAX_MISSING_PICTURES = 48
+_PAIR_SIZE = (640, 480)  # pixels within which a pair is drawn
+_MAX_LINES = {"inlier": 100, "outlier": 60}
+
+#: Statuses of files that never reached the matcher.
+UNUSABLE = ("unreadable", "empty", "tiny", "duplicate")
 
 
 @dataclasses.dataclass(frozen=True)
-class CameraView:
-    """A registered camera as the 3D view draws it."""
+class Advice:
+    """What a status means and what to do about it."""
 
-    name: str  # image name, shown on hover
-    center: np.ndarray  # (3,) position in world units
-    rotation: np.ndarray  # (3, 3) world to camera (x right, y down, z forward)
-    focal_px: float  # gives the opening of the drawn pyramid
-    width: int  # stored pixels
-    height: int  # stored pixels
+    short: str  # after a count, inside a sentence
+    title: str
+    todo: str
 
 
-@dataclasses.dataclass(frozen=True)
-class SceneView:
-    """Points and cameras of one model, in COLMAP's world frame (arbitrary origin and scale)."""
+#: Why an image is not in the model, in the order of the stages of a run.
+ADVICE = {
+    "unreadable": Advice(
+        "unreadable",
+        "Unreadable file",
+        "The file could not be decoded. Open it in an image viewer, export it again or delete it.",
+    ),
+    "empty": Advice("empty", "Empty file", "The file has 0 bytes. Copy it again from its source."),
+    "tiny": Advice(
+        "too small",
+        "Too small",
+        "The image is too small to match. Use the original instead of a thumbnail.",
+    ),
+    "duplicate": Advice(
+        "duplicate",
+        "Copy of another image",
+        "Nothing to do: the file is byte for byte the same as one that was used.",
+    ),
+    "no_features": Advice(
+        "without keypoints",
+        "No keypoints",
+        "Nothing to hold on to was found. Look for blur, a black or blank picture, or a mask that"
+        " covers everything (black = ignored).",
+    ),
+    "no_pairs": Advice(
+        "without pairs",
+        "In no pair",
+        "Pair selection joined it to no other image. Raise the number of neighbours, use exhaustive"
+        " pairs, or name its pairs in a file.",
+    ),
+    "no_matches": Advice(
+        "without matches",
+        "No matches",
+        "Its pairs were tried and nothing matched. Does it show the same place? If so, try a higher"
+        " quality or another matcher, or give it pairs with closer views.",
+    ),
+    "no_verified_matches": Advice(
+        "without verified matches",
+        "No verified matches",
+        "Matches were found, but they fit no single camera motion: too few of them, moving things,"
+        " or look-alike structure. Add views in between, mask moving things, try a higher quality.",
+    ),
+    "not_registered": Advice(
+        "not registered",
+        "Verified, but not registered",
+        "It has verified matches, but too few of them reach points of the model to fix its pose."
+        " Add views in between or more pairs; it may also be part of another model.",
+    ),
+}
 
-    points_xyz: np.ndarray  # (M, 3) float
-    points_rgb: np.ndarray  # (M, 3) uint8
-    cameras: list[CameraView]
+_STAGES = {
+    "scan": "Scan images",
+    "import": "Import features",
+    "encode": "Encode images",
+    "pairs": "Choose pairs",
+    "match": "Match pairs",
+    "link": "Link tracks",
+    "verify": "Verify pairs",
+    "map": "Map",
+    "refine": "Refine keypoints",
+    "reread": "Read warps again",
+    "export": "Export",
+    "dense": "Dense model",
+}
+
+# Of the table of images: key, heading, digits.
+_COLUMNS = (
+    ("model", "Model", 0),
+    ("keypoints", "Keypoints", 0),
+    ("pairs", "Pairs", 0),
+    ("verified_pairs", "Verified", 0),
+    ("inliers", "Inliers", 0),
+    ("points", "Points", 0),
+    ("mean_reprojection_error_px", "Error (px)", 2),
+    ("focal_px", "Focal (px)", 0),
+    ("camera_id", "Camera", 0),
+)
 
 
 def write_report(
@@ -66,117 +140,101 @@ def write_report(
     scene: SceneView | None = None,
     pair_matches: PairMatches | None = None,
 ) -> tuple[Path, Path]:
-    """Writes ``report.html`` and ``report.json`` into a folder, each atomically.
+    """Write ``report.html`` and ``report.json`` into a folder, each atomically.
 
     The JSON file goes first, so that the numbers are safe whatever happens to the page. A part of
     the page that cannot be drawn (a photograph that no longer opens, a damaged match file) is left
     out with a warning in the log.
 
     Args:
-        report: The numbers of the run. ``images``, ``pairs``, ``models``, ``settings`` and
-            ``timings`` must be there; totals in ``summary`` that are missing are derived.
-        output: Folder of the run; made when it does not exist.
-        images: Reads an image by name as RGB uint8, ``(H, W, 3)``, in stored pixels (EXIF
-            orientation not applied). Without it the page has no thumbnails.
-        scene: Points and cameras of the largest model; without it there is no 3D view.
-        pair_matches: Reads the matches of a pair: ``xy0`` and ``xy1`` of shape ``(M, 2)`` in stored
+        report: the numbers of the run; see ``complete_report``.
+        output: folder of the run; made when it does not exist.
+        images: reads an image by name as RGB uint8, ``(H, W, 3)``, EXIF orientation not applied.
+        scene: points and cameras of the largest model; without it there is no 3D view.
+        pair_matches: reads the matches of a pair: ``xy0`` and ``xy1`` of shape ``(M, 2)`` in stored
             pixels (integer = pixel centre) and ``inlier`` of shape ``(M,)``, bool.
 
     Returns:
         Paths of the HTML and the JSON file.
 
     Raises:
-        ValueError: The report lacks a part; the message names it. Nothing is written then.
-        OSError: The folder cannot be written.
+        OSError: the folder cannot be written.
     """
     full = complete_report(report)
-    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     html_path, json_path = output / "report.html", output / "report.json"
     write_atomic(json_path, _json_text(full))
-    page = render_page(full, images=images, scene=scene, pair_matches=pair_matches)
-    write_atomic(html_path, page)
-    logger.debug("wrote %s (%.1f MB)", html_path, html_path.stat().st_size / 1e6)
+    write_atomic(html_path, _render(full, _Pictures(full, images, pair_matches), scene))
     return html_path, json_path
 
 
 def complete_report(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks a report, makes it plain JSON and adds the totals and verdicts it lacks.
+    """A report as plain JSON values, with the totals and verdicts that it lacks.
 
     Args:
-        report: As for ``write_report``; left unchanged.
+        report: with ``images``, ``pairs``, ``models``, ``settings`` and ``timings``; unchanged.
 
     Returns:
-        A deep copy of plain Python values. Non-finite numbers are ``None``. What the caller gave is
-        kept; added are missing entries of ``summary`` and the list ``verdicts`` of
-        ``{"level": "good" | "warn" | "bad", "text": …}``.
-
-    Raises:
-        ValueError: A required key is missing or of the wrong kind; the message names it.
+        A deep copy; non-finite numbers are ``None``. Added are missing entries of ``summary`` and
+        the list ``verdicts`` of ``{"level": "good" | "warn" | "bad", "text": …}``.
     """
-    _check(report)
-    full = _plain(report)
-    full.setdefault("notes", [])
-    full.setdefault("versions", {})
+    full = {"notes": [], "versions": {}, **_plain(report)}
     full["summary"] = _summary(full)
     full["verdicts"] = _verdicts(full)
     return full
 
 
-def _check(report: Mapping[str, Any]) -> None:
-    missing = [key for key in _REQUIRED if key not in report]
-    if missing:
-        raise ValueError(f"the report lacks {', '.join(map(repr, missing))}")
-    for key in ("images", "pairs", "models"):
-        if isinstance(report[key], (str, Mapping)) or not isinstance(report[key], Sequence):
-            kind = type(report[key]).__name__
-            raise ValueError(f"report[{key!r}] must be a list of records, not {kind}")
-    for key, fields in _REQUIRED_IN_RECORDS.items():
-        for position, record in enumerate(report[key]):
-            lacking = [field for field in fields if field not in record]
-            if lacking:
-                names = ", ".join(map(repr, lacking))
-                raise ValueError(f"report[{key!r}][{position}] lacks {names}")
-
-
 def _plain(value: Any) -> Any:
-    """Turns a value into what strict JSON holds."""
-    if value is None or (isinstance(value, (bool, int)) and not isinstance(value, enum.Enum)):
-        return value
+    """A value as strict JSON holds it."""
     if isinstance(value, enum.Enum):
         return _plain(value.value)
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
         return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
     if isinstance(value, PurePath):
         return value.as_posix()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
+        return _plain(dataclasses.asdict(value))
     if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted((_plain(item) for item in value), key=repr)
-    if isinstance(value, (list, tuple)):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value))
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value)
+
+
+def _json_text(full: dict[str, Any]) -> str:
+    """Strict JSON, a record a line: readable, easy to compare, and compact with 100,000 pairs."""
+
+    def dump(value: Any, indent: int | None = None) -> str:
+        # File names that are no valid Unicode: ``write_atomic`` escapes them as JSON does.
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+    entries = []
+    for key, value in full.items():
+        if isinstance(value, list) and value:
+            body = "[\n    " + ",\n    ".join(map(dump, value)) + "\n  ]"
+        else:
+            body = dump(value, indent=2).replace("\n", "\n  ")
+        entries.append(f"  {dump(key)}: {body}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+# ---------------------------------------------------------------------------------------- numbers
 
 
 def _summary(full: dict[str, Any]) -> dict[str, Any]:
     images, pairs, models = full["images"], full["pairs"], full["models"]
     statuses = Counter(image["status"] for image in images)
     largest = models[0] if models else {}
-    seconds = [value for value in full["timings"].values() if isinstance(value, (int, float))]
     derived: dict[str, Any] = {
         "images": len(images),
         "usable": len(images) - sum(statuses[status] for status in UNUSABLE),
-        "registered": statuses["registered"],
+        "registered": sum(image.get("model") == 0 for image in images),
         "models": len(models),
         "points": largest.get("points", 0),
         "observations": largest.get("observations", 0),
@@ -185,7 +243,7 @@ def _summary(full: dict[str, Any]) -> dict[str, Any]:
         "pairs": len(pairs),
         "pairs_matched": sum(1 for pair in pairs if pair["matches"]),
         "pairs_verified": sum(1 for pair in pairs if pair["inliers"]),
-        "seconds": sum(seconds),
+        "seconds": sum(full["timings"].values()),
         "two_view_track_share": _two_view_share(full.get("track_lengths") or {}),
         "missing": {
             status: count for status, count in statuses.most_common() if status != "registered"
@@ -314,26 +372,175 @@ def _lens(camera: dict[str, Any]) -> tuple[float, float, float, float, int, int]
     return fx, fy, cx, cy, int(width), int(height)
 
 
-def _json_text(full: dict[str, Any]) -> str:
-    """Strict JSON, a record a line: readable, easy to compare, and compact with 100,000 pairs."""
-    text = _json_lines(full, ensure_ascii=False)
+# ------------------------------------------------------------------------------------------- page
+
+
+def _guarded(part: str, build: Callable[[], T]) -> T | None:
+    """Build a part of the page; one that fails must not cost the others."""
     try:
-        text.encode()
-    except UnicodeEncodeError:  # file names that are not valid Unicode (Linux keeps any bytes)
-        text = _json_lines(full, ensure_ascii=True)
-    return text
+        return build()
+    except Exception:
+        logger.warning("the report lacks its part %r", part, exc_info=True)
+        return None
 
 
-def _json_lines(full: dict[str, Any], *, ensure_ascii: bool) -> str:
-    def dump(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False, indent=indent)
+class _Pictures:
+    """Thumbnails and drawn pairs; every image is read once and kept small."""
 
-    entries = []
-    for key, value in full.items():
-        if isinstance(value, list) and value:
-            inner = ",\n    ".join(dump(item) for item in value)
-            body = f"[\n    {inner}\n  ]"
-        else:
-            body = dump(value, indent=2).replace("\n", "\n  ")
-        entries.append(f"  {dump(key)}: {body}")
-    return "{\n" + ",\n".join(entries) + "\n}\n"
+    def __init__(
+        self, full: dict[str, Any], read: ImageReader | None, matches: PairMatches | None
+    ) -> None:
+        self._read, self._matches = read, matches
+        self._small: dict[str, tuple[np.ndarray, tuple[int, int]] | None] = {}
+        self._best, self._worst = figures.choose_pairs(full["pairs"])
+
+    def _open(self, name: str) -> tuple[np.ndarray, tuple[int, int]] | None:
+        """An image within the size of a pair, and its own (width, height)."""
+        if name not in self._small:
+            self._small[name] = None
+            try:
+                if self._read is not None:
+                    picture = self._read(name)
+                    size = picture.shape[1], picture.shape[0]
+                    self._small[name] = draw.fit(picture, *_PAIR_SIZE), size
+            except Exception as error:
+                logger.debug("no thumbnail of %r in the report: %s", name, error)
+        return self._small[name]
+
+    def thumbnail(self, name: str) -> str:
+        """Address of an image within 200 pixels; empty if it does not open."""
+        known = self._open(name)
+        return draw.data_url(draw.fit(known[0], 200, 200)) if known else ""
+
+    def pairs(self) -> Iterator[tuple[str, str, list[tuple[str, str, list[str]]]]]:
+        """Title, explanation and figures of the best and of the weakest pairs."""
+        weakest = "Verified with the lowest share of inliers; then pairs whose matches all failed."
+        for title, text, chosen in (
+            ("Best", "Most inliers.", self._best),
+            ("Weakest", weakest, self._worst),
+        ):
+            shown = [figure for pair in chosen if (figure := self._figure(pair))]
+            if shown:
+                yield title, text, shown
+
+    def _figure(self, pair: dict[str, Any]) -> tuple[str, str, list[str]] | None:
+        names = pair["name0"], pair["name1"]
+        known = [self._open(name) for name in names]
+        if self._matches is None or not all(known):
+            return None
+        try:
+            picture = draw_pair([one for one in known if one], *self._matches(*names))
+        except Exception as error:
+            logger.warning("no picture of the pair %r, %r in the report: %s", *names, error)
+            return None
+        share = pair["inliers"] / pair["matches"] if pair["matches"] else 0.0
+        text = f"{pair['inliers']:,} inliers of {pair['matches']:,} matches ({share:.1%})"
+        return draw.data_url(picture), "", [" \N{EM DASH} ".join(names), text]
+
+
+def draw_pair(
+    images: Sequence[tuple[np.ndarray, tuple[int, int]]],
+    xy0: np.ndarray,
+    xy1: np.ndarray,
+    inlier: np.ndarray,
+) -> np.ndarray:
+    """Two images at one height with some of their matches, inliers green above rejected ones red.
+
+    Args:
+        images: picture and (width, height) of each image in the pixels of its points.
+        xy0: (M, 2).
+        xy1: (M, 2).
+        inlier: (M,) bool.
+    """
+    aspects = [size[0] / size[1] for _, size in images]
+    height = min(_PAIR_SIZE[1], (_PAIR_SIZE[0] - draw.GAP) / sum(aspects))
+    pictures = [
+        draw.resize(picture, (max(1, round(height * aspect)), max(1, round(height))))
+        for (picture, _), aspect in zip(images, aspects, strict=True)
+    ]
+    known = np.isfinite(xy0).all(1) & np.isfinite(xy1).all(1)
+    rng = np.random.default_rng(0)
+    rows = []
+    for kind, chosen in (("outlier", ~inlier), ("inlier", inlier)):
+        of_kind = np.flatnonzero(chosen & known)
+        rows.append(rng.permutation(of_kind)[: _MAX_LINES[kind]])
+    shown = np.concatenate(rows)
+    ends = [
+        draw.scale_points(xy[shown], size, picture)
+        for xy, (_, size), picture in zip((xy0, xy1), images, pictures, strict=True)
+    ]
+    colours = np.where(inlier[shown, None], draw.INLIER, draw.OUTLIER)
+    return draw.draw_matches(pictures, ends, colours, lines=len(shown), radius=2)
+
+
+def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) -> str:
+    summary = full["summary"]
+    usable = [image["name"] for image in full["images"] if image["status"] not in UNUSABLE]
+    packed = _guarded("scene", lambda: figures.pack_scene(scene) if scene else None)
+    charts = {
+        "tracks": lambda: figures.track_lengths(full.get("track_lengths") or {}),
+        "errors": lambda: figures.reprojection_errors(full.get("reprojection_errors") or {}),
+        "graph": lambda: figures.match_graph(usable, full["pairs"]),
+        "scene": lambda: figures.scene_figure(packed) if packed else None,
+    }
+    timings = {stage: full["timings"][stage] for stage in sorted(full["timings"], key=_stage_order)}
+    # Pairs that an earlier run matched cost this one nothing.
+    matched = full.get("counts", {}).get("pairs_matched_now", summary["pairs"])
+    return page.render(
+        "report.html.j2",
+        charts={name: _guarded(name, build) for name, build in charts.items()},
+        full=full,
+        summary=summary,
+        missing=list(_missing(full, pictures)),
+        pair_figures=list(pictures.pairs()),
+        packed=packed,
+        max_graph_images=figures.MAX_GRAPH_IMAGES,
+        status_words={status: advice.short for status, advice in ADVICE.items()},
+        columns=[
+            c for c in _COLUMNS if any(image.get(c[0]) is not None for image in full["images"])
+        ],
+        timings=[(_STAGES.get(stage, stage), seconds) for stage, seconds in timings.items()],
+        pairs_per_second=matched / timings["match"] if timings.get("match") else 0,
+        settings=dict(_flatten(full["settings"])),
+    )
+
+
+def _stage_order(stage: str) -> int:
+    return list(_STAGES).index(stage) if stage in _STAGES else len(_STAGES)
+
+
+def _missing(
+    full: dict[str, Any], pictures: _Pictures
+) -> Iterator[tuple[Advice, list[tuple[str, str, list[str]]]]]:
+    """Advice and (picture, name, facts) of the images that are not registered, by status."""
+    left = _MAX_MISSING_PICTURES
+    missing = [image for image in full["images"] if image["status"] != "registered"]
+    for status in sorted({image["status"] for image in missing}, key=[*ADVICE].index):
+        cards = []
+        for image in missing:
+            if image["status"] != status:
+                continue
+            picture = pictures.thumbnail(image["name"]) if left > 0 and status != "empty" else ""
+            left -= bool(picture)
+            counts = [
+                plural(image[key], noun)
+                for key, noun in (
+                    ("keypoints", "keypoint"),
+                    ("pairs", "pair"),
+                    ("verified_pairs", "verified pair"),
+                    ("inliers", "inlier"),
+                )
+                if image.get(key) is not None and status not in UNUSABLE
+            ]
+            facts = [fact for fact in (image.get("reason"), " · ".join(counts)) if fact]
+            cards.append((picture, image["name"], facts))
+        yield ADVICE[status], cards
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as names with dots and values as text."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -61,7 +61,6 @@ UPWARD = {
     ("pairs/select.py", "colmap"),
     # Pictures and pages, which are to get a room of their own.
     ("evaluation/_pair_pages.py", "pipelines"),
-    ("training/video/_show_html.py", "pipelines"),
 }
 
 
