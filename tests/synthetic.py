@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from gim_hloc.images import Exif, ImageRecord
 
@@ -118,3 +119,18 @@ def camera_errors(
     scale = (s * np.diag(d)).sum() / (x0**2).sum()
     residual = y0 - scale * x0 @ (u @ d @ vt).T
     return worst, float(np.linalg.norm(residual, axis=1).max() / np.ptp(y, axis=0).max())
+
+
+def write_cameras(poses: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> Path:
+    """Poses (R, t), world to camera, as a COLMAP text model of one camera without points."""
+    folder.mkdir(parents=True, exist_ok=True)
+    camera = f"1 PINHOLE {WIDTH} {HEIGHT} {FOCAL} {FOCAL} {WIDTH / 2} {HEIGHT / 2}\n"
+    lines = []
+    for index, (name, (rotation, translation)) in enumerate(sorted(poses.items()), 1):
+        x, y, z, w = Rotation.from_matrix(rotation).as_quat()
+        pose = " ".join(repr(float(value)) for value in (w, x, y, z, *translation))
+        lines += [f"{index} {pose} 1 {name}", ""]
+    (folder / "cameras.txt").write_text(camera)
+    (folder / "images.txt").write_text("\n".join(lines) + "\n")
+    (folder / "points3D.txt").write_text("")
+    return folder

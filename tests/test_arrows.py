@@ -45,8 +45,6 @@ UPWARD = {
     ("gim_hloc/hloc_plugin/__main__.py", "cli"),
     ("gim_hloc/hloc_plugin/match_dense.py", "cli"),
     ("evaluation/gps.py", "cli"),
-    ("evaluation/parity.py", "cli"),
-    ("evaluation/synthetic_dense.py", "cli"),
     # The one class of errors for users, which has no imports itself.
     ("gim_hloc/geometry/pose.py", "ground"),
     # Readers of lists of pairs, which hloc's scripts hand over.

@@ -30,19 +30,25 @@ SUBCOMMANDS = {
     "gim-train": ("",),  # its help is the same with and without "presets"
 }
 OTHER_PARSERS = (
-    "gim_hloc.evaluation.parity",
     "gim_hloc.hloc_plugin.match_dense",
     *(
         f"gim_hloc.evaluation.benchmarks.{name}"
         for name in (
-            "encode_once", "hloc_dense", "parallel", "propagation", "tracks", "video_labels",
-            "vs_colmap", "vs_hloc",
+            "parallel", "tracks", "vs_colmap", "vs_hloc",
         )
     ),
 )  # fmt: skip
-# Options of pip, of hloc's own commands, of examples/render_room.py and of sbatch.
+# Options of pip, of hloc's own commands, of sbatch, and of programs of an earlier commit.
 FOREIGN = {
-    *("--no-deps", "--sfm_dir", "--views", "--width", "--height", "--supersample"),
+    *(
+        "--no-deps",
+        "--sfm_dir",
+        "--views",
+        "--matchers",
+        "--count",
+        "--hloc",
+        "--compare-precision",
+    ),
     "--dependency",
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation import synthetic_dense
+from gim_hloc.evaluation.benchmarks import scene as synthetic_dense
 from gim_hloc.hloc_plugin import confs, match_dense
 from gim_hloc.tracks.anchored import AnchoredOptions
 from gim_hloc.tracks.quantized import QuantizedOptions, quantize

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import made_up
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -23,7 +24,8 @@ from test_hloc_match_dense import read
 
 import gim_hloc
 from gim_hloc import colmap
-from gim_hloc.evaluation import made_up, sfm, synthetic_dense
+from gim_hloc.evaluation import sfm
+from gim_hloc.evaluation.benchmarks import scene as synthetic_dense
 from gim_hloc.hloc_plugin import confs
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.synthetic_dense import SceneOptions, SyntheticDense, make_scene
+from gim_hloc.evaluation.benchmarks.scene import SceneOptions, SyntheticDense, make_scene
 from gim_hloc.matchers import Matcher, MatcherBase, MatcherInfo, Matches, SparseEncoding
 from gim_hloc.matchers.dense import DenseEncoding
 from gim_hloc.options import AnchoredOptions, QuantizedOptions

@@ -23,8 +23,8 @@ import gim_hloc
 from gim_hloc import colmap
 from gim_hloc.cli.localize import main
 from gim_hloc.errors import InputError, MappingError
-from gim_hloc.evaluation import synthetic_dense
-from gim_hloc.evaluation.synthetic_dense import (
+from gim_hloc.evaluation.benchmarks import scene as synthetic_dense
+from gim_hloc.evaluation.benchmarks.scene import (
     SceneOptions,
     load_scene,
     make_scene,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from parity.filled import fill_state_dict
 from torch import nn
 
 from gim_hloc import matchers
 from gim_hloc.errors import WeightsError
-from gim_hloc.evaluation.filled import fill_state_dict
 from gim_hloc.geometry import sampling
 from gim_hloc.geometry.warp import Warp, cell_centres
 from gim_hloc.images import orientation_affine
@@ -39,10 +39,10 @@ class Shifted(nn.Module):
         super().__init__()
         self.shift = torch.tensor(shift)
 
-    def encode(self, images, *, size, upsample_size, dtype, record=None):
+    def encode(self, images, *, size, upsample_size, dtype):
         return {"0/1": torch.zeros(1, 1, *(upsample_size or size))}
 
-    def match(self, a, b, *, shared_factor, record=None):
+    def match(self, a, b, *, shared_factor):
         count, _, height, width = a["0/1"].shape
         there = cell_centres(height, width) + 2 * self.shift
         back = cell_centres(height, width) - 2 * self.shift

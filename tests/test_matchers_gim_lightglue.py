@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity import filled
 
 from gim_hloc import weight_checks
 from gim_hloc.errors import InputError, WeightsError
-from gim_hloc.evaluation import filled
 from gim_hloc.matchers import registry
 from gim_hloc.networks.lightglue import LightGlue
 from gim_hloc.networks.superpoint import SuperPoint

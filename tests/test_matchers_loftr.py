@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import filled
 
 from gim_hloc import weight_checks
 from gim_hloc.errors import InputError, WeightsError
-from gim_hloc.evaluation import filled
 from gim_hloc.matchers import registry
 from gim_hloc.matchers.loftr import LoFTRMatcher, LoFTROptions
 from gim_hloc.networks.loftr import LoFTR

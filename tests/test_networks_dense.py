@@ -113,17 +113,12 @@ def test_refiner_in_folded_blocks_of_rows_equals_its_layers(
 ) -> None:
     monkeypatch.setattr(dense, "_STRIPE_BYTES", stripe)  # one row, or all, at a time
     refiner = random_refiner(**options)
-    seen: dict[str, torch.Tensor] = {}
-    layers = refiner(*maps, record=seen.__setitem__)  # gradients are on: plain layers
+    layers = refiner(*maps)  # gradients are on: plain layers
     with torch.inference_mode():
         folded = refiner(*maps)
-        recorded: dict[str, torch.Tensor] = {}
-        again = refiner(*maps, record=recorded.__setitem__)
     for found, expected in zip(folded, layers, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
         assert expected.std() > 1e-3
-    torch.testing.assert_close(again, folded)
-    torch.testing.assert_close(recorded["block1"], seen["block1"], atol=1e-5, rtol=1e-4)
     assert layers[0].shape == (2, 2, 7, 12)
     assert layers[1].shape == (2, 1, 7, 12)
 

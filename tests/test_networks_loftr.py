@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import filled
 
-from gim_hloc.evaluation import filled
 from gim_hloc.matchers.loftr import make_network
 from gim_hloc.networks import loftr
 from gim_hloc.networks.loftr import Cells, Features, LoFTR

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import filled
 from PIL import Image
 
 from gim_hloc.errors import InputError, WeightsError
-from gim_hloc.evaluation import filled
 from gim_hloc.images import scan
 from gim_hloc.masks import MaskFolder, exclusion_masks, load_segmentation, load_segmentation_state
 from gim_hloc.networks import segmentation

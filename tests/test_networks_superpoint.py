@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import filled
 
-from gim_hloc.evaluation import filled
 from gim_hloc.networks import superpoint
 from gim_hloc.networks.superpoint import SuperPoint
 

@@ -15,12 +15,12 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from fake_cuda import FakeCuda
+from parity.filled import fill_state_dict
 from test_networks_roma import tiny
 from training_scene import make_pairs, overfit_set
 
 from gim_hloc import engine, weights
 from gim_hloc.errors import WeightsError
-from gim_hloc.evaluation.filled import fill_state_dict
 from gim_hloc.matchers import registry
 from gim_hloc.matchers.dense import DenseMatcher
 from gim_hloc.matchers.dkm import DKMMatcher, DKMOptions

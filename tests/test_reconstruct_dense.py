@@ -18,8 +18,8 @@ import gim_hloc
 from gim_hloc import colmap, matchers
 from gim_hloc.cli.reconstruct import main
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation import synthetic_dense
-from gim_hloc.evaluation.synthetic_dense import (
+from gim_hloc.evaluation.benchmarks import scene as synthetic_dense
+from gim_hloc.evaluation.benchmarks.scene import (
     SceneOptions,
     SyntheticDense,
     make_scene,
@@ -292,7 +292,7 @@ def test_gim_dkm_without_its_weights_says_what_to_fetch(
 def test_made_up_weights_run_to_an_honest_end(
     scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from gim_hloc.evaluation.made_up import write_checkpoint
+    from made_up import write_checkpoint
 
     file = "gim_dkm_100h.ckpt"
     write_checkpoint(file, tmp_path / "weights" / file)

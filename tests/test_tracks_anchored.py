@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.synthetic_dense import (
+from gim_hloc.evaluation.benchmarks.scene import (
     Scene,
     SceneOptions,
     SyntheticDense,
@@ -403,7 +403,7 @@ def scene() -> Scene:
 @pytest.fixture(scope="module")
 def noisy(scene: Scene) -> tuple[dict[str, Anchors], dict[Pair, PairReading]]:
     """Everything that goes wrong, on a scene with occlusion."""
-    return read_scene(scene, noise_px=0.5, outlier_share=0.05, wrong_share=0.02)
+    return read_scene(scene, noise_px=0.5, outlier_share=0.05)
 
 
 def read_scene(

@@ -13,6 +13,7 @@ import subprocess
 from collections import defaultdict
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +22,6 @@ from hypothesis.extra import numpy as hnp
 from scipy.spatial import KDTree
 
 from gim_hloc.errors import InputError
-from gim_hloc.evaluation.benchmarks import tracks as benchmark
 from gim_hloc.tracks.base import Pair, Tracks
 from gim_hloc.tracks.quantized import QuantizedOptions, quantize
 
@@ -224,29 +224,44 @@ def test_refuses_matches_that_do_not_fit() -> None:
 
 def run_hloc(raw: Raw, limit: int, folder: Path) -> dict[str, Tracks]:
     """What the real hloc makes of some matches, by setting."""
-    paths = benchmark.hloc_paths(benchmark.BenchmarkOptions())
     folder.mkdir(parents=True)
-    benchmark.write_raw(raw, folder / "raw.h5")
+    with h5py.File(folder / "raw.h5", "w") as file:
+        for (a, b), arrays in raw.items():
+            for name, array in zip(("keypoints0", "keypoints1", "scores"), arrays, strict=True):
+                file[f"{a}/{b}/{name}"] = array
     (folder / "pairs.txt").write_text("\n".join(f"{a} {b}" for a, b in raw))
-    command = [paths["python"], paths["tool"], paths["checkout"], benchmark.DRIVER]
+    tool = os.environ.get("GIM_HLOC_WITH_HLOC", SHARED / "tools" / "with_hloc.py")
+    command = [os.environ["GIM_HLOC_HLOC_PYTHON"], tool, os.environ["GIM_HLOC_HLOC_CHECKOUT"]]
+    command += [Path(__file__).with_name("hloc_tracks_driver.py")]
     command += [folder / "raw.h5", folder / "pairs.txt", folder / "hloc", str(limit), *SETTINGS]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {
-        setting: benchmark.read_hloc(
-            folder / "hloc" / setting.replace(":", "-"), names_of(raw), list(raw)
-        )[0]
-        for setting in SETTINGS
+        setting: read_hloc(folder / "hloc" / setting.replace(":", "-"), raw) for setting in SETTINGS
     }
+
+
+def read_hloc(folder: Path, raw: Raw) -> Tracks:
+    keypoints, values, matches, scores = {}, {}, {}, {}
+    with h5py.File(folder / "features.h5") as file:
+        for name in names_of(raw):
+            group = file.get(name, {"keypoints": np.zeros((0, 2)), "score": np.zeros(0)})
+            keypoints[name] = group["keypoints"][:].reshape(-1, 2).astype(np.float32)
+            values[name] = group["score"][:].astype(np.float32)
+    with h5py.File(folder / "matches.h5") as file:
+        for a, b in raw:
+            matches0 = file[f"{a}/{b}/matches0"][:]
+            rows = np.flatnonzero(matches0 >= 0)
+            matches[a, b] = np.stack([rows, matches0[rows]], 1).astype(np.int64)
+            scores[a, b] = file[f"{a}/{b}/matching_scores0"][:][rows].astype(np.float32)
+    return Tracks(keypoints=keypoints, matches=matches, scores=scores, keypoint_scores=values)
 
 
 @pytest.mark.hloc
 @pytest.mark.slow
 @pytest.mark.parametrize(("lattice", "limit"), [*GROUPS, (True, 25)])
 def test_same_as_the_real_hloc(lattice: bool, limit: int, tmp_path: Path) -> None:
-    tool = SHARED / "tools" / "with_hloc.py"
-    os.environ.setdefault("GIM_HLOC_WITH_HLOC", str(tool) if tool.exists() else "")
-    if not benchmark.hloc_paths(benchmark.BenchmarkOptions()):
+    if not {"GIM_HLOC_HLOC_CHECKOUT", "GIM_HLOC_HLOC_PYTHON"} <= set(os.environ):
         pytest.skip("set GIM_HLOC_HLOC_CHECKOUT and GIM_HLOC_HLOC_PYTHON to run the real hloc")
     for seed in (0, 1):
         raw = scene(seed, lattice=lattice, count=400)

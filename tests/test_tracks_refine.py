@@ -14,7 +14,7 @@ from gim_hloc import colmap
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation import sfm
 from gim_hloc.evaluation.benchmarks import tracks as benchmark
-from gim_hloc.evaluation.synthetic_dense import Scene, SceneOptions, SyntheticDense, make_scene
+from gim_hloc.evaluation.benchmarks.scene import Scene, SceneOptions, SyntheticDense, make_scene
 from gim_hloc.geometry.warp import Warp, cell_centres, normalised_frame
 from gim_hloc.options import RereadOptions
 from gim_hloc.tracks import anchored
@@ -151,17 +151,17 @@ def test_points_behind_or_outside_are_not_read() -> None:
 
 
 def inputs(seed: int, sigma: float, views: int = 6) -> benchmark.Inputs:
-    options = benchmark.BenchmarkOptions(
+    options = benchmark.TracksBenchmark(
         views=views, pairs=None, width=640, grid=(120, 160), seed=seed
     )
     return benchmark.prepare(options, sigma, draw=False)
 
 
-def mapped(tracks: Tracks, given: benchmark.Inputs, folder: Path, refine: Any) -> benchmark.Row:
-    row = benchmark.Row(method="test", sigma=0)
-    benchmark.poses(row, tracks, given, folder, refine)
-    assert row.registered == len(given.scene.views)
-    return row
+def mapped(tracks: Tracks, given: benchmark.Inputs, folder: Path, refine: Any) -> sfm.SfmScores:
+    scores = benchmark.map_tracks(tracks, given, folder, refine)
+    assert scores is not None
+    assert scores.registered == len(given.scene.views)
+    return scores
 
 
 def spoil(tracks: Tracks) -> None:
@@ -200,8 +200,8 @@ def test_poor_observations_are_repaired(tmp_path: Path) -> None:
 
     before = mapped(tracks, given, tmp_path / "before", None)
     after = mapped(tracks, given, tmp_path / "after", refine)
-    assert after.rotation_deg < 0.4 * before.rotation_deg
-    assert after.centre_percent < 0.4 * before.centre_percent
+    assert after.rotation.mean < 0.4 * before.rotation.mean
+    assert after.centre_radius_percent.mean < 0.4 * before.centre_radius_percent.mean
     assert sentences[0].startswith("refined by the warps: ")
     # What was added is in the file, too.
     model = colmap.read_model(tmp_path / "after")
@@ -247,11 +247,11 @@ def test_pose_error_falls_on_scenes_with_few_points(tmp_path: Path) -> None:
         given = inputs(seed, 0.8, views=8)
         options = anchored.AnchoredOptions(max_keypoints=150)
         tracks = anchored.link(given.scene.names, given.anchors, given.readings, options)
-        rows = [
+        scores = [
             mapped(tracks, given, tmp_path / f"{seed}-{k}", refine)
-            for k, refine in enumerate((None, benchmark._refinement(given)))
+            for k, refine in enumerate((None, benchmark.refinement(given)))
         ]
-        errors.append([(row.rotation_deg, row.centre_percent) for row in rows])
+        errors.append([(s.rotation.mean, s.centre_radius_percent.mean) for s in scores])
     before, after = np.mean(errors, axis=0)
     assert (after < 0.95 * before).all(), (before, after)
 

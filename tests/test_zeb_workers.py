@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from zeb_oracle import calibration, pose, project, register, run_and_kill, write_set
 
-from gim_hloc.evaluation import protocol, synthetic_dense
+from gim_hloc.evaluation import protocol
+from gim_hloc.evaluation.benchmarks import scene as synthetic_dense
 from gim_hloc.evaluation.dumps import Dump, read_dump
 from gim_hloc.evaluation.options import RunOptions
 from gim_hloc.evaluation.predictions import find_predictions

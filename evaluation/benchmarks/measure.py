@@ -1,27 +1,15 @@
-"""Run a program and measure it from outside: wall time, processor time and peak memory.
-
-Two measures of memory, because each misses something:
-
-* ``peak_rss_mib``: resident memory of the largest single process, as the kernel counted it. Exact,
-  but blind to how many processes there are.
-* ``peak_tree_mib``: memory of the program and all its descendants together, shared pages counted
-  once (the kernel's proportional set size), sampled. What the machine must have free. Only on
-  Linux; NaN elsewhere.
-"""
+"""Run a program and measure it from outside; describe the machine that numbers come from."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import math
 import os
 import platform
-import statistics
 import subprocess
-import sys
-import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +18,6 @@ from typing import Any
 from gim_hloc.errors import GimError
 
 PROC = Path("/proc")
-WAITER = Path(__file__).with_name("_wait4.py")
 
 
 class BenchmarkError(GimError):
@@ -43,30 +30,30 @@ class Usage:
 
     wall_s: float
     cpu_s: float  # user and system time of the program and of the children it waited for
-    peak_rss_mib: float
-    peak_tree_mib: float
+    peak_mib: float  # of all processes together, sampled; NaN where there is no /proc
 
 
-class TreeSampler(threading.Thread):
-    """Samples the memory of all descendants of a process until stopped."""
+class MemorySampler(threading.Thread):
+    """Samples the memory of a process and its descendants until stopped.
 
-    def __init__(self, pid: int, *, interval_s: float = 0.25) -> None:
-        """Watch below process ``pid``; ``interval_s`` is the time between two samples."""
+    Shared pages count once (the kernel's proportional set size).
+    """
+
+    def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.pid = pid
-        self.interval_s = interval_s
         self.peak_kib = 0
-        self._stop_event = threading.Event()
+        self.ended = threading.Event()
 
     def run(self) -> None:
-        """Sample until `stop`."""
-        while not self._stop_event.is_set():
-            self.peak_kib = max(self.peak_kib, sum(map(_pss_kib, descendants(self.pid))))
-            self._stop_event.wait(self.interval_s)
+        """Sample four times a second."""
+        while not self.ended.wait(0.25):
+            kib = sum(map(_pss_kib, [self.pid, *descendants(self.pid)]))
+            self.peak_kib = max(self.peak_kib, kib)
 
     def stop(self) -> float:
-        """End the sampling; returns the peak in MiB, NaN where nothing could be read."""
-        self._stop_event.set()
+        """End the sampling; the peak in MiB, NaN where nothing could be read."""
+        self.ended.set()
         self.join()
         return self.peak_kib / 1024 if self.peak_kib else math.nan
 
@@ -101,69 +88,39 @@ def _pss_kib(pid: int) -> int:
 
 
 def measured_run(
-    command: Sequence[str | Path],
-    *,
-    log: Path,
-    environment: Mapping[str, str] | None = None,
-    interval_s: float = 0.25,
+    command: Sequence[str | Path], *, log: Path, environment: Mapping[str, str] | None = None
 ) -> Usage:
-    """Run a program to its end.
-
-    Args:
-        command: program and arguments.
-        log: file for its output and messages.
-        environment: variables to set beside the present ones.
-        interval_s: seconds between two samples of memory.
+    """Run a program to its end; its output goes to ``log``.
 
     Raises:
         BenchmarkError: it cannot be started or leaves with another code than 0.
     """
     arguments = [str(part) for part in command]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary, log.open("wb") as output:
-        result = Path(temporary) / "usage.json"
-        # Isolated and without site-packages: it is to stay small.
-        waiter = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(WAITER), str(result), *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **(environment or {})},
-        )
-        sampler = TreeSampler(waiter.pid, interval_s=interval_s)
-        sampler.start()
-        waiter.wait()
-        tree = sampler.stop()
+    with log.open("wb") as output:
+        start = time.perf_counter()
         try:
-            usage = json.loads(result.read_text())
-        except (OSError, ValueError) as error:
-            raise BenchmarkError(f"{arguments[0]} was stopped; its output is in {log}") from error
-    if "error" in usage:
-        raise BenchmarkError(f"cannot start {arguments[0]}: {usage['error']}")
-    if usage["code"] != 0:
+            process = subprocess.Popen(
+                arguments,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **(environment or {})},
+            )
+        except OSError as error:
+            raise BenchmarkError(f"cannot start {arguments[0]}: {error}") from error
+        sampler = MemorySampler(process.pid)
+        sampler.start()
+        _, status, used = os.wait4(process.pid, 0)
+        wall_s = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
         tail = log.read_text(errors="replace").splitlines()[-15:]
         raise BenchmarkError(
-            f"{arguments[0]} left with code {usage['code']}; all of its output is in {log}, "
+            f"{arguments[0]} left with code {process.returncode}; all of its output is in {log}, "
             "the end of it:\n  " + "\n  ".join(tail)
         )
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1024 * 1024 if sys.platform == "darwin" else 1024
-    return Usage(
-        wall_s=usage["wall_s"],
-        cpu_s=usage["cpu_s"],
-        peak_rss_mib=usage["maxrss"] / unit,
-        peak_tree_mib=tree,
-    )
-
-
-def median_usage(usages: Sequence[Usage]) -> Usage:
-    """Return the median of each field on its own."""
-    return Usage(
-        **{
-            field: statistics.median(getattr(usage, field) for usage in usages)
-            for field in Usage.__dataclass_fields__
-        }
-    )
+    return Usage(wall_s=wall_s, cpu_s=used.ru_utime + used.ru_stime, peak_mib=sampler.stop())
 
 
 def machine() -> dict[str, Any]:

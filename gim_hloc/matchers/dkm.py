@@ -14,7 +14,6 @@ from gim_hloc.matchers.common import (
 )
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.matchers.registry import describe
-from gim_hloc.networks.dense import Record
 from gim_hloc.networks.dkm import DKM, DKMConfig
 from gim_hloc.options import options
 from gim_hloc.types import ImageData, ImageOptions
@@ -105,20 +104,14 @@ class DKMMatcher(DenseMatcher):
             self.network.compile_parts()
 
     @torch.inference_mode()
-    def encode(self, image: ImageData, *, record: Record | None = None) -> DenseEncoding:
-        """Compute the features of both passes.
-
-        Args:
-            image: RGB (3, H, W) in [0, 1]; a gray image (1, H, W) is repeated.
-            record: given intermediate results by name; see ``DKM.encode``.
-        """
+    def encode(self, image: ImageData) -> DenseEncoding:
+        """Features of both passes of an RGB image (3, H, W) in [0, 1]; a gray one is repeated."""
         padded, frame, valid = self.place(image)
         features = self.network.encode(
             padded[None].contiguous(memory_format=torch.channels_last),
             size=self.options.size,
             upsample_size=self.options.upsample_size,
             dtype=self.dtype,
-            record=record,
         )
         return DenseEncoding(
             name=image.name,
@@ -132,19 +125,12 @@ class DKMMatcher(DenseMatcher):
         )
 
     @torch.inference_mode()
-    def warp_batch(
-        self,
-        pairs: Sequence[tuple[DenseEncoding, DenseEncoding]],
-        *,
-        record: Record | None = None,
-    ) -> list[Warp]:
-        """Warps of many pairs in one network call; see ``DKM.match`` for ``record``."""
+    def warp_batch(self, pairs: Sequence[tuple[DenseEncoding, DenseEncoding]]) -> list[Warp]:
+        """Warps of many pairs in one network call."""
         if not pairs:
             return []
         a, b = (self.stack([pair[side].features for pair in pairs]) for side in (0, 1))
-        flow, certainty = self.network.match(
-            a, b, shared_factor=self.options.shared_factor, record=record
-        )
+        flow, certainty = self.network.match(a, b, shared_factor=self.options.shared_factor)
         return [
             self.finish(*pair, flow[:, index], certainty[:, index])
             for index, pair in enumerate(pairs)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gim_hloc.geometry.warp import cell_centres
-
-Record = Callable[[str, torch.Tensor], None]
-"""Called with the name and the value of an intermediate result."""
 
 _ALIGN = 16  # channels are filled up to a multiple of it
 _STRIPE_BYTES = 2 << 20  # of one block of rows in a refiner on a processor
@@ -356,7 +353,6 @@ class ConvRefiner(nn.Module):
         flow: torch.Tensor,
         *,
         displacement_scale: float = 1.0,
-        record: Record | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Predict corrections.
 
@@ -365,19 +361,15 @@ class ConvRefiner(nn.Module):
             b: (B, C, H, W) features of the other image.
             flow: (B, 2, H, W) present targets.
             displacement_scale: factor on displacements before they are embedded.
-            record: given "block1", the output of the first block (B, channels, H, W).
 
         Returns:
             Raw (B, 2, H, W) flow and (B, 1, H, W) certainty corrections, float32; see ``refine``.
         """
         if self.training or torch.is_grad_enabled():
             x = torch.cat(self._inputs(a, b, flow, displacement_scale), 1)
-            x = self.block1(x)
-            if record:
-                record("block1", x)
-            x = self.out_conv(self.hidden_blocks(x)).float()
+            x = self.out_conv(self.hidden_blocks(self.block1(x))).float()
         else:
-            x = self._infer(a, b, flow, displacement_scale, record)
+            x = self._infer(a, b, flow, displacement_scale)
         if self.certainty_first:
             return x[:, 1:], x[:, :1]
         return x[:, :2], x[:, 2:]
@@ -398,7 +390,6 @@ class ConvRefiner(nn.Module):
         b: torch.Tensor,
         flow: torch.Tensor,
         displacement_scale: float,
-        record: Record | None,
     ) -> torch.Tensor:
         folded = self.folded(a.dtype)
         height, width = flow.shape[-2:]
@@ -407,7 +398,7 @@ class ConvRefiner(nn.Module):
         margin = 2 if on_cpu else 0
         # A processor gains nothing from batches, and one element at a time bounds the memory.
         parts = [slice(i, i + 1) for i in range(len(a))] if on_cpu else [slice(None)]
-        results, first = [], []
+        results = []
         for part in parts:
             inputs = self._inputs(a[part], b[part], flow[part], displacement_scale)
             x = a.new_zeros(len(inputs[0]), height + 2 * margin, width, folded.out.shape[1])
@@ -419,15 +410,8 @@ class ConvRefiner(nn.Module):
                 inner[..., channel : channel + value.shape[1]].copy_(value.permute(0, 2, 3, 1))
                 channel += value.shape[1]
             del inputs, inner
-            blocks = folded.blocks
-            if record:
-                x, blocks = _run_blocks(x, blocks[:1]), blocks[1:]
-                inner = x[:, margin : margin + height, :, : self.channels]
-                first.append(inner.permute(0, 3, 1, 2).clone())
-            x = self._run(x, blocks)[:, margin : margin + height]
+            x = self._run(x, folded.blocks)[:, margin : margin + height]
             results.append(F.linear(x, folded.out, folded.out_bias).float().permute(0, 3, 1, 2))
-        if record:
-            record("block1", torch.cat(first))
         return torch.cat(results)
 
     def folded(self, dtype: torch.dtype) -> _Folded:

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gim_hloc.networks.dense import Record
-
 PATCH = 14  # side of a token, px
 HEAD = 64  # channels of a head of an attention, in all published sizes
 _POSITION_OFFSET = 0.1  # added to the number of tokens when the position table is resized
@@ -143,28 +141,14 @@ class DINOv2(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def forward(self, image: torch.Tensor, *, record: Record | None = None) -> torch.Tensor:
-        """Normalised patch tokens.
-
-        Args:
-            image: (B, 3, H, W), both sides multiples of 14.
-            record: called with the name and value of intermediate results.
-
-        Returns:
-            (B, dim, H / 14, W / 14).
-        """
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Normalised patch tokens (B, dim, H / 14, W / 14) of (B, 3, H, W), multiples of 14."""
         height, width = image.shape[-2] // PATCH, image.shape[-1] // PATCH
         x = self.patch_embed(image.to(self.patch_embed.proj.weight.dtype))
-        if record:
-            record("dino_patch_embed", x)
         x = x + resize_positions(self.pos_embed[:, 1:], height, width)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([first.to(x.dtype), x], dim=1)
-        for index, block in enumerate(self.blocks):
+        for block in self.blocks:
             x = block(x)
-            if record:
-                record(f"dino_blocks{index}", x)
         x = self.norm(x)
-        if record:
-            record("dino_norm", x)
         return x[:, 1:].transpose(1, 2).unflatten(2, (height, width))

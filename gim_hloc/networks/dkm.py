@@ -21,7 +21,6 @@ from torch import nn
 from gim_hloc.networks.dense import (
     ConvRefiner,
     GaussianProcess,
-    Record,
     attenuated_certainty,
     count_modules,
     recomputed,
@@ -213,7 +212,6 @@ class DKM(nn.Module):
         size: tuple[int, int],
         upsample_size: tuple[int, int] | None,
         dtype: torch.dtype = torch.float32,
-        record: Record | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute what depends on single images.
 
@@ -223,28 +221,24 @@ class DKM(nn.Module):
             upsample_size: of the second pass, or None to leave it out.
             dtype: of the encoder and of features at strides 1 to 8. Strides 16 and 32, which the
                 Gaussian process compares, are held in float32.
-            record: given encoder features and projections by name.
 
         Returns:
             See ``Features``.
         """
-        record = record or _ignore
         images = self._normalised(images)
         held: dict[str, torch.Tensor] = {}
         autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
         with autocast:
             pyramid = self.encoder(resize(images, size))
             for stride in (32, 16):
-                record(f"pass0_enc{stride}", pyramid[stride])
                 projected = self.decoder.proj[str(stride)](pyramid.pop(stride)).float()
-                record(f"proj{stride}_0", projected)
                 held[f"0/{stride}"] = projected
                 held[f"gp/{stride}"] = self.decoder.gps[str(stride)].factor(projected)
-            self._hold(held, 0, pyramid, dtype, record)
+            self._hold(held, 0, pyramid, dtype)
             if upsample_size is not None:
                 # Its deeper half is not used: strides 16 and 32 keep the first pass' answer.
                 pyramid = self.encoder(resize(images, upsample_size), layers=2)
-                self._hold(held, 1, pyramid, dtype, record)
+                self._hold(held, 1, pyramid, dtype)
         return held
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
@@ -260,19 +254,12 @@ class DKM(nn.Module):
         number: int,
         pyramid: dict[int, torch.Tensor],
         dtype: torch.dtype,
-        record: Record,
     ) -> None:
         for stride in (8, 4, 2, 1):
-            record(f"pass{number}_enc{stride}", pyramid[stride])
             held[f"{number}/{stride}"] = pyramid[stride].to(dtype)
 
     def match(
-        self,
-        a: Features,
-        b: Features,
-        *,
-        shared_factor: bool = False,
-        record: Record | None = None,
+        self, a: Features, b: Features, *, shared_factor: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Match pairs, both ways at once.
 
@@ -280,19 +267,15 @@ class DKM(nn.Module):
             a: features of the first images, see ``encode``.
             b: features of the second images, as many.
             shared_factor: see ``both_factors``.
-            record: given intermediate results by name, of both directions: 0 -> 1, then 1 -> 0.
 
         Returns:
             Flow (2, B, h, w, 2), normalised targets a -> b and b -> a, not clamped, and certainty
             (2, B, h, w) in [0, 1], both float32.
         """
-        record = record or _ignore
-
         sizes = [_size(a[f"{number}/1"]) for number in (0, 1) if f"{number}/1" in a]
         flow, certainty = self._coarse(
             lambda stride: _both(a, b, f"0/{stride}"),
             lambda stride: both_factors(a[f"gp/{stride}"], b[f"gp/{stride}"], shared=shared_factor),
-            record,
         )[16]
         doubt = certainty
         for number, size in enumerate(sizes):
@@ -302,27 +285,12 @@ class DKM(nn.Module):
                 here, there = _both(a, b, f"{number}/{stride}")
                 flow, certainty = resize(flow, _size(here)), resize(certainty, _size(here))
                 dtype = a["0/1"].dtype
-
-                def first_block(
-                    name: str, value: torch.Tensor, stride: int = stride, number: int = number
-                ) -> None:
-                    if stride >= 8 and number == 0:
-                        record(f"refiner{stride}_{name}", value)
-
-                delta, change = self.decoder.conv_refiner[str(stride)](
-                    here.to(dtype),
-                    there.to(dtype),
-                    flow,
-                    record=first_block if record is not _ignore else None,
-                )
+                refiner = self.decoder.conv_refiner[str(stride)]
+                delta, change = refiner(here.to(dtype), there.to(dtype), flow)
                 flow = refine(flow, delta, stride=stride, size=size)
                 certainty = certainty + change
                 if stride == 16:
                     doubt = certainty
-                record(f"refiner{stride}_call{number}_dflow", delta)
-                record(f"refiner{stride}_call{number}_dcert", change)
-                record(f"pass{number}_flow{stride}", flow)
-                record(f"pass{number}_cert{stride}", certainty)
         certainty = attenuated_certainty(certainty, doubt)[:, 0]
         return flow.permute(0, 2, 3, 1).unflatten(0, (2, -1)), certainty.unflatten(0, (2, -1))
 
@@ -356,7 +324,6 @@ class DKM(nn.Module):
             scales = self._coarse(
                 lambda stride: pairs[stride],
                 lambda stride: self.decoder.gps[str(stride)].factor(pairs[stride][1]),
-                _ignore,
             )
         flow, certainty = scales[16]
         for stride in _REFINED:
@@ -369,7 +336,7 @@ class DKM(nn.Module):
         return scales
 
     def _coarse(
-        self, read: Read, factor: Callable[[int], torch.Tensor], record: Record
+        self, read: Read, factor: Callable[[int], torch.Tensor]
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Flow and certainty logits of the coarse decoder.
 
@@ -378,7 +345,6 @@ class DKM(nn.Module):
         Args:
             read: features by stride.
             factor: what the other images contribute to the Gaussian process, by stride.
-            record: given intermediate results by name.
         """
         answers = {}
         for stride in (32, 16):
@@ -388,13 +354,6 @@ class DKM(nn.Module):
             answer = self.decoder.gps[str(stride)](here, there, factor(stride))
             flow, certainty, context = self.decoder.embedding_decoder(answer, here, context, stride)
             answers[stride] = flow, certainty
-            record(f"gp{stride}", answer)
-            record(f"dfn{stride}_flow", flow)
-            record(f"dfn{stride}_certainty", certainty)
-            record(f"dfn{stride}_context", context)
-            if stride == 32:
-                record("pass0_flow32", flow)
-                record("pass0_cert32", certainty)
         return answers
 
     def compile_parts(self) -> None:
@@ -427,7 +386,3 @@ def _size(x: torch.Tensor) -> tuple[int, int]:
 
 def _call(module: nn.Module, *args: Any) -> Any:
     return module(*args)
-
-
-def _ignore(_: str, __: torch.Tensor) -> None:
-    pass

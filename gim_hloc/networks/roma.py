@@ -18,7 +18,6 @@ from gim_hloc.geometry.warp import cell_centres
 from gim_hloc.networks.dense import (
     ConvRefiner,
     GaussianProcess,
-    Record,
     attenuated_certainty,
     count_modules,
     recomputed,
@@ -97,14 +96,13 @@ class CoarseTransformer(nn.Module):
         self.to_out = nn.Linear(dim, config.anchors**2 + 1)
 
     def forward(
-        self, position: torch.Tensor, features: torch.Tensor, *, record: Record | None
+        self, position: torch.Tensor, features: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the classes and of the certainty.
 
         Args:
             position: (B, P, H, W) posterior mean of the Gaussian process.
             features: (B, C, H, W) of the image whose cells are classified.
-            record: called with the name and value of intermediate results.
 
         Returns:
             (B, anchors ** 2, H, W) and (B, 1, H, W).
@@ -112,11 +110,7 @@ class CoarseTransformer(nn.Module):
         x = torch.cat([position.to(features.dtype), features], dim=1)
         size = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if record:
-                record(f"coarse_block{index}", x)
-        x = self.to_out(x).transpose(1, 2).unflatten(2, size)
+        x = self.to_out(self.blocks(x)).transpose(1, 2).unflatten(2, size)
         return x[:, :-1], x[:, -1:]
 
 
@@ -174,15 +168,10 @@ class Decoder(nn.Module):
             }
         )
 
-    def project(
-        self, stride: int, features: torch.Tensor, *, record: Record | None = None
-    ) -> torch.Tensor:
+    def project(self, stride: int, features: torch.Tensor) -> torch.Tensor:
         """Features (B, C, H, W) of a stride as the rest of the decoder wants them."""
         conv, norm = self.proj[str(stride)]
-        projected = conv_norm(conv, norm, features)
-        if record:
-            record(f"proj{stride}_0", projected)
-        return projected
+        return conv_norm(conv, norm, features)
 
 
 class RoMa(nn.Module):
@@ -199,12 +188,7 @@ class RoMa(nn.Module):
         self.decoder = Decoder(self.config)
 
     def encode(
-        self,
-        tokens: torch.Tensor,
-        image: torch.Tensor,
-        fine: torch.Tensor | None = None,
-        *,
-        record: Record | None = None,
+        self, tokens: torch.Tensor, image: torch.Tensor, fine: torch.Tensor | None = None
     ) -> Features:
         """Everything that depends on one image.
 
@@ -212,25 +196,17 @@ class RoMa(nn.Module):
             tokens: (B, C, h, w) DINOv2's of ``image``.
             image: (B, 3, H, W) in [0, 1], of the first pass.
             fine: (B, 3, H', W') the same, of the second pass, or None to leave that out.
-            record: called with the name and value of intermediate results.
 
         Returns:
             Projected features by name: "coarse16", "coarse8" to "coarse1" of the first pass,
             "fine8" to "fine1" of the second, and "position", the factor of the Gaussian process.
         """
-        if record:
-            record("pass0_enc16", tokens)
-        coarse = self.decoder.project(16, tokens, record=record)
+        coarse = self.decoder.project(16, tokens)
         features = {"coarse16": coarse, "position": self.decoder.gps["16"].factor(coarse)}
-        for index, (name, x) in enumerate((("coarse", image), ("fine", fine))):
-            if x is None:
-                continue
-            for stride, value in self.encoder["cnn"].stages(x):
-                if record:
-                    record(f"pass{index}_enc{stride}", value)
-                features[f"{name}{stride}"] = self.decoder.project(
-                    stride, value, record=None if index else record
-                )
+        for name, x in (("coarse", image), ("fine", fine)):
+            if x is not None:
+                for stride, value in self.encoder["cnn"].stages(x):
+                    features[f"{name}{stride}"] = self.decoder.project(stride, value)
         return features
 
     def match(
@@ -239,7 +215,6 @@ class RoMa(nn.Module):
         b: Features,
         *,
         scale_factors: tuple[float, float] = (1.0, 2.0),
-        record: Record | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Match in both directions.
 
@@ -248,15 +223,14 @@ class RoMa(nn.Module):
             b: features of the images 1.
             scale_factors: on displacements, in the first and in the second pass: how much finer
                 than at the trained size a cell is.
-            record: called with the name and value of intermediate results.
 
         Returns:
             Flow (2, B, H, W, 2), normalised targets, 0 -> 1 and 1 -> 0, not clamped; certainty
             (2, B, H, W) in [0, 1].
         """
-        flow, certainty = self._coarse(a, b, record)
+        flow, certainty = self._coarse(a, b)
         coarse_certainty: torch.Tensor | None = None
-        for index, (name, factor) in enumerate(zip(("coarse", "fine"), scale_factors, strict=True)):
+        for name, factor in zip(("coarse", "fine"), scale_factors, strict=True):
             if f"{name}1" not in a:
                 continue
             finest = _size(a[f"{name}1"])
@@ -270,17 +244,11 @@ class RoMa(nn.Module):
                     torch.cat([y, x]),
                     flow,
                     displacement_scale=_DISPLACEMENT_SCALE * factor,
-                    record=_renamed(record, f"refiner{stride}_") if not index else None,
                 )
                 flow = refine(flow, step, stride=stride, size=finest)
                 certainty = certainty + change
                 if coarse_certainty is None:
                     coarse_certainty = certainty
-                if record:
-                    record(f"refiner{stride}_call{index}_dflow", step)
-                    record(f"refiner{stride}_call{index}_dcert", change)
-                    record(f"pass{index}_flow{stride}", flow)
-                    record(f"pass{index}_cert{stride}", certainty)
         assert coarse_certainty is not None
         certainty = attenuated_certainty(certainty, coarse_certainty)[:, 0]
         return flow.permute(0, 2, 3, 1).unflatten(0, (2, -1)), certainty.unflatten(0, (2, -1))
@@ -315,7 +283,7 @@ class RoMa(nn.Module):
         tokens = call(self.decoder.proj["16"], tokens)
         here, there = tokens.chunk(2)
         position = self.decoder.gps["16"](here, there)
-        classes, certainty = call(self.decoder.embedding_decoder, position, here, record=None)
+        classes, certainty = call(self.decoder.embedding_decoder, position, here)
         coarse = classes.float(), certainty.float()
         flow, certainty = flow_of_classes(coarse[0].detach()), coarse[1].detach()
         features = {16: (here, there)}
@@ -346,22 +314,14 @@ class RoMa(nn.Module):
         for refiner in self.decoder.conv_refiner.values():
             refiner.compile()
 
-    def _coarse(
-        self, a: Features, b: Features, record: Record | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _coarse(self, a: Features, b: Features) -> tuple[torch.Tensor, torch.Tensor]:
         """Flow and certainty logits at DINOv2's cells, both directions on the batch axis."""
         query = torch.cat([a["coarse16"], b["coarse16"]])
         support = torch.cat([b["coarse16"], a["coarse16"]])
         factor = torch.cat([b["position"], a["position"]])
         position = self.decoder.gps["16"](query, support, factor)
-        classes, certainty = self.decoder.embedding_decoder(position, query, record=record)
-        flow, certainty = flow_of_classes(classes), certainty.float()
-        if record:
-            record("gp16", position)
-            record("gm_cls", classes)
-            record("gm_certainty", certainty)
-            record("gm_flow", flow)
-        return flow, certainty
+        classes, certainty = self.decoder.embedding_decoder(position, query)
+        return flow_of_classes(classes), certainty.float()
 
 
 class _Stages(nn.Module):
@@ -377,9 +337,3 @@ class _Stages(nn.Module):
 
 def _size(x: torch.Tensor) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
-
-
-def _renamed(record: Record | None, prefix: str) -> Record | None:
-    if record is None:
-        return None
-    return lambda name, value: record(prefix + name, value)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from gim_hloc import weights
-from gim_hloc.evaluation._parity_lightglue import _intermediates, _matches
-from gim_hloc.evaluation.parity import Golden, Weights
 from gim_hloc.matchers.lightglue import UNREAD, published_names
 from gim_hloc.matchers.nearest import mutual_nearest
 from gim_hloc.networks import xfeat
 from gim_hloc.networks.lightglue import LightGlue, Side, Start
 
+from .golden import Golden, Weights
+from .lightglue import _intermediates, _matches
+
 _SIZES: dict[str, Any] = {"input_dim": 64, "dim": 96, "layers": 6, "heads": 1}
 
 
-@functools.lru_cache(maxsize=1)
-def network() -> xfeat.XFeat:
+def load(_: Weights) -> xfeat.XFeat:
     """XFeat with the trained weights."""
     path = weights.locate("xfeat.pt")
     net = xfeat.XFeat()
@@ -27,13 +26,13 @@ def network() -> xfeat.XFeat:
     return net.eval()
 
 
-def produce(golden: Golden, _weights: Weights) -> dict[str, Any]:
+def produce(golden: Golden, net: xfeat.XFeat) -> dict[str, Any]:
     """All arrays that the file holds."""
     if golden.name.startswith("lighterglue"):
-        return _lighterglue(golden)
+        return _lighterglue(golden, net)
     if golden.name.startswith("xfeat_star"):
-        return _star(golden)
-    return _sparse(golden)
+        return _star(golden, net)
+    return _sparse(golden, net)
 
 
 def _image(golden: Golden, side: str) -> torch.Tensor:
@@ -44,8 +43,7 @@ def _tensors(golden: Golden, name: str) -> list[torch.Tensor]:
     return [torch.from_numpy(golden[f"{name}{side}"]) for side in "01"]
 
 
-def _sparse(golden: Golden) -> dict[str, Any]:
-    net = network()
+def _sparse(golden: Golden, net: xfeat.XFeat) -> dict[str, Any]:
     produced: dict[str, Any] = {}
     found = []
     for side in "01":
@@ -108,8 +106,7 @@ def _rows(xy0: torch.Tensor, xy1: torch.Tensor, index: torch.Tensor) -> torch.Te
     return torch.cat([xy0[index[:, 0]], xy1[index[:, 1]]], 1)
 
 
-def _star(golden: Golden) -> dict[str, Any]:
-    net = network()
+def _star(golden: Golden, net: xfeat.XFeat) -> dict[str, Any]:
     produced: dict[str, Any] = {}
     cells = []
     for side in "01":
@@ -162,11 +159,11 @@ def _star(golden: Golden) -> dict[str, Any]:
     return produced
 
 
-def _lighterglue(golden: Golden) -> dict[str, Any]:
+def _lighterglue(golden: Golden, net: xfeat.XFeat) -> dict[str, Any]:
     path = weights.locate("xfeat-lighterglue.pt")
     state = published_names(weights.unwrap("lightglue.matcher", weights.load_state_dict(path)))
     features = [_tensors(golden, name) for name in ("keypoints", "image_size", "descriptors")]
-    made = _sparse(golden.sibling("xfeat_real"))  # our detector must make this very input
+    made = _sparse(golden.sibling("xfeat_real"), net)  # our detector must make this very input
     produced = {
         f"{name}{side}": made[f"sparse_{name}{side}"]
         for name in ("keypoints", "descriptors")

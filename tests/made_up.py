@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from parity.filled import SEED, fill_state_dict
+
 from gim_hloc import weights
-from gim_hloc.errors import InputError
-from gim_hloc.evaluation.filled import SEED, fill_state_dict
 from gim_hloc.weight_checks import expected_shapes
 
 # Name of the network in the fill recipe, and the prefix of each of its parts in the file.
-_LAYOUT: dict[str, tuple[str, tuple[str, ...]]] = {
+LAYOUT: dict[str, tuple[str, tuple[str, ...]]] = {
     "gim_loftr_50h.ckpt": ("gim_loftr", ("model.",)),
     "gim_lightglue_100h.ckpt": ("gim_lightglue", ("superpoint.", "model.")),
     "gim_dkm_100h.ckpt": ("gim_dkm", ("model.",)),
@@ -26,21 +27,8 @@ _LAYOUT: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def write_checkpoint(file: str, path: Path, *, seed: str = SEED) -> Path:
-    """Write a made-up checkpoint.
-
-    Args:
-        file: published name, e.g. ``gim_dkm_100h.ckpt``.
-        path: where to write it.
-        seed: of its numbers; the default gives those of the parity data.
-
-    Raises:
-        InputError: there is no layout for this file.
-    """
-    import torch
-
-    if file not in _LAYOUT:
-        raise InputError(f"No made-up {file}; there are: {', '.join(_LAYOUT)}.")
-    model, prefixes = _LAYOUT[file]
+    """Write a made-up checkpoint of a published name, e.g. ``gim_dkm_100h.ckpt``."""
+    model, prefixes = LAYOUT[file]
     keys: dict[str, list[object]] = {}
     for part, prefix in zip(weights.published()[file].networks, prefixes, strict=True):
         for name, shape in expected_shapes(part).items():

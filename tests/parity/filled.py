@@ -10,26 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 SEED = "shared-1"
 
-Keys = Mapping[str, Sequence[object]]
-"""Name in the checkpoint -> [shape, dtype]."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(NamedTuple):
     """How the tensors are drawn whose names hold a pattern."""
 
     pattern: str  # regular expression, searched in the name
@@ -39,81 +31,70 @@ class Rule:
     shift: float = 0.0  # mean of a bias
 
 
-def _rule(
-    pattern: str,
-    gain: float = 1.0,
-    centred: bool = False,
-    *,
-    bias: float = 0.05,
-    shift: float = 0.0,
-) -> Rule:
-    return Rule(pattern=pattern, gain=gain, centred=centred, bias=bias, shift=shift)
-
-
 RULES: dict[str, tuple[Rule, ...]] = {
     "gim_loftr": (
-        _rule(r"encode\.conv1\.weight", 8.0, True),
-        _rule(r"bn3\.weight", 0.35),
-        _rule(r"downsample\.1\.weight", 1.0),
-        _rule(r"encode\..*(conv\d|downsample\.0)\.weight", 1.6, True),
-        _rule(r"layer3_outconv\.weight", 1.9, True),
-        _rule(r"layer2_outconv\.weight", 1.2, True),
-        _rule(r"outconv", 1.2, True),
-        _rule(r"loftr_coarse\..*norm2\.weight", 0.3),
-        _rule(r"loftr_fine\..*norm2\.weight", 0.5),
+        Rule(r"encode\.conv1\.weight", 8.0, True),
+        Rule(r"bn3\.weight", 0.35),
+        Rule(r"downsample\.1\.weight", 1.0),
+        Rule(r"encode\..*(conv\d|downsample\.0)\.weight", 1.6, True),
+        Rule(r"layer3_outconv\.weight", 1.9, True),
+        Rule(r"layer2_outconv\.weight", 1.2, True),
+        Rule(r"outconv", 1.2, True),
+        Rule(r"loftr_coarse\..*norm2\.weight", 0.3),
+        Rule(r"loftr_fine\..*norm2\.weight", 0.5),
     ),
     "gim_lightglue": (
-        _rule(r"superpoint\.conv1a\.weight", 8.0, True),
-        _rule(r"superpoint\.convPb\.weight", 4.0, True),
-        _rule(r"superpoint\.conv.*weight", 1.7, True),
-        _rule(r"posenc\.Wr", 3.0),
-        _rule(r"Wqkv\.weight|to_qk\.weight", 14.0),
-        _rule(r"ffn\.3\.weight", 0.04),
-        _rule(r"ffn\.3\.bias", bias=0.005),
-        _rule(r"final_proj\.weight", 14.0),
-        _rule(r"matchability\.bias", bias=0.2, shift=2.0),
-        _rule(r"matchability\.weight", 4.0),
+        Rule(r"superpoint\.conv1a\.weight", 8.0, True),
+        Rule(r"superpoint\.convPb\.weight", 4.0, True),
+        Rule(r"superpoint\.conv.*weight", 1.7, True),
+        Rule(r"posenc\.Wr", 3.0),
+        Rule(r"Wqkv\.weight|to_qk\.weight", 14.0),
+        Rule(r"ffn\.3\.weight", 0.04),
+        Rule(r"ffn\.3\.bias", bias=0.005),
+        Rule(r"final_proj\.weight", 14.0),
+        Rule(r"matchability\.bias", bias=0.2, shift=2.0),
+        Rule(r"matchability\.weight", 4.0),
     ),
     "gim_dkm": (
-        _rule(r"encoder\.net\.conv1\.weight", 8.0, True),
-        _rule(r"encoder\..*bn3\.weight", 0.35),
-        _rule(r"encoder\..*(conv\d|downsample\.0)\.weight", 1.6, True),
-        _rule(r"decoder\.proj\..*weight", 1.6, True),
-        _rule(r"feat_input_modules\..*weight", 0.3, True),
-        _rule(r"rrb_\w\.\d+\.conv\d\.weight", 1.4, True),
-        _rule(r"terminal_module\..*weight", 0.4, True),
-        _rule(r"conv_refiner\..*\.3\.weight", 1.6, True),
-        _rule(r"out_conv\.weight", 1.5, True),
+        Rule(r"encoder\.net\.conv1\.weight", 8.0, True),
+        Rule(r"encoder\..*bn3\.weight", 0.35),
+        Rule(r"encoder\..*(conv\d|downsample\.0)\.weight", 1.6, True),
+        Rule(r"decoder\.proj\..*weight", 1.6, True),
+        Rule(r"feat_input_modules\..*weight", 0.3, True),
+        Rule(r"rrb_\w\.\d+\.conv\d\.weight", 1.4, True),
+        Rule(r"terminal_module\..*weight", 0.4, True),
+        Rule(r"conv_refiner\..*\.3\.weight", 1.6, True),
+        Rule(r"out_conv\.weight", 1.5, True),
     ),
     "gim_roma": (
-        _rule(r"encoder\.cnn\.layers\.0\.weight", 8.0, True),
-        _rule(r"encoder\.cnn\.layers\.(3|7|10|14|17|20|23|27|30|33|36)\.weight", 1.7, True),
-        _rule(r"decoder\.proj\.16\.0\.weight", 0.6, True),
-        _rule(r"decoder\.proj\.\d+\.0\.weight", 1.6, True),
-        _rule(r"embedding_decoder\.to_out\.weight", 1.0),
-        _rule(r"embedding_decoder\..*qkv\.weight", 1.4),
-        _rule(r"conv_refiner\..*\.3\.weight", 1.6, True),
-        _rule(r"out_conv\.weight", 1.5, True),
-        _rule(r"out_conv\.bias", shift=-0.2),
+        Rule(r"encoder\.cnn\.layers\.0\.weight", 8.0, True),
+        Rule(r"encoder\.cnn\.layers\.(3|7|10|14|17|20|23|27|30|33|36)\.weight", 1.7, True),
+        Rule(r"decoder\.proj\.16\.0\.weight", 0.6, True),
+        Rule(r"decoder\.proj\.\d+\.0\.weight", 1.6, True),
+        Rule(r"embedding_decoder\.to_out\.weight", 1.0),
+        Rule(r"embedding_decoder\..*qkv\.weight", 1.4),
+        Rule(r"conv_refiner\..*\.3\.weight", 1.6, True),
+        Rule(r"out_conv\.weight", 1.5, True),
+        Rule(r"out_conv\.bias", shift=-0.2),
     ),
     "dinov2_vitl14": (
-        _rule(r"patch_embed\.proj\.weight", 6.0, True),
-        _rule(r"ls\d\.gamma", 0.3),
-        _rule(r"qkv\.weight", 1.4),
+        Rule(r"patch_embed\.proj\.weight", 6.0, True),
+        Rule(r"ls\d\.gamma", 0.3),
+        Rule(r"qkv\.weight", 1.4),
     ),
     "semseg_encoder": (
-        _rule(r"^conv1\.weight", 2.5, True),
-        _rule(r"layer\d.*bn3\.weight", 0.35),
-        _rule(r"(conv\d|downsample\.0)\.weight", 1.6, True),
+        Rule(r"^conv1\.weight", 2.5, True),
+        Rule(r"layer\d.*bn3\.weight", 0.35),
+        Rule(r"(conv\d|downsample\.0)\.weight", 1.6, True),
     ),
     "semseg_decoder": (
-        _rule(r"^conv_last\.4\.weight", 5.0),
-        _rule(r"(ppm\.\d\.1|conv_last\.0|cbr_deepsup\.0)\.weight", 1.6, True),
+        Rule(r"^conv_last\.4\.weight", 5.0),
+        Rule(r"(ppm\.\d\.1|conv_last\.0|cbr_deepsup\.0)\.weight", 1.6, True),
     ),
 }
 """The first rule whose pattern is found counts; none: the defaults of ``Rule``."""
 
-_ANY = Rule(pattern="")
+_ANY = Rule("")
 
 
 def uniform(tag: str, count: int) -> np.ndarray:
@@ -136,15 +117,7 @@ def standard(tag: str, shape: Sequence[int]) -> np.ndarray:
 def fill_array(
     model: str, key: str, shape: Sequence[int], dtype: str = "float32", seed: str = SEED
 ) -> np.ndarray:
-    """The value of one tensor of a checkpoint.
-
-    Args:
-        model: name of the network, as in ``RULES``.
-        key: the tensor's name in the checkpoint, prefixes included.
-        shape: its shape.
-        dtype: numpy's name of its type; integers (counters) are 0.
-        seed: of all tensors.
-    """
+    """The value of a tensor of a network of ``RULES``; ``key`` is its name in the checkpoint."""
     shape = tuple(shape)
     kind = key.rpartition(".")[2]
     if dtype.startswith("int"):
@@ -171,24 +144,12 @@ def fill_array(
 
 
 def fill_state_dict(
-    model: str, keys: Keys | str | os.PathLike[str], seed: str = SEED
+    model: str, keys: Mapping[str, Sequence[Any]] | Path, seed: str = SEED
 ) -> dict[str, torch.Tensor]:
-    """A made-up checkpoint.
-
-    Args:
-        model: name of the network, as in ``RULES``.
-        keys: {name: [shape, dtype]}, or the path of a JSON file that holds it.
-        seed: of all tensors.
-    """
-    import torch
-
-    content: Keys = (
-        json.loads(Path(keys).read_text(encoding="utf-8"))
-        if isinstance(keys, (str, os.PathLike))
-        else keys
-    )
+    """A made-up checkpoint of ``keys``: {name: [shape, dtype]}, or a JSON file that holds it."""
+    content = json.loads(keys.read_text(encoding="utf-8")) if isinstance(keys, Path) else keys
     return {
-        key: torch.from_numpy(fill_array(model, key, shape, str(dtype), seed))  # type: ignore[arg-type]
+        key: torch.from_numpy(fill_array(model, key, shape, str(dtype), seed))
         for key, (shape, dtype) in content.items()
     }
 
@@ -215,12 +176,9 @@ def random_features(
 def feature_pair(
     count0: int, count1: int, common: int, seed: str = SEED
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Features of two made-up images of 640 x 480 pixels.
+    """Keypoints and descriptors of two made-up images of 640 x 480 pixels, one after the other.
 
     The first ``common`` rows correspond: moved by (-16, -8) pixels, with noisy descriptors.
-
-    Returns:
-        keypoints and descriptors of the first, then of the second image.
     """
     xy0, descriptors0 = random_features(count0, f"{seed}|0")
     xy1, descriptors1 = random_features(count1, f"{seed}|1")

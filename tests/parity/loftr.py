@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from gim_hloc.evaluation.parity import Golden, Weights
 from gim_hloc.networks import loftr
 from gim_hloc.weights import load_into, strip_prefixes
 
+from .golden import Golden, Weights
 
-@functools.lru_cache(maxsize=1)
-def network(weights: Weights) -> loftr.LoFTR:
+
+def load(weights: Weights) -> loftr.LoFTR:
     """The network with filled weights."""
     model = loftr.LoFTR()
     state = strip_prefixes(weights("gim_loftr"), strip=("model.", "matcher."))
@@ -21,9 +20,8 @@ def network(weights: Weights) -> loftr.LoFTR:
     return model.eval()
 
 
-def produce(golden: Golden, weights: Weights) -> dict[str, Any]:
+def produce(golden: Golden, model: loftr.LoFTR) -> dict[str, Any]:
     """All arrays that the file holds."""
-    model = network(weights)
     produced: dict[str, Any] = {}
     sides = []
     for side in "01":

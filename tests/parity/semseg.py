@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch.nn.functional as F
 
-from gim_hloc.evaluation.parity import Golden, Weights
 from gim_hloc.masks import load_segmentation_state
 from gim_hloc.networks import segmentation
 
+from .golden import Golden, Weights
 
-@functools.lru_cache(maxsize=1)
-def network(weights: Weights) -> segmentation.Segmentation:
+
+def load(weights: Weights) -> segmentation.Segmentation:
     """The network with filled weights."""
     model = segmentation.Segmentation()
     for part in ("encoder", "decoder"):
@@ -22,9 +21,8 @@ def network(weights: Weights) -> segmentation.Segmentation:
     return model.eval()
 
 
-def produce(golden: Golden, weights: Weights) -> dict[str, Any]:
+def produce(golden: Golden, model: segmentation.Segmentation) -> dict[str, Any]:
     """All arrays that the file holds."""
-    model = network(weights)
     image = golden["image"]
     x = segmentation.prepare(image, golden.config["size"])
     features = model.encoder(x)

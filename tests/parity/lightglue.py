@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,18 +10,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gim_hloc.errors import InputError
-from gim_hloc.evaluation import filled
-from gim_hloc.evaluation.parity import Golden, Weights
 from gim_hloc.networks import superpoint
 from gim_hloc.networks.lightglue import LightGlue, Side, Start
 from gim_hloc.weights import load_into, strip_prefixes
 
+from . import filled
+from .golden import Golden, GoldenError, Weights
+
 _HALF = 0.5  # the reference's keypoints have their origin in the corner of the first pixel
 
 
-@functools.lru_cache(maxsize=1)
-def networks(weights: Weights) -> tuple[superpoint.SuperPoint, LightGlue]:
+def load(weights: Weights) -> tuple[superpoint.SuperPoint, LightGlue]:
     """Detector and matcher with filled weights."""
     state = weights("gim_lightglue")
     detector = superpoint.SuperPoint()
@@ -34,9 +32,9 @@ def networks(weights: Weights) -> tuple[superpoint.SuperPoint, LightGlue]:
     return detector.eval(), matcher.fold()
 
 
-def produce(golden: Golden, weights: Weights) -> dict[str, Any]:
+def produce(golden: Golden, networks: tuple[superpoint.SuperPoint, LightGlue]) -> dict[str, Any]:
     """All arrays that the file holds."""
-    detector, matcher = networks(weights)
+    detector, matcher = networks
     if golden.name.startswith("superpoint_"):
         return _superpoint(golden, detector)
     if golden.name.startswith("lightglue_demo_"):
@@ -48,7 +46,9 @@ def _input(golden: Golden) -> Golden:
     """The file whose images a recording of LightGlue was made from, as its note says."""
     named = re.search(r"superpoint_\w+", golden.config["note"])
     if named is None:
-        raise InputError(f"{golden.name}.npz does not say from which superpoint_ file it was made.")
+        raise GoldenError(
+            f"{golden.name}.npz does not say from which superpoint_ file it was made."
+        )
     return golden.sibling(named[0])
 
 
@@ -159,7 +159,7 @@ def _made_up(golden: Golden) -> Sequence[np.ndarray]:
     """The features that a note calls ``feature_pair(COUNT0, COUNT1, COMMON, seed)``."""
     counts = re.search(r"feature_pair\((\d+), *(\d+), *(\d+)", golden.config["note"])
     if counts is None:
-        raise InputError(f"{golden.name}.npz does not say how many features were made up.")
+        raise GoldenError(f"{golden.name}.npz does not say how many features were made up.")
     return filled.feature_pair(*(int(count) for count in counts.groups()), seed=golden.seed)
 
 

@@ -1,7 +1,7 @@
-"""Propagation as it is described, sentence by sentence, in plain Python.
+"""Propagation as it is described, sentence by sentence, in plain Python, and labels to chain.
 
-The fast one is held against it, for its labels and for its speed. Nothing is kept between starts
-and every join is a dict. Shares no code with `training.video`.
+The fast one is held against it. Nothing is kept between starts and every join is a dict. Shares no
+code with `training.video`.
 """
 
 from __future__ import annotations
@@ -154,3 +154,82 @@ def as_rows(labels: Mapping[Pair, Sequence[np.ndarray]]) -> dict[Pair, list[Row]
         pair: [tuple(row) for array in arrays for row in np.asarray(array, np.float32).tolist()]
         for pair, arrays in labels.items()
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeUpVideo:
+    """Points that a moving camera sees, and where it sees each of them.
+
+    Attributes:
+        size: (width, height) of the frames in pixels.
+        steps: of the labels.
+        indices: frame indices.
+        tracks: (frames, points, 2) float64 true pixels, NaN where a point is not seen.
+        labels: pair -> one array (n, 4) float32 per round.
+    """
+
+    size: tuple[int, int]
+    steps: tuple[int, ...]
+    indices: tuple[int, ...]
+    tracks: np.ndarray
+    labels: dict[Pair, list[np.ndarray]]
+
+    def counts(self) -> dict[int, list[dict[Pair, int]]]:
+        """Step -> for each round, number of labels of its pairs."""
+        rounds = max(len(arrays) for arrays in self.labels.values())
+        return {
+            step: [
+                {
+                    pair: len(arrays[k])
+                    for pair, arrays in self.labels.items()
+                    if pair[1] - pair[0] == step
+                }
+                for k in range(rounds)
+            ]
+            for step in self.steps
+        }
+
+
+def made_up_video(
+    *,
+    frames: int,
+    labels: int,
+    rounds: int,
+    seed: int,
+    size: tuple[int, int] = (1920, 1080),
+    noise_px: float = 0.15,
+) -> MadeUpVideo:
+    """Labels of a camera that walks sideways past points, turning; a frame is 10 indices."""
+    generator = np.random.default_rng(seed)
+    width, height = size
+    focal, gap, steps = 0.8 * width, 10, (10, 20, 40)
+    walk = np.linspace(0.0, 0.02 * frames, frames)  # metres
+    turn = 0.15 * np.sin(np.linspace(0, 0.03 * frames, frames))  # radians
+    # As many points as fill a view about 1.3 times as densely as there are labels.
+    depth = generator.uniform(4, 12, int(labels * 1.3 * (1 + walk[-1] / 8)))
+    spread = 1.4 * depth * width / focal / 2
+    x = generator.uniform(-spread, spread + walk[-1])
+    y = generator.uniform(-1.0, 1.0, len(depth)) * depth * height / focal / 2
+    tracks = np.empty((frames, len(depth), 2))
+    for k in range(frames):
+        c, s = np.cos(turn[k]), np.sin(turn[k])
+        x0 = x - walk[k]
+        xc, zc = c * x0 - s * depth, s * x0 + c * depth
+        with np.errstate(divide="ignore", invalid="ignore"):
+            u = focal * xc / zc + width / 2 - 0.5
+            v = focal * y / zc + height / 2 - 0.5
+        seen = (zc > 1) & (u >= 0) & (u <= width - 1) & (v >= 0) & (v <= height - 1)
+        tracks[k] = np.where(seen[:, None], np.stack([u, v], axis=1), np.nan)
+    indices = tuple(gap * k for k in range(frames))
+    found: dict[Pair, list[np.ndarray]] = {}
+    for step in steps:
+        for k in range(frames - step // gap):
+            first, second = tracks[k], tracks[k + step // gap]
+            both = np.flatnonzero(np.isfinite(first[:, 0]) & np.isfinite(second[:, 0]))
+            chosen = generator.permutation(both)[:labels]
+            rows = np.concatenate([first[chosen], second[chosen]], axis=1)
+            rows = rows + generator.normal(0, noise_px, rows.shape)
+            limit = np.array([width - 1, height - 1] * 2)
+            rows = np.clip(rows, 0, limit).astype(np.float32)
+            found[indices[k], indices[k] + step] = np.array_split(rows, rounds)
+    return MadeUpVideo(size=size, steps=steps, indices=indices, tracks=tracks, labels=found)

@@ -4,15 +4,7 @@ A scene is a bumpy surface (a sum of sines) with boxes standing on it, seen by p
 ray can be cast to machine precision, so true warps, true depth and true poses are known. The
 matcher is a ``DenseMatcher`` like DKM and RoMa and goes through the same code: ``encode`` casts the
 rays of the warp's grid, ``warp_batch`` carries them into the other image and spoils the result with
-what real networks do: smooth noise, outlier blocks, guesses in occluded places with low certainty,
-and regions that are wrong in both directions alike with full certainty.
-
-    python -m gim_hloc.evaluation.synthetic_dense write FOLDER [VIEWS [WIDTH]]
-    python -m gim_hloc.evaluation.synthetic_dense reconstruct FOLDER/images OUTPUT \
-        --matcher synthetic_dense --matcher-options scene=FOLDER/scene.json
-
-The first command writes images, ``scene.json`` and the truth as a COLMAP model; the second is
-``gim-reconstruct`` with the matcher registered.
+what real networks do: smooth noise, outlier blocks, guesses in occluded places with low certainty.
 """
 
 from __future__ import annotations
@@ -20,11 +12,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +41,6 @@ class SceneOptions:
 
     views: int = 24  # cameras
     size: tuple[int, int] = (1600, 1200)  # (width, height) of an image, px
-    layout: Literal["grid", "arc"] = "grid"  # rows of cameras on a dome, or one row
     focal: float = 1400.0  # px
     distance: float = 3.5  # of the cameras from the middle of the scene
     spread_deg: float = 50.0  # largest azimuth of a camera, to both sides
@@ -305,8 +295,7 @@ def load_scene(path: Path | str) -> Scene:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is not a scene of {NAME} ({error}); write one with "
-            "'python -m gim_hloc.evaluation.synthetic_dense write FOLDER'."
+            f"{path} is not a scene of {NAME} ({error}); write_scene makes one."
         ) from error
 
 
@@ -334,16 +323,13 @@ def make_scene(options: SceneOptions = SceneOptions()) -> Scene:
                 rng.uniform(0, np.pi),
             ]
         )
-    if options.layout == "arc":
-        places = [(0, column, options.views) for column in range(options.views)]
-    else:
-        rows = max(1, round((options.views / 1.5) ** 0.5))
-        places = [
-            (row, column, len(range(row, options.views, rows)))
-            for row in range(rows)
-            for column in range(len(range(row, options.views, rows)))
-        ]
-    rows = 1 + max(row for row, _, _ in places)
+    # Rows of cameras on a dome.
+    rows = max(1, round((options.views / 1.5) ** 0.5))
+    places = [
+        (row, column, len(range(row, options.views, rows)))
+        for row in range(rows)
+        for column in range(len(range(row, options.views, rows)))
+    ]
     views = {}
     for index, (row, column, columns) in enumerate(places):
         azimuth = np.deg2rad(options.spread_deg) * (2 * column / max(1, columns - 1) - 1)
@@ -536,7 +522,6 @@ class SyntheticOptions(DenseOptions):
     outlier_share: float = 0.05  # of the blocks of each direction that point elsewhere
     outlier_block_px: float = 64.0  # side of such a block
     outlier_shift_px: float = 120.0  # largest shift of a block; the smallest is a tenth
-    wrong_share: float = 0.0  # of larger blocks that both directions shift alike, full certainty
     occluded_certainty: float = 0.03  # highest where the target is hidden; the guess is its place
     noise_seed: int = 0  # of everything that spoils the warp; the names of the pair enter too
 
@@ -625,8 +610,6 @@ class SyntheticDense(DenseMatcher):
                 noise += self._outliers(here, there)
                 flows.append(flow + noise @ self._px_to_uv(there))
                 certainties.append(certainty)
-            if self.options.wrong_share > 0:
-                flows = self._wrong_regions(a, b, flows)
             warps.append(
                 self.finish(a, b, torch.stack(flows).float(), torch.stack(certainties).float())
             )
@@ -688,9 +671,9 @@ class SyntheticDense(DenseMatcher):
         columns = int(right[-1]) + 1
         return down[:, None] * columns + right, (int(down[-1]) + 1) * columns
 
-    def _shifts(self, count: int, share: float, generator: torch.Generator) -> torch.Tensor:
-        """(count, 2) shifts in px: nothing for most, a random vector for a share."""
-        chosen = torch.rand(count, generator=generator) < share
+    def _shifts(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """(count, 2) shifts in px: nothing for most blocks, a random vector for the outliers."""
+        chosen = torch.rand(count, generator=generator) < self.options.outlier_share
         angle = 2 * torch.pi * torch.rand(count, generator=generator)
         radius = self.options.outlier_shift_px * (
             0.1 + 0.9 * torch.rand(count, generator=generator)
@@ -701,32 +684,8 @@ class SyntheticDense(DenseMatcher):
     def _outliers(self, a: DenseEncoding, b: DenseEncoding) -> torch.Tensor:
         block, count = self._blocks(a, self.options.outlier_block_px)
         generator = self._generator("outliers", a.name, b.name)
-        shifts = self._shifts(count, self.options.outlier_share, generator)
+        shifts = self._shifts(count, generator)
         return shifts[block].to(self.device)
-
-    def _wrong_regions(
-        self, a: DenseEncoding, b: DenseEncoding, flows: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Shift blocks of ``a`` to wrong places, and those places back into the blocks."""
-        block, count = self._blocks(a, 2 * self.options.outlier_block_px)
-        names = sorted((a.name, b.name))
-        shifts = self._shifts(count, self.options.wrong_share, self._generator("wrong", *names))
-        forward, backward = flows
-        for index in torch.nonzero(shifts.abs().sum(1))[:, 0]:
-            shift = shifts[index].to(self.device) @ self._px_to_uv(b)
-            cells = cell_centres(*self.grid_size, device=self.device, dtype=torch.float64)
-            source = read_grid(flows[1], (cells - shift).reshape(-1, 2)).double()
-            source = source.view(*self.grid_size, 2)
-            inside = read_grid(
-                (block == index).to(self.device)[..., None].float(),
-                source.reshape(-1, 2).clamp(-1, 1),
-                mode="nearest",
-            ).view(self.grid_size)
-            backward = torch.where((inside > 0)[..., None], source, backward)
-            forward = torch.where(
-                (block == index).to(self.device)[..., None], flows[0] + shift, forward
-            )
-        return [forward, backward]
 
 
 INFO = MatcherInfo(
@@ -764,36 +723,4 @@ def synthetic_dense(*, quality: Quality, device: str, **overrides: Any) -> Synth
 def register() -> None:
     """Make the matcher known as ``synthetic_dense``; calling it again changes nothing."""
     if NAME not in registry.names():
-        registry.register(NAME, "gim_hloc.evaluation.synthetic_dense:synthetic_dense", INFO)
-
-
-# --------------------------------------------------------------------------------- command line
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``write FOLDER [VIEWS [WIDTH]]`` or ``reconstruct ARGUMENTS of gim-reconstruct``."""
-    from gim_hloc.cli import common as cli_common
-    from gim_hloc.cli import reconstruct
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["reconstruct"]:
-        register()
-        return reconstruct.main(arguments[1:])
-    cli_common.configure_logging()
-
-    def run() -> int:
-        sizes = [int(text) for text in arguments[2:] if text.isdigit()]
-        if len(arguments) not in (2, 2 + len(sizes)) or arguments[0] != "write" or len(sizes) > 2:
-            raise InputError(
-                "Give 'write FOLDER [VIEWS [WIDTH]]' or 'reconstruct IMAGES OUTPUT ...'."
-            )
-        views, width = [*sizes, *(24, 1600)[len(sizes) :]]
-        scene = make_scene(SceneOptions(views=views, size=(width, width * 3 // 4)))
-        write_scene(scene, Path(arguments[1]))
-        return 0
-
-    return cli_common.run(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        registry.register(NAME, "gim_hloc.evaluation.benchmarks.scene:synthetic_dense", INFO)

@@ -1,0 +1,1 @@
+"""Our networks against recorded numbers of the reference: ``python -m tests.parity FOLDER``."""
