@@ -62,6 +62,8 @@ def test_paper_presets_have_the_published_numbers() -> None:
             preset("paper-gim_lightglue").config, model=model, initial=Path(f"{model}.pth")
         )
         assert preset(f"paper-{model}").config == same
+    lighter = preset("paper-xfeat_lighterglue").config.model_options
+    assert (lighter["dim"], lighter["heads"], lighter["layers"]) == (96, 1, 6)
 
 
 def test_every_model_has_a_paper_and_a_small_preset() -> None:

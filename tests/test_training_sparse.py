@@ -688,6 +688,28 @@ FINAL: dict[str, dict[str, Any]] = {
 }
 
 
+def test_lighterglue_is_trained_from_its_published_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients everywhere, and the checkpoint is what the published file was to the matcher."""
+    path = weight_file("xfeat-lighterglue.pt")
+    model: Any = build_model(
+        "xfeat_lighterglue", keypoints=256, dim=96, heads=1, layers=6, detection_threshold=0.0
+    )
+    model.initialise(path)
+    loss, found = gradients(model, collate([scene()[0], scene(labels=True)[1]]))
+    assert loss > 0
+    assert all(gradient.isfinite().all() for gradient in found)
+    published = matchers.load(
+        "xfeat_lighterglue", device="cpu", max_size=None, max_keypoints=256, detection_threshold=0.0
+    )
+    trained = load_matcher(model, tmp_path, monkeypatch)
+    codes = [published.encode(image_data(scene()[0], side, masked=False)) for side in (0, 1)]
+    expected = published.match(*codes).indices
+    assert len(expected) > 0
+    assert torch.equal(trained.match(*codes).indices, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_pairs_are_learnt_by_heart(

@@ -39,7 +39,11 @@ _MAXLEN = 938_240  # pairs an epoch of each source: 23 456 for each of 40 GPUs
 _SCANNET = {"scannet": {"augment": {"keep_scale": 0.2}}}
 
 # LightGlue's authors' weights for other detectors than SuperPoint, whose file stands in _GLUE.
-_STARTS = {name: Path(f"{name}.pth") for name in ("aliked_lightglue", "disk_lightglue")}
+_STARTS = {
+    "aliked_lightglue": Path("aliked_lightglue.pth"),
+    "disk_lightglue": Path("disk_lightglue.pth"),
+    "xfeat_lighterglue": Path("xfeat-lighterglue.pt"),
+}
 
 _LOFTR = TrainConfig(
     model="gim_loftr",
@@ -164,6 +168,12 @@ _SMALL_GLUE = _small(
 )
 
 
+def _lighter(glue: TrainConfig) -> TrainConfig:
+    """The same with LighterGlue's sizes."""
+    sizes = {"dim": 96, "heads": 1, "layers": 6}
+    return replace(glue, model_options={**glue.model_options, **sizes})
+
+
 def _presets() -> Mapping[str, Preset]:
     kinds: list[tuple[str, TrainConfig, TrainConfig]] = [
         ("gim_loftr", _LOFTR, _SMALL_LOFTR),
@@ -172,6 +182,7 @@ def _presets() -> Mapping[str, Preset]:
         ("gim_lightglue", _GLUE, _SMALL_GLUE),
         ("aliked_lightglue", _GLUE, _SMALL_GLUE),
         ("disk_lightglue", _GLUE, _SMALL_GLUE),
+        ("xfeat_lighterglue", _lighter(_GLUE), _lighter(_SMALL_GLUE)),
     ]
     found = {}
     for model, paper, small in kinds:

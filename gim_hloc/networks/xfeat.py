@@ -156,6 +156,16 @@ class XFeat(nn.Module):
         return xy, describe(maps, whole[best]), scores[best]
 
     @torch.inference_mode()
+    def describe_points(self, image: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
+        """Descriptors (N, 64) at given points: those of the nearest pixels.
+
+        Args:
+            image: (C, H, W) in [0, 1], of any size.
+            xy: (N, 2) x, y in pixels, integer = centre.
+        """
+        return describe(self(_padded(normalise(image[None]))), xy.round())
+
+    @torch.inference_mode()
     def cells(
         self, image: torch.Tensor, *, max_cells: int, mask: torch.Tensor | None = None
     ) -> Cells:

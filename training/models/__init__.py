@@ -20,6 +20,7 @@ _BUILDERS = {
     "gim_lightglue": "gim_hloc.training.models.lightglue:build",
     "aliked_lightglue": "gim_hloc.training.models.lightglue:build",
     "disk_lightglue": "gim_hloc.training.models.lightglue:build",
+    "xfeat_lighterglue": "gim_hloc.training.models.lightglue:build",
 }
 
 

@@ -1,9 +1,9 @@
 """LightGlue to be trained on top of a frozen detector.
 
-``gim_lightglue`` (SuperPoint), ``aliked_lightglue`` and ``disk_lightglue``: the same recipe, and
-with the latter two a matcher that may be used commercially. Pairs with depth train all layers on
-detected keypoints; for pairs of videos the labels are the keypoints, and the last layer is told
-that they belong together (``training.md`` §5.4).
+``gim_lightglue`` (SuperPoint), ``aliked_lightglue``, ``disk_lightglue`` and ``xfeat_lighterglue``:
+the same recipe, and with all but the first a matcher that may be used commercially. Pairs with
+depth train all layers on detected keypoints; for pairs of videos the labels are the keypoints, and
+the last layer is told that they belong together (``training.md`` §5.4).
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ _DETECTOR_FILES = {
     "gim_lightglue": "superpoint_v1.pth",
     "aliked_lightglue": "aliked-n16.pth",
     "disk_lightglue": "disk-depth-save.pth",
+    "xfeat_lighterglue": "xfeat.pt",
 }
 _START_FILES = {
     "gim_lightglue": "superpoint_lightglue.pth",
     "aliked_lightglue": "aliked_lightglue.pth",
     "disk_lightglue": "disk_lightglue.pth",
+    "xfeat_lighterglue": "xfeat-lighterglue.pt",
 }
 
 
@@ -358,7 +360,7 @@ class LightGlueTraining(TrainingModel):
         layers = self.glue.sizes["layers"]
         counts = {"transformers": layers, "log_assignment": layers, "token_confidence": layers - 1}
         names = {}
-        for key, value in published_names(state).items():
+        for key, value in published_names(weights.unwrap("lightglue.matcher", state)).items():
             part, _, rest = key.partition(".")
             if part not in counts or int(rest.partition(".")[0]) < counts[part]:
                 names[key] = value
@@ -489,7 +491,7 @@ def build(
     """LightGlue to be trained; the defaults are the published network.
 
     Args:
-        name: ``gim_lightglue``, ``aliked_lightglue`` or ``disk_lightglue``.
+        name: one of those above.
         keypoints: at most so many per image.
         layers: of LightGlue.
         dim: channels inside LightGlue, a multiple of twice ``heads``.
