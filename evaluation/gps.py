@@ -19,8 +19,7 @@ import numpy as np
 import tyro
 
 from gim_hloc import colmap
-from gim_hloc.cli import common
-from gim_hloc.errors import InputError
+from gim_hloc.errors import GimError, InputError
 from gim_hloc.geometry.pose import camera_centres, umeyama
 from gim_hloc.images import scan
 from gim_hloc.pairs.spatial import earth_centred_m, has_fix
@@ -97,20 +96,20 @@ class GpsOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the module."""
-    options = tyro.cli(GpsOptions, args=common.prog(argv))
-
-    def run() -> int:
+    options = tyro.cli(GpsOptions, args=argv)
+    try:
         records = scan(options.images).images
         fixes = {r.name: r.exif.gps for r in records if r.exif.gps is not None}
         scores = evaluate(colmap.model_cameras(options.model), fixes)
-        worst = int(np.argmax(scores.distances))
-        sys.stdout.write(
-            f"{len(scores.names)} of {scores.total} images, {scores.rmse:.2f} m from GPS (rmse, "
-            f"horizontal), worst {scores.distances[worst]:.1f} m ({scores.names[worst]})\n"
-        )
-        return 0
-
-    return common.run(run)
+    except GimError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    worst = int(np.argmax(scores.distances))
+    sys.stdout.write(
+        f"{len(scores.names)} of {scores.total} images, {scores.rmse:.2f} m from GPS (rmse, "
+        f"horizontal), worst {scores.distances[worst]:.1f} m ({scores.names[worst]})\n"
+    )
+    return 0
 
 
 if __name__ == "__main__":

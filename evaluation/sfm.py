@@ -25,11 +25,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from gim_hloc import colmap
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.pose import (
     align_cameras,
@@ -46,7 +48,7 @@ AUC_THRESHOLDS = (0.5, 1.0, 3.0, 5.0)
 """Degrees."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Spread:
     """Three numbers of one distribution; NaN where it is empty."""
 
@@ -58,14 +60,12 @@ class Spread:
     def of(cls, values: np.ndarray) -> Spread:
         """Summarise values (N,)."""
         if len(values) == 0:
-            return cls(median=math.nan, mean=math.nan, max=math.nan)
-        return cls(
-            median=float(np.median(values)), mean=float(np.mean(values)), max=float(np.max(values))
-        )
+            return cls(math.nan, math.nan, math.nan)
+        return cls(float(np.median(values)), float(np.mean(values)), float(np.max(values)))
 
     def times(self, factor: float) -> Spread:
-        """Return the spread of the values times ``factor``."""
-        return Spread(median=self.median * factor, mean=self.mean * factor, max=self.max * factor)
+        """The spread of the values times ``factor``."""
+        return Spread(self.median * factor, self.mean * factor, self.max * factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ class ImageScore:
     registered: bool
     rotation_deg: float
     centre: float  # in the truth's unit
-    centre_xyz: tuple[float, float, float]  # estimated centre in the true world
-    true_centre_xyz: tuple[float, float, float]
+    centre_xyz: tuple[float, ...]  # estimated centre in the true world
+    true_centre_xyz: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class SfmScores:
         return self.centre.times(_percent_of(self.extent))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold; numbers that do not exist are null."""
+        """What JSON can hold; numbers that do not exist are null."""
         return plain(
             {
                 "model": self.model,
@@ -133,7 +133,7 @@ class SfmScores:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """One number of `SfmScores` under the name that tables and bounds call it by."""
 
@@ -142,40 +142,33 @@ class Metric:
     higher_is_better: bool
 
     def meets(self, value: float, bound: float) -> bool:
-        """Tell whether a value keeps a bound; a number that does not exist never does."""
+        """Whether a value keeps a bound; a number that does not exist never does."""
         return value >= bound if self.higher_is_better else value <= bound
 
 
 def _auc_metric(threshold: float) -> Metric:
-    return Metric(value=lambda scores: scores.auc[threshold], unit="%", higher_is_better=True)
-
-
-def _spread_metrics(name: str, field: str, unit: str) -> dict[str, Metric]:
-    def metric(statistic: str) -> Metric:
-        return Metric(
-            value=lambda scores: getattr(getattr(scores, field), statistic),
-            unit=unit,
-            higher_is_better=False,
-        )
-
-    return {f"{name}_{statistic}": metric(statistic) for statistic in ("median", "mean", "max")}
+    return Metric(lambda scores: scores.auc[threshold], "%", True)
 
 
 METRICS: dict[str, Metric] = {
-    "registered": Metric(value=lambda s: s.registered, unit="images", higher_is_better=True),
-    "registered_percent": Metric(
-        value=lambda s: s.registered_percent, unit="%", higher_is_better=True
-    ),
+    "registered": Metric(attrgetter("registered"), "images", True),
+    "registered_percent": Metric(attrgetter("registered_percent"), "%", True),
     **{f"auc@{threshold:g}": _auc_metric(threshold) for threshold in AUC_THRESHOLDS},
-    **_spread_metrics("pair_rotation", "pair_rotation", "deg"),
-    **_spread_metrics("pair_direction", "pair_direction", "deg"),
-    **_spread_metrics("rotation", "rotation", "deg"),
-    **_spread_metrics("centre", "centre", "truth unit"),
-    **_spread_metrics("centre_radius", "centre_radius_percent", "% of radius"),
-    **_spread_metrics("centre_extent", "centre_extent_percent", "% of extent"),
-    "points": Metric(value=lambda s: s.points, unit="", higher_is_better=True),
-    "track_length": Metric(value=lambda s: s.track_length, unit="images", higher_is_better=True),
-    "reprojection": Metric(value=lambda s: s.reprojection_px, unit="px", higher_is_better=False),
+    **{
+        f"{name}_{statistic}": Metric(attrgetter(f"{field}.{statistic}"), unit, False)
+        for name, field, unit in (
+            ("pair_rotation", "pair_rotation", "deg"),
+            ("pair_direction", "pair_direction", "deg"),
+            ("rotation", "rotation", "deg"),
+            ("centre", "centre", "truth unit"),
+            ("centre_radius", "centre_radius_percent", "% of radius"),
+            ("centre_extent", "centre_extent_percent", "% of extent"),
+        )
+        for statistic in ("median", "mean", "max")
+    },
+    "points": Metric(attrgetter("points"), "", True),
+    "track_length": Metric(attrgetter("track_length"), "images", True),
+    "reprojection": Metric(attrgetter("reprojection_px"), "px", False),
 }
 """Every number that can be printed and bounded, by name."""
 
@@ -247,7 +240,7 @@ def evaluate(
     )
     pair_errors = np.maximum(pair_rotation, pair_direction)
     areas = auc(pair_errors, AUC_THRESHOLDS)
-    statistics = _statistics(model)
+    statistics = {} if isinstance(model, Mapping) else colmap.model_statistics(model)
     points = int(statistics.get("points", 0))
     judged = np.isfinite(centre_errors)
     return SfmScores(
@@ -272,8 +265,8 @@ def evaluate(
                 registered=bool(found[index]),
                 rotation_deg=float(rotation_errors[index]),
                 centre=float(centre_errors[index]),
-                centre_xyz=_triple(aligned[index]),
-                true_centre_xyz=_triple(true_centres[index]),
+                centre_xyz=tuple(aligned[index].tolist()),
+                true_centre_xyz=tuple(true_centres[index].tolist()),
             )
             for index, image in enumerate(names)
         ),
@@ -282,15 +275,9 @@ def evaluate(
 
 
 def match_names(names: Sequence[str], true_names: Sequence[str]) -> dict[str, str]:
-    """Pair image names of a model with those of the truth.
+    """True name -> name in the model, for images of the truth that the model has.
 
-    Args:
-        names: of the model.
-        true_names: of the truth.
-
-    Returns:
-        True name -> name in the model, for those that have one. Suffixes and folders are looked
-        past only where that leaves no choice, on both sides.
+    Suffixes and folders are looked past only where that leaves no choice, on both sides.
     """
     partners = {name: name for name in true_names if name in set(names)}
     for key in (_without_suffix, _stem):
@@ -301,19 +288,11 @@ def match_names(names: Sequence[str], true_names: Sequence[str]) -> dict[str, st
 
 
 def find_model(path: Path | str) -> tuple[Path, list[Path]]:
-    """Find the model to judge in a folder.
-
-    Args:
-        path: folder of a model, or of an output of ``gim-reconstruct`` (then ``sparse/0``).
-
-    Returns:
-        The model's folder, and those of the other numbered models beside it.
+    """The model to judge in a folder (of a run: ``sparse/0``), and the other ones beside it.
 
     Raises:
         InputError: there is no model.
     """
-    from gim_hloc import colmap
-
     model = colmap.find_model(path)
     others = []
     if model != Path(path) and model.name.isdigit():
@@ -323,11 +302,9 @@ def find_model(path: Path | str) -> tuple[Path, list[Path]]:
 
 
 def read_cameras(source: Path | str | Cameras) -> Cameras:
-    """Return the poses of a model given as folder; cameras pass through."""
+    """The poses of a model given as folder; cameras pass through."""
     if isinstance(source, Mapping):
         return source
-    from gim_hloc import colmap
-
     return colmap.model_cameras(source)
 
 
@@ -353,7 +330,7 @@ def parse_bounds(text: str) -> dict[str, float]:
 
 
 def missed_bounds(scores: SfmScores, bounds: Mapping[str, float]) -> list[str]:
-    """Return one sentence for each bound that the scores miss."""
+    """One sentence for each bound that the scores miss."""
     missed = []
     for name, bound in bounds.items():
         metric = METRICS[name]
@@ -411,14 +388,6 @@ def plot(scores: Sequence[SfmScores], output: Path) -> None:
     figure.savefig(output, dpi=120)
 
 
-def _statistics(model: Path | str | Cameras) -> dict[str, Any]:
-    if isinstance(model, Mapping):
-        return {}
-    from gim_hloc import colmap
-
-    return colmap.model_statistics(model)
-
-
 def _without_suffix(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
@@ -436,11 +405,6 @@ def _stack(cameras: Cameras, names: Sequence[str]) -> tuple[np.ndarray, np.ndarr
     rotations = np.array([cameras[name][0] for name in names], dtype=np.float64)
     translations = np.array([cameras[name][1] for name in names], dtype=np.float64)
     return rotations.reshape(-1, 3, 3), translations.reshape(-1, 3)
-
-
-def _triple(vector: np.ndarray) -> tuple[float, float, float]:
-    x, y, z = vector.tolist()
-    return x, y, z
 
 
 def _percent_of(size: float) -> float:

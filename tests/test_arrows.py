@@ -44,7 +44,6 @@ UPWARD = {
     # A module that is a command by itself (python -m …) is one that has a command's parser.
     ("gim_hloc/hloc_plugin/__main__.py", "cli"),
     ("gim_hloc/hloc_plugin/match_dense.py", "cli"),
-    ("evaluation/gps.py", "cli"),
     # The one class of errors for users, which has no imports itself.
     ("gim_hloc/geometry/pose.py", "ground"),
     # Readers of lists of pairs, which hloc's scripts hand over.

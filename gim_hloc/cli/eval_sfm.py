@@ -99,7 +99,7 @@ def _run(options: EvalOptions) -> int:
 
 
 def table(scores: Sequence[sfm.SfmScores]) -> str:
-    """Return one row a model, aligned."""
+    """One row a model, aligned."""
     rows = [["model", *(heading for heading, _ in COLUMNS.values())]]
     for one in scores:
         values = {name: sfm.METRICS[name].value(one) for name in COLUMNS}
@@ -113,22 +113,15 @@ def table(scores: Sequence[sfm.SfmScores]) -> str:
 
 
 def per_image_table(scores: sfm.SfmScores) -> str:
-    """Return one row an image of the truth, worst centre last."""
+    """One row an image of the truth, worst centre last."""
     rows = [[scores.model, "rotation °", "centre", "% radius"]]
-    images = sorted(scores.images, key=lambda i: (not i.registered, i.centre, i.name))
-    for image in images:
-        if image.registered:
-            percent = 100 * image.centre / scores.radius if scores.radius else float("nan")
-            rows.append(
-                [
-                    image.name,
-                    f"{image.rotation_deg:.4f}",
-                    f"{image.centre:.4g}",
-                    f"{percent:.4f}",
-                ]
-            )
-        else:
+    for image in sorted(scores.images, key=lambda i: (not i.registered, i.centre, i.name)):
+        if not image.registered:
             rows.append([image.name, "missing", "", ""])
+            continue
+        percent = 100 * image.centre / scores.radius if scores.radius else math.nan
+        numbers = f"{image.rotation_deg:.4f}", f"{image.centre:.4g}", f"{percent:.4f}"
+        rows.append([image.name, *numbers])
     return _aligned(rows)
 
 
