@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import html
 import io
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-import numpy as np
+from tqdm import tqdm
 
-from gim_hloc.errors import GimError, OutputError
+from gim_hloc import draw, page, pair_pictures
+from gim_hloc.errors import GimError
 from gim_hloc.evaluation import homography
 from gim_hloc.evaluation.fundamental import fundamental_scales
 from gim_hloc.evaluation.predictions import Prediction
 from gim_hloc.files import write_atomic
+from gim_hloc.options import FitOptions
+from gim_hloc.two_view import fit_geometry
 
 if TYPE_CHECKING:
     from gim_hloc.evaluation.pair_lists import ListPairs, PairReport, PairRow
     from gim_hloc.evaluation.pair_set import Pair
-    from gim_hloc.pipelines.match_pair import MatchResult
 
 logger = logging.getLogger(__name__)
 
 _THUMBNAIL = 640  # px, width of a picture on the contact sheet
 _QUALITY = 85  # of its JPEG
 _NONE = "-"  # a number that is not known
+_ABOUT = (
+    "Inliers are matches that agree with a fundamental matrix estimated from them. Green: inliers "
+    "of OpenCV's USAC; orange: all matches, where no geometry fits. Few wrong matches always agree "
+    "with some geometry: about 15 inliers mean nothing, and alike buildings give more."
+)
 _ACCURACY_SHOWN = (1.0, 3.0, 5.0)  # px, of the accuracies in the table for people
 
 
@@ -192,23 +199,11 @@ def _pairs_csv(report: PairReport, selection: ListPairs) -> str:
 
 # ------------------------------------------------------------------------------------ contact sheet
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 2000px; padding: 0 1rem; }
-h2 { font-size: 1.05rem; margin: 2rem 0 .4rem; overflow-wrap: anywhere; }
-.row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); }
-figure { margin: 0; }
-img { width: 100%; height: auto; }
-figcaption, td { font-variant-numeric: tabular-nums; }
-table { border-collapse: collapse; }
-td, th { padding: .15rem .8rem .15rem 0; text-align: left; }
-.remark { color: #a33; }
-"""  # noqa: E501
-
 
 def _contact_sheet(
     report: PairReport, selection: ListPairs, folder: Path, *, pictures: bool
 ) -> str:
-    from tqdm import tqdm
+    from gim_hloc.evaluation.pair_lists import problems
 
     results = {result.matcher: result for result in report.run.results}
     predictions = {matcher: result.predictions.read() for matcher, result in results.items()}
@@ -218,139 +213,69 @@ def _contact_sheet(
             counts.setdefault((result.matcher, record.identifier), []).append(
                 f"{record.correct_after} inliers ({result.protocol})"
             )
-    sections = []
+    galleries = []
     bar = tqdm(selection.pairs, desc="pictures", unit="pair", disable=not pictures)
-    for number, pair in enumerate(bar):
-        figures = []
+    for number, pair in enumerate(bar, start=1):
+        figures: list[tuple[Any, ...]] = []
         for matcher in results:
             prediction = predictions[matcher].get(pair.identifier)
-            told = counts.get((matcher, pair.identifier), [])
-            figures.append(
-                _figure(number, pair, matcher, prediction, told, selection, folder, pictures)
-            )
-        title = html.escape(f"{number + 1}. {pair.image0} and {pair.image1}")
-        sections.append(f'<h2>{title}</h2>\n<div class="row">{"".join(figures)}</div>')
-    return _page(report, sections)
-
-
-def _figure(
-    number: int,
-    pair: Pair,
-    matcher: str,
-    prediction: Prediction | None,
-    told: Sequence[str],
-    selection: ListPairs,
-    folder: Path,
-    pictures: bool,
-) -> str:
-    name = html.escape(matcher)
-    if prediction is None:
-        caption = f'{name}: <span class="remark">failed, see the problems above</span>'
-        return f"<figure><figcaption>{caption}</figcaption></figure>"
-    caption = f"{name}: {len(prediction.scores)} matches, " + html.escape(", ".join(told))
-    links = ""
-    if pictures:
-        try:
-            result = match_result(prediction, pair, matcher, selection)
-            links = _draw(result, folder, f"{number + 1:04d}-{matcher}")
-        except GimError as error:  # the image has gone since it was matched
-            logger.warning("%s", error)
-        else:
-            if result.remark:
-                caption += f'<br><span class="remark">{html.escape(result.remark)}</span>'
-    return f"<figure>{links}<figcaption>{caption}</figcaption></figure>"
-
-
-def match_result(
-    prediction: Prediction, pair: Pair, matcher: str, selection: ListPairs
-) -> MatchResult:
-    """A prediction with the geometry of GIM's demo, as `gim_hloc.pipelines.match_pair` has it."""
-    from gim_hloc.pipelines.match_pair import FitOptions, MatchResult, fit_geometry
-
-    scales = fundamental_scales(prediction)
-    return MatchResult(
-        matcher=matcher,
-        images=(selection.record(pair.image0), selection.record(pair.image1)),
-        keypoints0=prediction.points0,
-        keypoints1=prediction.points1,
-        scores=prediction.scores,
-        fit=fit_geometry(
-            prediction.points0,
-            prediction.points1,
-            FitOptions(),
-            scale0=scales[0],
-            scale1=scales[1],
-        ),
+            if prediction is None:
+                figures.append(("", "", [matcher, "failed, see the problems above"]))
+                continue
+            found = [f"{len(prediction.scores)} matches", *counts[matcher, pair.identifier]]
+            lines = [matcher, ", ".join(found)]
+            links = {}
+            if pictures:
+                try:
+                    links = _draw(
+                        prediction, pair, selection, folder, f"{number:04d}-{matcher}", lines
+                    )
+                except GimError as error:  # the image has gone since it was matched
+                    logger.warning("%s", error)
+            more = [(links["warp"], "image 1 projected onto image 0")] if "warp" in links else []
+            figures.append((links.get("small", ""), links.get("match", ""), lines, *more))
+        galleries.append((f"{number}. {pair.image0} and {pair.image1}", figures))
+    return page.render(
+        "pictures.html.j2",
+        name=f"{report.pair_list.name}: {len(galleries)} pairs without ground truth",
+        about=_ABOUT,
+        problems=problems(report),
+        heads=["Matcher", "Protocol", "Matches a pair", "Inliers a pair", "Failed"],
+        rows=[[r.matcher, r.protocol, r.matches, r.inliers, r.failures] for r in report.rows],
+        galleries=galleries,
     )
 
 
-def _draw(result: MatchResult, folder: Path, base: str) -> str:
-    """Write the pictures of one pair; returns the HTML that shows them."""
-    import cv2
-
-    from gim_hloc.pipelines import _match_pictures
-
+def _draw(
+    prediction: Prediction,
+    pair: Pair,
+    selection: ListPairs,
+    folder: Path,
+    base: str,
+    lines: list[str],
+) -> dict[str, str]:
+    """Write the pictures of one pair; returns their addresses, and adds a remark to ``lines``."""
     target = folder / "pictures"
     target.mkdir(exist_ok=True)
-    matches = _match_pictures.draw_matches(result)
-    # The upper half shows the images without matches.
-    half = matches[matches.shape[0] // 2 :]
-    height = max(1, round(half.shape[0] * _THUMBNAIL / half.shape[1]))
+    points = prediction.points0, prediction.points1
+    scale0, scale1 = fundamental_scales(prediction)
+    fit = fit_geometry(*points, FitOptions(), scale0=scale0, scale1=scale1)
+    images = selection.record(pair.image0), selection.record(pair.image1)
+    matches = pair_pictures.draw_inliers(images, *points, fit, plain=False)
     pictures = {
-        "": cv2.resize(half, (_THUMBNAIL, height), interpolation=cv2.INTER_AREA),
-        "_match": matches,
-        "_warp": _match_pictures.draw_warp(result),
+        "small": draw.fit(matches, _THUMBNAIL, _THUMBNAIL),
+        "match": matches,
+        "warp": pair_pictures.draw_projection(images, points[0], fit),
     }
-    names = {}
+    links = {}
     for kind, picture in pictures.items():
-        path = target / f"{base}{kind}.jpg"
+        path = target / (f"{base}.jpg" if kind == "small" else f"{base}_{kind}.jpg")
         if picture is None:
             path.unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
             continue
-        write_atomic(path, _jpeg(picture))
-        names[kind] = html.escape(f"pictures/{path.name}")
-    image = (
-        f'<a href="{names["_match"]}"><img loading="lazy" width="{_THUMBNAIL}" '
-        f'height="{height}" alt="matches" src="{names[""]}"></a>'
-    )
-    if "_warp" in names:
-        image += f'<br><a href="{names["_warp"]}">image 1 projected onto image 0</a>'
-    return image
-
-
-def _jpeg(rgb: np.ndarray) -> bytes:
-    """As JPEG: a list of a hundred pairs would give a gigabyte of PNG."""
-    import cv2
-
-    done, data = cv2.imencode(
-        ".jpg", np.ascontiguousarray(rgb[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
-    )
-    if not done:
-        raise OutputError(f"A picture of {rgb.shape[1]} x {rgb.shape[0]} cannot be coded.")
-    return bytes(data)
-
-
-def _page(report: PairReport, sections: Sequence[str]) -> str:
-    from gim_hloc.evaluation.pair_lists import problems
-
-    name = html.escape(report.pair_list.name)
-    rows = "".join(
-        f"<tr><td>{html.escape(row.matcher)}</td><td>{html.escape(row.protocol)}</td>"
-        f"<td>{row.matches:.0f}</td><td>{row.inliers:.0f}</td><td>{row.failures}</td></tr>"
-        for row in report.rows
-    )
-    faults = "".join(f"<li>{html.escape(fault)}</li>" for fault in problems(report))
-    faults = f'<h2>Problems</h2><ul class="remark">{faults}</ul>' if faults else ""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{_STYLE}</style></head><body>\n"
-        f"<h1>{name}: {len(sections)} pairs without ground truth</h1>\n"
-        "<p>Inliers are matches that agree with a fundamental matrix estimated from them. Green: "
-        "inliers of OpenCV's USAC; orange: all matches, where no geometry fits. Few wrong matches "
-        "always agree with some geometry: about 15 inliers mean nothing, and alike buildings give "
-        "more.</p>\n"
-        "<table><tr><th>Matcher</th><th>Protocol</th><th>Matches a pair</th><th>Inliers a pair"
-        f"</th><th>Failed</th></tr>{rows}</table>\n{faults}\n" + "\n".join(sections) + "\n"
-        "</body></html>\n"
-    )
+        # As JPEG: a list of a hundred pairs would give a gigabyte of PNG.
+        write_atomic(path, draw.encode(picture, quality=_QUALITY))
+        links[kind] = quote(f"pictures/{path.name}")
+    if fit.remark:
+        lines.append(fit.remark)
+    return links

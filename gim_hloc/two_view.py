@@ -10,6 +10,9 @@ import numpy as np
 from gim_hloc.options import FitOptions
 
 MIN_MATCHES = 8  # fewer determine no fundamental matrix
+# As many agree with some fundamental matrix by chance: of few matches, and of thousands at random.
+FEW_INLIERS = 15
+FEW_OF_ALL = 0.05
 
 
 @dataclass(kw_only=True)
@@ -29,6 +32,20 @@ class Fit:
     homography: np.ndarray | None
     homography_inliers: np.ndarray
     problem: str | None = None
+
+    @property
+    def remark(self) -> str | None:
+        """What is wrong with the geometry, for people, or None."""
+        total, count = len(self.inliers), int(self.inliers.sum())
+        if self.problem is not None:
+            drawn = " All matches are drawn, in orange." if total else ""
+            return f"No geometry: {self.problem}.{drawn}"
+        if count < max(FEW_INLIERS, FEW_OF_ALL * total):
+            return (
+                f"Only {count} of {total} matches are inliers, as few as wrong matches give: "
+                "perhaps the images have nothing in common."
+            )
+        return None
 
 
 def fit_geometry(

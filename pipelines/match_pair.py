@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from gim_hloc import draw, images, matchers
+from gim_hloc import draw, images, matchers, pair_pictures
 from gim_hloc.clock import timed
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
 from gim_hloc.options import FitOptions
-from gim_hloc.pipelines import _match_pictures
 from gim_hloc.two_view import Fit, fit_geometry
 
 if TYPE_CHECKING:
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 Format = Literal["npz", "csv", "h5"]
 
-# As many agree with some fundamental matrix by chance: of few matches, and of thousands at random.
-FEW_INLIERS = 15
-FEW_OF_ALL = 0.05
 _MIN_SIDE = 16  # pixels; networks have no cell left below
 _LONGEST_STEM = 80  # characters of an image's name in the names of the results
 
@@ -88,18 +84,7 @@ class MatchResult:
     @property
     def remark(self) -> str | None:
         """What is wrong with the geometry, for people, or None."""
-        if self.fit is None:
-            return None
-        if self.fit.problem is not None:
-            drawn = " All matches are drawn, in orange." if len(self) else ""
-            return f"No geometry: {self.fit.problem}.{drawn}"
-        count = int(self.fit.inliers.sum())
-        if count < max(FEW_INLIERS, FEW_OF_ALL * len(self)):
-            return (
-                f"Only {count} of {len(self)} matches are inliers, as few as wrong matches give: "
-                "perhaps the images have nothing in common."
-            )
-        return None
+        return None if self.fit is None else self.fit.remark
 
     def summary(self) -> str:
         """One line: counts and seconds."""
@@ -396,8 +381,12 @@ _WRITERS = {"npz": _write_npz, "csv": _write_csv, "h5": _write_h5}
 
 def _write_pictures(result: MatchResult, folder: Path, base: str) -> list[Path]:
     drawn = {
-        folder / f"{base}_match.png": _match_pictures.draw_matches(result),
-        folder / f"{base}_warp.png": _match_pictures.draw_warp(result),
+        folder / f"{base}_match.png": pair_pictures.draw_inliers(
+            result.images, result.keypoints0, result.keypoints1, result.fit
+        ),
+        folder / f"{base}_warp.png": pair_pictures.draw_projection(
+            result.images, result.keypoints0, result.fit, result.warp
+        ),
     }
     for path, picture in drawn.items():
         if picture is None:

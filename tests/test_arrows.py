@@ -56,8 +56,6 @@ UPWARD = {
     ("gim_hloc/poses.py", "colmap"),
     ("gim_hloc/poses.py", "pairs"),
     ("pairs/select.py", "colmap"),
-    # Pictures and pages, which are to get a room of their own.
-    ("evaluation/_pair_pages.py", "pipelines"),
 }
 
 

@@ -16,13 +16,12 @@ import torch
 from PIL import Image
 
 import gim_hloc
-from gim_hloc import store
+from gim_hloc import pair_pictures, store
 from gim_hloc.cli import match as command
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp, cell_centres, inverse, transform
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.options import FitOptions
-from gim_hloc.pipelines import _match_pictures
 from gim_hloc.pipelines.match_pair import MatchResult, match
 from gim_hloc.two_view import fit_geometry
 from gim_hloc.types import ImageData, ImageOptions, MatcherInfo
@@ -67,6 +66,16 @@ def project(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     picture = texture()
     return save(tmp_path / "a.png", picture), save(tmp_path / "b.png", seen_through(TILT, picture))
+
+
+def matches_of(result: MatchResult) -> np.ndarray:
+    return pair_pictures.draw_inliers(
+        result.images, result.keypoints0, result.keypoints1, result.fit
+    )
+
+
+def projection(result: MatchResult) -> np.ndarray | None:
+    return pair_pictures.draw_projection(result.images, result.keypoints0, result.fit, result.warp)
 
 
 # ----------------------------------------------------------------------------------------- geometry
@@ -243,7 +252,7 @@ def test_dense_warp_projects(tmp_path: Path, orientation: int) -> None:
     assert np.abs(error).max() < 0.1
     assert result.inliers.mean() > 0.95
 
-    drawn = _match_pictures.draw_warp(result)
+    drawn = projection(result)
     assert drawn is not None
     assert drawn.shape == (HEIGHT + 4, 3 * WIDTH + 8, 3)
     shown, projected, blend = (
@@ -264,7 +273,7 @@ def test_dense_warp_projects(tmp_path: Path, orientation: int) -> None:
 
 def test_projection_by_homography(pair: tuple[Path, Path]) -> None:
     result = match(*pair, matcher="sift")
-    drawn = _match_pictures.draw_warp(result)
+    drawn = projection(result)
     assert drawn is not None
     projected = drawn[2:-2, WIDTH + 4 : 2 * WIDTH + 4].astype(float)
     inner = np.s_[60:-90, 60:-90]
@@ -280,11 +289,13 @@ def test_projection_stops_at_the_horizon(pair: tuple[Path, Path]) -> None:
     upper = result.keypoints0[:, 1] < HEIGHT / 2 - 20
     result.fit.homography_inliers = upper
     stored = np.array([[[200.0, 100], [200, 300]]])
-    target, visible = _match_pictures._by_homography(result, stored)
+    target, visible = pair_pictures.by_homography(result.fit, result.keypoints0, stored)
     assert visible.tolist() == [[1.0, 0.0]]
     assert np.allclose(target[0, 0], [200 * 100 / 80, 100 * 100 / 80])
     result.fit.homography *= -1  # means the same
-    assert np.array_equal(_match_pictures._by_homography(result, stored)[1], visible)
+    assert np.array_equal(
+        pair_pictures.by_homography(result.fit, result.keypoints0, stored)[1], visible
+    )
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -293,7 +304,7 @@ def test_picture_of_matches(tmp_path: Path, orientation: int) -> None:
     a = save(tmp_path / "a.png", picture[:300])
     b = save(tmp_path / "b.png", seen_through(TILT, picture), orientation)
     result = match(a, b, matcher="sift")
-    drawn = _match_pictures.draw_matches(result)
+    drawn = matches_of(result)
     assert drawn.shape == (2 * HEIGHT + 6, 2 * WIDTH + 6, 3)
     assert np.array_equal(drawn[2 : 2 + 300, 2 : 2 + WIDTH], picture[:300])
     upper = drawn[2 : 2 + HEIGHT, WIDTH + 4 : -2].astype(float)
@@ -315,13 +326,13 @@ def test_large_and_small_images_are_fitted(tmp_path: Path) -> None:
     a = save(tmp_path / "a.png", large)
     b = save(tmp_path / "b.png", texture())
     result = match(a, b, matcher="sift", max_size=600)
-    drawn = _match_pictures.draw_matches(result)
+    drawn = matches_of(result)
     assert drawn.shape == (2 * 1200 + 6, 1600 + 800 + 6, 3)
     green = (drawn == (0, 255, 0)).all(2)
     points = (result.keypoints0[result.inliers] + 0.5) * 1600 / 2000 - 0.5 + [2, 1204]
     assert len(points) > 100
     assert all(green[round(y), round(x)] for x, y in points)
-    projected = _match_pictures.draw_warp(result)
+    projected = projection(result)
     assert projected is not None
     assert projected.shape == (904, 3608, 3)
     shown, seen = (

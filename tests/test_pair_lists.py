@@ -432,7 +432,7 @@ def test_pairs_without_truth_are_counted_and_drawn(tmp_path: Path) -> None:
     assert set(Oracle.shown.values()) == {(32, 24)}  # the matcher's own size
     folder = tmp_path / "out" / "results" / "pairs"
     page = (folder / "index.html").read_text()
-    for shown in re.findall(r'(?:src|href)="([^"]+)"', page):
+    for shown in re.findall(r'(?:src|href)="([^#"]+)"', page):
         assert (folder / shown).is_file()
     assert page.count("<img") == 2
     assert "200 matches" in page

@@ -21,7 +21,7 @@ from gim_hloc.evaluation.options import PictureOptions
 from gim_hloc.evaluation.predictions import Prediction
 from gim_hloc.evaluation.zeb import pictures
 from gim_hloc.evaluation.zeb.datasets import ZebPair, find_root, find_set
-from gim_hloc.evaluation.zeb.pictures import draw_worst, error_colours
+from gim_hloc.evaluation.zeb.pictures import draw_worst
 from gim_hloc.evaluation.zeb.run import ZebPairs
 
 SIZE = (160, 120)
@@ -115,15 +115,6 @@ def test_errors_are_pixels_from_the_true_epipolar_lines() -> None:
     assert np.isnan(still).all()
 
 
-def test_colours_go_from_green_to_red() -> None:
-    limit = math.sqrt(5e-4 / 2) * FOCAL  # where ZEB begins to count a match as wrong
-    colours = error_colours(np.array([0, 0.5, math.sqrt(0.5 * limit), limit, 99, np.nan]), limit)
-    assert colours.tolist() == [
-        [*GREEN], [*GREEN], [240, 228, 66], [*RED], [*RED], [140, 140, 140],
-    ]  # fmt: skip
-    assert error_colours(np.zeros(0), limit).shape == (0, 3)
-
-
 def test_matches_are_drawn_where_they_are(zeb: Path, write: Write, tmp_path: Path) -> None:
     path = write("one", [10, 1, 2, 3])
     options = PictureOptions(count=1, side=SIZE[0], lines=0)
@@ -131,7 +122,7 @@ def test_matches_are_drawn_where_they_are(zeb: Path, write: Write, tmp_path: Pat
     (entry,) = report.lists
     assert entry.title == "Worst pairs of one (base)"
     picture = np.asarray(Image.open(entry.files[0])).astype(int)
-    dark = np.flatnonzero((picture.max(2) < 60).mean(1) > 0.2)  # rows of the black images
+    dark = np.flatnonzero((picture.max(2) < 60).mean(1) > 0.5)  # rows of the black images
     top = dark.min()
     left = np.flatnonzero((picture[dark].max(2) < 60).mean(0) > 0.5).min()
     below = top + SIZE[1] + 4
@@ -182,7 +173,7 @@ def test_missing_images_and_labels_do_not_stop_the_rest(
     assert "s_0004.png" in printed.err
     assert "no usable label" in printed.err
     assert "index.html: 2 pictures" in printed.out
-    assert "Problems" in (out / "index.html").read_text()
+    assert "no usable label" in (out / "index.html").read_text()
 
 
 def test_bad_inputs_are_named(zeb: Path, write: Write, tmp_path: Path) -> None:
@@ -232,15 +223,6 @@ def test_dumps_of_two_runs(zeb: Path, write: Write, tmp_path: Path) -> None:
     # Too near to the root for a run to lie above it.
     assert pictures._run_folder(Path("/[T]/[T] a GL3D v.txt")) == Path("/")
     assert pictures._run_folder(path) == tmp_path / "run"
-
-
-def test_titles_are_not_cut(zeb: Path) -> None:
-    for text in ("WWWW MMMM @@@@", "2015-02-03-08-45-10#1422953130110959#1422953132610959"):
-        panel = np.full((40, 10, 3), 255, np.uint8)
-        sheet = pictures._sheet([panel], text * 3, 5.0)
-        ink = np.flatnonzero((sheet[: panel.shape[0]] < 128).any((0, 2)))
-        assert ink.max() < sheet.shape[1] - 2
-        assert ink.max() > 0.9 * sheet.shape[1]
 
 
 def test_a_pair_that_one_matcher_could_not_match_is_drawn(

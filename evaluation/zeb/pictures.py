@@ -7,18 +7,18 @@ their distance from the true epipolar lines. A page, ``index.html``, shows all o
 from __future__ import annotations
 
 import hashlib
-import html
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import numpy as np
 
+from gim_hloc import draw, page
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.evaluation import metrics
 from gim_hloc.evaluation.dumps import Dump, DumpRecord, parse_dump_name, read_pose_dump
@@ -32,24 +32,11 @@ from gim_hloc.evaluation.zeb.sets import ZebSet, set_folder
 from gim_hloc.files import write_atomic
 from gim_hloc.images import read_rgb
 
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont
-
-
 logger = logging.getLogger(__name__)
 
 _INDEX = "index.html"
-_GAP = 4  # white px between images
 _MARGIN = 12  # white px around everything
-_TEXT = 15  # px, height of letters
-_LEADING = 20  # px, from line to line
-_RADIUS = 2  # px of a match's dot
-_SHIFT = 4  # bits after the point in OpenCV's drawing coordinates
 _GOOD_PX = 0.5  # distances up to here, the threshold of ZEB's RANSAC, have the first colour
-# Okabe and Ito's: good, doubtful, wrong; told apart by colour-blind eyes too.
-_COLOURS = np.array([(0, 158, 115), (240, 228, 66), (213, 94, 0)], dtype=np.float64)
-_UNKNOWN = (140, 140, 140)  # the true pose has no epipolar lines
-_BAR = 160  # px, length of the legend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +134,20 @@ def draw_worst(
     if not any(entry.files for entry in lists):
         raise InputError("No picture could be drawn: " + "; ".join(problems[:3] or ["no pair"]))
     index = output / _INDEX
-    write_atomic(index, _page(lists, captions, problems))
+    galleries = [
+        (
+            f"{entry.dataset}: {entry.title}",
+            [
+                (link := quote(f"{path.parent.name}/{path.name}"), link, captions[path])
+                for path in entry.files
+            ],
+        )
+        for entry in lists
+    ]
+    text = page.render(
+        "pictures.html.j2", name="Pairs of ZEB sets", problems=problems, galleries=galleries
+    )
+    write_atomic(index, text)
     return PictureReport(index=index, lists=tuple(lists), problems=tuple(problems))
 
 
@@ -281,7 +281,8 @@ class _Set:
         ]
         overlap = (pair.covisible0 + pair.covisible1) / 2
         title = f"{self.zeb_set.name}  {identifier}  overlap {overlap:.2f}"
-        write_atomic(path, _jpeg(_sheet(panels, title, _limit_px(pair))))
+        sheet = _sheet(panels, title, _limit_px(pair))
+        write_atomic(path, draw.encode(sheet, quality=90))
         return path
 
     def caption(self, identifier: str) -> list[str]:
@@ -327,7 +328,7 @@ def _file_name(identifier: str) -> str:
 
 
 def match_errors(prediction: Prediction, pair: ZebPair) -> np.ndarray:
-    """Return the distance (M,) of matches from the true epipolar lines, in pixels.
+    """Distance (M,) of matches from the true epipolar lines, in pixels.
 
     The root mean square over both images, that of normalised coordinates times the mean focal
     length; NaN where the true pose has no translation and so no lines.
@@ -349,24 +350,6 @@ def _limit_px(pair: ZebPair) -> float:
     return math.sqrt(CORRECT / 2) * _focal(pair)
 
 
-def error_colours(errors: np.ndarray, limit: float) -> np.ndarray:
-    """Return RGB (M, 3) uint8: green up to half a pixel, yellow, red from ``limit`` on.
-
-    Args:
-        errors: (M,) px; NaN is gray.
-        limit: px from which a match is wrong.
-    """
-    span = math.log(max(limit, 2 * _GOOD_PX) / _GOOD_PX)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        place = np.clip(np.log(errors / _GOOD_PX) / span, 0, 1) * (len(_COLOURS) - 1)
-    known = np.isfinite(place)
-    low = np.where(known, place, 0).astype(int).clip(0, len(_COLOURS) - 2)
-    part = (np.where(known, place, 0) - low)[:, None]
-    mixed = _COLOURS[low] * (1 - part) + _COLOURS[low + 1] * part
-    mixed[~known] = _UNKNOWN
-    return np.rint(mixed).astype(np.uint8)
-
-
 def _panel(
     folder: Path,
     pair: ZebPair,
@@ -375,144 +358,31 @@ def _panel(
     options: PictureOptions,
 ) -> np.ndarray:
     """One matcher: lines of text, then image 0 above image 1 with the matches."""
-    import cv2
-
-    pictures, scales = [], []
-    for name in (pair.image0, pair.image1):
-        full = read_rgb(folder / name, upright=False)
-        height, width = full.shape[:2]
-        scale = options.side / max(height, width)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        pictures.append(cv2.resize(full, size, interpolation=how))
-        scales.append(np.array([size[0] / width, size[1] / height]))
-    (h0, w0), (h1, w1) = (picture.shape[:2] for picture in pictures)
-    top = _LEADING * len(lines) + _GAP
-    # As wide as the text at least.
-    width = max(w0, w1, *(_width(line, bold=k == 0) for k, line in enumerate(lines)))
-    canvas = np.full((top + h0 + _GAP + h1, width, 3), 255, np.uint8)
-    origins = [np.array([0, top]), np.array([0, top + h0 + _GAP])]
-    for picture, (x, y) in zip(pictures, origins, strict=True):
-        canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
-    if prediction is not None and len(prediction.scores):
+    full = [read_rgb(folder / name, upright=False) for name in (pair.image0, pair.image1)]
+    pictures = [draw.fit(one, options.side, options.side, enlarge=True) for one in full]
+    ends, colours = [np.zeros((0, 2))] * 2, np.zeros((0, 3), np.uint8)
+    if prediction is not None:
         errors = match_errors(prediction, pair)
         # Wrong ones last, so that they are on top.
         order = np.argsort(np.nan_to_num(errors, nan=0.0), kind="stable")
         ends = [
-            np.rint(((points[order] + 0.5) * scale - 0.5 + origin) * (1 << _SHIFT)).astype(int)
-            for points, scale, origin in zip(
-                (prediction.points0, prediction.points1), scales, origins, strict=True
+            draw.scale_points(points[order], (one.shape[1], one.shape[0]), picture)
+            for points, one, picture in zip(
+                (prediction.points0, prediction.points1), full, pictures, strict=True
             )
         ]
-        colours = error_colours(errors[order], _limit_px(pair)).tolist()
-        drawn = canvas.copy()
-        count = len(order)
-        shown = np.unique(np.linspace(0, count - 1, min(count, options.lines)).astype(int))
-        for k in shown.tolist():
-            a, b = ends[0][k].tolist(), ends[1][k].tolist()
-            cv2.line(drawn, a, b, colours[k], 1, cv2.LINE_AA, _SHIFT)
-        canvas = cv2.addWeighted(drawn, 0.65, canvas, 0.35, 0)
-        for points in ends:
-            for point, colour in zip(points.tolist(), colours, strict=True):
-                cv2.circle(canvas, point, _RADIUS << _SHIFT, colour, -1, cv2.LINE_AA, _SHIFT)
-    return _write(canvas, [(0, _LEADING * k, line, k == 0) for k, line in enumerate(lines)])
+        colours = draw.error_colours(errors[order], _GOOD_PX, _limit_px(pair))
+    drawn = draw.draw_matches(pictures, ends, colours, lines=options.lines, radius=2, below=True)
+    return draw.caption(drawn, lines, above=True)
 
 
 def _sheet(panels: Sequence[np.ndarray], title: str, limit: float) -> np.ndarray:
     """Panels side by side under a title, above what the colours mean."""
-    height = max(panel.shape[0] for panel in panels)
-    width = sum(panel.shape[1] for panel in panels) + _MARGIN * (len(panels) - 1)
-    width = max(width, _width(title, bold=True), _BAR + 330)
-    top = _MARGIN + _LEADING + _GAP
-    canvas = np.full((top + height + 2 * _MARGIN + _LEADING, width + 2 * _MARGIN, 3), 255, np.uint8)
-    x = _MARGIN
-    for panel in panels:
-        canvas[top : top + panel.shape[0], x : x + panel.shape[1]] = panel
-        x += panel.shape[1] + _MARGIN
-    below = top + height + _MARGIN
-    bar = np.geomspace(_GOOD_PX, max(limit, 2 * _GOOD_PX), _BAR)
-    canvas[below + 3 : below + 3 + _TEXT, _MARGIN : _MARGIN + _BAR] = error_colours(bar, limit)
+    colours = draw.error_colours(np.geomspace(_GOOD_PX, limit, 160), _GOOD_PX, limit)
+    bar = np.repeat(colours[None], 14, axis=0)
     legend = f"{_GOOD_PX:g} px to {limit:.1f} px from the true epipolar line"
-    return _write(
-        canvas,
-        [(_MARGIN, _MARGIN, title, True), (_MARGIN + _BAR + 8, below, legend, False)],
-    )
-
-
-def _write(canvas: np.ndarray, texts: Sequence[tuple[int, int, str, bool]]) -> np.ndarray:
-    """Write (x, y, text, bold) onto a picture. OpenCV's fonts have no letters beyond ASCII."""
-    from PIL import Image, ImageDraw
-
-    picture = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(picture)
-    for x, y, text, bold in texts:
-        draw.text((x, y), text, fill=(28, 33, 38), font=_font(bold))
-    return np.asarray(picture)
-
-
-def _width(text: str, *, bold: bool) -> int:
-    """Pixels that a line takes."""
-    return math.ceil(_font(bold).getlength(text)) + 1
-
-
-def _font(bold: bool) -> FreeTypeFont:
-    import matplotlib
-    from PIL import ImageFont
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
-    return ImageFont.truetype(str(path), _TEXT)
-
-
-def _jpeg(picture: np.ndarray) -> bytes:
-    import cv2
-
-    quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), quality)
-    if not done:
-        raise OutputError(f"A picture of {picture.shape[1]}x{picture.shape[0]} cannot be coded.")
-    return bytes(data)
-
-
-# -------------------------------------------------------------------------------------------- page
-
-
-def _page(
-    lists: Sequence[PictureList], captions: dict[Path, list[str]], problems: Sequence[str]
-) -> str:
-    from urllib.parse import quote
-
-    write: Callable[[str], str] = html.escape
-    parts = ["<h1>Pairs of ZEB sets</h1>"]
-    if problems:
-        items = "".join(f"<li>{write(problem)}</li>" for problem in problems)
-        parts.append(f"<h2>Problems</h2><ul>{items}</ul>")
-    for entry in lists:
-        parts.append(f"<h2>{write(entry.dataset)}: {write(entry.title)}</h2>")
-        if not entry.files:
-            parts.append("<p>None.</p>")
-        figures = []
-        for path in entry.files:
-            link = quote(f"{path.parent.name}/{path.name}")
-            text = "<br>".join(write(line) for line in captions[path])
-            figures.append(
-                f'<figure><a href="{link}"><img src="{link}" loading="lazy" alt=""></a>'
-                f"<figcaption>{text}</figcaption></figure>"
-            )
-        parts.append(f'<div class="sheet">{"".join(figures)}</div>')
-    return _PAGE.replace("@BODY@", "\n".join(parts))
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Pairs of ZEB sets</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem; color: #1c2126; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 1.2rem; }
-figure { margin: 0; } img { width: 100%; height: auto; border: 1px solid #e3e6e8; }
-figcaption { font-size: .85rem; overflow-wrap: anywhere; }
-</style></head><body>
-@BODY@
-</body></html>
-"""
+    rows = [
+        draw.caption(draw.join(panels, gap=_MARGIN)[0], [title], above=True),
+        draw.caption(bar, [legend]),
+    ]
+    return draw.join(rows, below=True, gap=_MARGIN, margin=_MARGIN)[0]

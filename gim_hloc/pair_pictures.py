@@ -14,11 +14,14 @@ import numpy as np
 
 from gim_hloc import draw, images
 from gim_hloc.geometry.warp import inverse
+from gim_hloc.two_view import Fit
 from gim_hloc.types import ImageOptions
 
 if TYPE_CHECKING:
+    from gim_hloc.geometry.warp import Warp
     from gim_hloc.images import ImageRecord
-    from gim_hloc.pipelines.match_pair import MatchResult
+
+    Pair = tuple[ImageRecord, ImageRecord]
 
 _MARGIN = 2  # white pixels between and around images
 _MATCH_SIDE = 1600  # longest side of an image in the picture of matches, pixels
@@ -52,25 +55,39 @@ def _apply(matrix: np.ndarray, xy: np.ndarray) -> np.ndarray:
     return mapped
 
 
-def draw_matches(result: MatchResult, *, plain: bool = True) -> np.ndarray:
-    """Both images side by side with the matches; above them the same without, if ``plain``.
+def draw_inliers(
+    pair: Pair,
+    keypoints0: np.ndarray,
+    keypoints1: np.ndarray,
+    fit: Fit | None,
+    *,
+    plain: bool = True,
+) -> np.ndarray:
+    """Both images side by side with their matches; above them the same without, if ``plain``.
 
     Inliers are green; of many, a part has lines. Where no geometry could be fitted or none was
     asked for, all matches are drawn in orange.
+
+    Args:
+        pair: the two image files.
+        keypoints0: (M, 2) stored pixels of image 0.
+        keypoints1: (M, 2) of image 1.
+        fit: their robust geometry.
+        plain: show the images without matches, too.
     """
-    sides = [min(max(record.size), _MATCH_SIDE) for record in result.images]
+    sides = [min(max(record.size), _MATCH_SIDE) for record in pair]
     smallest = max(_SMALL_SIDE, max(sides) // 2)
     pictures = [
         _open(record, max(side, smallest), enlarge=True)
-        for record, side in zip(result.images, sides, strict=True)
+        for record, side in zip(pair, sides, strict=True)
     ]
-    fitted = result.fundamental is not None
-    shown = result.inliers if fitted else np.ones(len(result), dtype=bool)
+    fitted = fit is not None and fit.fundamental is not None
+    shown = fit.inliers if fit is not None and fitted else slice(None)
     matches = draw.draw_matches(
         [picture.rgb for picture in pictures],
         [
-            pictures[0].place(result.keypoints0[shown]),
-            pictures[1].place(result.keypoints1[shown]),
+            pictures[0].place(keypoints0[shown]),
+            pictures[1].place(keypoints1[shown]),
         ],
         _INLIER if fitted else _UNVERIFIED,
         opacity=0.5,
@@ -82,7 +99,9 @@ def draw_matches(result: MatchResult, *, plain: bool = True) -> np.ndarray:
     return draw.join(rows, below=True, gap=_MARGIN, margin=_MARGIN)[0]
 
 
-def draw_warp(result: MatchResult) -> np.ndarray | None:
+def draw_projection(
+    pair: Pair, keypoints0: np.ndarray, fit: Fit | None, warp: Warp | None = None
+) -> np.ndarray | None:
     """Image 0, image 1 projected onto it, and a blend of the two, side by side.
 
     Dense matchers project by their warp, faint where it is uncertain; others by the homography,
@@ -90,9 +109,9 @@ def draw_warp(result: MatchResult) -> np.ndarray | None:
 
     None where there is neither warp nor homography.
     """
-    if result.warp is None and result.homography is None:
+    if warp is None and (fit is None or fit.homography is None):
         return None
-    base, other = (_open(record, _WARP_SIDE) for record in result.images)
+    base, other = (_open(record, _WARP_SIDE) for record in pair)
     height, width = base.rgb.shape[:2]
     panels = np.full((3, height, width, 3), 255, dtype=np.uint8)
     panels[0] = base.rgb
@@ -100,9 +119,10 @@ def draw_warp(result: MatchResult) -> np.ndarray | None:
         rows = np.arange(top, min(top + _ROWS, height))
         x, y = np.meshgrid(np.arange(width), rows)
         stored = _apply(base.to_stored, np.stack([x, y], axis=-1))
-        target, weight = (
-            _by_warp(result, stored) if result.warp is not None else _by_homography(result, stored)
-        )
+        if warp is not None:
+            target, weight = _by_warp(warp, stored)
+        elif fit is not None:
+            target, weight = by_homography(fit, keypoints0, stored)
         seen, weight = _read(other.rgb, other.place(target), weight)
         here = base.rgb[rows].astype(np.float32)
         panels[1, rows] = np.rint(seen * weight + 255 * (1 - weight))
@@ -110,12 +130,11 @@ def draw_warp(result: MatchResult) -> np.ndarray | None:
     return draw.join(list(panels), gap=_MARGIN, margin=_MARGIN)[0]
 
 
-def _by_warp(result: MatchResult, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _by_warp(warp: Warp, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places in image 1 (..., 2) of points of image 0, stored pixels, and certainties (...)."""
     import torch
 
-    assert result.warp is not None
-    reading = result.warp.read(torch.from_numpy(stored.reshape(-1, 2)).float())
+    reading = warp.read(torch.from_numpy(stored.reshape(-1, 2)).float())
     shape = stored.shape[:-1]
     return (
         reading.xy_px.cpu().numpy().reshape(*shape, 2),
@@ -123,11 +142,13 @@ def _by_warp(result: MatchResult, stored: np.ndarray) -> tuple[np.ndarray, np.nd
     )
 
 
-def _by_homography(result: MatchResult, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    assert result.homography is not None
-    assert result.fit is not None
-    to_other = np.linalg.inv(result.homography)
-    inlier = result.keypoints0[result.fit.homography_inliers][0]
+def by_homography(
+    fit: Fit, keypoints0: np.ndarray, stored: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places in image 1 (..., 2) of stored pixels of image 0, and where there are any (...)."""
+    assert fit.homography is not None
+    to_other = np.linalg.inv(fit.homography)
+    inlier = keypoints0[fit.homography_inliers][0]
     # Beyond its horizon a homography shows the other image once more, turned over.
     side = np.sign(to_other[2] @ [*inlier, 1.0])
     mapped = stored @ to_other[:, :2].T + to_other[:, 2]
