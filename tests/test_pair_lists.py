@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from zeb_scene import POINTS, SIZE, K, pose, relative
+from zeb_oracle import (
+    PLANE,
+    SIZE,
+    K,
+    Oracle,
+    fresh,
+    numbers,
+    pose,
+    project,
+    relative,
+)
 
-from gim_hloc import matchers
 from gim_hloc.cli.zeb import main
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation import pair_lists, protocol
@@ -35,17 +43,9 @@ from gim_hloc.evaluation.pair_lists import ListPairs, Resize, parse_resize
 from gim_hloc.evaluation.pair_set import PosedPair
 from gim_hloc.evaluation.predictions import Prediction
 from gim_hloc.evaluation.protocol import Protocol
-from gim_hloc.matchers.sparse import encode_network_keypoints
-from gim_hloc.types import ImageOptions, MatcherInfo, Matches
+from gim_hloc.types import ImageOptions
 
 NAME = "pair_oracle"
-PLANE = POINTS * [1, 1, 0] + [0, 0, 6]
-
-
-def project(i: int, points: np.ndarray = POINTS) -> np.ndarray:
-    camera = points @ pose(i)[:3, :3].T + pose(i)[:3, 3]
-    pixels = camera @ K.T
-    return pixels[:, :2] / pixels[:, 2:]
 
 
 def plane_homography(i: int, j: int) -> np.ndarray:
@@ -56,65 +56,9 @@ def plane_homography(i: int, j: int) -> np.ndarray:
     return H / H[2, 2]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    variant: int = 0
-
-
-class Oracle:
-    """Knows where the scene's points are in the image as it is *shown*, turned or resized."""
-
-    encoded: list[str] = []  # noqa: RUF012 - shared on purpose, tests clear it
-    shown: dict[str, tuple[int, int]] = {}  # noqa: RUF012
-    scene = POINTS
-    stored = SIZE
-
-    def __init__(self) -> None:
-        self.info = matchers.describe(NAME)
-        self.options = Options()
-        self.image_options = ImageOptions(max_size=32)
-        self.device = torch.device("cpu")
-
-    def encode_settings(self) -> dict[str, Any]:
-        return {"matcher": NAME}
-
-    match_settings = encode_settings
-
-    def encode(self, image: Any) -> Any:
-        self.encoded.append(image.name)
-        self.shown[image.name] = image.network_size
-        found = re.fullmatch(r"(.*?)( turned by (\d+) degrees)?", image.name)
-        assert found is not None
-        xy = project(int(re.findall(r"\d+", Path(found[1]).stem)[-1]), self.scene)
-        width, height = SIZE
-        for _ in range(int(found[3] or 0) // 90):  # a quarter turn counter-clockwise
-            xy = np.column_stack([xy[:, 1], width - 1 - xy[:, 0]])
-            width, height = height, width
-        scale = np.array(image.network_size) / (width, height)
-        xy = (xy + 0.5) * scale - 0.5
-        return encode_network_keypoints(
-            image, torch.from_numpy(xy).float(), torch.zeros(len(xy), 1), torch.ones(len(xy))
-        )
-
-    def match_batch(self, pairs: Any) -> list[Matches]:
-        return [
-            Matches.from_indices(a, b, torch.arange(len(a)).repeat(2, 1).T, torch.ones(len(a)))
-            for a, b in pairs
-        ]
-
-
 @pytest.fixture(autouse=True)
 def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
-    if NAME not in matchers.names():
-        info = MatcherInfo(
-            name=NAME, kind="sparse", checkpoint=(), licence="MIT", commercial=True,
-            colour="rgb", default_size=800, summary="knows the answer",
-        )  # fmt: skip
-        matchers.register(NAME, lambda *, quality, device: Oracle(), info)
-    monkeypatch.setattr(Oracle, "encoded", [])
-    monkeypatch.setattr(Oracle, "shown", {})
-    monkeypatch.setattr(Oracle, "scene", POINTS)
-    return Oracle
+    return fresh(monkeypatch, NAME)
 
 
 def make_image(path: Path, size: tuple[int, int] = SIZE) -> Path:
@@ -125,12 +69,8 @@ def make_image(path: Path, size: tuple[int, int] = SIZE) -> Path:
     return path
 
 
-def text(*matrices: np.ndarray) -> str:
-    return " ".join(repr(float(v)) for matrix in matrices for v in matrix.ravel())
-
-
 def superglue_line(i: int, j: int, turn0: int = 0, turn1: int = 0) -> str:
-    return f"i{i}.png i{j}.png {turn0} {turn1} {text(K, K, relative(i, j))}"
+    return f"i{i}.png i{j}.png {turn0} {turn1} {numbers(K, K, relative(i, j))}"
 
 
 @pytest.fixture
@@ -189,7 +129,9 @@ def write_homographies(folder: Path) -> Path:
             make_image(folder / scene / f"{i}.ppm")
             if i > 1:
                 H = plane_homography(1, i)
-                (folder / scene / f"H_1_{i}").write_text("\n".join(text(row) for row in H) + "\n")
+                (folder / scene / f"H_1_{i}").write_text(
+                    "\n".join(numbers(row) for row in H) + "\n"
+                )
     return folder
 
 
@@ -344,7 +286,7 @@ def test_k_for_another_size_is_scaled_and_a_stray_one_is_told(
     half = K.copy()
     half[:2] *= 10
     half[:2, 2] += 4.5  # ten times the size, pixel centres at integers
-    superglue.write_text(f"i0.png i2.png 0 0 {text(half, half, relative(0, 2))}")
+    superglue.write_text(f"i0.png i2.png 0 0 {numbers(half, half, relative(0, 2))}")
     assert errors(judged(superglue, tmp_path, k_size="640x480"))[0] < 0.05
     assert "principal point" not in caplog.text
     judged(superglue, tmp_path)
@@ -404,11 +346,11 @@ def test_oxford_names_and_other_thresholds(tmp_path: Path, oracle: type[Oracle])
     folder = tmp_path / "graf"
     for i in (1, 3):
         make_image(folder / f"img{i}.png")
-    (folder / "H1to3p").write_text(text(plane_homography(1, 3)))
+    (folder / "H1to3p").write_text(numbers(plane_homography(1, 3)))
     report = judged(folder, tmp_path, thresholds=(5, 10, 20))
     assert report.rows[0].thresholds == (5, 10, 20)
     assert errors(report)[0] < 0.1
-    (folder / "H1to3p").write_text(text(plane_homography(3, 1)))
+    (folder / "H1to3p").write_text(numbers(plane_homography(3, 1)))
     # A corrected list is judged anew without matching again.
     Oracle.encoded.clear()
     report = judged(folder, tmp_path)
@@ -621,7 +563,7 @@ def test_folders_whose_names_are_no_text(tmp_path: Path, oracle: type[Oracle]) -
         scene = Path(os.fsdecode(os.fsencode(folder) + b"/" + name))
         for i in (1, 2):
             make_image(scene / f"{i}.png")
-        (scene / "H_1_2").write_text(text(plane_homography(1, 2)))
+        (scene / "H_1_2").write_text(numbers(plane_homography(1, 2)))
     report = judged(folder, tmp_path)
     assert report.rows[0].pairs == 2
     assert report.rows[0].auc[1] > 0.9

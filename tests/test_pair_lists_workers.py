@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from zeb_oracle import calibration, pose, register, run_and_kill
+from zeb_oracle import SIZE, K, numbers, register, relative, run_and_kill
 
 from gim_hloc.cli.zeb import main
 from gim_hloc.errors import InputError
@@ -17,7 +17,6 @@ from gim_hloc.evaluation.options import PairOptions
 from gim_hloc.evaluation.pair_lists import PairReport
 
 NAME = "pair_workers_oracle"
-SIZE = (64, 48)
 IMAGES = 6  # 15 pairs
 
 # Matches a pair in 50 ms, so that there is time to kill it between.
@@ -42,13 +41,11 @@ def pair_list(tmp_path: Path) -> Path:
     """A list of SuperGlue's format with images beside it."""
     folder = tmp_path / "data"
     folder.mkdir()
-    K = calibration(SIZE)
     lines = []
     for i in range(IMAGES):
         Image.new("RGB", SIZE, (20 * i, 9, 9)).save(folder / f"{i}.png")
         for j in range(i + 1, IMAGES):
-            numbers = [*K.ravel(), *K.ravel(), *(pose(j) @ np.linalg.inv(pose(i))).ravel()]
-            lines.append(f"{i}.png {j}.png 0 0 {' '.join(repr(float(n)) for n in numbers)}")
+            lines.append(f"{i}.png {j}.png 0 0 {numbers(K, K, relative(i, j))}")
     path = folder / "list.txt"
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from zeb_scene import POINTS, SIZE, K, pose, relative
+from zeb_oracle import POINTS, SIZE, K, Oracle, fresh, project, relative, write_set
 
-from gim_hloc import matchers, weights
+from gim_hloc import weights
 from gim_hloc.errors import InputError, LockedError, OutputError, WeightsError
 from gim_hloc.evaluation import protocol
 from gim_hloc.evaluation import run as runs
@@ -25,103 +24,21 @@ from gim_hloc.evaluation.predictions import find_predictions
 from gim_hloc.evaluation.protocol import Protocol
 from gim_hloc.evaluation.zeb import datasets, run
 from gim_hloc.lock import FolderLock
-from gim_hloc.matchers.sparse import make_encoding
-from gim_hloc.types import ImageOptions, MatcherInfo, Matches
 
 MINI = Path(__file__).parents[2] / "shared" / "data" / "zeb-mini"
 NAME = "zeb_oracle"
 IMAGES = 6
 
 
-def project(i: int) -> np.ndarray:
-    camera = POINTS @ pose(i)[:3, :3].T + pose(i)[:3, 3]
-    pixels = camera @ K.T
-    return pixels[:, :2] / pixels[:, 2:]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    variant: int = 0  # stands for any setting
-
-
-class Oracle:
-    """Gives exact projections as keypoints; counts what it is asked."""
-
-    encoded: list[str] = []  # noqa: RUF012 - shared on purpose, tests clear it
-    matched: list[tuple[str, str]] = []  # noqa: RUF012
-    stop_after: int | None = None  # pairs after which it is interrupted
-    poison: str = ""  # images on which it fails
-    error: Exception = ValueError("poisoned")
-
-    def __init__(self) -> None:
-        self.info = matchers.describe(NAME)
-        self.options = Options()
-        self.image_options = ImageOptions(max_size=None)
-        self.device = torch.device("cpu")
-
-    def encode_settings(self) -> dict[str, Any]:
-        return {"matcher": NAME}
-
-    def match_settings(self) -> dict[str, Any]:
-        return {"variant": 0}
-
-    def encode(self, image: Any) -> Any:
-        self.encoded.append(image.name)
-        i = int(image.name.removesuffix(".png")[-1])
-        keypoints = torch.from_numpy(project(i)).float()
-        return make_encoding(
-            name=image.name,
-            size=image.size,
-            network_size=image.network_size,
-            to_original=image.to_original,
-            keypoints=keypoints,
-            descriptors=torch.zeros(len(keypoints), 1),
-            scores=torch.ones(len(keypoints)),
-        )
-
-    def match_batch(self, pairs: Any) -> list[Matches]:
-        results = []
-        for a, b in pairs:
-            if self.stop_after is not None and len(self.matched) >= self.stop_after:
-                raise KeyboardInterrupt
-            if self.poison and self.poison in (a.name, b.name):
-                raise self.error
-            self.matched.append((a.name, b.name))
-            rows = torch.arange(len(a)).repeat(2, 1).T
-            results.append(Matches.from_indices(a, b, rows, torch.ones(len(a))))
-        return results
-
-
 @pytest.fixture(autouse=True)
 def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
-    if NAME not in matchers.names():
-        info = MatcherInfo(
-            name=NAME, kind="sparse", checkpoint=(), licence="MIT", commercial=True,
-            colour="rgb", default_size=800, summary="knows the answer",
-        )  # fmt: skip
-        matchers.register(NAME, lambda *, quality, device: Oracle(), info)
-    monkeypatch.setattr(Oracle, "encoded", [])
-    monkeypatch.setattr(Oracle, "matched", [])
-    monkeypatch.setattr(Oracle, "stop_after", None)
-    monkeypatch.setattr(Oracle, "poison", "")
-    return Oracle
+    return fresh(monkeypatch, NAME)
 
 
 @pytest.fixture
 def zeb(tmp_path: Path) -> Path:
     """Two scenes of one set, all pairs of six images each: 30 pairs."""
-    folder = tmp_path / "data" / "zeb" / "gl3d"
-    folder.mkdir(parents=True)
-    numbers = " ".join(repr(float(v)) for v in K.ravel())
-    for scene in ("a", "b"):
-        for i in range(IMAGES):
-            Image.new("RGB", SIZE, (40 * i, 9, 9)).save(folder / f"{scene}_000{i}.png")
-            for j in range(i + 1, IMAGES):
-                truth = " ".join(repr(float(v)) for v in relative(i, j).ravel())
-                (folder / f"{scene}_000{i}_000{j}.txt").write_text(
-                    f"000{i}.jpg 000{j}.jpg 0.5 0.5 {numbers} {numbers} {truth}"
-                )
-    return tmp_path / "data"
+    return write_set(tmp_path / "data", "gl3d", images=IMAGES, scenes="ab")
 
 
 OPTIONS = RunOptions(matchers=(NAME,), version="v")
@@ -289,7 +206,7 @@ def test_complete_run(zeb: Path, tmp_path: Path, oracle: type[Oracle]) -> None:
     assert float(dump.pose_errors.max()) < 0.1
     assert report.exit_code == 0
     assert report.matched == 30
-    assert sorted(oracle.encoded) == sorted(f"{s}_000{i}.png" for s in "ab" for i in range(IMAGES))
+    assert sorted(oracle.encoded) == sorted(f"{s}_{i}.png" for s in "ab" for i in range(IMAGES))
     assert report.seconds.keys() == {"total", "match", "judge"}
 
 
@@ -400,9 +317,9 @@ def pair_set(zeb: Path) -> run.ZebPairs:
 def test_predictions_are_found_for_pictures(zeb: Path, tmp_path: Path) -> None:
     run.run(zeb, tmp_path / "out", OPTIONS)
     keys = pair_set(zeb).keys()
-    found = find_predictions(tmp_path / "out", NAME, keys).read(["a#0000#0003", "a#1#2"])
-    assert list(found) == ["a#0000#0003"]
-    prediction = found["a#0000#0003"]
+    found = find_predictions(tmp_path / "out", NAME, keys).read(["a#0#3", "a#1#7"])
+    assert list(found) == ["a#0#3"]
+    prediction = found["a#0#3"]
     np.testing.assert_allclose(prediction.points1, project(3), atol=1e-4)
     assert prediction.size0 == SIZE
     with pytest.raises(InputError, match="nobody"):
@@ -416,7 +333,7 @@ def test_a_device_that_failed_stops_the_run(
     zeb: Path, tmp_path: Path, oracle: type[Oracle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise all pairs after it would count as ones that cannot be matched."""
-    monkeypatch.setattr(Oracle, "poison", "b_0005.png")
+    monkeypatch.setattr(Oracle, "poison", "b_5.png")
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(Oracle, "error", error)
     with pytest.raises(RuntimeError, match="illegal memory access"):
@@ -430,16 +347,16 @@ def test_bad_inputs_fail_by_name_and_the_rest_goes_on(
     zeb: Path, tmp_path: Path, oracle: type[Oracle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = zeb / "zeb" / "gl3d"
-    (folder / "a_0001.png").unlink()  # five pairs
-    (folder / "a_0002.png").write_bytes(b"no image")  # four more
-    few = folder / "b_0000_0001.txt"
-    few.write_text("0000.jpg 0001.jpg 0.5 0.5 1 2")
-    nan = folder / "b_0000_0002.txt"
+    (folder / "a_1.png").unlink()  # five pairs
+    (folder / "a_2.png").write_bytes(b"no image")  # four more
+    few = folder / "b_0_1.txt"
+    few.write_text("0.jpg 1.jpg 0.5 0.5 1 2")
+    nan = folder / "b_0_2.txt"
     nan.write_text(nan.read_text().rsplit(" ", 5)[0] + " nan 0 0 0 1")
-    singular = folder / "b_0000_0003.txt"
+    singular = folder / "b_0_3.txt"
     tokens = singular.read_text().split()
     singular.write_text(" ".join([*tokens[:4], *["0"] * 9, *tokens[13:]]))
-    monkeypatch.setattr(Oracle, "poison", "b_0005.png")  # five
+    monkeypatch.setattr(Oracle, "poison", "b_5.png")  # five
     report = run.run(zeb, tmp_path / "out", OPTIONS)
     assert report.exit_code == 1
     dump = only_dump(report)
@@ -448,17 +365,17 @@ def test_bad_inputs_fail_by_name_and_the_rest_goes_on(
     assert float(np.sort(dump.pose_errors)[: 30 - 17].max()) < 0.1
     messages = {problem.identifier: str(problem) for problem in report.problems}
     assert len(messages) == 17
-    assert "b_0000_0001.txt: the line has 6 tokens" in messages["b#0000#0001"]
-    assert "pose is not finite" in messages["b#0000#0002"]
-    assert "K0 is singular" in messages["b#0000#0003"]
-    assert "a_0001.png cannot be read" in messages["a#0000#0001"]
-    assert "a_0002.png cannot be read" in messages["a#0002#0004"]
-    assert "ValueError: poisoned" in messages["b#0004#0005"]
-    assert next(r for r in dump.records if r.identifier == "b#0000#0001").covisible0 == 0.5
+    assert "b_0_1.txt: the line has 6 tokens" in messages["b#0#1"]
+    assert "pose is not finite" in messages["b#0#2"]
+    assert "K0 is singular" in messages["b#0#3"]
+    assert "a_1.png cannot be read" in messages["a#0#1"]
+    assert "a_2.png cannot be read" in messages["a#2#4"]
+    assert "ValueError: poisoned" in messages["b#4#5"]
+    assert next(r for r in dump.records if r.identifier == "b#0#1").covisible0 == 0.5
 
     # What can be mended is tried again.
     for i in (1, 2):
-        Image.new("RGB", SIZE, (i, 9, 9)).save(folder / f"a_000{i}.png")
+        Image.new("RGB", SIZE, (i, 9, 9)).save(folder / f"a_{i}.png")
     monkeypatch.setattr(Oracle, "poison", "")
     oracle.matched.clear()
     again = run.run(zeb, tmp_path / "out", replace(OPTIONS))
@@ -474,7 +391,7 @@ def test_damage_heals(
     before = only_dump(run.run(zeb, out, OPTIONS))
     [path] = out.glob("predictions/*.db")
     content = bytearray(path.read_bytes())
-    pair = pair_set(zeb).keys()["b#0001#0004"]
+    pair = pair_set(zeb).keys()["b#1#4"]
     prediction = find_predictions(out, NAME, {"": pair}).read()[""]
     place = content.index(prediction.points1.tobytes())
     content[place] ^= 1
@@ -483,7 +400,7 @@ def test_damage_heals(
     report = run.run(zeb, out, OPTIONS)
     assert "damaged" in caplog.text
     [(_, image1)] = oracle.matched  # the first pair with these points
-    assert image1.endswith("0004.png")
+    assert image1.endswith("_4.png")
     assert only_dump(report).records == before.records
 
 
@@ -614,7 +531,7 @@ def test_results_follow_the_content_of_images(
     oracle.matched.clear()
     shutil.copytree(zeb, tmp_path / "other")
     assert run.run(tmp_path / "other", tmp_path / "out", OPTIONS).matched == 0
-    Image.new("RGB", SIZE, (1, 2, 3)).save(tmp_path / "other/zeb/gl3d/a_0002.png")
+    Image.new("RGB", SIZE, (1, 2, 3)).save(tmp_path / "other/zeb/gl3d/a_2.png")
     assert run.run(tmp_path / "other", tmp_path / "out", OPTIONS).matched == 5
-    assert {name for pair in oracle.matched for name in pair} == {f"a_000{i}.png" for i in range(6)}
+    assert {name for pair in oracle.matched for name in pair} == {f"a_{i}.png" for i in range(6)}
     assert run.run(zeb, tmp_path / "out", OPTIONS).matched == 0

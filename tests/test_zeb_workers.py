@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from zeb_oracle import calibration, pose, project, register, run_and_kill, write_set
+from zeb_oracle import POINTS, calibration, project, register, relative, run_and_kill, write_set
 
 from gim_hloc.evaluation import protocol
 from gim_hloc.evaluation.benchmarks import scene as synthetic_dense
@@ -44,8 +44,7 @@ def oracles() -> None:
 
 @pytest.fixture
 def gl3d(tmp_path: Path) -> Path:
-    write_set(tmp_path / "data", "gl3d", separator="_", suffix=".jpg", size=(64, 48), images=IMAGES)
-    return tmp_path / "data"
+    return write_set(tmp_path / "data", "gl3d", images=IMAGES)
 
 
 def only_dump(report: RunReport) -> Dump:
@@ -146,8 +145,9 @@ KITTI_SIZE = (620, 188)  # padded to 1240x384
 
 @pytest.fixture
 def kitti(tmp_path: Path) -> Path:
-    write_set(tmp_path / "data", "kitti", separator="-", suffix=".png", size=KITTI_SIZE, images=3)
-    return tmp_path / "data"
+    return write_set(
+        tmp_path / "data", "kitti", separator="-", suffix=".png", size=KITTI_SIZE, images=3
+    )
 
 
 def with_and_without(folder: Path, out: Path, options: RunOptions) -> list[Dump]:
@@ -168,10 +168,11 @@ def test_the_slip_moves_a_dense_matchers_points_as_the_reference_does(
         i, j = (int(name[0]) for name in record.identifier.split("#")[1:])
         # The share of the padded frame, times the original size: corner to corner.
         moved = [
-            (project(k, KITTI_SIZE).astype(np.float32) + 0.5) / [1240, 384] * KITTI_SIZE - 0.5
+            (project(k, POINTS, KITTI_SIZE).astype(np.float32) + 0.5) / [1240, 384] * KITTI_SIZE
+            - 0.5
             for k in (i, j)
         ]
-        truth = pose(j) @ np.linalg.inv(pose(i))
+        truth = relative(i, j)
         distance = protocol.epipolar_distance(*moved, K, K, truth)
         assert record.correct_before == int((distance < protocol.CORRECT).sum())
     assert slipped.pose_errors.min() > 1
