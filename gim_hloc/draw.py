@@ -10,12 +10,16 @@ import base64
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gim_hloc.errors import OutputError
+
+if TYPE_CHECKING:
+    import torch
 
 GAP = 4  # white pixels between pictures
 INLIER, OUTLIER, UNKNOWN = (38, 222, 129), (255, 64, 64), (140, 140, 140)
@@ -30,6 +34,12 @@ _HEAT = np.array([(246, 245, 241), (140, 200, 192), (15, 113, 115), (10, 50, 60)
 _CORNERS = np.array([(255, 90, 60), (255, 225, 40), (200, 70, 255), (40, 215, 255)], np.float64)
 
 # ------------------------------------------------------------------------------------------- sizes
+
+
+def from_tensor(image: torch.Tensor) -> np.ndarray:
+    """A picture of an image (3, H, W) in [0, 1], as networks see it."""
+    array = (image.detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+    return np.ascontiguousarray(array.transpose(1, 2, 0))
 
 
 def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import math
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gim_hloc import draw
 from gim_hloc.files import write_atomic
 
 if TYPE_CHECKING:
@@ -27,11 +27,6 @@ TABLE = "metrics.csv"
 PICTURES = "pictures"
 _BOARD = "tensorboard"
 _HEADER = ["step", "name", "value"]
-
-# Errors in pixels, and the colours (RGB) of matches below them; above the last, and unknown.
-_COLOURS = ((1.0, (40, 200, 60)), (3.0, (170, 220, 40)), (5.0, (255, 170, 30)))
-_WRONG = (230, 40, 40)
-_UNKNOWN = (90, 140, 255)
 
 
 class Logs:
@@ -83,13 +78,10 @@ class Logs:
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> Path:
         """Store a picture (H, W, 3) uint8 RGB as PNG and in TensorBoard; returns the PNG."""
-        import cv2
-
         folder = self.folder / PICTURES
         folder.mkdir(exist_ok=True)
         path = folder / f"step_{step:07d}_{name}.png"
-        encoded = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1]
-        write_atomic(path, encoded.tobytes())
+        write_atomic(path, draw.encode(picture, ".png"))
         if self._board is not None:
             self._board.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
         return path
@@ -210,15 +202,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def draw_matches(
-    batch: PairBatch,
-    index: int,
-    match: Match,
-    errors: np.ndarray | None,
-    *,
-    limit: int = 400,
-    caption: str = "",
+    batch: PairBatch, index: int, match: Match, errors: np.ndarray | None, *, limit: int = 400
 ) -> np.ndarray:
-    """Draw the matches of one pair, coloured by their error.
+    """Draw the matches of one pair: green below 1 px of error, red from 5 px on, grey if unknown.
 
     Args:
         batch: with the pair.
@@ -226,64 +212,27 @@ def draw_matches(
         match: its matches, network pixels.
         errors: (M,) pixels, NaN where the truth is not known; None: nowhere.
         limit: matches drawn at most, evenly over the scores.
-        caption: written below.
-
-    Returns:
-        (H, W, 3) uint8 RGB: green below 1 px, yellow below 3, orange below 5, red above, blue where
-        unknown.
     """
-    import cv2
-
-    left, right = (_rgb(image[index]) for image in (batch.image0, batch.image1))
-    gap = np.full((left.shape[0], 4, 3), 255, np.uint8)
-    canvas = np.ascontiguousarray(np.hstack([left, gap, right]))
     points0, points1, scores = (t.detach().float().cpu().numpy() for t in match)
     known = np.full(len(points0), np.nan) if errors is None else np.asarray(errors, np.float64)
-    chosen = np.argsort(-scores, kind="stable")
-    if len(chosen) > limit:
-        chosen = chosen[np.linspace(0, len(chosen) - 1, limit).astype(int)]
+    rows = np.linspace(0, len(scores) - 1, min(limit, len(scores))).astype(int)
+    chosen = np.argsort(-scores, kind="stable")[rows]
     # The worst on top: they are what one looks for.
     chosen = chosen[np.argsort(np.nan_to_num(known[chosen], nan=-1.0), kind="stable")]
-    shift = 8  # 1/256 px
-    for i in chosen:
-        ends = [
-            tuple(round(float(v) * 2**shift) for v in (x + offset, y))
-            for (x, y), offset in ((points0[i], 0), (points1[i], left.shape[1] + gap.shape[1]))
-        ]
-        colour = _colour(float(known[i]))
-        cv2.line(canvas, ends[0], ends[1], colour, 1, cv2.LINE_AA, shift)
-        for end in ends:
-            cv2.circle(canvas, end, 2 << shift, colour, -1, cv2.LINE_AA, shift)
-    line = caption or f"{batch.dataset[index]}: {' - '.join(batch.names[index])}"
-    return _with_caption(canvas, f"{line}   {_share(known)}")
-
-
-def _rgb(image: torch.Tensor) -> np.ndarray:
-    array = (image.detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy()
-    return np.ascontiguousarray(array.transpose(1, 2, 0))
-
-
-def _colour(error: float) -> tuple[int, int, int]:
-    if math.isnan(error):
-        return _UNKNOWN
-    return next((colour for limit, colour in _COLOURS if error < limit), _WRONG)
-
-
-def _share(errors: np.ndarray) -> str:
-    known = errors[~np.isnan(errors)]
-    if not len(known):
-        return f"{len(errors)} matches"
-    return f"{len(errors)} matches, {float((known < 3).mean()):.0%} of {len(known)} within 3 px"
-
-
-def _with_caption(canvas: np.ndarray, text: str) -> np.ndarray:
-    import cv2
-
-    strip = np.full((18, canvas.shape[1], 3), 255, np.uint8)
-    text = text.encode("ascii", "replace").decode()
-    scale = min(0.4, 0.4 * canvas.shape[1] / max(1, 7 * len(text)))
-    cv2.putText(strip, text, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.vstack([canvas, strip])
+    picture = draw.draw_matches(
+        [draw.from_tensor(image[index]) for image in (batch.image0, batch.image1)],
+        [points0[chosen], points1[chosen]],
+        draw.error_colours(known[chosen], 1.0, 5.0),
+        lines=len(chosen),
+        radius=2,
+        opacity=1.0,
+    )
+    judged = known[~np.isnan(known)]
+    counts = f"{len(known)} matches"
+    if len(judged):
+        counts += f", {float((judged < 3).mean()):.0%} of {len(judged)} within 3 px"
+    pair = f"{batch.dataset[index]}: {' - '.join(batch.names[index])}"
+    return draw.caption(picture, [pair, counts])
 
 
 def processors() -> int:
