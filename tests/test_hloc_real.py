@@ -108,22 +108,32 @@ def test_the_example_reconstructs_the_fountain(hloc: RealHloc, tmp_path: Path) -
 
 
 @pytest.mark.weights
-def test_hlocs_command_lines_with_our_confs(hloc: RealHloc, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("extractor", "matcher"),
+    [
+        ("gim_hloc_aliked", "gim_hloc_aliked_lightglue"),
+        ("gim_hloc_xfeat", "gim_hloc_xfeat"),
+        ("gim_hloc_xfeat", "gim_hloc_xfeat_lighterglue"),
+    ],
+)
+def test_hlocs_command_lines_with_our_confs(
+    hloc: RealHloc, tmp_path: Path, extractor: str, matcher: str
+) -> None:
     images = fountain(tmp_path / "images", range(4, 7))
     out = tmp_path / "out"
     plugin = ("-m", "gim_hloc.hloc_plugin")
-    features, matches = confs.EXTRACT_FEATURES["gim_hloc_aliked"]["output"], out / "m.h5"
+    features, matches = confs.EXTRACT_FEATURES[extractor]["output"], out / "m.h5"
     listed = (out / "pairs.txt", out / f"{features}.h5")
     hloc.run(
-        *plugin, "extract_features", "--conf", "gim_hloc_aliked",
+        *plugin, "extract_features", "--conf", extractor,
         "--image_dir", images, "--export_dir", out,
     )  # fmt: skip
     hloc.run(*plugin, "pairs_from_exhaustive", "--output", listed[0], "--features", listed[1])
     hloc.run(
-        *plugin, "match_features", "--conf", "gim_hloc_aliked_lightglue",
+        *plugin, "match_features", "--conf", matcher,
         "--pairs", listed[0], "--features", features, "--export_dir", out,
     )  # fmt: skip
-    (found,) = out.glob("*matches-gim-hloc-aliked-lightglue_pairs.h5")
+    (found,) = out.glob(f"*{confs.MATCH_FEATURES[matcher]['output']}_pairs.h5")
     found.rename(matches)
     hloc.run(
         *plugin, "reconstruction", "--sfm_dir", out / "sfm", "--image_dir", images,

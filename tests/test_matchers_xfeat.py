@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from test_matchers import IDENTITY, as_data, picture, true_fundamental
 
-from gim_hloc import matchers
+from gim_hloc import images, matchers
+from gim_hloc.hloc_plugin import confs, models
 from gim_hloc.matchers import nearest, registry
 
 pytestmark = pytest.mark.weights
@@ -153,10 +154,28 @@ def test_star_heeds_masks_and_takes_any_image(star: matchers.Matcher) -> None:
     assert len(star.match(flat, full)) < 5
 
 
+@pytest.mark.parametrize("name", ["gim_hloc_xfeat", "gim_hloc_xfeat_lighterglue"])
+def test_hlocs_models_find_what_the_matcher_finds(name: str) -> None:
+    full = picture(416, 320)
+    crops = [full[:256, 64:384], full[32:288, 32:352]]
+    conf = {**confs.MATCH_FEATURES[name]["model"], "device": "cpu"}
+    matcher = matchers.load(conf["matcher"], device="cpu", max_keypoints=4096)
+    extractor, pairs = models.ExtractorModel(), models.SparseMatcherModel()
+    extractor._init({**confs.EXTRACT_FEATURES["gim_hloc_xfeat"]["model"], "device": "cpu"})
+    pairs._init(conf)
+    data = {}
+    for side, crop in enumerate(crops):
+        image = torch.from_numpy(crop.transpose(2, 0, 1).copy())[None]
+        found = extractor._forward({"image": image})
+        data |= {f"{key}{side}": value for key, value in found.items()} | {f"image{side}": image}
+    rows = pairs._forward(data)["matches0"][0]
+    expected = matcher.match(*(matcher.encode(as_data(crop, matcher)) for crop in crops)).indices
+    assert len(expected) > 100
+    assert torch.equal(torch.stack([(rows >= 0).nonzero()[:, 0], rows[rows >= 0]], 1), expected)
+
+
 def test_real_pair_read_at_anchors(data: Path) -> None:
     """XFeat* of two photographs obeys the measured poses."""
-    from gim_hloc import images
-
     folder = data / "fountain-P11"
     matcher = registry.load("xfeat_star", device="cpu", quality="fast")
     names = ["0004.jpg", "0005.jpg"]

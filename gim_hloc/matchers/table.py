@@ -160,12 +160,13 @@ ROWS = (
         "xfeat", "xfeat:XFeatMatcher", _XFEAT,
         "XFeat keypoints, mutual nearest neighbours with a ratio test: fastest on a processor",
         "xfeat.pt", **{**_SPARSE, "descriptor_dim": 64},
-        min_confidence_sum={"fast": 15.0, "base": 15.0, "precise": 15.0},
+        min_confidence_sum={"fast": 15.0, "base": 20.0, "precise": 30.0},
     ),
     _row(
         "xfeat_lighterglue", "xfeat:XFeatLighterGlue", _LIGHTERGLUE,
         "XFeat keypoints, matched by LighterGlue, a small LightGlue",
         "xfeat.pt", "xfeat-lighterglue.pt", **{**_SPARSE, "descriptor_dim": 64},
+        min_confidence_sum={"fast": 20.0, "base": 20.0, "precise": 20.0},
     ),
     _row(
         "gim_lightglue", "lightglue:SuperPointLightGlue", _GIM_LIGHTGLUE,
