@@ -71,7 +71,7 @@ def write(report: PairReport, selection: ListPairs, folder: Path, *, pictures: b
 
 
 def to_markdown(report: PairReport) -> str:
-    """Return the table of a report as Markdown."""
+    """The table of a report as Markdown."""
     rows = report.rows
     header, cells = ["Matcher", "Protocol"], [[row.matcher, row.protocol] for row in rows]
 

@@ -144,7 +144,7 @@ class Dump:
 
 
 def dump_name(matcher: str, dataset: str, version: str) -> str:
-    """Return the file name of a dump.
+    """The file name of a dump.
 
     Args:
         matcher: name of the matcher (the reference: of its weights).
@@ -174,7 +174,7 @@ def parse_dump_name(name: str) -> tuple[str, str, str] | None:
 
 
 def write_line(record: DumpRecord) -> str:
-    """Return the line of one pair, without a line end.
+    """The line of one pair, without a line end.
 
     Raises:
         InputError: the identifier has blanks and could not be read back.
@@ -306,7 +306,7 @@ def write_dump(folder: str | os.PathLike[str], dump: Dump) -> Path:
 
 
 def format_dump(records: Iterable[DumpRecord], unit: Unit = "deg") -> str:
-    """Return the text of a dump file: header and sorted lines, the last of equal identifiers."""
+    """The text of a dump file: header and sorted lines, the last of equal identifiers."""
     last = {record.identifier: record for record in records}
     lines = [write_line(last[identifier]) for identifier in sorted(last)]
     return "\n".join([HEADERS[unit], *lines]) + "\n"

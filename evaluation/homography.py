@@ -69,13 +69,13 @@ def transfer(H: np.ndarray, points: np.ndarray, *, front: np.ndarray) -> np.ndar
 
 
 def corners(size: tuple[float, float]) -> np.ndarray:
-    """Return the centres (4, 2) of the corner pixels of an image of (width, height)."""
+    """The centres (4, 2) of the corner pixels of an image of (width, height)."""
     right, bottom = size[0] - 1.0, size[1] - 1.0
     return np.array([[0.0, 0.0], [right, 0.0], [right, bottom], [0.0, bottom]])
 
 
 def corner_error(estimate: np.ndarray, truth: np.ndarray, size: tuple[float, float]) -> float:
-    """Return the mean distance in pixels of image 1 of the corners of image 0.
+    """The mean distance in pixels of image 1 of the corners of image 0.
 
     Args:
         estimate: (3, 3), image 0 -> image 1.
@@ -97,7 +97,7 @@ def corner_error(estimate: np.ndarray, truth: np.ndarray, size: tuple[float, flo
 def transfer_distance(
     points0: np.ndarray, points1: np.ndarray, H: np.ndarray, size: tuple[float, float]
 ) -> np.ndarray:
-    """Return how far (M,) matches are from where a homography puts them, pixels of image 1.
+    """How far (M,) matches are from where a homography puts them, pixels of image 1.
 
     Args:
         points0: (M, 2) pixels of image 0.
@@ -111,7 +111,7 @@ def transfer_distance(
 
 
 def accuracy(distances: Sequence[np.ndarray], thresholds: Sequence[float]) -> list[float]:
-    """Return the mean matching accuracy at each threshold.
+    """The mean matching accuracy at each threshold.
 
     Args:
         distances: of each pair, from `transfer_distance`, in pixels.

@@ -27,7 +27,7 @@ _BLOCK = 1 << 18
 
 
 def pose_errors(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """Return each pair's error: the larger of its two angles, `FAILED` where one is not finite.
+    """Each pair's error: the larger of its two angles, `FAILED` where one is not finite.
 
     Args:
         rotation: (N,) degrees; inf and NaN mean failure.
@@ -40,12 +40,12 @@ def pose_errors(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
 
 
 def failed(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """Return the mask (N,) of pairs without a pose."""
+    """The mask (N,) of pairs without a pose."""
     return ~(np.isfinite(rotation) & np.isfinite(translation))
 
 
 def auc(errors: np.ndarray | Sequence[float], thresholds: Sequence[float]) -> list[float]:
-    """Return ZEB's AUC at each threshold (`gim_hloc.geometry.pose.auc`).
+    """ZEB's AUC at each threshold (`gim_hloc.geometry.pose.auc`).
 
     Args:
         errors: (N,) degrees, from `pose_errors`.
@@ -75,7 +75,7 @@ def check_thresholds(thresholds: Sequence[float], *, unit: str = "degrees") -> N
 def bootstrap_auc(
     errors: np.ndarray, thresholds: Sequence[float], *, samples: int, seed: int, name: str = ""
 ) -> np.ndarray:
-    """Return the AUC (samples, T) of resamplings of the pairs with replacement.
+    """The AUC (samples, T) of resamplings of the pairs with replacement.
 
     With M the number of errors below t, the area under ZEB's polyline is, by summation by parts,
     ``(sum of (t - e) over errors e < t) + (largest e < t) / 2``, over ``N t``. So no resampling
@@ -113,20 +113,9 @@ def bootstrap_auc(
 
 
 def interval(samples: np.ndarray, *, level: float = 0.95) -> np.ndarray:
-    """Return the percentile interval (2, ...) of bootstrap samples (S, ...)."""
+    """The percentile interval (2, ...) of bootstrap samples (S, ...)."""
     tail = (1 - level) / 2
     return np.quantile(samples, [tail, 1 - tail], axis=0)
-
-
-def ranks(values: Sequence[float]) -> list[int | None]:
-    """Return the rank of each value as the spreadsheet function RANK does.
-
-    The largest is 1, equal ones share the better rank, NaN has none.
-    """
-    known = [value for value in values if not math.isnan(value)]
-    return [
-        None if math.isnan(value) else 1 + sum(other > value for other in known) for value in values
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +136,7 @@ class SetMetrics:
     translation_median: float  # degrees, failures count 180
 
     def interval(self, *, level: float = 0.95) -> np.ndarray:
-        """Return the bootstrap interval (2, T); NaN without samples."""
+        """The bootstrap interval (2, T); NaN without samples."""
         if len(self.samples) == 0:
             return np.full((2, len(self.thresholds)), np.nan)
         return interval(self.samples, level=level)
@@ -201,7 +190,7 @@ def measure(
 
 
 def _mean_matches(precision: np.ndarray, correct: np.ndarray) -> float:
-    """Return the mean number of matches over the pairs that tell it.
+    """The mean number of matches over the pairs that tell it.
 
     Dumps hold the number of correct matches and their fraction, so the number of all is known
     wherever one match is correct.
@@ -225,7 +214,7 @@ class PairGap:
 def most_different(
     dump0: Dump, dump1: Dump, *, count: int = 20, limit: float = 20.0
 ) -> list[PairGap]:
-    """Return the pairs on which two matchers differ most, largest difference first.
+    """The pairs on which two matchers differ most, largest difference first.
 
     Args:
         dump0: of the first matcher.
@@ -259,6 +248,6 @@ def most_different(
 
 
 def worst(dump: Dump, *, count: int = 20) -> list[tuple[str, float]]:
-    """Return identifier and error in degrees of the worst pairs, failures (180) first."""
+    """Identifier and error in degrees of the worst pairs, failures (180) first."""
     found = [(record.identifier, record.pose_error) for record in dump.unique]
     return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:count]

@@ -254,7 +254,7 @@ def evaluate(
 
 
 def kind_of(pair_list: PairList) -> Kind:
-    """Return what can be judged on a list."""
+    """What can be judged on a list."""
     if pair_list.format in POSED:
         return "pose"
     return "homography" if pair_list.format == "homography" else "none"
@@ -461,5 +461,5 @@ def _accuracy(
 
 
 def problems(report: PairReport) -> Sequence[str]:
-    """Return everything that was wrong with the list, the images and the matchers, for people."""
+    """Everything that was wrong with the list, the images and the matchers, for people."""
     return list(dict.fromkeys(map(str, [*report.lost, *report.run.problems])))

@@ -136,7 +136,7 @@ class RelativePose:
 
 
 def normalise(points: np.ndarray, K: np.ndarray) -> np.ndarray:
-    """Return pixels (N, 2) as directions (x / z, y / z) of the camera K (3, 3); skew is ignored."""
+    """Pixels (N, 2) as directions (x / z, y / z) of the camera K (3, 3); skew is ignored."""
     focal, centre = K[[0, 1], [0, 1]], K[:2, 2]
     return (np.asarray(points, dtype=np.float64) - centre) / focal
 
@@ -238,7 +238,7 @@ def _with_poselib(
 def epipolar_distance(
     points0: np.ndarray, points1: np.ndarray, K0: np.ndarray, K1: np.ndarray, pose: np.ndarray
 ) -> np.ndarray:
-    """Return the squared symmetric epipolar distance (M,) of matches to the true pose (4, 4).
+    """The squared symmetric epipolar distance (M,) of matches to the true pose (4, 4).
 
     In normalised coordinates, as SuperGlue's and LoFTR's evaluations compute it.
     """

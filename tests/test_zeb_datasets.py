@@ -337,7 +337,9 @@ def test_broken_archive_is_named(tmp_path: Path) -> None:
 numbers = st.floats(min_value=0, allow_nan=False)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # machines may be busy
+@settings(
+    suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=30
+)  # machines may be busy
 @given(
     st.lists(
         st.builds(

@@ -34,7 +34,7 @@ class SetCheck:
         return not self.problems
 
     def lines(self) -> list[str]:
-        """Return the line that starts with Good or Bad, and one for each deviating file."""
+        """The line that starts with Good or Bad, and one for each deviating file."""
         verdict = "Good" if self.good else "Bad "
         files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
         return [
@@ -71,7 +71,7 @@ def check_dumps(
 
 
 def find_dumps(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Return the dumps among files and folders, each once, sorted by name within a folder.
+    """The dumps among files and folders, each once, sorted by name within a folder.
 
     A file given by name is taken as it is. Of a folder, files ``*.txt`` whose name holds ``]`` are
     taken, not those of its subfolders. A file named twice, however it is spelt, is one.
@@ -95,7 +95,7 @@ def find_dumps(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def exit_code(checks: Iterable[SetCheck]) -> int:
-    """Return 0 where all sets are good, else 1."""
+    """0 where all sets are good, else 1."""
     return 0 if all(check.good for check in checks) else 1
 
 

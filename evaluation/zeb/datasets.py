@@ -41,7 +41,7 @@ DESCRIPTION = "set.json"  # in the folder of a set that is none of the twelve
 
 
 def find_set(name: str, root: str | os.PathLike[str] | None = None) -> ZebSet:
-    """Return a set by its name, column, folder or name in dumps; case does not matter.
+    """A set by its name, column, folder or name in dumps; case does not matter.
 
     Args:
         name: of one of the twelve, or of another set in ``root``.
@@ -63,7 +63,7 @@ def find_set(name: str, root: str | os.PathLike[str] | None = None) -> ZebSet:
 
 
 def find_root(folder: str | os.PathLike[str]) -> Path:
-    """Return the folder with the sets' folders: ``folder`` itself or ``zeb/`` in it.
+    """The folder with the sets' folders: ``folder`` itself or ``zeb/`` in it.
 
     Raises:
         InputError: neither has the folder of a set.
@@ -81,7 +81,7 @@ def find_root(folder: str | os.PathLike[str]) -> Path:
 
 
 def present_sets(folder: str | os.PathLike[str]) -> list[ZebSet]:
-    """Return the sets whose folder exists: the twelve in the table's order, then others by name.
+    """The sets whose folder exists: the twelve in the table's order, then others by name.
 
     Raises:
         InputError: there is none, or a description is damaged.

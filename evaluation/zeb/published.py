@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from gim_hloc.errors import InputError
 from gim_hloc.evaluation.zeb.sets import NAMES
 
 
@@ -24,7 +23,7 @@ class PublishedRow:
         return {name: value / 100 for name, value in zip(NAMES, self.percent, strict=True)}
 
     def mean(self, names: tuple[str, ...] | list[str]) -> float:
-        """Return the mean AUC@5 over some sets as a fraction.
+        """The mean AUC@5 over some sets as a fraction.
 
         Over all twelve it is the printed mean, which was computed before the values were rounded.
         NaN where the table does not know one of the sets.
@@ -74,16 +73,3 @@ PUBLISHED = (
 # fmt: on
 """All filled rows. The published dumps are other runs than these numbers: GIM_LoFTR 50h differs by
 up to 7.7 points (ETO), so an analyser is to be compared with figures from dumps, not with these."""
-
-
-def find_row(method: str) -> PublishedRow:
-    """Return a published row by its name.
-
-    Raises:
-        InputError: there is no such row.
-    """
-    for row in PUBLISHED:
-        if row.method == method:
-            return row
-    known = ", ".join(row.method for row in PUBLISHED)
-    raise InputError(f"no published ZEB row is named {method!r}; there are: {known}")

@@ -447,7 +447,7 @@ def measure_dump(dump: Dump, options: TableOptions | None = None) -> SetMetrics:
 
 
 def _doubts(path: Path, dump: Dump) -> list[str]:
-    """Return what is odd in a dump that is used all the same."""
+    """What is odd in a dump that is used all the same."""
     doubts = []
     nan = sum(
         math.isnan(record.rotation_error) or math.isnan(record.translation_error)
@@ -463,7 +463,7 @@ def _doubts(path: Path, dump: Dump) -> list[str]:
 
 
 def _different_pairs(rows: Sequence[Row], sets: Sequence[str]) -> list[str]:
-    """Return a message for each set on which the rows were not run on the same pairs."""
+    """A message for each set on which the rows were not run on the same pairs."""
     problems = []
     for name in sets:
         having = [row for row in rows if name in row.dumps]
