@@ -107,7 +107,7 @@ def test_dry_run_tells_the_plan(
         (["--model-options", "coarse"], "is no NAME=VALUE"),
         (["--model-options", "coarse=wide"], "gim_loftr: coarse is 'wide'; it must be a whole"),
         (["--model-options", "blocks=3", "--dry-run"], "gim_loftr: blocks is 3; it must be a list"),
-        (["--model-options", "threshold=7"], "threshold is 7.0; a confidence is between 0 and 1"),
+        (["--model-options", "threshold=7"], "threshold is 7; it must be below 1"),
         (
             ["--optimiser.weight-decay", "-1"],
             "weight_decay is -1.0; it must be at least 0",

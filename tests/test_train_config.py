@@ -15,14 +15,14 @@ import yaml
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.options import build
 from gim_hloc.training import config as c
-from gim_hloc.training.presets import PRESETS, preset, table
+from gim_hloc.training.presets import NAMES, preset, table
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    for entry in PRESETS.values():
-        path = tmp_path / f"{entry.name}.yaml"
-        path.write_text(c.dump(entry.config), encoding="utf-8")
-        assert c.read_config(path) == entry.config
+    for name in NAMES:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(c.dump(preset(name)), encoding="utf-8")
+        assert c.read_config(path) == preset(name)
 
 
 def test_paper_presets_have_the_published_numbers() -> None:
@@ -35,7 +35,7 @@ def test_paper_presets_have_the_published_numbers() -> None:
         "gim_lightglue": ((1024, 1024), 938240, 50, 1e-4, 1e-8, 0.0, None, 5, (1280, 1280)),
     }
     for model, numbers in expected.items():
-        found = preset(f"paper-{model}").config
+        found = preset(f"paper-{model}")
         d, o = found.data, found.optimiser
         assert found.model == model
         assert (
@@ -56,13 +56,13 @@ def test_paper_presets_have_the_published_numbers() -> None:
         ("gim_dkm", {}),
         ("gim_lightglue", {}),  # 2048 of the labels, drawn by the model
     ):
-        assert preset(f"paper-{model}").config.data.defaults == usual
+        assert preset(f"paper-{model}").data.defaults == usual
     for model in ("aliked_lightglue", "disk_lightglue"):
         same = dataclasses.replace(
-            preset("paper-gim_lightglue").config, model=model, initial=Path(f"{model}.pth")
+            preset("paper-gim_lightglue"), model=model, initial=Path(f"{model}.pth")
         )
-        assert preset(f"paper-{model}").config == same
-    lighter = preset("paper-xfeat_lighterglue").config.model_options
+        assert preset(f"paper-{model}") == same
+    lighter = preset("paper-xfeat_lighterglue").model_options
     assert (lighter["dim"], lighter["heads"], lighter["layers"]) == (96, 1, 6)
 
 
@@ -70,10 +70,10 @@ def test_every_model_has_a_paper_and_a_small_preset() -> None:
     from gim_hloc.training.models import names
 
     expected = {f"{kind}-{name}" for kind in ("paper", "small") for name in names()}
-    assert set(PRESETS) == expected
+    assert set(NAMES) == expected
     lines = table().splitlines()
     assert len(lines) == 1 + len(expected)
-    assert all(entry.config.check() is None for entry in PRESETS.values())
+    assert all(preset(name).check() is None for name in NAMES)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
 
 
 def test_values_that_make_no_run() -> None:
-    good = preset("small-gim_loftr").config
+    good = preset("small-gim_loftr")
     for section, values, message in (
         ("data", {"box": (4, 4)}, r"data\.box"),
         ("data", {"maxlen": (3, 3)}, "2 numbers for 0 training"),
@@ -146,7 +146,7 @@ def test_values_that_make_no_run() -> None:
 
 
 def test_maxlen_must_split_over_processes() -> None:
-    found = preset("paper-gim_roma").config
+    found = preset("paper-gim_roma")
     found.check_world(40)
     with pytest.raises(InputError, match="25600 is not divisible by 48 processes; take 25584 or"):
         found.check_world(48)
@@ -176,7 +176,7 @@ def test_sources_get_what_is_usual_for_their_type() -> None:
     from gim_hloc.training.data import source_options
     from gim_hloc.training.loader import source_settings
 
-    paper = preset("paper-gim_lightglue").config
+    paper = preset("paper-gim_lightglue")
     usual = {"video": {"augment": {"max_labels": 2048}}}
     paper = dataclasses.replace(paper, data=dataclasses.replace(paper.data, defaults=usual))
     video = {"type": "video", "labels": "v", "augment": {"keep_scale": 1.0}}
@@ -185,7 +185,7 @@ def test_sources_get_what_is_usual_for_their_type() -> None:
     assert found["augment"] == {"max_labels": 2048, "keep_scale": 1.0}
     assert source_settings(paper, video, split="validation")["box"] == (1280, 1280)
     assert source_settings(paper, {**video, "box": [64, 32]}, split="train")["box"] == [64, 32]
-    loftr = preset("paper-gim_loftr").config
+    loftr = preset("paper-gim_loftr")
     shares = {
         kind: source_options(source_settings(loftr, {"type": kind, "root": "r"}, split="train"))
         .augmentation()
@@ -250,7 +250,7 @@ def test_pairs_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_keeps_its_settings(tmp_path: Path) -> None:
-    config = preset("small-gim_dkm").config
+    config = preset("small-gim_dkm")
     path = c.write_config(config, tmp_path / "run")
     assert c.read_config(path) == config
     faster = dataclasses.replace(

@@ -134,14 +134,14 @@ def test_windows_and_validations_of_an_epoch() -> None:
 def test_plan_of_the_published_loftr() -> None:
     from gim_hloc.training.presets import preset
 
-    config = preset("paper-gim_loftr").config
+    config = preset("paper-gim_loftr")
     plan = make_plan(config, batches=3 * 938240 // 40, world=40)
     assert (plan.accumulation, plan.steps_per_epoch) == (2, 35184)
     assert (plan.warmup, plan.total) == (35184, 351840)
     assert learning_rate(config, plan, step=0, epoch=0) == pytest.approx(1e-4)
     assert learning_rate(config, plan, step=35184, epoch=1) == pytest.approx(1e-3)
     assert learning_rate(config, plan, step=351840, epoch=10) == pytest.approx(5e-5)
-    glue = preset("paper-gim_lightglue").config
+    glue = preset("paper-gim_lightglue")
     plan = make_plan(glue, batches=3 * 938240 // 40, world=40)
     assert plan.accumulation == 1
     assert learning_rate(glue, plan, step=0, epoch=30) == pytest.approx(1e-4 * 10**-0.1)

@@ -314,7 +314,9 @@ def save(model: DenseTraining, folder: Path) -> None:
 
 def assert_matcher_agrees(model: DenseTraining, folder: Path, fine: tuple[int, int] | None) -> None:
     """A saved model, loaded by name, gives the numbers of the model in evaluation."""
-    model.draw, model.upsample_size, model.num_matches = "balanced", fine, 500
+    model.options = dataclasses.replace(
+        model.options, draw="balanced", upsample_size=fine, num_matches=500
+    )
     save(model, folder)
     (sample,) = make_pairs(1, BOX[model.name])
     options = {"size": BOX[model.name][::-1], "upsample_size": fine, "pad": False}

@@ -65,7 +65,7 @@ def _value(config: TrainConfig, name: str) -> Any:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_settings(name: str) -> None:
-    found = tuple(_value(preset(f"paper-{model}").config, name) for model in MODELS)
+    found = tuple(_value(preset(f"paper-{model}"), name) for model in MODELS)
     assert found == TABLE[name]
 
 
@@ -73,13 +73,13 @@ def test_the_files_that_trainings_start_from_are_known() -> None:
     from gim_hloc import weights
 
     for model in (*MODELS, "aliked_lightglue", "disk_lightglue"):
-        assert weights.find(str(preset(f"paper-{model}").config.initial)) is not None
+        assert weights.find(str(preset(f"paper-{model}").initial)) is not None
 
 
 def test_validation_images() -> None:
     boxes = {"gim_loftr": (840, 840), "gim_dkm": (896, 672), "gim_roma": (672, 672)}
     for model, box in {**boxes, "gim_lightglue": (1280, 1280)}.items():
-        config = preset(f"paper-{model}").config
+        config = preset(f"paper-{model}")
         source = {"type": "megadepth", "root": "r"}
         assert tuple(source_settings(config, source, split="validation")["box"]) == box
 
@@ -94,7 +94,7 @@ def test_learning_rates_of_40_gpus() -> None:
         ("gim_roma", 3 * 640, 3),
         ("gim_lightglue", 3 * 23456, 1),
     ):
-        config = preset(f"paper-{model}").config
+        config = preset(f"paper-{model}")
         plan = make_plan(config, batches=batches, world=40)
         assert plan.accumulation == accumulation
         assert plan.steps_per_epoch == math.ceil(batches / accumulation)
@@ -151,7 +151,7 @@ def test_augmentation() -> None:
     }  # fmt: skip
     scan = {"gim_loftr": 0.2, "gim_roma": 0.2, "gim_dkm": 0.5, "gim_lightglue": 0.5}
     for model in MODELS:
-        config = preset(f"paper-{model}").config
+        config = preset(f"paper-{model}")
         for kind, path, keep, zooms, style in (
             ("megadepth", "root", 0.5, ((0.6, 1.4), (0.6, 1.4)), "dark"),
             ("scannet", "root", scan[model], ((0.6, 1.4), (0.6, 1.4)), "none"),
@@ -166,41 +166,29 @@ def test_augmentation() -> None:
     assert AugmentOptions(box=(843, 679)).network_box == (840, 672)  # floored to multiples of 8
 
 
-def test_dark_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dark_recipe() -> None:
     """§3: probabilities, in order, and the ranges that strengths are drawn from."""
-    from gim_hloc.training.data import photometric
+    from gim_hloc.training.data import photometric as p
 
-    recipe = photometric._RECIPES["dark"]
-    assert [chance for chance, _ in recipe] == [0.75, 0.1, 0.2, 0.1, 0.1]
-    drawn: dict[str, list[Any]] = {}
-
-    def note(name: str, pick: Any) -> None:
-        def step(image: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
-            drawn.setdefault(name, []).append(pick(given, named))
-            return image
-
-        monkeypatch.setattr(photometric, name, step)
-
-    note("brightness_contrast", lambda _, named: (named["brightness"], named["contrast"]))
-    note("blur", lambda given, _: given[0])
-    note("motion_blur", lambda _, named: named["size"])
-    note("gamma", lambda given, _: given[0])
-    note("value_shift", lambda given, _: given[0])
+    recipe = p.RECIPES["dark"]
+    assert [chance for chance, _, _ in recipe] == [0.75, 0.1, 0.2, 0.1, 0.1]
+    steps = [p.brightness_contrast, p.blur, p.motion_blur, p.gamma, p.value_shift]
+    assert [step for _, step, _ in recipe] == steps
+    ranges = {
+        name: bounds for _, _, ranges in recipe[:1] + recipe[3:] for name, bounds in ranges.items()
+    }
+    assert ranges == {
+        "brightness": (-0.6, 0.0),
+        "contrast": (-0.5, 0.3),
+        "exponent": (0.15, 0.65),
+        "shift": (-100 / 255, -40 / 255),
+    }
+    # Kernels of 3 to 9 and of 3 to 25 pixels, odd.
+    assert (recipe[1][2]["reach"], recipe[2][2]["reach"]) == ((1, 4), (1, 12))
     image, rng = torch.zeros(3, 64, 64), np.random.default_rng(0)
-    for _, step in recipe:
-        for _ in range(2000):
-            step(image, rng)
-
-    def spans(values: list[float], low: float, high: float) -> bool:
-        near = 0.01 * (high - low)
-        return low <= min(values) < low + near and high - near < max(values) <= high
-
-    assert spans([b for b, _ in drawn["brightness_contrast"]], -0.6, 0)
-    assert spans([c for _, c in drawn["brightness_contrast"]], -0.5, 0.3)
-    assert set(drawn["blur"]) == {3, 5, 7, 9}
-    assert set(drawn["motion_blur"]) == set(range(3, 26, 2))
-    assert spans(drawn["gamma"], 0.15, 0.65)
-    assert spans(drawn["value_shift"], -100 / 255, -40 / 255)
+    reaches = [p._draw(*recipe[1][2]["reach"], rng) for _ in range(100)]
+    assert {p._size(image, reach) for reach in reaches} == {3, 5, 7, 9}
+    assert p._size(torch.zeros(3, 20, 64), 12) == 19  # no kernel is larger than the image
 
 
 def test_losses() -> None:
@@ -219,27 +207,17 @@ def test_losses() -> None:
 
 def test_models() -> None:
     """§5: 2048 labels; loftr's windows; SuperPoint with 2048 points, nms 3, threshold 0."""
-    import inspect
-
     from gim_hloc.matchers.registry import operating_point
-    from gim_hloc.training.models import dkm as dkm_model
-    from gim_hloc.training.models import lightglue as glue_model
-    from gim_hloc.training.models import loftr as loftr_model
-    from gim_hloc.training.models import roma as roma_model
+    from gim_hloc.training.models import model_options
 
-    def default(build: Any, name: str) -> Any:
-        return inspect.signature(build).parameters[name].default
-
-    for module in (dkm_model, roma_model, loftr_model):
-        assert default(module.build, "labels") == 2048
-    for module in (dkm_model, roma_model):
-        assert default(module.build, "num_matches") == 5000
-        assert default(module.build, "draw") == "threshold"
-    assert default(loftr_model.build, "fine_share") == 0.3
-    assert default(loftr_model.build, "fine_truth") == 100
-    assert default(loftr_model.build, "positional") == "corrected"
-    assert default(glue_model.build, "layers") == 9
-    assert preset("paper-gim_lightglue").config.model_options == {
+    usual = {model: model_options(model, {}) for model in MODELS}
+    loftr, dkm, roma = usual["gim_loftr"], usual["gim_dkm"], usual["gim_roma"]
+    assert loftr.labels == dkm.labels == roma.labels == 2048
+    assert dkm.num_matches == roma.num_matches == 5000
+    assert dkm.draw == roma.draw == "threshold"
+    assert (loftr.fine_share, loftr.fine_truth, loftr.positional) == (0.3, 100, "corrected")
+    assert usual["gim_lightglue"].layers == 9
+    assert preset("paper-gim_lightglue").model_options == {
         "keypoints": 2048,
         "recompute": True,
     }

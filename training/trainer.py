@@ -34,6 +34,7 @@ from gim_hloc.training.batch import PairBatch, collate
 from gim_hloc.training.checkpoints import Best, Progress
 from gim_hloc.training.config import TrainConfig, dump, write_config
 from gim_hloc.training.loader import EpochLoader, PairData, open_sources, validation_loader
+from gim_hloc.training.models import build_model, model_options
 from gim_hloc.training.optimiser import Step, make_optimiser, scale_loss
 from gim_hloc.training.processes import (
     Signals,
@@ -197,9 +198,7 @@ def train(
     """
     config.check()
     if build is None:
-        from gim_hloc.training.models import fitting
-
-        fitting(config.model, config.model_options)
+        model_options(config.model, config.model_options)
     fabric = make_fabric(config)
     fabric.launch()
     if fabric.global_rank:
@@ -722,8 +721,6 @@ def initial_file(config: TrainConfig, *, download: bool = True) -> Path | None:
 
 def build_from(config: TrainConfig) -> TrainingModel:
     """Return the model that the settings name."""
-    from gim_hloc.training.models import build_model
-
     return build_model(config.model, **config.model_options)
 
 
@@ -741,9 +738,7 @@ def describe(config: TrainConfig, *, data: Callable[[TrainConfig], PairData] | N
     kind, devices, nodes = processes(config)
     world = devices * nodes
     config.check_world(world)
-    from gim_hloc.training.models import fitting
-
-    fitting(config.model, config.model_options)
+    model_options(config.model, config.model_options)
     if config.weights is not None and not config.weights.is_file():
         raise InputError(f"There is no file {config.weights} (--weights).")
     if config.weights is None:

@@ -111,7 +111,7 @@ def _base(given: Sequence[str]) -> Any:
     if files.preset:
         from gim_hloc.training import presets
 
-        config = presets.preset(files.preset).config
+        config = presets.preset(files.preset)
     if files.config:
         config = read_config(Path(files.config), config)
     if files.data:

@@ -50,9 +50,13 @@ class RoMaConfig:
     radius: Mapping[int, int] = field(default_factory=lambda: {16: 7, 8: 3, 4: 2})
     position: int = 512  # channels of the Gaussian process
     blocks: int = 5  # of the coarse transformer
-    heads: int = 8  # of each of its attentions; the channels of one are not in a checkpoint: HEAD
     anchors: int = 64  # on a side of the grid of classes
     hidden: int = 8  # blocks of a refiner after its first
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of the coarse transformer, of ``HEAD`` channels each."""
+        return max(1, (self.position + self.projected[16]) // HEAD)
 
     @classmethod
     def of(cls, state: Mapping[str, torch.Tensor]) -> RoMaConfig:
@@ -73,7 +77,6 @@ class RoMaConfig:
                 radius=radius,
                 position=position,
                 blocks=count_modules(state, f"{coarse}.blocks."),
-                heads=max(1, (position + projected[16]) // HEAD),
                 anchors=round((len(state[f"{coarse}.to_out.weight"]) - 1) ** 0.5),
                 hidden=hidden,
             )

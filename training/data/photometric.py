@@ -2,7 +2,9 @@
 
 ``dark`` is the recipe of the published trainings: darker, flatter, blurred. ``mobile`` is the one
 they define and do not use: what the camera of a telephone does. Images are (3, H, W) float32 in
-[0, 1]; strengths are drawn from the generator that is handed in, kornia's own are not used.
+[0, 1]. A sample depends on its seed alone, so strengths are drawn from the generator that is handed
+in, and kornia applies them; its augmentations, which draw from a generator of their own, have no
+shift of the value, no glare and no noise that grows with the light.
 
 The published numbers can leave an image all but black, one in twenty of those that go through
 ``dark``. There is nothing to learn from it: such an image stays as it was.
@@ -11,13 +13,14 @@ The published numbers can leave an image all but black, one in twenty of those t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal
 
+import cv2
+import kornia
 import numpy as np
 import torch
 
 Style = Literal["none", "dark", "mobile"]
-STYLES: tuple[str, ...] = get_args(Style)
 
 _LEAST_CONTRAST = 0.02  # standard deviation of the values of an image in which something is seen
 
@@ -36,13 +39,22 @@ def change(image: torch.Tensor, style: Style, rng: np.random.Generator) -> torch
     if style == "none" or (style == "dark" and rng.random() >= 0.75):
         return image
     before = image
-    for probability, step in _RECIPES[style]:
+    for probability, step, ranges in RECIPES[style]:
         if rng.random() < probability:
-            image = step(image, rng).clamp(0, 1)
+            strengths = {name: _draw(low, high, rng) for name, (low, high) in ranges.items()}
+            image = step(image, rng, **strengths).clamp(0, 1)
     return image if float(image.std()) >= _LEAST_CONTRAST else before
 
 
-def brightness_contrast(image: torch.Tensor, *, brightness: float, contrast: float) -> torch.Tensor:
+def _draw(low: float, high: float, rng: np.random.Generator) -> float:
+    if isinstance(low, int) and isinstance(high, int):
+        return int(rng.integers(low, high + 1))
+    return rng.uniform(low, high)
+
+
+def brightness_contrast(
+    image: torch.Tensor, _: Any, *, brightness: float, contrast: float
+) -> torch.Tensor:
     """(1 + contrast) image + brightness * (largest value of the image).
 
     For a photograph with highlights that is the usual shift by a share of white; what is dark
@@ -51,70 +63,56 @@ def brightness_contrast(image: torch.Tensor, *, brightness: float, contrast: flo
     return image * (1 + contrast) + brightness * image.amax()
 
 
-def value_shift(image: torch.Tensor, shift: float) -> torch.Tensor:
+def value_shift(image: torch.Tensor, _: Any, *, shift: float) -> torch.Tensor:
     """Add to the value of HSV; hue and saturation stay."""
     value = image.amax(0, keepdim=True)
     factor = (value + shift).clamp(0, 1) / value.clamp(min=1e-6)
     return image * factor
 
 
-def blur(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Mean over a square of ``size`` pixels."""
-    import kornia
-
+def blur(image: torch.Tensor, _: Any, *, reach: int) -> torch.Tensor:
+    """Mean over all pixels at most ``reach`` away along both axes."""
+    size = _size(image, reach)
     return kornia.filters.box_blur(image[None], size, border_type="reflect", separable=True)[0]
 
 
 def motion_blur(
-    image: torch.Tensor, *, size: int, angle_deg: float, direction: float
+    image: torch.Tensor, _: Any, *, reach: int, angle_deg: float, direction: float
 ) -> torch.Tensor:
-    """Mean along a line.
-
-    Args:
-        image: (3, H, W).
-        size: length of the line in pixels, odd.
-        angle_deg: of the line.
-        direction: -1 to 1, which end of the line weighs more; 0 for neither.
-    """
-    import kornia
-
-    kernel = kornia.filters.get_motion_kernel2d(
-        size, torch.tensor([float(angle_deg)]), torch.tensor([float(direction)])
-    )
-    return kornia.filters.filter2d(image[None], kernel, border_type="reflect")[0]
+    """Mean along a line; ``direction`` in [-1, 1] says which of its ends weighs more."""
+    size = _size(image, reach)
+    return kornia.filters.motion_blur(image[None], size, angle_deg, direction, "reflect")[0]
 
 
-def gamma(image: torch.Tensor, exponent: float) -> torch.Tensor:
+def _size(image: torch.Tensor, reach: int) -> int:
+    """Pixels of a kernel, at most as many as the image can have."""
+    return 2 * min(reach, (min(image.shape[1:]) - 1) // 2) + 1
+
+
+def gamma(image: torch.Tensor, _: Any, *, exponent: float) -> torch.Tensor:
     """``image`` to the power of ``exponent``: below 1 it becomes brighter."""
-    return image.clamp(min=0).pow(exponent)
+    return kornia.enhance.adjust_gamma(image, exponent)
 
 
 def colour_jitter(
-    image: torch.Tensor, *, brightness: float, contrast: float, saturation: float, hue: float
+    image: torch.Tensor,
+    _: Any,
+    *,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue_deg: float,
 ) -> torch.Tensor:
-    """Factors of brightness, contrast about the mean and saturation, and a turn of the hue.
-
-    Args:
-        image: (3, H, W).
-        brightness: factor.
-        contrast: factor.
-        saturation: factor.
-        hue: turn as a share of the full circle.
-    """
-    import kornia
-
-    image = (image * brightness).clamp(0, 1)
-    mean = kornia.color.rgb_to_grayscale(image).mean()
-    image = (mean + (image - mean) * contrast).clamp(0, 1)
-    hsv = kornia.color.rgb_to_hsv(image)
-    turned = torch.remainder(hsv[0] + 2 * np.pi * hue, 2 * np.pi)
-    return kornia.color.hsv_to_rgb(torch.stack([turned, (hsv[1] * saturation).clamp(0, 1), hsv[2]]))
+    """As ``kornia.augmentation.ColorJitter``: three factors, and a turn of the hue."""
+    enhance = kornia.enhance
+    image = enhance.adjust_brightness_accumulative(image, brightness)
+    image = enhance.adjust_contrast_with_mean_subtraction(image, contrast)
+    image = enhance.adjust_saturation_with_gray_subtraction(image, saturation)
+    return enhance.adjust_hue(image, float(np.deg2rad(hue_deg)))
 
 
-def jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
-    """Through the codec itself and back."""
-    import cv2
-
+def jpeg(image: torch.Tensor, _: Any, *, quality: int) -> torch.Tensor:
+    """Through the codec itself and back: kornia's imitation of it takes many times as long."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     _, data = cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     decoded = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[:, :, ::-1]
@@ -124,14 +122,7 @@ def jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
 def sensor_noise(
     image: torch.Tensor, rng: np.random.Generator, *, intensity: float, colour: float
 ) -> torch.Tensor:
-    """Shot noise of the lightness, the same in all channels, and noise of the single channels.
-
-    Args:
-        image: (3, H, W).
-        rng: source of the noise.
-        intensity: standard deviation on white.
-        colour: standard deviation of a channel on white.
-    """
+    """Shot noise of lightness and of single channels, by their standard deviations on white."""
     shape = tuple(image.shape)
     level = image.mean(0, keepdim=True).clamp(0, 1).sqrt()  # photons arrive by Poisson's law
     light = torch.from_numpy(rng.standard_normal(shape[1:], dtype=np.float32))
@@ -139,21 +130,10 @@ def sensor_noise(
     return image + level * (intensity * light + colour * channels)
 
 
-def rain(
-    image: torch.Tensor, rng: np.random.Generator, *, drops: int, length: int, slant: float
-) -> torch.Tensor:
-    """Bright streaks of one slant, and less light.
-
-    Args:
-        image: (3, H, W).
-        rng: source of their places.
-        drops: number of streaks.
-        length: of a streak in pixels.
-        slant: columns per row.
-    """
-    import cv2
-
+def rain(image: torch.Tensor, rng: np.random.Generator, *, slant: float) -> torch.Tensor:
+    """Bright streaks of one slant (columns per row), one in 1000 pixels, and less light."""
     height, width = image.shape[1:]
+    length, drops = max(4, height // 30), height * width // 1000
     streaks = np.zeros((height, width), np.uint8)
     for x, y in zip(rng.integers(0, width, drops), rng.integers(0, height, drops), strict=True):
         end = (int(x + slant * length), int(y + length))
@@ -162,118 +142,37 @@ def rain(
     return image * 0.8 * (1 - shine) + 0.8 * shine
 
 
-def sun_flare(image: torch.Tensor, *, x: float, y: float, radius: float) -> torch.Tensor:
-    """Glare around a point.
-
-    Args:
-        image: (3, H, W).
-        x: column of the middle in pixels.
-        y: row of the middle in pixels.
-        radius: in pixels, where the glare has fallen to 1/e.
-    """
+def sun_flare(image: torch.Tensor, _: Any, *, x: float, y: float, radius: float) -> torch.Tensor:
+    """Glare around a point; all are shares of width, height, and long side."""
     height, width = image.shape[1:]
-    squared = (torch.arange(width) - x) ** 2 + (torch.arange(height)[:, None] - y) ** 2
-    glare = torch.exp(-squared.sqrt() / radius)
+    across = torch.arange(width) - x * width
+    down = torch.arange(height)[:, None] - y * height
+    glare = torch.exp(-torch.hypot(across, down) / (radius * max(height, width)))
     return image + glare * (1 - image)
 
 
-Step = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
+Step = Callable[..., torch.Tensor]
+Ranges = dict[str, tuple[float, float]]
 
+_ALL_LINES: Ranges = {"angle_deg": (0.0, 360.0), "direction": (-1.0, 1.0)}
+_TWENTY_PERCENT: Ranges = dict.fromkeys(("brightness", "contrast", "saturation"), (0.8, 1.2))
 
-def _odd(rng: np.random.Generator, low: int, high: int, image: torch.Tensor) -> int:
-    """An odd number of pixels in [low, high], one that a kernel on the image can have."""
-    high = min(high, min(image.shape[1:]) - 1)
-    return int(rng.integers(low // 2, max(low, high + high % 2 - 1) // 2 + 1)) * 2 + 1
-
-
-def _draw_darker(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return brightness_contrast(
-        image, brightness=rng.uniform(-0.6, 0.0), contrast=rng.uniform(-0.5, 0.3)
-    )
-
-
-def _draw_blur(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return blur(image, _odd(rng, 3, 9, image))
-
-
-def _draw_motion_blur(longest: int) -> Step:
-    def step(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        return motion_blur(
-            image,
-            size=_odd(rng, 3, longest, image),
-            angle_deg=rng.uniform(0, 360),
-            direction=rng.uniform(-1, 1),
-        )
-
-    return step
-
-
-def _draw_gamma(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return gamma(image, rng.uniform(0.15, 0.65))
-
-
-def _draw_value_shift(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return value_shift(image, rng.uniform(-100, -40) / 255)
-
-
-def _draw_jitter(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    brightness, contrast, saturation = rng.uniform(0.8, 1.2, 3)
-    return colour_jitter(
-        image,
-        brightness=brightness,
-        contrast=contrast,
-        saturation=saturation,
-        hue=rng.uniform(-0.2, 0.2),
-    )
-
-
-def _draw_jpeg(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return jpeg(image, int(rng.integers(30, 96)))
-
-
-def _draw_noise(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    return sensor_noise(
-        image, rng, intensity=rng.uniform(0.01, 0.08), colour=rng.uniform(0.005, 0.03)
-    )
-
-
-def _draw_rain(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    height, width = image.shape[1:]
-    return rain(
-        image,
-        rng,
-        drops=height * width // 1000,
-        length=max(4, height // 30),
-        slant=rng.uniform(-0.3, 0.3),
-    )
-
-
-def _draw_flare(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    height, width = image.shape[1:]
-    return sun_flare(
-        image,
-        x=rng.uniform(0, width),
-        y=rng.uniform(0, height / 2),
-        radius=rng.uniform(0.05, 0.2) * max(height, width),
-    )
-
-
-# Probability and step, in order. Rain and flares are in kornia not at all or with generators of
-# their own; the strengths that training.md does not name (JPEG, noise, rain, flare) are ours.
-_RECIPES: dict[str, tuple[tuple[float, Step], ...]] = {
+#: Probability, step and the ranges of its strengths (whole numbers: both ends included), in order.
+#: The strengths that training.md does not name (JPEG, noise, rain, flare) are ours.
+RECIPES: dict[str, tuple[tuple[float, Step, Ranges], ...]] = {
     "dark": (
-        (0.75, _draw_darker),
-        (0.1, _draw_blur),
-        (0.2, _draw_motion_blur(25)),
-        (0.1, _draw_gamma),
-        (0.1, _draw_value_shift),
+        (0.75, brightness_contrast, {"brightness": (-0.6, 0.0), "contrast": (-0.5, 0.3)}),
+        (0.1, blur, {"reach": (1, 4)}),
+        (0.2, motion_blur, {"reach": (1, 12), **_ALL_LINES}),
+        (0.1, gamma, {"exponent": (0.15, 0.65)}),
+        (0.1, value_shift, {"shift": (-100 / 255, -40 / 255)}),
     ),
     "mobile": (
-        (0.25, _draw_motion_blur(7)),
-        (0.5, _draw_jitter),
-        (0.1, _draw_rain),
-        (0.1, _draw_flare),
-        (0.25, _draw_jpeg),
-        (0.25, _draw_noise),
+        (0.25, motion_blur, {"reach": (1, 3), **_ALL_LINES}),
+        (0.5, colour_jitter, {**_TWENTY_PERCENT, "hue_deg": (-72.0, 72.0)}),
+        (0.1, rain, {"slant": (-0.3, 0.3)}),
+        (0.1, sun_flare, {"x": (0.0, 1.0), "y": (0.0, 0.5), "radius": (0.05, 0.2)}),
+        (0.25, jpeg, {"quality": (30, 95)}),
+        (0.25, sensor_noise, {"intensity": (0.01, 0.08), "colour": (0.005, 0.03)}),
     ),
 }

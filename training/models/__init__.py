@@ -2,82 +2,54 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from collections.abc import Mapping
+from typing import Any
 
 from gim_hloc.errors import InputError
-from gim_hloc.options import build, options
+from gim_hloc.options import build
 from gim_hloc.training.models.base import TrainingModel
+from gim_hloc.training.models.dkm import DKMTraining
+from gim_hloc.training.models.lightglue import LightGlueTraining
+from gim_hloc.training.models.loftr import LoFTRTraining
+from gim_hloc.training.models.roma import RoMaTraining
 
-_BUILDERS = {
-    "gim_dkm": "gim_hloc.training.models.dkm:build",
-    "gim_roma": "gim_hloc.training.models.roma:build",
-    "gim_loftr": "gim_hloc.training.models.loftr:build",
-    "gim_lightglue": "gim_hloc.training.models.lightglue:build",
-    "aliked_lightglue": "gim_hloc.training.models.lightglue:build",
-    "disk_lightglue": "gim_hloc.training.models.lightglue:build",
-    "xfeat_lighterglue": "gim_hloc.training.models.lightglue:build",
+_MODELS: dict[str, Any] = {
+    "aliked_lightglue": LightGlueTraining,
+    "disk_lightglue": LightGlueTraining,
+    "gim_dkm": DKMTraining,
+    "gim_lightglue": LightGlueTraining,
+    "gim_loftr": LoFTRTraining,
+    "gim_roma": RoMaTraining,
+    "xfeat_lighterglue": LightGlueTraining,
 }
 
 
 def names() -> list[str]:
     """Names of all models that can be trained, sorted."""
-    return sorted(_BUILDERS)
+    return sorted(_MODELS)
 
 
-def build_model(name: str, **options: Any) -> TrainingModel:
-    """Make a model with random weights (see ``TrainingModel.initialise`` for others).
-
-    Args:
-        name: one of ``names()``.
-        **options: keyword arguments of the model's ``build``.
+def model_options(name: str, values: Mapping[str, Any]) -> Any:
+    """Options of a model from values as a file or the command line has them; nothing is built.
 
     Raises:
         InputError: there is no such model, it has no such option, or a value does not fit.
     """
-    return _builder(name)(name, **fitting(name, options))
-
-
-def fitting(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a model in the types that it wants; nothing is built.
-
-    Args:
-        name: one of ``names()``.
-        values: keyword arguments of the model's ``build``, as a file or the command line has them.
-
-    Raises:
-        InputError: there is no such model, it has no such option, or a value is of another type.
-    """
-    maker = _builder(name)
-    hints = get_type_hints(maker)
-    fields = [
-        (p.name, hints[p.name], dataclasses.field(default=p.default))
-        for p in inspect.signature(maker).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    kind: Any = options(dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True))
-    made = build(kind, values, where=f"The model {name}")
-    return {key: getattr(made, key) for key in values}
-
-
-def _builder(name: str) -> Callable[..., TrainingModel]:
-    if name not in _BUILDERS:
+    if name not in _MODELS:
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise InputError(
-            f"No model named {name!r} can be trained.{_hint(name, names())} "
-            f"Models: {', '.join(names())}."
+            f"No model named {name!r} can be trained.{hint} Models: {', '.join(names())}."
         )
-    module, _, attribute = _BUILDERS[name].partition(":")
-    build: Callable[..., TrainingModel] = getattr(importlib.import_module(module), attribute)
-    return build
+    return build(_MODELS[name].options_type, values, where=f"The model {name}")
 
 
-def _hint(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+def build_model(name: str, **values: Any) -> TrainingModel:
+    """Make a model with random weights; see `model_options`."""
+    options = model_options(name, values)
+    made: TrainingModel = _MODELS[name](name, options)
+    return made
 
 
-__all__ = ["TrainingModel", "build_model", "names"]
+__all__ = ["TrainingModel", "build_model", "model_options", "names"]

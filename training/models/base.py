@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,12 +20,16 @@ Match = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class TrainingModel(nn.Module, ABC):
     """A network with its losses, as one module for an optimiser.
 
+    Made of a name and options with random weights (see `initialise` for others).
+
     Attributes:
+        options_type: class of its options, made by `gim_hloc.options.options`.
         name: of the matcher in the registry that reads ``checkpoint()``.
         notes: what the matcher must know about the weights beside their values; they stand in
             checkpoint files under ``gim_hloc.weights.NOTES``.
     """
 
+    options_type: ClassVar[Any]
     name: str
     notes: Mapping[str, str] = MappingProxyType({})
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from gim_hloc import weights
-from gim_hloc.errors import InputError
 from gim_hloc.geometry.sampling import balanced_sample
 from gim_hloc.geometry.seeds import pair_seed
 from gim_hloc.geometry.warp import cell_centres, normalised_frame, transform
 from gim_hloc.matchers.dense import matchable
 from gim_hloc.networks.dense import attenuated_certainty
+from gim_hloc.options import Count, options
 from gim_hloc.training.batch import PairBatch
 from gim_hloc.training.data.truth import warp_points
 from gim_hloc.training.losses.common import Labels, Scales, Truth, normalise, to_pixels
@@ -28,54 +28,39 @@ from gim_hloc.training.models.seeds import sample_seeds
 
 logger = logging.getLogger(__name__)
 
-Draw = Literal["threshold", "balanced"]
 _THRESHOLD = 0.05  # certainties above it count as 1 when matches are drawn
 _ENCODER_RATE = 0.05  # of the learning rate
 
 
-class DenseTraining(TrainingModel):
-    """A dense matcher and its losses.
+@options
+class DenseOptions:
+    """What DKM and RoMa have in common beside their widths."""
 
-    Args:
-        name: of the matcher in the registry.
-        network: to be trained.
-        labels: at most so many labels of a sample count, drawn at random.
-        draw: how ``match`` works. "threshold": one direction at the size of the batch, drawn by
-            certainty, as the published validation does. "balanced": as the matcher, both directions
-            and drawn evenly.
-        num_matches: drawn by ``match``, per sample.
-        upsample_size: (height, width) of the second pass of "balanced"; None leaves it out.
-        recompute: compute features again for the gradients instead of keeping them: a third more
-            time, a fraction of the memory.
-    """
+    labels: Count = 2048
+    """At most so many labels of a sample count, drawn at random."""
+    draw: Literal["threshold", "balanced"] = "threshold"
+    """How validation draws matches. threshold: one direction at the size of the batch, by
+    certainty, as the published one does. balanced: as the matcher, both directions and evenly."""
+    num_matches: Count = 5000
+    """Matches drawn in validation, per sample."""
+    upsample_size: tuple[Count, Count] | None = None
+    """(height, width) of the second pass of "balanced"; None leaves it out."""
+    recompute: bool = False
+    """Compute features again for the gradients instead of keeping them: a third more time, a
+    fraction of the memory."""
+
+
+class DenseTraining(TrainingModel):
+    """A dense matcher and its losses."""
 
     encoder_file: str  # weights that training starts from
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        network: nn.Module,
-        labels: int,
-        draw: Draw,
-        num_matches: int,
-        upsample_size: Sequence[int] | None,
-        recompute: bool,
-    ) -> None:
+    def __init__(self, name: str, network: Any, options: DenseOptions) -> None:
         super().__init__()
-        if draw not in get_args(Draw):
-            raise InputError(f"Unknown draw {draw!r}. Choose {' or '.join(get_args(Draw))}.")
-        if upsample_size is not None and len(upsample_size) != 2:
-            raise InputError(f"upsample_size is {upsample_size!r}; give height and width in px.")
         self.name = name
         self.network: Any = network
-        self.labels = labels
-        self.draw = draw
-        self.num_matches = num_matches
-        self.upsample_size = None if upsample_size is None else tuple(map(int, upsample_size))
-        self.recompute = recompute
-        encoder: Any = network.encoder
-        reset_convolutions(encoder)
+        self.options = options
+        reset_convolutions(network.encoder)
 
     @abstractmethod
     def predict(self, batch: PairBatch) -> tuple[Scales, Any]:
@@ -127,9 +112,9 @@ class DenseTraining(TrainingModel):
         return {"loss": total, **logged}
 
     def _labels(self, batch: PairBatch) -> Labels:
-        """Normalised labels, at most ``self.labels`` of each sample."""
+        """Normalised labels, at most ``self.options.labels`` of each sample."""
         rows, used = _first(batch.labels, batch.label_count, batch.has_labels)
-        if rows.shape[1] > self.labels:
+        if rows.shape[1] > self.options.labels:
             order = torch.stack(
                 [
                     _drawn(int(count), rows.shape[1], seed)
@@ -137,7 +122,7 @@ class DenseTraining(TrainingModel):
                         batch.label_count.tolist(), sample_seeds(batch), strict=True
                     )
                 ]
-            )[:, : self.labels].to(rows.device)
+            )[:, : self.options.labels].to(rows.device)
             rows = rows.gather(1, order[..., None].expand(-1, -1, 4))
             used = used.gather(1, order)
         return Labels(
@@ -150,7 +135,7 @@ class DenseTraining(TrainingModel):
         was = self.training
         self.eval()
         try:
-            if self.draw == "balanced":
+            if self.options.draw == "balanced":
                 flows, certainties = self.both_ways(batch)
             else:
                 scales, _ = self.predict(batch)
@@ -177,12 +162,12 @@ class DenseTraining(TrainingModel):
                 seen.append((certainty * allowed).reshape(-1))
             matches, scores = torch.cat(rows), torch.cat(seen).float()
             own = pair_seed(seed, *names)
-            if self.draw == "balanced":
+            if self.options.draw == "balanced":
                 chosen = balanced_sample(
-                    matches, scores, self.num_matches, threshold=_THRESHOLD, seed=own
+                    matches, scores, self.options.num_matches, threshold=_THRESHOLD, seed=own
                 )
             else:
-                chosen = threshold_sample(scores, self.num_matches, seed=own)
+                chosen = threshold_sample(scores, self.options.num_matches, seed=own)
             matches, scores = matches[chosen], scores[chosen]
             found.append(
                 (transform(frame, matches[:, :2]), transform(frame, matches[:, 2:]), scores)

@@ -13,7 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -22,8 +22,10 @@ from gim_hloc import weights
 from gim_hloc.errors import InputError
 from gim_hloc.matchers import registry
 from gim_hloc.matchers.lightglue import UNREAD, published_names
+from gim_hloc.networks.keypoints import Subpixel
 from gim_hloc.networks.lightglue import LightGlue, Side
 from gim_hloc.networks.superpoint import SuperPoint, pad_with_random
+from gim_hloc.options import Count, CountOrNone, options
 from gim_hloc.training.batch import PairBatch
 from gim_hloc.training.data.truth import warp_points
 from gim_hloc.training.losses.lightglue import (
@@ -38,8 +40,6 @@ from gim_hloc.training.models.base import Match, TrainingModel, keep_graph
 from gim_hloc.training.models.seeds import sample_seeds
 
 logger = logging.getLogger(__name__)
-
-Detector = Literal["published", "random"]
 
 _GRAY = (0.299, 0.587, 0.114)  # what red, green and blue weigh in a gray image
 _DETECTOR_FILES = {
@@ -103,38 +103,74 @@ class FeatureCache:
             self._kept.popitem(last=False)
 
 
+@options
+class LightGlueOptions:
+    """LightGlue to be trained; the defaults are the published network."""
+
+    keypoints: Count = 2048
+    """At most so many per image; labels of a video pair are filled up to as many."""
+    layers: Count = 9
+    """Pairs of self and cross attention."""
+    dim: Count = 256
+    """Channels inside LightGlue, a multiple of twice its heads."""
+    heads: Count = 4
+    """Attention heads."""
+    detector: Literal["published", "random"] = "published"
+    """Weights of the detector; random ones are for tests of gim_lightglue."""
+    detection_threshold: float | None = None
+    """Lowest score of a keypoint; None: the matcher's own."""
+    nms_radius: Count | None = None
+    """Pixels between keypoints; None: the matcher's own."""
+    subpixel: Subpixel | None = None
+    """Positions of keypoints; None: the matcher's own."""
+    recompute: bool = False
+    """Save memory by computing layers twice, as the published training does."""
+    cache: CountOrNone = 0
+    """Images whose keypoints are kept in memory (at 512 keypoints 140 kB each)."""
+
+    def __post_init__(self) -> None:
+        if self.dim % (2 * self.heads):
+            raise InputError(
+                f"LightGlue needs dim ({self.dim}) to be a multiple of twice its heads "
+                f"({self.heads})."
+            )
+
+
 class LightGlueTraining(TrainingModel):
     """A frozen detector, LightGlue and its losses.
 
-    Args:
-        name: of the matcher.
-        detector: its detector, with weights.
-        glue: the network to be trained.
-        keypoints: at most so many per image; labels of a video pair are filled up to as many.
-        options: ``threshold``, ``radius`` and ``subpixel`` of the detector.
-        recompute: see ``LightGlue.forward``.
-        cache: images whose keypoints are kept, see ``FeatureCache``.
+    Raises:
+        WeightsError: the detector's weights cannot be had.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        detector: nn.Module,
-        glue: LightGlue,
-        keypoints: int,
-        options: Mapping[str, Any],
-        recompute: bool = False,
-        cache: int = 0,
-    ) -> None:
+    options_type = LightGlueOptions
+
+    def __init__(self, name: str, options: LightGlueOptions) -> None:
         super().__init__()
+        point = registry.operating_point(name)
         self.name = name
-        self.detector: Any = detector.eval().requires_grad_(False)
-        self.glue = glue
-        self.keypoints = keypoints
-        self.options = dict(options)
-        self.recompute = recompute
-        self.cache = FeatureCache(cache)
+        self.options = options
+        self.keypoints = options.keypoints
+        self.detector: Any = _load_detector(name, options.detector).eval().requires_grad_(False)
+        self.glue = LightGlue(
+            input_dim=registry.describe(name).descriptor_dim or 0,
+            dim=options.dim,
+            heads=options.heads,
+            layers=options.layers,
+            depth_confidence=point.depth_confidence,
+            width_confidence=point.width_confidence,
+            filter_threshold=point.filter_threshold,
+        )
+        self.detection = {
+            "threshold": options.detection_threshold,
+            "radius": options.nms_radius,
+            "subpixel": options.subpixel,
+        }
+        usual = (point.detection_threshold, point.nms_radius, point.subpixel)
+        for key, value in zip(self.detection, usual, strict=True):
+            if self.detection[key] is None:
+                self.detection[key] = value
+        self.cache = FeatureCache(options.cache)
 
     def train(self, mode: bool = True) -> LightGlueTraining:
         """Training or evaluation mode of LightGlue; the detector stays as it is."""
@@ -152,7 +188,7 @@ class LightGlueTraining(TrainingModel):
         points, count = self._points(batch)
         xy, descriptors, valid = _pad(points)
         states = self.glue(
-            *self._sides(xy, batch.box, descriptors, valid), recompute=self.recompute
+            *self._sides(xy, batch.box, descriptors, valid), recompute=self.options.recompute
         )
         size = len(batch)
         last = len(states) - 1
@@ -260,7 +296,7 @@ class LightGlueTraining(TrainingModel):
                     seen,
                     max_keypoints=self.keypoints,
                     mask=None if bool(valid.all()) else valid,
-                    **self.options,
+                    **self.detection,
                 )
                 points = _rounded(xy, descriptors)
         self.cache.put(key, points)
@@ -463,7 +499,7 @@ def _random_superpoint(seed: int = 0) -> SuperPoint:
     return network
 
 
-def _load_detector(name: str, kind: Detector) -> nn.Module:
+def _load_detector(name: str, kind: str) -> nn.Module:
     if kind == "random":
         if name != "gim_lightglue":
             raise InputError(f"Only gim_lightglue can have a random detector, not {name}.")
@@ -472,69 +508,3 @@ def _load_detector(name: str, kind: Detector) -> nn.Module:
         weights.locate(_DETECTOR_FILES[name])
     )
     return network
-
-
-def build(
-    name: str,
-    *,
-    keypoints: int = 2048,
-    layers: int = 9,
-    dim: int = 256,
-    heads: int = 4,
-    detector: Detector = "published",
-    detection_threshold: float | None = None,
-    nms_radius: int | None = None,
-    subpixel: str | None = None,
-    recompute: bool = False,
-    cache: int = 0,
-) -> LightGlueTraining:
-    """LightGlue to be trained; the defaults are the published network.
-
-    Args:
-        name: one of those above.
-        keypoints: at most so many per image.
-        layers: of LightGlue.
-        dim: channels inside LightGlue, a multiple of twice ``heads``.
-        heads: attention heads.
-        detector: ``published`` weights; ``random`` ones for tests of gim_lightglue.
-        detection_threshold: lowest score of a keypoint; by default the matcher's.
-        nms_radius: pixels between keypoints; by default the matcher's.
-        subpixel: positions of keypoints; by default the matcher's.
-        recompute: save memory by computing layers twice, as the published training does.
-        cache: number of images whose keypoints are kept in memory (at 512 keypoints 140 kB each).
-
-    Raises:
-        InputError: sizes that the network cannot have.
-        WeightsError: the detector's weights cannot be had.
-    """
-    if dim % (2 * heads) or layers < 1 or keypoints < 1:
-        raise InputError(
-            f"LightGlue needs dim ({dim}) to be a multiple of twice its heads ({heads}), and at "
-            f"least one layer ({layers}) and one keypoint ({keypoints})."
-        )
-    if detector not in get_args(Detector):
-        raise InputError(f"detector is {detector!r}; choose {' or '.join(get_args(Detector))}.")
-    point = registry.operating_point(name)
-    given = {
-        "threshold": (detection_threshold, point.detection_threshold),
-        "radius": (nms_radius, point.nms_radius),
-        "subpixel": (subpixel, point.subpixel),
-    }
-    network = _load_detector(name, detector)
-    return LightGlueTraining(
-        name,
-        detector=network,
-        glue=LightGlue(
-            input_dim=registry.describe(name).descriptor_dim or 0,
-            dim=dim,
-            heads=heads,
-            layers=layers,
-            depth_confidence=point.depth_confidence,
-            width_confidence=point.width_confidence,
-            filter_threshold=point.filter_threshold,
-        ),
-        keypoints=keypoints,
-        options={key: own if own is not None else usual for key, (own, usual) in given.items()},
-        recompute=recompute,
-        cache=cache,
-    )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from gim_hloc import weights
@@ -34,6 +35,7 @@ from gim_hloc.networks.loftr import (
     query_expectation,
     window_expectation,
 )
+from gim_hloc.options import Count, CountOrNone, options, select
 from gim_hloc.training.batch import PairBatch
 from gim_hloc.training.data.truth import warp_points
 from gim_hloc.training.losses.loftr import fine_loss, focal_loss, log_confidence
@@ -46,40 +48,46 @@ ENCODER = "resnet50-0676ba61.pth"  # ImageNet weights that the backbone starts f
 _HALF = WINDOW // 2 * FINE  # pixels: what half a window stands for
 
 
+@options
+class LoFTROptions(Widths):
+    """LoFTR to be trained; the defaults are the published network and training."""
+
+    positional: Positional = "corrected"
+    """Frequencies of the positional encoding: corrected, or the published ones to go on from the
+    published weights. The checkpoint's notes name them."""
+    labels: Count = 2048
+    """At most so many labels of a video pair count, drawn at random."""
+    fine_share: float = 0.3
+    """Windows of the fine stage per coarse cell that could match."""
+    fine_truth: Count = 100
+    """At least so many of the windows are true pairs, the rest are predicted ones."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Lowest confidence of a match, in training (fine stage) and in validation."""
+    border: CountOrNone = 2
+    """Coarse cells at the border of the images that never match."""
+
+    def __post_init__(self) -> None:
+        coarse, fine, layers, blocks = self.coarse, self.fine, self.layers, self.blocks
+        if coarse % HEADS or fine % HEADS or layers % 2 or layers < 2 or len(blocks) != 3:
+            raise InputError(
+                f"LoFTR needs coarse ({coarse}) and fine ({fine}) channels that are multiples of "
+                f"{HEADS}, an even number of layers ({layers}) and blocks of three layers "
+                f"({blocks})."
+            )
+
+
 class LoFTRTraining(TrainingModel):
-    """LoFTR and its losses.
+    """LoFTR and its losses."""
 
-    Args:
-        widths: of the network.
-        positional: frequencies of the positional encoding; the checkpoint's notes name them.
-        labels: at most so many labels of a video pair count, drawn at random.
-        fine_share: windows of the fine stage per coarse cell that could match.
-        fine_truth: at least so many of the windows are true pairs, the rest are predicted ones.
-        threshold: lowest confidence of a match, in training (fine stage) and at test.
-        border: coarse cells at the border of the images that never match.
-    """
+    options_type = LoFTROptions
 
-    name = "gim_loftr"
-
-    def __init__(
-        self,
-        *,
-        widths: Widths,
-        positional: Positional = "corrected",
-        labels: int = 2048,
-        fine_share: float = 0.3,
-        fine_truth: int = 100,
-        threshold: float = 0.2,
-        border: int = 2,
-    ) -> None:
+    def __init__(self, name: str, options: LoFTROptions) -> None:
         super().__init__()
-        self.network = LoFTR(positional=positional, widths=widths)
-        self.labels = labels
-        self.fine_share = fine_share
-        self.fine_truth = fine_truth
-        self.threshold = threshold
-        self.border = border
-        self.notes = {NOTE: positional}
+        self.name = name
+        self.options = options
+        self.network = LoFTR(positional=options.positional, widths=select(Widths, options))
+        self.threshold = options.threshold
+        self.notes = {NOTE: options.positional}
         _reset(self.network)
 
     def forward(self, batch: PairBatch) -> dict[str, torch.Tensor]:
@@ -97,7 +105,7 @@ class LoFTRTraining(TrainingModel):
         found = mutual_matches(
             tokens0.detach(), tokens1.detach(), self.threshold, mask0=a.mask, mask1=b.mask
         )
-        found = drop_border(found, a, b, self.border, "mask")
+        found = drop_border(found, a, b, self.options.border, "mask")
         facts = _facts(batch, a, b, found)
         coarse, fine = [], []
         first = 0
@@ -146,8 +154,8 @@ class LoFTRTraining(TrainingModel):
 
         ``places`` are those of the sample in ``found``.
         """
-        total = max(int(self.fine_share * candidates), 1)
-        reserved = min(self.fine_truth, total)
+        total = max(int(self.options.fine_share * candidates), 1)
+        reserved = min(self.options.fine_truth, total)
         drawn = torch.randperm(len(places), generator=generator)[: total - reserved]
         mine = (drawn + places.start).to(found.batch.device)
         index0, index1 = true
@@ -226,7 +234,7 @@ class LoFTRTraining(TrainingModel):
             column, line = (_round(xy / CELL) * CELL).unbind(1)
             keep &= valid[line, column]
         labels = labels[keep]
-        order = torch.randperm(len(labels), generator=generator)[: self.labels]
+        order = torch.randperm(len(labels), generator=generator)[: self.options.labels]
         labels = labels[order.to(labels.device)]
         return labels[:, :2], labels[:, 2:]
 
@@ -240,7 +248,7 @@ class LoFTRTraining(TrainingModel):
             images, masks = _both(batch)
             whole = bool(masks.all())
             sides = _split(net.encode(images, None if whole else masks))
-            found = net.match(*sides, threshold=self.threshold, border=self.border)
+            found = net.match(*sides, threshold=self.threshold, border=self.options.border)
         finally:
             net.train(was)
         keep = torch.ones_like(found.cells.batch, dtype=torch.bool)
@@ -435,66 +443,3 @@ def _reset(network: LoFTR) -> None:
             nn.init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def build(
-    name: str,
-    *,
-    encoder: int = 64,
-    blocks: tuple[int, ...] = (3, 4, 6),
-    coarse: int = 256,
-    middle: int = 196,
-    fine: int = 128,
-    layers: int = 8,
-    positional: Positional = "corrected",
-    labels: int = 2048,
-    fine_share: float = 0.3,
-    fine_truth: int = 100,
-    threshold: float = 0.2,
-    border: int = 2,
-) -> LoFTRTraining:
-    """LoFTR to be trained; the defaults are the published network and training.
-
-    Args:
-        name: ``gim_loftr``.
-        encoder: channels of ResNet-50's stem.
-        blocks: blocks of its three layers.
-        coarse: channels of coarse features, a multiple of 8.
-        middle: channels between coarse and fine features.
-        fine: channels of fine features, a multiple of 8.
-        layers: of the coarse transformer, an even number.
-        positional: ``corrected`` frequencies of the positional encoding, or the ``published`` ones
-            to go on from the published weights.
-        labels: see ``LoFTRTraining``, as what follows.
-        fine_share: of the coarse cells.
-        fine_truth: windows.
-        threshold: of the confidence, in (0, 1).
-        border: coarse cells.
-
-    Raises:
-        InputError: sizes that the network cannot have.
-    """
-    if coarse % HEADS or fine % HEADS or layers % 2 or layers < 2 or len(blocks) != 3:
-        raise InputError(
-            f"LoFTR needs coarse ({coarse}) and fine ({fine}) channels that are multiples of "
-            f"{HEADS}, an even number of layers ({layers}) and blocks of three layers ({blocks})."
-        )
-    if not 0 < threshold < 1:
-        raise InputError(f"LoFTR's threshold is {threshold}; a confidence is between 0 and 1.")
-    widths = Widths(
-        encoder=encoder,
-        blocks=tuple(blocks),
-        coarse=coarse,
-        middle=middle,
-        fine=fine,
-        layers=layers,
-    )
-    return LoFTRTraining(
-        widths=widths,
-        positional=positional,
-        labels=labels,
-        fine_share=fine_share,
-        fine_truth=fine_truth,
-        threshold=threshold,
-        border=border,
-    )

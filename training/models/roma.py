@@ -20,28 +20,58 @@ from gim_hloc.matchers.roma import DINOV2, check_tokens, load_dinov2
 from gim_hloc.networks.dinov2 import HEAD as DINOV2_HEAD
 from gim_hloc.networks.dinov2 import PATCH, DINOv2
 from gim_hloc.networks.roma import HEAD, RoMa, RoMaConfig
+from gim_hloc.options import options, select
 from gim_hloc.training.batch import PairBatch
 from gim_hloc.training.losses.common import Labels, Scales, Truth
 from gim_hloc.training.losses.roma import depth_loss, label_loss
-from gim_hloc.training.models.dense import DenseTraining, Draw
-from gim_hloc.training.models.dkm import by_stride
+from gim_hloc.training.models.dense import DenseOptions, DenseTraining
 
 _VGG_LAYERS = 40  # of torchvision's ``features`` that are used
+
+
+@options
+class RoMaOptions(DenseOptions, RoMaConfig):
+    """RoMa to be trained; the defaults are the published network and training."""
+
+    momentum: float = 0.01
+    """Of the running statistics in the refiners. The published one remembers hundreds of steps:
+    trainings of a few hundred need 0.1."""
+    dinov2: Path | None = None
+    """File of DINOv2's weights; None: the published file, where ``weights.locate`` finds it."""
+    untrained_dinov2: bool = False
+    """A small DINOv2 with fixed random weights instead, for tests and examples."""
+
+    def __post_init__(self) -> None:
+        dim = self.position + self.projected[16]
+        if dim > HEAD and dim % HEAD:
+            raise InputError(
+                f"position and the projection at stride 16 have {dim} channels together; above "
+                f"{HEAD}, a multiple of {HEAD} is needed."
+            )
 
 
 class RoMaTraining(DenseTraining):
     """RoMa and its losses.
 
-    Args:
-        name: of the matcher in the registry.
-        dinov2: gives the coarse features, frozen.
-        **options: see ``DenseTraining``.
+    Raises:
+        WeightsError: DINOv2 cannot be had or has another number of channels.
     """
 
+    options_type = RoMaOptions
     encoder_file = "vgg19_bn-c79401a0.pth"
 
-    def __init__(self, name: str, *, dinov2: DINOv2, **options: Any) -> None:
-        super().__init__(name, **options)
+    def __init__(self, name: str, options: RoMaOptions) -> None:
+        network = RoMa(select(RoMaConfig, options))
+        super().__init__(name, network, options)
+        for module in network.decoder.conv_refiner.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = options.momentum
+        if options.untrained_dinov2:
+            dinov2 = _untrained(options.tokens)
+        else:
+            path = options.dinov2 or weights.locate(DINOV2)
+            dinov2 = load_dinov2(weights.load_state_dict(path), path=str(path))
+            check_tokens(network, dinov2, path=name)
         # In a tuple, where nn.Module does not find it.
         self._outside = (dinov2.eval().requires_grad_(False),)
 
@@ -68,7 +98,7 @@ class RoMaTraining(DenseTraining):
     def predict(self, batch: PairBatch) -> tuple[Scales, Any]:
         """See ``DenseTraining``; more are the classes' logits and their certainty."""
         images = torch.cat([batch.image0, batch.image1])
-        recompute = self.recompute and torch.is_grad_enabled()
+        recompute = self.options.recompute and torch.is_grad_enabled()
         scales, coarse = self.network.match_scales(self.tokens(images), images, recompute=recompute)
         return scales, coarse
 
@@ -86,18 +116,14 @@ class RoMaTraining(DenseTraining):
 
     def both_ways(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``DenseTraining``."""
+        size, factor = self.options.upsample_size, 1.0
         sides = []
         for image in (batch.image0, batch.image1):
             fine = None
-            if self.upsample_size is not None:
-                fine = nn.functional.interpolate(
-                    image, self.upsample_size, mode="bilinear", align_corners=False
-                )
+            if size is not None:
+                fine = nn.functional.interpolate(image, size, mode="bilinear", align_corners=False)
+                factor = (size[0] * size[1] / (image.shape[-2] * image.shape[-1])) ** 0.5
             sides.append(self.network.encode(self.tokens(image), image, fine))
-        factor = 1.0
-        if self.upsample_size is not None:
-            width, height = batch.box
-            factor = (self.upsample_size[0] * self.upsample_size[1] / (width * height)) ** 0.5
         flow, certainty = self.network.match(*sides, scale_factors=(1.0, factor))
         return flow, certainty
 
@@ -112,99 +138,6 @@ class RoMaTraining(DenseTraining):
             if key.startswith(prefix) and int(key.split(".")[1]) < _VGG_LAYERS
         }
         return self.network.encoder["cnn"], part
-
-
-_FULL = RoMaConfig()
-
-
-def build(
-    name: str,
-    *,
-    tokens: int = _FULL.tokens,
-    vgg: tuple[int, ...] = _FULL.vgg,
-    projected: Mapping[int, int] | None = None,
-    displacement: Mapping[int, int] | None = None,
-    radius: Mapping[int, int] | None = None,
-    position: int = _FULL.position,
-    blocks: int = _FULL.blocks,
-    anchors: int = _FULL.anchors,
-    hidden: int = _FULL.hidden,
-    momentum: float = 0.01,
-    dinov2: str | Path | None = None,
-    untrained_dinov2: bool = False,
-    labels: int = 2048,
-    draw: Draw = "threshold",
-    num_matches: int = 5000,
-    upsample_size: tuple[int, int] | None = None,
-    recompute: bool = False,
-) -> RoMaTraining:
-    """RoMa to be trained; the defaults are the published network and training.
-
-    Args:
-        name: ``gim_roma``.
-        tokens: channels of DINOv2; see ``RoMaConfig``, as the next eight.
-        vgg: channels of the encoder at strides 1, 2, 4 and 8.
-        projected: channels by stride.
-        displacement: channels by stride.
-        radius: cells by stride.
-        position: channels.
-        blocks: of the coarse transformer.
-        anchors: on a side of the grid of classes.
-        hidden: blocks of a refiner after its first.
-        momentum: of the running statistics in the refiners. The published one remembers hundreds of
-            steps: trainings of a few hundred need 0.1.
-        dinov2: file of its weights; None: the published file, wherever ``weights.locate`` finds it.
-        untrained_dinov2: a small one with fixed random weights instead, for tests and examples
-            without weight files; ``RoMaTraining.dinov2_checkpoint`` gives its weights.
-        labels: see ``DenseTraining``, as what follows.
-        draw: "threshold" or "balanced".
-        num_matches: per sample.
-        upsample_size: (height, width) or None.
-        recompute: less memory, more time.
-
-    Raises:
-        InputError: sizes that the network cannot have.
-        WeightsError: DINOv2 cannot be had or has another number of channels.
-    """
-    projected = by_stride(projected) or dict(_FULL.projected)
-    dim = position + projected[16]
-    if dim > HEAD and dim % HEAD:
-        raise InputError(
-            f"position and the projection at stride 16 have {dim} channels together; above {HEAD}, "
-            f"a multiple of {HEAD} is needed."
-        )
-    config = RoMaConfig(
-        tokens=tokens,
-        vgg=tuple(vgg),  # type: ignore[arg-type]
-        projected=projected,
-        displacement=by_stride(displacement) or _FULL.displacement,
-        radius=by_stride(radius) if radius is not None else _FULL.radius,
-        position=position,
-        blocks=blocks,
-        heads=max(1, dim // HEAD),
-        anchors=anchors,
-        hidden=hidden,
-    )
-    network = RoMa(config)
-    for module in network.decoder.conv_refiner.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = momentum
-    if untrained_dinov2:
-        transformer = _untrained(tokens)
-    else:
-        path = weights.locate(DINOV2) if dinov2 is None else Path(dinov2)
-        transformer = load_dinov2(weights.load_state_dict(path), path=str(path))
-        check_tokens(network, transformer, path=name)
-    return RoMaTraining(
-        name,
-        dinov2=transformer,
-        network=network,
-        labels=labels,
-        draw=draw,
-        num_matches=num_matches,
-        upsample_size=upsample_size,
-        recompute=recompute,
-    )
 
 
 def _untrained(dim: int) -> DINOv2:
