@@ -319,7 +319,8 @@ def scene_figure(scene: PackedScene) -> go.Figure:
         legend={"x": 0, "y": 1, "itemsizing": "constant", "bgcolor": "rgba(0,0,0,0)"},
         updatemenus=[
             {
-                **{"type": "buttons", "direction": "left", "x": 1, "xanchor": "right", "y": 1},
+                **{"type": "buttons", "direction": "left", "x": 1, "xanchor": "right", "y": 0},
+                "yanchor": "bottom",
                 "buttons": [
                     {"label": label, "method": method, "args": args}
                     for label, method, args in (

@@ -383,6 +383,6 @@ def _sheet(panels: Sequence[np.ndarray], title: str, limit: float) -> np.ndarray
     legend = f"{_GOOD_PX:g} px to {limit:.1f} px from the true epipolar line"
     rows = [
         draw.caption(draw.join(panels, gap=_MARGIN)[0], [title], above=True),
-        draw.caption(bar, [legend]),
+        draw.caption(bar, [legend], width=480),
     ]
     return draw.join(rows, below=True, gap=_MARGIN, margin=_MARGIN)[0]
