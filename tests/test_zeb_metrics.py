@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import zlib
 
@@ -18,20 +17,6 @@ from gim_hloc.evaluation.zeb.published import PUBLISHED
 from gim_hloc.evaluation.zeb.sets import NAMES
 
 
-def auc_by_definition(errors: list[float], threshold: float) -> float:
-    """The polyline of the protocol, piece by piece."""
-    points = [(0.0, 0.0)]
-    for place, error in enumerate(sorted(errors), start=1):
-        if error >= threshold:
-            break
-        points.append((error, place / len(errors)))
-    points.append((threshold, points[-1][1]))
-    area = 0.0
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        area += (x1 - x0) * (y0 + y1) / 2
-    return area / threshold
-
-
 def make_dump(errors: dict[str, float], *, matcher: str = "a", dataset: str = "KITTI") -> Dump:
     records = tuple(
         DumpRecord(
@@ -45,26 +30,6 @@ def make_dump(errors: dict[str, float], *, matcher: str = "a", dataset: str = "K
         for name, error in errors.items()
     )
     return Dump(matcher=matcher, dataset=dataset, version="v", records=records)
-
-
-def test_auc_by_hand():
-    # (0,0) (1,1/4) (3,1/2) (5,1/2): 0.125 + 0.75 + 1 = 1.875, over 5.
-    assert metrics.auc([3.0, 1.0, 7.0, 180.0], [5.0])[0] == pytest.approx(1.875 / 5, abs=1e-15)
-
-
-def test_auc_leaves_out_an_error_at_the_threshold():
-    assert metrics.auc([5.0], [5.0]) == [0.0]
-    assert metrics.auc([np.nextafter(5.0, 0.0)], [5.0])[0] == pytest.approx(0.5)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    errors=st.lists(st.floats(0, 180), min_size=1, max_size=40),
-    threshold=st.floats(0.5, 180),
-)
-def test_auc_is_its_definition(errors: list[float], threshold: float):
-    expected = auc_by_definition(errors, threshold)
-    assert metrics.auc(errors, [threshold])[0] == pytest.approx(expected, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=40)
