@@ -62,8 +62,8 @@ _DISK: Presets = {
     "precise": {"max_size": 1600, "max_keypoints": 4096},
 }
 _XFEAT: Presets = {
-    "fast": {"max_size": 1024, "max_keypoints": 2048},
-    "base": {"max_size": 1024, "max_keypoints": 4096},
+    "fast": {"max_size": 1024, "max_keypoints": 4096},
+    "base": {"max_size": 1600, "max_keypoints": 4096},
     "precise": {"max_size": 1600, "max_keypoints": 8192},
 }
 _XFEAT_STAR: Presets = {
@@ -159,8 +159,8 @@ ROWS = (
     _row(
         "xfeat", "xfeat:XFeatMatcher", _XFEAT,
         "XFeat keypoints, mutual nearest neighbours with a ratio test: fastest on a processor",
-        "xfeat.pt", **{**_SPARSE, "descriptor_dim": 64},
-        min_confidence_sum={"fast": 15.0, "base": 20.0, "precise": 30.0},
+        "xfeat.pt", **{**_SPARSE, "descriptor_dim": 64, "default_size": 1600},
+        min_confidence_sum={"fast": 20.0, "base": 20.0, "precise": 30.0},
     ),
     _row(
         "xfeat_lighterglue", "xfeat:XFeatLighterGlue", _LIGHTERGLUE,

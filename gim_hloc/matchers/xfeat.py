@@ -112,7 +112,7 @@ class XFeatStar(MatcherBase[XFeatStarEncoding]):
             device=device,
             weights_hashes={file: weights.sha256(path)},
         )
-        self.network = load_network(path).requires_grad_(False).to(device)
+        self.network = load_network(path).to(device)
 
     @torch.inference_mode()
     def encode(self, image: ImageData) -> XFeatStarEncoding:

@@ -95,8 +95,8 @@ class XFeat(nn.Module):
         self.fine_matcher = nn.Sequential(*hidden, nn.Linear(512, CELL * CELL))
 
     def fold(self) -> XFeat:
-        """Fold batch normalisation into the convolutions; the weights must be there."""
-        self.eval()
+        """Fold batch normalisation into the convolutions: faster, and trained no more."""
+        self.eval().requires_grad_(False)
         for module in list(self.modules()):
             if isinstance(module, _Layer):
                 module.fold()
