@@ -26,10 +26,8 @@ from gim_hloc.training.video import hdr, sources
 from gim_hloc.training.video.frames import (
     ImageSequence,
     VideoReader,
-    measure_motion,
     on_grid,
     open_source,
-    pick_frames,
     write_frames,
 )
 from gim_hloc.training.video.options import (
@@ -38,6 +36,7 @@ from gim_hloc.training.video.options import (
     LabelOptions,
     SamplingOptions,
 )
+from gim_hloc.training.video.picks import measure_motion, pick_frames
 from gim_hloc.training.video.sampling import make_plan, time_range
 
 av = pytest.importorskip("av", reason="PyAV reads videos")

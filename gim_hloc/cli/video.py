@@ -79,7 +79,8 @@ def _frames(argv: Sequence[str]) -> int:
     )
 
     def work() -> None:
-        from gim_hloc.training.video.frames import open_source, pick_frames
+        from gim_hloc.training.video.frames import open_source
+        from gim_hloc.training.video.picks import pick_frames
         from gim_hloc.training.video.sources import download, find_source
 
         out = places["out"]

@@ -1,16 +1,14 @@
-"""Frames of videos: read by time stamp, written as images, chosen for a reconstruction."""
+"""Frames of videos: read by time stamp, written as images."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,22 +17,16 @@ import numpy as np
 
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
-from gim_hloc.lock import FolderLock
 from gim_hloc.training.video import hdr
-from gim_hloc.training.video.options import FrameOptions, FramesOptions, SamplingOptions
-from gim_hloc.training.video.sampling import time_range
+from gim_hloc.training.video.options import FrameOptions
 
 if TYPE_CHECKING:
     import av
 
 logger = logging.getLogger(__name__)
 
-_ALIKE = 30  # grey levels by which the surroundings of a tracked corner differ at most
 _PROBED = 48  # frames decoded to see whether time stamps are in display order
 _EVEN = 0.1  # share by which the spacing of evenly spaced frames may vary, and of those that do
-_PICKED_FPS = 2.0  # frames a second that a reconstruction gets by default
-_SHARPNESS_SIZE = 960  # px: long side at which sharpness is judged
-_MOTION_SIZE = 480  # px: long side at which motion is measured
 _SLACK = 0.1  # s by which the last packet may end before a file says that it ends
 _HD_ROWS = 720  # from this height on, untagged videos are taken for BT.709, below for BT.601
 
@@ -601,217 +593,3 @@ def warn_of_damage(source: FrameSource) -> None:
             source.path,
             source.damaged,
         )
-
-
-# --------------------------------------------------------------------------- for a reconstruction
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picked:
-    """One chosen frame."""
-
-    path: Path
-    index: int  # in display order
-    time: float  # s after the first frame
-    sharpness: float  # variance of the Laplacian of the gray image in [0, 255]
-    motion: float  # since the frame chosen before, share of the long side; nan for the first
-
-
-@dataclass(kw_only=True)
-class PickReport:
-    """What `pick_frames` did."""
-
-    frames: list[Picked] = field(default_factory=list)
-    buckets: int = 0  # time buckets with frames
-    still: int = 0  # buckets left out for lack of motion
-    damaged: int = 0  # see `FrameSource`
-
-
-def pick_frames(
-    source: FrameSource,
-    out: str | os.PathLike[str],
-    options: FramesOptions,
-    *,
-    prefix: str = "frame",
-    progress: bool = False,
-) -> PickReport:
-    """Write the sharpest frame of every time bucket, leaving out those without motion.
-
-    A bucket whose sharpest frame moved less than ``min_motion`` since the last chosen one gives
-    none: reconstruction gains nothing from views of one place. Beside the images, ``frames.csv``
-    lists file, index, time, sharpness and motion. Frames of the same video that an earlier run has
-    listed there and this one does not choose are deleted; those of other videos stay.
-
-    Args:
-        source: the video.
-        out: folder, made if needed.
-        options: see there.
-        prefix: of the files: ``<prefix>_<index>.jpg``.
-        progress: show a progress bar.
-
-    Raises:
-        InputError: the range is empty, or the video cannot be read.
-        LockedError: another run writes to the folder.
-        OutputError: the folder cannot be written, or has a ``frames.csv`` of something else.
-    """
-    from tqdm import tqdm
-
-    whole = SamplingOptions(start=options.start, end=options.end, trim=0.0)
-    # The last frame is shown for a while too: otherwise it would have a bucket of its own.
-    duration = float(source.times[-1])
-    start, end = time_range(duration, whole) if duration > 0 else (0.0, 0.0)
-    inside = np.flatnonzero((source.times >= start) & (source.times <= end))
-    shown = end - start + 1 / source.fps
-    fps = options.fps or _PICKED_FPS
-    buckets = options.num or max(1, math.ceil(shown * fps - 1e-6))
-    width = shown / buckets if options.num else 1 / fps
-    out = Path(out)
-    report = PickReport()
-    best: tuple[float, Frame] | None = None
-    current = -1
-    chosen_gray: np.ndarray | None = None
-
-    def finish() -> None:
-        nonlocal chosen_gray
-        if best is None:
-            return
-        report.buckets += 1
-        sharpness, frame = best
-        gray = frame.gray(_MOTION_SIZE)
-        motion = math.nan if chosen_gray is None else measure_motion(chosen_gray, gray)
-        if motion < options.min_motion:
-            report.still += 1
-            return
-        chosen_gray = gray
-        path = out / f"{prefix}_{frame.index:06d}.{options.format}"
-        report.frames.append(
-            Picked(
-                path=path,
-                index=frame.index,
-                time=frame.time,
-                sharpness=sharpness,
-                motion=motion,
-            )
-        )
-        listing.add(report.frames[-1])
-        try:
-            write_atomic(path, frame_file(frame.rgb(), options))
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error}.") from error
-
-    with FolderLock(out):
-        listing = _Listing(out / "frames.csv", prefix)
-        bar = tqdm(
-            source.read(inside.tolist()),
-            total=len(inside),
-            desc="frames",
-            unit="frame",
-            disable=None if progress else True,
-        )
-        for frame in bar:
-            bucket = min(buckets - 1, int((frame.time - start) / width + 1e-9))
-            if bucket != current:
-                finish()
-                best, current = None, bucket
-            sharpness = measure_sharpness(frame.gray(_SHARPNESS_SIZE))
-            if best is None or sharpness > best[0]:
-                best = sharpness, frame
-        finish()
-        report.damaged = source.damaged
-        warn_of_damage(source)
-        listing.finish(report.frames)
-    return report
-
-
-def measure_sharpness(gray: np.ndarray) -> float:
-    """Variance of the Laplacian of a gray image (H, W) uint8: comparable within one scene only."""
-    import cv2
-
-    return float(cv2.Laplacian(gray, cv2.CV_32F).var())
-
-
-def measure_motion(before: np.ndarray, after: np.ndarray) -> float:
-    """Median displacement of corners between two gray images, as a share of the long side.
-
-    Corners are tracked there and back by pyramidal Lucas-Kanade. Where fewer than a fifth of them
-    survive, the view has changed beyond what that can follow: 1.
-
-    Args:
-        before: (H, W) uint8.
-        after: of the same size.
-    """
-    import cv2
-
-    corners = cv2.goodFeaturesToTrack(before, 400, 0.01, 5)
-    if corners is None or len(corners) < 8:
-        # Nothing to track: compare the images as a whole.
-        return float(np.abs(before.astype(np.float32) - after).mean() > 2.0)
-    window = {"winSize": (21, 21), "maxLevel": 4}
-    there, good, error = cv2.calcOpticalFlowPyrLK(before, after, corners, None, **window)  # type: ignore[call-overload]
-    back, good_back, _ = cv2.calcOpticalFlowPyrLK(after, before, there, None, **window)  # type: ignore[call-overload]
-    closed = np.linalg.norm((back - corners).reshape(-1, 2), axis=1) < 1.0
-    alike = error.ravel() < _ALIKE
-    kept = (good.ravel() == 1) & (good_back.ravel() == 1) & closed & alike
-    if kept.sum() < len(corners) / 5:
-        return 1.0
-    shift = np.linalg.norm((there - corners).reshape(-1, 2)[kept], axis=1)
-    return float(np.median(shift) / max(before.shape))
-
-
-class _Listing:
-    """The file ``frames.csv``: frames of this run, and of other videos in the same folder.
-
-    What an earlier run on the same video has listed stays until the end of this one.
-    """
-
-    _COLUMNS = ("file", "index", "time_s", "sharpness", "motion")
-
-    def __init__(self, path: Path, prefix: str) -> None:
-        self._path = path
-        mine = re.compile(rf"{re.escape(prefix)}_\d+\.(jpg|png)")
-        rows: list[list[str]] = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                rows = list(csv.reader(file))
-            if rows[:1] != [list(self._COLUMNS)]:
-                raise OutputError(
-                    f"{path} is no list of gim-video, which would be replaced: move it away, or "
-                    "choose another folder."
-                )
-            rows = [row for row in rows if len(row) == len(self._COLUMNS)]
-        self._others = [r for r in rows[1:] if not mine.fullmatch(r[0])]
-        self._before = [r for r in rows[1:] if mine.fullmatch(r[0])]
-        self._write([*self._others, *self._before])
-
-    def add(self, frame: Picked) -> None:
-        """List a frame before it is written: what is listed is ours, all else the user's."""
-        if frame.path.exists() and frame.path.name not in {row[0] for row in self._before}:
-            raise OutputError(
-                f"{frame.path} is in the way and no frame of gim-video: move it away, or choose "
-                "another folder."
-            )
-        try:
-            with self._path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerow(self._row(frame))
-        except OSError as error:
-            raise OutputError(f"{self._path} cannot be written: {error}.") from error
-
-    def finish(self, frames: Sequence[Picked]) -> None:
-        """List these frames, and delete those of an earlier run that are not among them."""
-        kept = {frame.path.name for frame in frames}
-        for name in {row[0] for row in self._before} - kept:
-            (self._path.parent / name).unlink(missing_ok=True)
-        self._write([*self._others, *map(self._row, frames)])
-
-    def _row(self, frame: Picked) -> list[str]:
-        motion = "" if math.isnan(frame.motion) else f"{frame.motion:.5f}"
-        numbers = [str(frame.index), f"{frame.time:.6f}", f"{frame.sharpness:.2f}", motion]
-        return [frame.path.name, *numbers]
-
-    def _write(self, rows: Sequence[Sequence[str]]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self._COLUMNS, *rows])
-        try:
-            write_atomic(self._path, text.getvalue())
-        except OSError as error:
-            raise OutputError(f"{self._path} cannot be written: {error}.") from error
