@@ -17,6 +17,7 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -28,7 +29,7 @@ import statistics
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,15 +70,10 @@ _CHUNK = 16  # starts that a worker gets at a time: neighbours, which share thei
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Propagated:
-    """What became of one start frame.
-
-    Attributes:
-        record: all but the labels.
-        labels: (n, 4) float32 x0, y0, x1, y1 in the two frames that were reached; None if failed.
-    """
+    """What became of one start frame."""
 
     record: StartRecord
-    labels: np.ndarray | None
+    labels: np.ndarray | None  # (n, 4) float32 x0, y0, x1, y1 in the frames reached; None if failed
 
 
 # ------------------------------------------------------------------------------------------- starts
@@ -90,14 +86,11 @@ def find_starts(
 
     A frame is a start if all pairs that a full largest step from it can be made of are labelled,
     and one more largest step (video.md section 6 for three steps; the same rule for any number).
+    Its target lies ``reach`` largest steps ahead, at most at the end of the last pair of one.
 
     Args:
         counts: step -> for each labelling round, pair -> number of labels.
-        options: ``start_labels_above``, ``require`` and ``reach`` are used.
-
-    Returns:
-        (start, target) by start; the target lies ``reach`` largest steps ahead, at most at the end
-        of the last pair of the largest step.
+        options: of them ``start_labels_above``, ``require`` and ``reach``.
     """
     steps = check_steps(counts)
     largest = steps[-1]
@@ -150,50 +143,40 @@ def check_steps(steps: Iterable[int]) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------ joining
 
 
+@dataclass(slots=True, eq=False)
 class _Segment:
-    """Labels between two frames, with what joins derive from them.
+    """Labels between two frames, with what joins derive from them."""
 
-    Attributes:
-        points0, points1: (n, 2) float32 pixels.
-        cells0, cells1: (n,) int32 cells of these points in the table of `_Joiner`.
-        last_rows: (u,) int32 rows that are the last of their cell 0; None until a join needs them.
-        last_cells: (u,) their cells.
-        tree: k-d tree of ``points0``; None until a join needs it.
-    """
-
-    __slots__ = ("cells0", "cells1", "last_cells", "last_rows", "points0", "points1", "tree")
-
-    def __init__(
-        self, points0: np.ndarray, points1: np.ndarray, cells0: np.ndarray, cells1: np.ndarray
-    ) -> None:
-        self.points0, self.points1 = points0, points1
-        self.cells0, self.cells1 = cells0, cells1
-        self.last_rows: np.ndarray | None = None
-        self.last_cells: np.ndarray | None = None
-        self.tree: Any = None
+    points0: np.ndarray  # (n, 2) float32 pixels
+    points1: np.ndarray
+    cells0: np.ndarray  # (n,) int32 cells of the points in the table of `_Joiner`
+    cells1: np.ndarray
+    # Made when a join needs them: rows that are the last of their cell 0, and these cells; a k-d
+    # tree of points0.
+    last: tuple[np.ndarray, np.ndarray] | None = None
+    tree: Any = None
 
     @classmethod
     def concatenate(cls, parts: Sequence[_Segment]) -> _Segment:
         if len(parts) == 1:
             return parts[0]
-        names = ("points0", "points1", "cells0", "cells1")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        rows = ((part.points0, part.points1, part.cells0, part.cells1) for part in parts)
+        points0, points1, cells0, cells1 = (np.concatenate(t) for t in zip(*rows, strict=True))
+        return cls(points0, points1, cells0, cells1)
 
     @property
     def nbytes(self) -> int:
         return 40 * len(self.cells0)  # about; derived parts included
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Link:
     """Labels of a chain, as rows of its first and last segment: what a join need not touch."""
 
-    __slots__ = ("first", "head", "last", "tail")
-
-    def __init__(
-        self, head: _Segment, first: np.ndarray | None, tail: _Segment, last: np.ndarray | None
-    ) -> None:
-        self.head, self.first = head, first  # None: all rows
-        self.tail, self.last = tail, last
+    head: _Segment
+    first: np.ndarray | None  # rows of the head; None: all
+    tail: _Segment
+    last: np.ndarray | None  # rows of the tail; None: all
 
     def __len__(self) -> int:
         return len(self.head.cells0 if self.first is None else self.first)
@@ -249,18 +232,19 @@ class _Joiner:
         return _Link(left.head, first, right, rows1)
 
     def _shared(self, left: _Link, right: _Segment) -> tuple[np.ndarray, np.ndarray]:
-        if right.last_rows is None or right.last_cells is None:
-            right.last_rows, right.last_cells = self._last_of_cells(right.cells0)
+        if right.last is None:
+            right.last = self._last_of_cells(right.cells0)
+        last_rows, last_cells = right.last
         cells = _take(left.tail.cells1, left.last)
         table = self._table
         # NumPy assigns in order, so that the last row of a pixel stays.
         table[cells] = np.arange(len(cells), dtype=np.int32)
         table[0] = -1
-        rows0 = table[right.last_cells]
+        rows0 = table[last_cells]
         table[cells] = -1
         hits = np.flatnonzero(rows0 >= 0)
         partner = np.full(len(cells), -1, dtype=np.int32)
-        partner[rows0[hits]] = right.last_rows[hits]
+        partner[rows0[hits]] = last_rows[hits]
         rows0 = np.flatnonzero(partner >= 0)
         return rows0, partner[rows0]
 
@@ -334,12 +318,7 @@ class Propagator:
         self._kept_bytes = 0
 
     def run(self, start: int, target: int) -> Propagated:
-        """Propagate from one start frame.
-
-        Args:
-            start: first frame.
-            target: frame to reach at best.
-        """
+        """Propagate from one start frame towards another."""
         chain = self._chain(start, target, len(self.steps))
         # A chain of one segment is redone with the smaller steps, whose labels it was not made of
         # alone: what it then reaches has passed at least one join.
@@ -472,8 +451,7 @@ class Propagator:
 
 def _segments(start: int, target: int, step: int) -> list[Pair]:
     """Hops of ``step`` from start to target; the last may be shorter."""
-    stops = [*range(start, target, step), target]
-    return list(itertools.pairwise(stops))
+    return list(itertools.pairwise([*range(start, target, step), target]))
 
 
 def propagate(
@@ -514,27 +492,16 @@ def propagate(
 
 @dataclass(frozen=True, kw_only=True)
 class PropagationSummary:
-    """What came of propagating one video.
+    """What came of propagating one video."""
 
-    Attributes:
-        path: h5 file of the labels.
-        facts: of the video.
-        records: one per start frame, by start.
-        rounds: labelling rounds used, e.g. ``sift``, ``sift (zoom)``.
-        steps: between frames of the labels.
-        resumed: starts taken over from an earlier run.
-        seconds: wall time.
-        notes: what kept starts from being found, where there are none.
-    """
-
-    path: Path
+    path: Path  # h5 file of the labels
     facts: VideoFacts
-    records: tuple[StartRecord, ...]
-    rounds: tuple[str, ...]
-    steps: tuple[int, ...]
-    resumed: int
-    seconds: float
-    notes: tuple[str, ...] = field(default=())
+    records: tuple[StartRecord, ...]  # by start
+    rounds: tuple[str, ...]  # labelling rounds used, e.g. ``sift``, ``sift (zoom)``
+    steps: tuple[int, ...]  # between frames of the labels
+    resumed: int  # starts taken over from an earlier run
+    seconds: float  # wall time
+    notes: tuple[str, ...] = ()  # what kept starts from being found, where there are none
 
     @property
     def made(self) -> list[StartRecord]:
@@ -596,9 +563,8 @@ class PropagationSummary:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for r in self.records:
-            i, j = r.reached or ("", "")
-            row = [r.start, r.target, i, j, r.distance, r.hops, r.joined, r.count, r.ended]
-            writer.writerow([*row, r.failure])
+            ends = (r.start, r.target, *(r.reached or ("", "")))
+            writer.writerow([*ends, r.distance, r.hops, r.joined, r.count, r.ended, r.failure])
         return text.getvalue()
 
 
@@ -646,19 +612,8 @@ def propagate_video(
 
     Beside ``NAME.h5``, ``NAME.json`` and ``NAME.csv`` say what became of every start. A run that
     was interrupted goes on where it stopped; what was made of other labels or with other options
-    stands until this is finished, and is kept for when they come back.
-
-    Args:
-        base: step -> labels of the labelling rounds, in the order in which they are pooled. A round
-            that holds several steps stands under each.
-        output: the h5 file; see `PropagatedStore`.
-        options: the constants.
-        where: who does the work.
-        overwrite: start anew in any case.
-        progress: show a bar.
-
-    Returns:
-        What became of every start.
+    stands until this is finished, and is kept for when they come back, unless ``overwrite``.
+    ``base`` holds the labelling rounds of each step in the order in which they are pooled.
 
     Raises:
         InputError: labels of different videos or frame sizes, steps that do not fit, a round that
@@ -816,14 +771,7 @@ def _why_no_starts(
 
 
 def rounds_by_step(stores: Iterable[LabelStore]) -> dict[int, list[LabelStore]]:
-    """Order the labels of a video for `propagate_video`.
-
-    Args:
-        stores: one per labelling round, each with any number of steps.
-
-    Returns:
-        step -> rounds that were asked for it, plain before zoomed, by labeller.
-    """
+    """Step -> labelling rounds that were asked for it, by labeller, plain before zoomed."""
     ordered = sorted(stores, key=lambda store: (store.info.labeller, store.info.zoom))
     steps = sorted({step for store in ordered for step in store.info.steps})
     return {step: [store for store in ordered if step in store.info.steps] for step in steps}
@@ -842,37 +790,22 @@ def propagate_folder(
     overwrite: bool = False,
     progress: bool = False,
 ) -> PropagationSummary:
-    """Propagate all labels in the folder of a video into ``propagated.h5`` there.
-
-    Args:
-        video: the folder.
-        options: the constants.
-        labellers: only labels of these; none takes all.
-        where: who does the work.
-        overwrite: start anew in any case.
-        progress: show a bar.
+    """Propagate labels in the folder of a video, of all or some labellers; see `propagate_video`.
 
     Raises:
-        InputError: as `propagate_video`; labels of frames of another size than the stored ones.
-        OutputError: as `propagate_video`.
+        InputError: labels of frames of another size than the stored ones.
     """
-    stores = video.stores(labellers)
-    try:
-        size = video.info.size
+    size = video.info.size
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(store) for store in video.stores(labellers)]
         for store in stores:
             if store.info.size != size:
                 raise InputError(
                     f"{store.path} holds labels of frames of size {store.info.size}, the frames in "
                     f"{video.frames} are {size}: label again (--overwrite)."
                 )
+        output = video.root / FILE_NAME
+        rounds = rounds_by_step(stores)
         return propagate_video(
-            rounds_by_step(stores),
-            video.root / FILE_NAME,
-            options,
-            where=where,
-            overwrite=overwrite,
-            progress=progress,
+            rounds, output, options, where=where, overwrite=overwrite, progress=progress
         )
-    finally:
-        for store in stores:
-            store.close()
