@@ -23,6 +23,7 @@ import numpy as np
 from gim_hloc.errors import InputError
 from gim_hloc.images import SUFFIXES as IMAGE_SUFFIXES
 from gim_hloc.options import Count, options
+from gim_hloc.pairs.base import natural_key
 from gim_hloc.training.data.depth_maps import SUFFIXES as DEPTH_SUFFIXES
 from gim_hloc.training.data.posed import PosedOptions, PosedViews, View
 
@@ -62,7 +63,7 @@ def _views(scene: Path, options: RgbdOptions) -> list[View]:
     depths = _by_stem(scene / "depth", DEPTH_SUFFIXES)
     poses = _by_stem(scene / "pose", (".txt",))
     views = []
-    names = sorted(images.keys() & depths.keys() & poses.keys(), key=_natural)
+    names = sorted(images.keys() & depths.keys() & poses.keys(), key=natural_key)
     for name in names[:: options.stride]:
         pose = read_matrix(poses[name], (4,))
         if options.poses == "camera_to_world" and np.isfinite(pose).all():
@@ -77,10 +78,6 @@ def _views(scene: Path, options: RgbdOptions) -> list[View]:
             )
         )
     return views
-
-
-def _natural(name: str) -> tuple[int, str]:
-    return (int(name) if name.isdigit() else 0, name)
 
 
 def _by_stem(folder: Path, suffixes: Any) -> Mapping[str, Path]:

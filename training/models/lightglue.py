@@ -64,13 +64,10 @@ class Points(NamedTuple):
 
 
 class FeatureCache:
-    """Keypoints of images that were seen before, by the content of the image.
+    """Keypoints of the images used last, by the content of the image; a limit of 0 keeps none.
 
     A frozen detector gives the same image the same keypoints, and on a processor takes longer than
     a step of a small LightGlue. Worth its memory where images come back unchanged.
-
-    Args:
-        limit: images that are kept, those used last; 0 keeps none.
     """
 
     def __init__(self, limit: int) -> None:
@@ -78,11 +75,9 @@ class FeatureCache:
         self._kept: OrderedDict[bytes, Points] = OrderedDict()
 
     def key(self, *tensors: torch.Tensor) -> bytes:
-        """Of everything that keypoints depend on; empty if nothing is kept."""
-        if not self.limit:
-            return b""
+        """Of everything that keypoints depend on."""
         digest = hashlib.blake2b(digest_size=16)
-        for tensor in tensors:
+        for tensor in tensors if self.limit else ():
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.digest()
 

@@ -6,17 +6,21 @@ import hashlib
 import io
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import cv2
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
+from gim_hloc.images import SUFFIXES, read_rgb
+from gim_hloc.pairs.base import natural_key
 from gim_hloc.training.video import hdr
 from gim_hloc.training.video.options import FrameOptions
 
@@ -422,19 +426,16 @@ class ImageSequence:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, fps: float = 30.0) -> None:
-        from gim_hloc.images import SUFFIXES, read_rgb
-
         if not fps > 0:
             raise InputError(f"The frame rate is {fps}, it must be positive.")
         self.path = Path(path)
         self.fps = float(fps)
         self.damaged = 0
         self.remarks: list[str] = []
-        self._files = sorted(
-            (p for p in self.path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()),
-            key=lambda p: _natural(p.name),
+        images = (
+            p for p in self.path.glob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file()
         )
-        self._files = [p for p in self._files if not p.name.startswith(".")]
+        self._files = sorted(images, key=lambda p: natural_key(p.name))
         if not self._files:
             raise InputError(f"{self.path} holds no images, and no video is named so.")
         rows, columns = read_rgb(self._files[0]).shape[:2]
@@ -456,8 +457,6 @@ class ImageSequence:
             )
 
     def _load(self, path: Path) -> np.ndarray:
-        from gim_hloc.images import read_rgb
-
         array = read_rgb(path)
         rows, columns = array.shape[:2]
         if (columns, rows) != self.size:
@@ -473,19 +472,11 @@ def _same(array: np.ndarray) -> np.ndarray:
 
 
 def _reduced_gray(rgb: np.ndarray, max_size: int) -> np.ndarray:
-    import cv2
-
     gray: np.ndarray = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     size = reduced_size((gray.shape[1], gray.shape[0]), max_size)
     if size != (gray.shape[1], gray.shape[0]):
         gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
     return gray
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Sorting key: runs of digits count as numbers."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(p)) if p.isdecimal() else (1, p) for p in parts if p]
 
 
 def open_source(path: str | os.PathLike[str], *, fps: float = 30.0) -> FrameSource:
@@ -524,9 +515,6 @@ def reduced_size(size: tuple[int, int], max_size: int | None) -> tuple[int, int]
 
 def frame_file(rgb: np.ndarray, options: FrameOptions) -> bytes:
     """JPEG (colours at full resolution) or PNG of a frame, reduced as the options say."""
-    import cv2
-    from PIL import Image
-
     size = (rgb.shape[1], rgb.shape[0])
     reduced = reduced_size(size, options.max_size)
     if reduced != size:
@@ -563,8 +551,6 @@ def write_frames(
         InputError: the video cannot be read.
         OutputError: an image cannot be written.
     """
-    from tqdm import tqdm
-
     missing = [int(n) for n in indices if not path_of(int(n)).exists()]
     users: dict[int, list[int]] = {}
     for n, position in zip(missing, on_grid(source, missing).tolist(), strict=True):
