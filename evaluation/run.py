@@ -162,8 +162,8 @@ def evaluate(
             where = options.where
             matcher = loader.load((*where.devices, where.device)[0])
             settings = {"encode": matcher.encode_settings(), "match": matcher.match_settings()}
-            stem, text = settings_stem(name, settings)
             info = matcher.info
+            stem, text = settings_stem(info.name, settings)
             if where.devices or where.engine == "ray":  # the work is done elsewhere
                 loader.made.clear()
                 del matcher

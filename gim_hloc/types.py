@@ -31,17 +31,18 @@ class MatcherInfo:
 
     name: str
     kind: Kind
-    checkpoint: tuple[str, ...]  # weight files by their published names; empty if it learns nothing
-    licence: str  # of code and weights, e.g. "BSD-3-Clause (ALIKED), Apache-2.0 (LightGlue)"
-    commercial: bool  # whether that licence allows commercial use
-    colour: Literal["rgb", "gray"]
-    default_size: int  # long side in pixels at the ``base`` operating point
-    summary: str  # one line for ``describe()``
+    summary: str = ""  # one line for ``describe()``
+    checkpoint: tuple[str, ...] = ()  # weight files of ``gim-weights`` by their published names
+    licence: str = "not stated"  # of code and weights, e.g. "Apache-2.0 (LightGlue)"
+    commercial: bool = False  # whether that licence allows commercial use
+    colour: Literal["rgb", "gray"] = "rgb"
+    default_size: int = 0  # long side in pixels at the ``base`` operating point
     rotation_invariant: bool = False  # whether images may be turned against each other at will
     # Sum of the inliers' confidences that no pair of unrelated images reaches, by operating point;
     # calibrated (docs/accuracy.md), and empty where it is not.
     min_confidence_sum: Mapping[Quality, float] = field(default_factory=dict)
     descriptor_dim: int | None = None  # numbers in a descriptor; None takes any
+    binary: bool = False  # descriptors are bits, eight in a uint8
     # Whether a matcher without keypoints is faster on a processor with several pairs side by side.
     side_by_side: bool = False
 
@@ -106,8 +107,8 @@ class SparseEncoding(Encoding):
     Attributes:
         keypoints: (N, 2) float32 x, y in stored pixels, hloc's frame, strongest first.
         network_keypoints: (N, 2) float32 x, y in network pixels (upright), hloc's frame.
-        descriptors: (N, D) float16. Half precision also in memory, so that encodings read back from
-            ``features.h5`` match exactly as fresh ones do.
+        descriptors: (N, D) float16, or uint8 of binary ones. Half precision also in memory, so that
+            encodings read back from ``features.h5`` match exactly as fresh ones do.
         scores: (N,) float32 detection scores.
         cache: values that a matcher derives from the encoding alone and reuses for all its pairs.
             Never stored.
@@ -140,6 +141,8 @@ class SparseEncoding(Encoding):
         ones in both cases, so that both match alike.
         """
         keypoints = keypoints.detach().float().cpu()
+        if descriptors.dtype != torch.uint8:
+            descriptors = descriptors.half()
         return cls(
             name=name,
             size=(int(size[0]), int(size[1])),
@@ -147,7 +150,7 @@ class SparseEncoding(Encoding):
             to_original=np.asarray(to_original, dtype=np.float64),
             keypoints=keypoints,
             network_keypoints=apply_affine(invert_affine(to_original), keypoints),
-            descriptors=descriptors.detach().half().cpu(),
+            descriptors=descriptors.detach().cpu(),
             scores=scores.detach().float().cpu(),
         )
 
@@ -155,7 +158,7 @@ class SparseEncoding(Encoding):
         """Datasets and attributes of a feature group in hloc's layout."""
         arrays: dict[str, np.ndarray] = {
             "keypoints": self.keypoints.cpu().numpy().astype(np.float32),
-            "descriptors": self.descriptors.cpu().numpy().astype(np.float16).T,
+            "descriptors": self.descriptors.cpu().numpy().T,
             "scores": self.scores.cpu().numpy().astype(np.float32),
             "image_size": np.array(self.size, dtype=np.int64),
         }

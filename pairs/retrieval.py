@@ -205,7 +205,7 @@ def mutual_neighbours(
     """
 
     def strongest(names: Sequence[str], local: Mapping[str, np.ndarray], index: int) -> np.ndarray:
-        rows = np.asarray(local[names[index]][:_STRONGEST], dtype=np.float32)
+        rows = _vectors(local[names[index]][:_STRONGEST])
         return _unit(rows).astype(np.float16)  # half: all images stay in memory
 
     first = cache(partial(strongest, names, local))
@@ -321,12 +321,12 @@ def codebook(
     sample = []
     lengths = set()
     for i in range(n):
-        rows = np.asarray(local_descriptors[i])
+        rows = _vectors(local_descriptors[i])
         lengths.add(rows.shape[1])
         if len(rows) > share:
             chosen = np.random.default_rng([seed, i]).choice(len(rows), share, replace=False)
             rows = rows[np.sort(chosen)]
-        sample.append(rows.astype(np.float32))
+        sample.append(rows)
     if len(lengths) > 1:
         raise ValueError(f"Local descriptors of different length: {sorted(lengths)}")
     if not any(len(rows) for rows in sample):
@@ -339,13 +339,20 @@ def aggregate(local_descriptors: Sequence[np.ndarray], centres: np.ndarray) -> n
     n, clusters = len(local_descriptors), len(centres)
     out = np.zeros((n, centres.size), dtype=np.float32)
     for i in range(n):
-        rows = np.asarray(local_descriptors[i], dtype=np.float32)
+        rows = _vectors(local_descriptors[i])
         if len(rows) == 0:
             continue
         sums, counts = _cluster_sums(rows, _assign(rows, centres), clusters)
         blocks = _unit(sums - counts[:, None] * centres)
         out[i] = _unit(blocks.ravel())
     return out
+
+
+def _vectors(rows: np.ndarray) -> np.ndarray:
+    """Descriptors (n, D) as float32; binary ones (uint8) as a vector of their bits, ±1/2."""
+    if rows.dtype == np.uint8:
+        return np.unpackbits(rows, axis=1).astype(np.float32) - np.float32(0.5)
+    return np.asarray(rows, dtype=np.float32)
 
 
 def _cluster_sums(

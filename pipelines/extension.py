@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gim_hloc import images as image_module
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.images import ImageRecord, ImageSet, RejectedImage
+from gim_hloc.matchers import refuse_code
 from gim_hloc.pipelines.maps import SceneMap, open_map, shared_camera
 from gim_hloc.poses import KnownPoses
 from gim_hloc.store import cache_path, remove_cache
@@ -77,6 +78,8 @@ class Extension:
             elif isinstance(value, list):
                 value = tuple(value)
             asked = getattr(given, name)
+            if name in ("matcher", "anchors") and asked != value:
+                refuse_code(str(value), f"The map {self.folder}", f"--{name}")
             if asked not in (getattr(default, name), value):
                 raise InputError(
                     f"--{name.replace('_', '-')} {asked}: the map {self.folder} was made with "

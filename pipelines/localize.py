@@ -481,6 +481,8 @@ class _Localization:
         theirs = made.get("matcher")
         if made.get("features"):  # its keypoints came from a file
             theirs = None
+        if theirs is not None and options.matcher is None:
+            matchers.refuse_code(theirs, f"The map {self.map_folder}", "--matcher")
         name = options.matcher or theirs
         if name is None:
             raise InputError(
@@ -535,6 +537,9 @@ class _Localization:
         self.map_features = MapFeatures(self.map.features, self.map.views)
         width = self.map_features.descriptors(next(iter(self.map.views))).shape[1]
         if self.detector is None:  # only to find similar images
+            matchers.refuse_code(
+                made.get("anchors") or "auto", f"The map {self.map_folder}", "--matcher"
+            )
             name = matchers.choose_detector(made.get("anchors") or "auto")
             theirs = made.get("matcher")
             if theirs is not None and matchers.describe(theirs).has_keypoints:

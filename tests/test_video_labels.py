@@ -37,7 +37,7 @@ from gim_hloc.training.video.labels import (
     clean,
     crop_box,
     default_labellers,
-    load_labeller,
+    labeller,
     zoom_box,
     zoomed_image,
     zoomed_size,
@@ -619,7 +619,7 @@ def matchers_error(name: str) -> Exception:
 
 
 def test_sift_is_the_papers() -> None:
-    matcher = load_labeller("sift", quality="base", size=(1920, 1080), device="cpu")
+    matcher = labeller("sift", "base", (1920, 1080)).load("cpu")
     assert matcher.options.max_keypoints == 32400
     assert matcher.options.contrast_threshold == 1e-5
     assert matcher.options.ratio == 0.8

@@ -21,6 +21,8 @@ from gim_hloc._version import __version__
 from gim_hloc.errors import GimError, InputError, OutputError
 from gim_hloc.options import build, read_yaml
 
+logger = logging.getLogger(__name__)
+
 Kind = TypeVar("Kind")
 
 # What the disk says of an output folder that cannot be; other system errors keep their traceback.
@@ -250,6 +252,13 @@ def _configured(kind: type[Kind], given: Sequence[str]) -> Kind:
         values = read_yaml(Path(file)) or {}
         if isinstance(values, Mapping) and isinstance(values.get("options"), Mapping):
             values = {k: v for k, v in values["options"].items() if k not in _ONCE}
+        for name in ("matcher", "anchors"):
+            value = values.get(name) if isinstance(values, Mapping) else None
+            if ":" in str(value) and not any(word.endswith(str(value)) for word in given):
+                raise InputError(
+                    f"{file} asks for the matcher {value}, which is code outside gim-hloc. If you "
+                    f"trust it, say so: --{name} {value}."
+                )
         return build(kind, values, where=file)
     except GimError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -267,6 +276,8 @@ def run(command: Callable[[], int | None]) -> int:
         return code
     except GimError as error:
         sys.stderr.write(f"error: {error}\n")
+        if error.__cause__ is not None:
+            logger.debug("It was caused by:", exc_info=error.__cause__)
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. What is finished is kept; the same command goes on from it.\n")

@@ -233,7 +233,8 @@ class SparseMatcherModel(MatcherModel):
             network_size=(int(width), int(height)),
             to_original=_IDENTITY,
             keypoints=keypoints,
-            descriptors=descriptors,
+            # hloc hands over numbers in single precision, bits too.
+            descriptors=descriptors.byte() if self.matcher.info.binary else descriptors,
             scores=torch.ones(count) if scores is None else scores[0],
         )
 

@@ -1,8 +1,8 @@
 """Matchers behind one two-phase interface: ``encode`` once per image, ``match`` per pair.
 
-``names()`` lists them, ``describe()`` tells their licences and weights, ``load(name)`` makes one,
-``register()`` adds a foreign one
-(derived from ``MatcherBase``).
+``names()`` lists them, ``describe()`` tells their licences and weights, ``load(name)`` makes one.
+Your own derives from ``MatcherBase``: ``load("module:Class")``, or ``@register`` it; packages offer
+theirs by the entry points ``gim_hloc.matchers``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from gim_hloc.matchers.registry import (
     load,
     load_sparse,
     names,
+    refuse_code,
     register,
 )
 from gim_hloc.types import (
@@ -46,5 +47,6 @@ __all__ = [
     "load",
     "load_sparse",
     "names",
+    "refuse_code",
     "register",
 ]

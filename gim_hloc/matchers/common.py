@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import torch
 import yaml
 
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp
-from gim_hloc.options import build
+from gim_hloc.options import Count, build, options
 from gim_hloc.types import E, ImageData, ImageOptions, MatcherInfo, Matches, Quality
 
 Options = TypeVar("Options")
@@ -103,27 +103,60 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
+@options
+class OwnOptions:
+    """Numbers of a matcher that has no options of its own."""
+
+    max_size: Count | None = 1024  # long side in pixels; None keeps the image's
+
+
 class MatcherBase(ABC, Generic[E]):
     """Base of all matchers: what of the protocol has a default.
 
-    A subclass has ``encode`` and ``match``, and names the option fields that decide its encodings
-    in ``encode_fields``; all others decide matches.
+    A subclass has ``encode`` and ``match``, which several threads may call, and names the option
+    fields that decide its encodings in ``encode_fields``; all others decide matches. A matcher of
+    your own (``examples/own_matcher.py``) also has the class attributes below.
+
+    Attributes:
+        info: facts about it.
+        options_type: its options, a class made by ``gim_hloc.options.options``.
+        presets: fields that an operating point sets, by operating point.
+        version: stands for its code in the cache; by default the hash of its source file, so that
+            every edit counts. Declare it where the code lies in several files.
     """
 
-    encode_fields: tuple[str, ...] = ()
+    info: MatcherInfo
+    options_type: type[Any] = OwnOptions
+    presets: Mapping[Quality, Mapping[str, Any]] = {}
+    version: str | None = None
+    encode_fields: tuple[str, ...] = ("max_size",)
+
+    @classmethod
+    def make(cls, *, quality: Quality = "base", device: str = "auto", **overrides: Any) -> Self:
+        """A matcher of the class's own ``info`` at an operating point."""
+        options = resolve_options(
+            cls.options_type,
+            quality=quality,
+            presets={quality: cls.presets.get(quality, {})},
+            overrides=overrides,
+            matcher=cls.info.name,
+        )
+        return cls(options=options, device=resolve_device(device))
 
     def __init__(
         self,
         *,
-        info: MatcherInfo,
         options: Any,
-        image_options: ImageOptions,
         device: torch.device,
+        info: MatcherInfo | None = None,
+        image_options: ImageOptions | None = None,
         weights_hashes: Mapping[str, str] | None = None,
     ) -> None:
-        self.info = info
+        self.info = info or self.info
         self.options = options
-        self.image_options = image_options
+        self.image_options = image_options or ImageOptions(
+            max_size=getattr(options, "max_size", None), grayscale=self.info.colour == "gray"
+        )
         self.device = device
         self.weights_hashes = dict(weights_hashes or {})
 

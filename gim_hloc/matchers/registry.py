@@ -1,6 +1,6 @@
-"""Matchers by name: those of ``table`` and those that others register.
+"""Matchers by name: those of ``table``, what others register or install, and classes in files.
 
-Classes are imported when a matcher is loaded, so that listing matchers costs nothing.
+Classes are imported when a matcher is loaded, so that listing names costs nothing.
 """
 
 from __future__ import annotations
@@ -8,33 +8,71 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import importlib.metadata
+import logging
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args, overload
+from typing import Any, TypeVar, get_args, overload
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError, WeightsError
+from gim_hloc.matchers import own
 from gim_hloc.matchers.common import resolve_device, resolve_options
 from gim_hloc.matchers.table import ROWS
 from gim_hloc.types import Matcher, MatcherInfo, Quality, SparseEncoding
 
+logger = logging.getLogger(__name__)
+
 Factory = Callable[..., Matcher]
 """``factory(*, quality, device, **overrides) -> Matcher``."""
+Class = TypeVar("Class", bound=type)
+
+GROUP = "gim_hloc.matchers"  # of the entry points by which packages offer matchers
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry:
+class Entry:
+    """A matcher that can be made, in this process or in another one.
+
+    Attributes:
+        info: facts about it.
+        factory: what makes it, or ``module:name`` of that.
+        folder: where that module may lie beside where Python looks.
+        own: whether it is another's, not of ``table``.
+    """
+
     info: MatcherInfo
-    factory: Factory | str  # a callable, or "module:attribute" imported on first use
+    factory: Factory | str
+    folder: str = ""
+    own: bool = True
+
+    def load(self, quality: Quality, device: str, overrides: Mapping[str, Any]) -> Matcher:
+        """Make it."""
+        if quality not in get_args(Quality):
+            raise InputError(
+                f"Unknown quality {quality!r}. Choose one of {', '.join(get_args(Quality))}."
+            )
+        factory = self.factory
+        if isinstance(factory, str):
+            factory = _maker(own.find_class(factory, self.folder, f"The matcher {self.info.name}"))
+        options = {"quality": quality, "device": device, **overrides}
+        return own.make(factory, self.info.name, **options) if self.own else factory(**options)
 
 
-_entries: dict[str, _Entry] = {}
+_entries: dict[str, Entry] = {}
 _rows = {row.info.name: row for row in ROWS}
 
 
 def names() -> list[str]:
     """Names of all matchers, sorted."""
-    return sorted(_entries)
+    return sorted({*_entries, *_entry_points()})
+
+
+@functools.cache
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
 
 
 @overload
@@ -49,11 +87,17 @@ def describe(name: str | None = None) -> MatcherInfo | list[MatcherInfo]:
     """Facts about one matcher, or about all of them sorted by name.
 
     Raises:
-        InputError: there is no matcher of that name.
+        InputError: there is no matcher of that name, or it cannot be imported.
     """
-    if name is None:
-        return [_entries[known].info for known in names()]
-    return _entry(name).info
+    if name is not None:
+        return find(name).info
+    found = []
+    for known in names():
+        try:
+            found.append(find(known).info)
+        except InputError as error:
+            logger.warning("%s", error)
+    return found
 
 
 def load(
@@ -62,26 +106,17 @@ def load(
     """Make a matcher.
 
     Args:
-        name: one of ``names()``.
+        name: one of ``names()``, or a class of your own: ``module:Class`` (the module may lie in
+            the working directory) or ``folder/file.py:Class``.
         quality: operating point: image size, number of keypoints and thresholds together.
         device: "auto" (CUDA if there is one, else the processor) or a torch device.
         **overrides: fields of the matcher's options that differ from the operating point.
 
     Raises:
-        InputError: unknown name, operating point, device or option.
+        InputError: unknown name, operating point, device or option; a class that is no matcher.
         WeightsError: the weights cannot be had or are not this network's.
     """
-    entry = _entry(name)
-    if quality not in get_args(Quality):
-        raise InputError(
-            f"Unknown quality {quality!r}. Choose one of {', '.join(get_args(Quality))}."
-        )
-    factory = entry.factory
-    if isinstance(factory, str):
-        module, _, attribute = factory.partition(":")
-        factory = getattr(importlib.import_module(module), attribute)
-    matcher: Matcher = factory(quality=quality, device=device, **overrides)
-    return matcher
+    return find(name).load(quality, device, overrides)
 
 
 @dataclass(frozen=True)
@@ -92,13 +127,15 @@ class Loader:
     quality: Quality
     overrides: Mapping[str, Any]
     made: dict[str, Matcher] = field(default_factory=dict, repr=False, compare=False)
+    entry: Entry = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entry", find(self.name))
 
     def load(self, device: str) -> Matcher:
         """The matcher on a device, made once."""
         if device not in self.made:
-            self.made[device] = load(
-                self.name, quality=self.quality, device=device, **self.overrides
-            )
+            self.made[device] = self.entry.load(self.quality, device, self.overrides)
         return self.made[device]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,23 +162,65 @@ def choose_detector(name: str = "auto") -> str:
     return "sift" if missing_weights("aliked_lightglue") else "aliked_lightglue"
 
 
-def register(name: str, factory: Factory | str, info: MatcherInfo) -> None:
-    """Add a matcher under a new name.
+@overload
+def register(matcher: Class) -> Class: ...
+@overload
+def register(matcher: str, factory: Factory | str, info: MatcherInfo) -> None: ...
+def register(matcher: Any, factory: Factory | str = "", info: MatcherInfo | None = None) -> Any:
+    """Add a matcher by the name in its ``info``; decorates a class, or takes what makes one.
 
     Args:
-        name: how users will call it; a name that exists already is refused.
-        factory: called as ``factory(quality=..., device=..., **overrides)``, or a string
-            ``"module:attribute"`` that is imported on first use.
-        info: facts about it; ``info.name`` must be ``name``.
+        matcher: the class, derived from ``MatcherBase`` with an ``info``; or a name.
+        factory: with a name: called as ``factory(quality=..., device=..., **overrides)``, or a
+            string ``"module:attribute"`` that is imported on first use.
+        info: with a name: facts about it; ``info.name`` must be ``name``.
 
     Raises:
         InputError: the name is taken or differs from ``info.name``.
     """
-    if name in _entries:
-        raise InputError(f"A matcher named {name!r} exists already.")
-    if info.name != name:
-        raise InputError(f"info.name is {info.name!r}, but the matcher is registered as {name!r}.")
-    _entries[name] = _Entry(info=info, factory=factory)
+    if isinstance(matcher, type):
+        entry = _entry_of(matcher, _maker(matcher))
+        known = _entries.get(entry.info.name)
+        # A cell of a notebook may be run again.
+        if known is None or _origin(known.factory) != _origin(entry.factory):
+            _add(entry)
+        _entries[entry.info.name] = entry
+        return matcher
+    if info is None or info.name != matcher:
+        given = None if info is None else info.name
+        raise InputError(f"info.name is {given!r}, but the matcher is registered as {matcher!r}.")
+    _add(Entry(info=info, factory=factory))
+    return None
+
+
+def _add(entry: Entry) -> None:
+    if entry.info.name in _entries:
+        raise InputError(f"A matcher named {entry.info.name!r} exists already.")
+    _entries[entry.info.name] = entry
+
+
+def _entry_of(kind: Any, factory: Factory | str, folder: str = "") -> Entry:
+    """The entry of another's class; its name goes into names of files."""
+    info = getattr(kind, "info", None)
+    name = info.name if isinstance(info, MatcherInfo) else None
+    if info is None or name in _rows or not re.fullmatch(r"\w[\w.-]*", name or ""):
+        raise InputError(
+            f"{kind.__module__}.{kind.__qualname__} needs an info = MatcherInfo(name=...) with a "
+            f"name of letters, digits and _ that no matcher of gim-hloc has, not {name!r}."
+        )
+    return Entry(info=info, factory=factory, folder=folder)
+
+
+def _maker(kind: Any) -> Factory:
+    """What makes a matcher of a class of another."""
+    make: Factory = getattr(kind, "make", kind)
+    return make
+
+
+def _origin(factory: Any) -> tuple[str, str] | None:
+    """Where the class lies that a factory makes."""
+    kind = getattr(factory, "__self__", None)
+    return (kind.__module__, kind.__qualname__) if isinstance(kind, type) else None
 
 
 def missing_weights(name: str) -> list[str]:
@@ -158,10 +237,15 @@ def missing_weights(name: str) -> list[str]:
 def table() -> str:
     """All matchers, a line each: name, kind, what it is, licence, whether its weights are here."""
     lines = []
-    for info in describe():
-        missing = missing_weights(info.name)
+    for name in names():
+        try:
+            info = describe(name)
+        except InputError as error:
+            lines.append(f"{name:<24} warning: {error}\n")
+            continue
+        missing = missing_weights(name)
         here = f"weights missing: {', '.join(missing)}" if missing else "ready"
-        lines.append(f"{info.name:<24} {info.kind:<9} {info.summary} ({info.licence}; {here})\n")
+        lines.append(f"{name:<24} {info.kind:<9} {info.summary} ({info.licence}; {here})\n")
     return "".join(lines)
 
 
@@ -192,13 +276,46 @@ def _make(name: str, *, quality: Quality, device: str, **overrides: Any) -> Matc
     return matcher
 
 
-def _entry(name: str) -> _Entry:
-    if name not in _entries:
-        close = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"Unknown matcher {name!r}.{hint} Known matchers: {', '.join(names())}.")
-    return _entries[name]
+def find(name: str) -> Entry:
+    """How a matcher is made.
+
+    Raises:
+        InputError: there is none of that name, or its module cannot be imported.
+    """
+    if name in _entries:
+        return _entries[name]
+    if name in _entry_points():
+        point = _entry_points()[name]
+        package = point.dist.name if point.dist is not None else "another package"
+        what = f"The matcher {name} of the package {package}"
+        kind = own.find_class(point.value, "", what)
+        if kind.info.name != name:
+            raise InputError(f"{what} is called {kind.info.name} in its info.")
+        return _entry_of(kind, point.value)
+    if is_own(name):
+        folder = os.getcwd()
+        return _entry_of(own.find_class(name, folder, f"The matcher {name}"), name, folder)
+    close = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise InputError(
+        f"Unknown matcher {name!r}.{hint} Known matchers: {', '.join(names())}, and your own as "
+        "module:Class."
+    )
+
+
+def is_own(name: str) -> bool:
+    """Whether a name says where a class lies."""
+    return ":" in name
+
+
+def refuse_code(name: str, file: str, flag: str) -> None:
+    """Refuse a matcher of a file's choice that is code: only the user may ask for it to be run."""
+    if is_own(name):
+        raise InputError(
+            f"{file} was made with the matcher {name}, which is code outside gim-hloc. If you "
+            f"trust it, say so: {flag} {name}."
+        )
 
 
 for _row in ROWS:
-    register(_row.info.name, functools.partial(_make, _row.info.name), _row.info)
+    _add(Entry(info=_row.info, factory=functools.partial(_make, _row.info.name), own=False))

@@ -23,7 +23,7 @@ import torch
 from gim_hloc import engine, images, weights
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.images import ImageRecord
-from gim_hloc.matchers import registry
+from gim_hloc.matchers import Loader, registry
 from gim_hloc.tolerant import TolerantMatcher, Unusable
 from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.masks import FrameMasks
@@ -33,7 +33,7 @@ from gim_hloc.training.video.options import (
     LabellerOptions,
     LabelOptions,
 )
-from gim_hloc.types import ImageData, Matcher, Matches
+from gim_hloc.types import ImageData, Matcher, Matches, Quality
 
 logger = logging.getLogger(__name__)
 
@@ -82,24 +82,16 @@ def default_labellers() -> tuple[str, ...]:
     return FREE
 
 
-@functools.lru_cache(maxsize=1)  # in one process, for all its rounds
-def load_labeller(name: str, *, quality: str, size: tuple[int, int], device: str) -> Matcher:
-    """A matcher as labels are made with.
-
-    Args:
-        name: in the registry.
-        quality: operating point.
-        size: (width, height) of the frames in pixels.
-        device: "auto" or a torch device.
+def labeller(name: str, quality: Quality, size: tuple[int, int]) -> Loader:
+    """How a matcher is made that labels frames of ``size`` (width, height), px.
 
     Raises:
-        InputError: unknown name or operating point.
-        WeightsError: its weights cannot be had.
+        InputError: unknown name.
     """
     overrides = dict(_OVERRIDES.get(name, {}))
     if name == "sift":
         overrides["max_keypoints"] = max(2048, size[0] * size[1] // _SIFT_PIXELS)
-    return registry.load(name, quality=quality, device=device, **overrides)  # type: ignore[arg-type]
+    return Loader(name, quality, overrides)
 
 
 # ------------------------------------------------------------------------------------------ filters
@@ -259,18 +251,15 @@ class SettingsTask:
     See ``workers.Task``. Frames, masks and crops decide too.
     """
 
-    size: tuple[int, int]  # (width, height) of the frames, pixels
+    loader: Loader
     options: LabelOptions
 
     def open(self, device: str) -> Callable[[Sequence[str]], Iterator[tuple[str, dict[str, Any]]]]:
-        """Matchers are loaded when they are asked for."""
-        options = self.options
+        """Load the matcher."""
+        matcher, options = self.loader.load(device), self.options
 
         def settings(names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             for name in names:
-                matcher = load_labeller(
-                    name, quality=options.quality, size=self.size, device=device
-                )
                 yield (
                     name,
                     {
@@ -292,7 +281,7 @@ class LabelTask:
     See ``workers.Task``. Pairs of one chunk share the encodings of their frames.
     """
 
-    labeller: str  # name of the matcher
+    loader: Loader
     frames: Path  # folder of the stored frames
     format: ImageFormat  # of them
     size: tuple[int, int]  # (width, height) of them, pixels
@@ -301,10 +290,7 @@ class LabelTask:
 
     def open(self, device: str) -> Callable[[Sequence[Item]], Iterator[tuple[Item, Any]]]:
         """Load the matcher."""
-        matcher = load_labeller(
-            self.labeller, quality=self.options.quality, size=self.size, device=device
-        )
-        return _Labeller(self, matcher).label
+        return _Labeller(self, self.loader.load(device)).label
 
 
 class _Labeller:
@@ -312,7 +298,7 @@ class _Labeller:
 
     def __init__(self, task: LabelTask, matcher: Matcher) -> None:
         self.task, self.matcher = task, matcher
-        self.box = zoom_box(task.labeller, task.size, task.options)
+        self.box = zoom_box(matcher.info.name, task.size, task.options)
         # A frame is in at most six pairs, which follow each other.
         self._mask = functools.lru_cache(maxsize=16)(self._load_mask)
         self._rgb = functools.lru_cache(maxsize=8)(self._load_rgb)

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gim_hloc import workers
+from gim_hloc import matchers, workers
 from gim_hloc.errors import GimError, InputError, OutputError
 from gim_hloc.files import write_atomic
 from gim_hloc.lock import FolderLock
-from gim_hloc.matchers import registry
+from gim_hloc.matchers import Loader
 from gim_hloc.training.video.folder import VideoFolder, VideoInfo
 from gim_hloc.training.video.frames import (
     FrameSource,
@@ -43,7 +43,7 @@ from gim_hloc.training.video.labels import (
     crop_box,
     default_labellers,
     frame_record,
-    load_labeller,
+    labeller,
     zoom_box,
 )
 from gim_hloc.training.video.masks import prepare_masks
@@ -152,7 +152,7 @@ def label_video(
     began = time.perf_counter()
     names = _ordered(options)
     for name in names:
-        registry.describe(name)  # before frames are written for hours
+        matchers.describe(name)  # before frames are written for hours
     i, count = options.part
     folder = VideoFolder(Path(out) / source.id)
     with FolderLock(folder.root, "run" if count == 1 else f"shard-{i}-of-{count}"):
@@ -168,10 +168,7 @@ def label_video(
         report.written = _prepare_frames(folder, info, video, plan, pairs, options, progress)
         report.damaged, report.remarks = video.damaged, video.remarks
         rounds = _Rounds(folder, info, plan, pairs, options, progress)
-        try:
-            report.rounds = rounds.run(names)
-        finally:
-            load_labeller.cache_clear()
+        report.rounds = rounds.run(names)
     report.seconds = time.perf_counter() - began
     return report
 
@@ -265,16 +262,18 @@ class _Rounds:
         reports = []
         with contextlib.ExitStack() as stack:
             base: LabelWriter | None = None
-            for name in names:
+            for asked in names:
                 found: dict[str, dict[str, Any]] = {}
-                task = SettingsTask(size=self.info.size, options=self.options)
+                loader = labeller(asked, self.options.quality, self.info.size)
+                name = loader.entry.info.name
+                task = SettingsTask(loader=loader, options=self.options)
                 workers.run(task, [name], self.where, found.__setitem__)
                 plain = stack.enter_context(self._open(name, found[name]))
-                reports.append(self._label(plain))
+                reports.append(self._label(plain, loader))
                 base = base or plain
                 if self.options.zoom:
                     with self._open(name, found[name], base) as zoomed:
-                        reports.append(self._label(zoomed, base))
+                        reports.append(self._label(zoomed, loader, base))
         return reports
 
     def _open(
@@ -311,7 +310,9 @@ class _Rounds:
             overwrite=self.options.overwrite,
         )
 
-    def _label(self, writer: LabelWriter, base: LabelWriter | None = None) -> RoundReport:
+    def _label(
+        self, writer: LabelWriter, loader: Loader, base: LabelWriter | None = None
+    ) -> RoundReport:
         """Label pairs that are neither labelled nor noted as failed; errors are tried again."""
         again = "" if self.options.retry_failed else ERROR
         todo = [
@@ -358,7 +359,7 @@ class _Rounds:
                     done(pair, f"no plain labels of {base.info.labeller}: {why}")
 
         task = LabelTask(
-            labeller=about.labeller,
+            loader=loader,
             frames=self.folder.frames.resolve(),
             format=self.info.image_format,
             size=self.info.size,

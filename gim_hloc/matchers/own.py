@@ -1,0 +1,143 @@
+"""Matchers of others: a class in a file, in a module or in an installed package.
+
+Their code answers for itself: what it raises is an error that names its file, and its hash is among
+the settings that decide what is reused, so that an edited matcher never meets its old features.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gim_hloc.engine import spoils_the_rest
+from gim_hloc.errors import GimError, InputError
+from gim_hloc.types import Matcher, MatcherInfo
+
+EXAMPLE = "examples/own_matcher.py"
+
+
+def find_class(reference: str, folder: str, what: str) -> Any:
+    """The class that ``module:Class`` or ``folder/file.py:Class`` names.
+
+    Args:
+        reference: as above. Modules are those that Python finds, and then those in ``folder``.
+        folder: that relative paths start at.
+        what: is looked for, for messages.
+
+    Raises:
+        InputError: there is no such module or class, it cannot be imported, or is no matcher.
+    """
+    module_name, _, attribute = reference.rpartition(":")
+    file = None
+    if module_name.endswith(".py"):
+        file = Path(folder, module_name).expanduser()
+        if not file.is_file():
+            raise InputError(f"{what}: there is no file {file}.")
+        folder, module_name = str(file.parent.resolve()), file.stem
+    if folder and folder not in sys.path:
+        sys.path.append(folder)  # last: nothing in it may stand in for an installed module
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        name = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if name is not None and f"{module_name}.".startswith(f"{name}."):
+            raise InputError(
+                f"{what}: there is no module {name!r}, neither installed nor in {folder}."
+            ) from None
+        raise InputError(f"{what} cannot be imported: {describe_error(error)}.") from error
+    source = module.__file__ or module_name
+    if file is not None and not file.samefile(source):
+        raise InputError(f"{what}: {file} has the name of the module {source}; rename it.")
+    found = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)  # type: ignore[assignment]
+    if not _is_matcher(found):
+        there = [name for name, value in vars(module).items() if _is_matcher(value)]
+        raise InputError(
+            f"{what}: {attribute} in {source} is no matcher, which is a class derived from "
+            f"gim_hloc.matchers.MatcherBase with an info ({EXAMPLE})."
+            + (f" There is {', '.join(there)}." if there else "")
+        )
+    return found
+
+
+def _is_matcher(value: Any) -> bool:
+    return inspect.isclass(value) and isinstance(getattr(value, "info", None), MatcherInfo)
+
+
+def describe_error(error: BaseException) -> str:
+    """An error of another's code in one line, with the last place in it that raised it."""
+    ours = (str(Path(__file__).parents[1]), "<frozen")
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in frames if not f.filename.startswith(ours)]  # type: ignore[assignment]
+    near = [f for f in frames if "-packages" not in f.filename] or frames  # before those they call
+    place = f"{near[-1].filename}:{near[-1].lineno}: " if near else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"{error.filename}:{error.lineno}: "
+    words = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+    return f"{place}{words}"
+
+
+def make(factory: Callable[..., Matcher], name: str, **options: Any) -> Matcher:
+    """Make another's matcher: its errors name its file, its settings have the hash of its code.
+
+    Raises:
+        GimError: the factory raised it, or another error, which it names.
+    """
+    matcher: Matcher = _guarded(factory, name, "when it was made")(**options)
+    code = source_hash(type(matcher))
+    for method in {"encode", "match", "match_batch", "warp_batch"} & set(dir(matcher)):
+        setattr(matcher, method, _guarded(getattr(matcher, method), name, f"in {method}"))
+    for method in {"encode_settings", "match_settings"} & set(dir(matcher)):
+        setattr(matcher, method, _with_code(getattr(matcher, method), code))
+    return matcher
+
+
+def _guarded(method: Callable[..., Any], name: str, where: str) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return method(*args, **options)
+        except GimError:
+            raise
+        except Exception as error:
+            if spoils_the_rest(error):
+                raise
+            raise GimError(
+                f"The matcher {name} stopped {where}: {describe_error(error)}."
+            ) from error
+
+    return call
+
+
+def _with_code(settings: Callable[[], dict[str, Any]], code: str) -> Callable[[], dict[str, Any]]:
+    return lambda: {**settings(), "code": code}
+
+
+@functools.cache  # what is in use is what was there when it was first asked for
+def source_hash(kind: type) -> str:
+    """The ``version`` that a class declares, else the hash of its source file.
+
+    Raises:
+        InputError: it has neither.
+    """
+    if getattr(kind, "version", None) is not None:
+        return str(kind.version)  # type: ignore[attr-defined]
+    try:
+        file = inspect.getsourcefile(kind)
+        if file is not None and Path(file).is_file():
+            return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()  # of a notebook's cell
+    except (OSError, TypeError):
+        raise InputError(
+            f"The source of {kind.__qualname__} is not to be had, so that it is not known when it "
+            'changes: give the class a version = "1", and another one with each change.'
+        ) from None
