@@ -7,11 +7,10 @@ import cv2
 import numpy as np
 import torch
 
-from gim_hloc.matchers import ImageData, MatcherBase, MatcherInfo, Matches, SparseEncoding, register
+from gim_hloc.matchers import ImageData, MatcherBase, MatcherInfo, Matches, SparseEncoding
 from gim_hloc.matchers.sparse import encode_network_keypoints
 
 
-@register  # also by its name, once this module is imported: gim_hloc.match(a, b, matcher="orb")
 class Orb(MatcherBase[SparseEncoding]):
     """ORB keypoints, matched by mutual nearest neighbours in Hamming distance."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -22,15 +24,14 @@ from gim_hloc.cli import localize, pairs, reconstruct, video, zeb
 from gim_hloc.cli import match as match_command
 from gim_hloc.colmap import read_model
 from gim_hloc.errors import GimError, InputError
-from gim_hloc.hloc_plugin import match_dense
-from gim_hloc.hloc_plugin.models import ExtractorModel, SparseMatcherModel
+from gim_hloc.hloc_plugin import match_dense, models
 from gim_hloc.matchers import check, registry
 from gim_hloc.store import read_encoding
-from gim_hloc.types import SparseEncoding
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, FOCAL = 320, 240, 220.0
 STEP = 9.0  # px that the far plane moves from one image to the next; the near one moves twice it
+SCENE = check.scene()
 BOTH = ["own_matcher:Orb", "own_flow.py:Flow"]
 CAMERA = ["--intrinsics", f"SIMPLE_PINHOLE,{FOCAL},{WIDTH / 2},{HEIGHT / 2}"]
 TWO = ["--workers", "2"]
@@ -48,7 +49,7 @@ class Other: ...
 
 def view(step: float) -> np.ndarray:
     """(H, W, 3) uint8: a near plane before a far one, seen from a place further to the right."""
-    far, near = check.scene(), np.roll(check.scene()[::-1], 100, axis=1)
+    far, near = SCENE, np.roll(SCENE[::-1], 100, axis=1)
     moved = [
         cv2.warpAffine(plane, np.array([[1.0, 0, -shift * step], [0, 1, 0]]), (WIDTH, HEIGHT))
         for plane, shift in ((far[100:], STEP), (near[50:], 2 * STEP))
@@ -77,7 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", params=BOTH)
 def own(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,224 @@ def test_a_model(scene: Path, own: str) -> None:
     assert far / near == pytest.approx(2, rel=0.1)
     encoding = read_encoding(scene / ("features.h5" if "Orb" in own else "anchors.h5"), "0.png")
     assert encoding.descriptors.dtype == torch.uint8  # bits stay bits
+
+
+def test_localize(scene: Path, own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A query, at half a step between two images of the map."""
+    arguments = [str(scene), "queries", f"{scene}-poses", *CAMERA]
+    assert localize.main(arguments) == 2  # a file shall not say which code is run
+    assert f"If you trust it, say so: --matcher {own}" in capsys.readouterr().err
+    assert localize.main([*arguments, "--matcher", own, *TWO]) == 0
+    model = read_model(Path(f"{scene}-poses", "sparse"))
+    centre = {i.name: i.projection_center() for i in model.images.values()}
+    step = centre["3.png"] - centre["2.png"]
+    np.testing.assert_allclose(
+        centre["2.5.png"], centre["2.png"] + step / 2, atol=0.1 * np.linalg.norm(step)
+    )
+
+
+def test_config_files_run_no_code(
+    scene: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ["--config", str(scene / "run.yaml")]
+    with pytest.raises(SystemExit):
+        reconstruct.main(["photos", "elsewhere", *config])
+    assert "is code outside gim-hloc" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("place")
+def test_match_pairs_zeb_and_video(own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    one = own.split(":")[1]
+    assert match_command.main([*_pair(), "--out", f"match-{one}", "--matcher", own]) == 0
+    assert " 0 inliers" not in capsys.readouterr().out
+    Path("pairs.txt").write_text("0.png 1.png\n0.png 2.png\n")
+    flags = ["--images", "photos", "--matchers", own, *TWO]
+    assert zeb.main(["pairs", "pairs.txt", "--out", f"lists-{one}", *flags]) == 0
+    frames = [view(n / 4) for n in range(8)]
+    clip = write_video(Path("clip.mp4"), frames, b_frames=0)
+    flags = ["--labellers", own, "--sequence-fps", "30", "--gap", "2", "--steps", "2", *TWO]
+    assert video.main(["label", str(clip), f"videos-{one}", *flags]) == 0
+    assert list(Path(f"videos-{one}").glob(f"clip/labels/{one.lower()}.h5"))
+
+
+def _lines(name: str) -> list[str]:
+    return Path(name).read_text().splitlines()
+
+
+def _pair() -> list[str]:
+    return ["photos/0.png", "photos/1.png"]
+
+
+@pytest.mark.usefixtures("place")
+def test_retrieval_by_bits(own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["photos", "list.txt", "--mode", "retrieval", "--neighbours", "1"]
+    code = pairs.main([*arguments, "--matcher", own])
+    if own == "own_flow.py:Flow":
+        assert code == 2
+        assert "choose a sparse matcher" in capsys.readouterr().err
+        return
+    assert code == 0
+    steps = [abs(int(a[0]) - int(b[0])) for a, b in map(str.split, _lines("list.txt"))]
+    assert max(steps) == 1  # the nearest views look most alike
+
+
+@pytest.mark.usefixtures("place")
+def test_in_hlocs_scripts(own: str, tmp_path: Path) -> None:
+    """A dense one by our ``match_dense``, a sparse one by the modules that hloc calls."""
+    if own == "own_flow.py:Flow":
+        (tmp_path / "pairs.txt").write_text("0.png 1.png\n")
+        conf = {
+            "output": "flow", "max_error": 2, "cell_size": 8,
+            "model": {"name": "gim_hloc_dense", "matcher": own},
+        }  # fmt: skip
+        _, found = match_dense.main(
+            conf, tmp_path / "pairs.txt", Path("photos"), tmp_path, describer="none", progress=False
+        )
+        with h5py.File(found) as file:
+            assert (file["0.png/1.png/matches0"][:] >= 0).sum() > 50
+        return
+    extractor: Any = models.ExtractorModel()
+    matcher: Any = models.SparseMatcherModel()
+    for model in (extractor, matcher):
+        model._init({"name": "gim_hloc_sparse", "matcher": own})
+    data = {}
+    for side, step in ((0, 0), (1, 1)):
+        image = torch.from_numpy(view(step).mean(2)[None, None] / 255).float()
+        data[f"image{side}"] = image
+        data |= {f"{k}{side}": v.float() for k, v in extractor._forward({"image": image}).items()}
+    assert (matcher._forward(data)["matches0"] >= 0).sum() > 50
+
+
+@pytest.mark.usefixtures("place")
+def test_the_check(own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([own]) == 0
+    assert capsys.readouterr().out.count(" ok\n") == 13
+
+
+LIES: dict[str, tuple[str, str]] = {
+    "score": ("m.scores.mul_(2)", "match          failed: scores must be"),
+    "rows": ("m.indices[:, 1] = 0", "match          failed: a keypoint must be matched once"),
+    "moved": ("m.keypoints1 += 20", "shifted image  failed:"),
+    "random": ("m.scores.mul_(torch.rand(1))", "repeatable     failed: the same images"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.usefixtures("place")
+def test_the_check_finds_what_is_wrong(lie: str, capsys: pytest.CaptureFixture[str]) -> None:
+    change, said = LIES[lie]
+    Path(f"liar_{lie}.py").write_text(
+        "import torch\nfrom own_matcher import Orb\nclass Liar(Orb):\n"
+        f"    def match(self, a, b):\n        m = super().match(a, b)\n        {change}\n"
+        "        return m\n"
+    )
+    assert check.main([f"liar_{lie}:Liar"]) == 1
+    assert said in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- names and identity
+
+
+@pytest.mark.usefixtures("place")
+def test_an_edit_counts_as_another_matcher() -> None:
+    Path("edited.py").write_text(Path("own_matcher.py").read_text())
+    before = matchers.load("edited:Orb").encode_settings()
+    assert before == matchers.load("own_matcher:Orb").encode_settings()
+    Path("edited2.py").write_text(Path("own_matcher.py").read_text() + "# another\n")
+    after = matchers.load("edited2:Orb").encode_settings()
+    assert {k for k in before if before[k] != after[k]} == {"code"}
+    Path("versioned.py").write_text(
+        "from own_matcher import Orb\nclass Mine(Orb):\n    version = '7'\n"
+    )
+    assert matchers.load("versioned:Mine").match_settings()["code"] == "7"
+
+
+@pytest.mark.usefixtures("place")
+def test_registered_by_a_decorator() -> None:
+    from own_matcher import Orb  # type: ignore[import-not-found]
+
+    assert matchers.register(Orb) is Orb
+    assert "orb" in matchers.names()
+    assert matchers.describe("orb").binary
+    assert isinstance(matchers.load("orb", quality="fast"), Orb)
+    assert matchers.load("orb", quality="fast").image_options.max_size == 640
+    assert matchers.register(Orb) is Orb  # a cell of a notebook, run again
+    travelled = pickle.loads(pickle.dumps(matchers.Loader("orb", "base", {"max_size": 300})))
+    assert travelled.load("cpu").options.max_size == 300
+    with pytest.raises(InputError, match="no matcher of gim-hloc has, not 'sift'"):
+        matchers.register(type("Twin", (Orb,), {"info": matchers.describe("sift")}))
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    """Two installed packages that offer a matcher each; one of them does not import."""
+    Path("flawed.py").write_text("import no_such_thing\n")
+    Path("another.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(place))
+    points = {
+        name: importlib.metadata.EntryPoint(name, value, registry.GROUP)
+        for name, value in (("mine", "another:Mine"), ("flawed", "flawed:Flawed"))
+    }
+    monkeypatch.setattr(registry, "_entry_points", lambda: points)
+
+
+@pytest.mark.usefixtures("packages")
+def test_of_installed_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"mine", "flawed"} < set(matchers.names())
+    assert matchers.describe("mine").kind == "sparse"
+    assert "flawed" not in {info.name for info in matchers.describe()}
+    with pytest.raises(InputError, match=r"The matcher flawed of .*: .*No module named 'no_such"):
+        matchers.load("flawed")
+    with pytest.raises(SystemExit) as end:
+        match_command.main(["--list-matchers"])
+    assert end.value.code == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "warning: The matcher flawed" in lines["flawed"]
+    assert "ready" in lines["mine"]
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+WRONG = {
+    "nothing:Here": "there is no module 'nothing', neither installed nor in ",
+    "no/such.py:Orb": "there is no file ",
+    "broken:Orb": r"broken.py:2: NameError: name 'oops' is not defined",
+    "syntax:Orb": r"syntax.py:1: SyntaxError: ",
+    "mine:Nobody": "mine.py is no matcher, which is a class .* There is Mine.",
+    "mine:Other": "mine.py is no matcher",
+    "torch.py:Orb": "torch.py has the name of the module .*; rename it",
+    "mine:Mine": r"The matcher mine stopped in encode: .*mine.py:6: ValueError: no answer",
+    "half:Half": r"The matcher mine stopped when it was made: .*abstract",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.usefixtures("place")
+def test_what_is_wrong_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(MODULE)
+    Path("broken.py").write_text("import os\noops\n")
+    Path("syntax.py").write_text("class Orb(:\n")
+    Path("torch.py").write_text("")
+    Path("half.py").write_text(MODULE.replace("def match", "def watch").replace("Mine", "Half"))
+    with pytest.raises(GimError, match=WRONG[name]):
+        matchers.load(name).encode(_image())
+    assert match_command.main([*_pair(), "--out", "nowhere", "--matcher", name]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert not Path("nowhere").exists()
+
+
+def _image() -> Any:
+    (record,) = images.scan(Path("photos"), names=["0.png"]).images
+    return images.load(record, matchers.ImageOptions(max_size=None))
+
+
+@pytest.mark.usefixtures("place")
+def test_a_stop_in_a_worker_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(MODULE)
+    arguments = ["photos", "stopped", "--matcher", "mine.py:Mine", *CAMERA, *TWO]
+    assert reconstruct.main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: The matcher mine stopped in encode: ")
+    assert "mine.py:6: ValueError: no answer" in last
