@@ -67,3 +67,10 @@ def by_unicode_form(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         forms.setdefault(unicodedata.normalize("NFC", name), set()).add(name)
     return {form: next(iter(own)) for form, own in forms.items() if len(own) == 1}
+
+
+def as_path(value: str | os.PathLike[str], name: str) -> Path:
+    """A path that a function was given; ``InputError`` for what is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{name} is {value!r}; it must be a path.")
+    return Path(value)

@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -40,11 +40,16 @@ from gim_hloc.errors import InputError, some
 from gim_hloc.products import find_products
 
 if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
     from gim_hloc.types import ImageData, ImageOptions
 
 logger = logging.getLogger(__name__)
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | np.ndarray | torch.Tensor | Image"
+"""An image for ``match`` and ``Localizer``: a path, or as ``in_memory`` takes it."""
 
 SUFFIXES: frozenset[str] = frozenset(
     {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".heic", ".heif"}
@@ -107,6 +112,13 @@ class ImageRecord:
     def upright_to_stored(self) -> np.ndarray:
         """(2, 3) affine map from upright to stored pixels, hloc's frame."""
         return orientation_affine(self.exif.orientation, self.width, self.height)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryImage(ImageRecord):
+    """An image that lies in memory; its stored pixels are those of the array."""
+
+    pixels: _Pixels = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -680,7 +692,7 @@ def _decode(data: bytes, max_size: int | None) -> _Pixels:
     )
 
 
-def _decode_8bit(image: ImageFile, reduce: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _decode_8bit(image: Image, reduce: int) -> tuple[np.ndarray, np.ndarray | None]:
     """RGB under the alpha channel (never composed with it) and where alpha is not zero."""
     visible = None
     image.load()
@@ -974,8 +986,7 @@ def read_rgb(
     Raises:
         InputError: the file cannot be read, or is not the one that was scanned.
     """
-    path = source.path if isinstance(source, ImageRecord) else Path(source)
-    pixels = _read(path, max_size)
+    pixels = _read(source if isinstance(source, ImageRecord) else Path(source), max_size)
     if isinstance(source, ImageRecord):
         check_unchanged(source)
     width, height = pixels.stored_size
@@ -998,6 +1009,79 @@ def read_stored(path: Path) -> tuple[np.ndarray, int]:
     """
     pixels = _read(path, None)
     return np.ascontiguousarray(pixels.rgb), pixels.orientation
+
+
+def in_memory(image: ImageLike, name: str) -> MemoryImage:
+    """An image that is none of a file.
+
+    Args:
+        image: array (H, W), (H, W, 1) or (H, W, 3), or tensor (1, H, W) or (3, H, W), uint8 or
+            floating point in [0, 1], RGB; or a PIL image, with its EXIF orientation.
+        name: what it is called.
+
+    Raises:
+        InputError: another type, shape or range.
+    """
+    import PIL.Image
+    import torch
+
+    exif, visible = Exif(), None
+    if isinstance(image, PIL.Image.Image):
+        given: int = image.getexif().get(274, 1)
+        exif = Exif(orientation=given if given in range(1, 9) else 1)
+        deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+        rgb, visible = (_to_8bit(np.asarray(image)), None) if deep else _decode_8bit(image, 1)
+    elif isinstance(image, torch.Tensor):
+        if image.ndim != 3 or image.shape[0] not in (1, 3):
+            raise InputError(f"{name} is a tensor {tuple(image.shape)}; it must be (1 or 3, H, W).")
+        rgb = _checked_8bit(
+            image.detach().cpu().float().numpy()
+            if image.is_floating_point()
+            else image.cpu().numpy(),
+            name,
+        ).transpose(1, 2, 0)
+    elif isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
+            raise InputError(f"{name} is an array {image.shape}; it must be (H, W[, 1 or 3]).")
+        rgb = _checked_8bit(image, name)
+    else:
+        raise InputError(
+            f"{name} is {type(image).__name__!r}; it must be a path, an array (H, W, 3), a tensor "
+            "(3, H, W) or a PIL image."
+        )
+    rgb = np.broadcast_to(rgb.reshape(*rgb.shape[:2], -1), (*rgb.shape[:2], 3))
+    height, width = rgb.shape[:2]
+    pixels = _Pixels(
+        rgb=np.ascontiguousarray(rgb), visible=visible, factor=1, stored_size=(width, height),
+        orientation=exif.orientation,
+    )  # fmt: skip
+    return MemoryImage(
+        name=name, path=Path(name), width=width, height=height, sha256="", exif=exif, pixels=pixels
+    )
+
+
+def write_in_memory(image: ImageLike, path: Path) -> None:
+    """Write an image as ``in_memory`` takes it to a PNG file, with its EXIF orientation."""
+    import PIL.Image
+
+    record = in_memory(image, "image")
+    stored = PIL.Image.fromarray(record.pixels.rgb)
+    if record.pixels.visible is not None:
+        stored.putalpha(PIL.Image.fromarray(record.pixels.visible))
+    exif = stored.getexif()
+    exif[274] = record.exif.orientation
+    stored.save(path, exif=exif)
+
+
+def _checked_8bit(values: np.ndarray, name: str) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind != "f" or not (values.size and values.min() >= 0 and values.max() <= 1):
+        what = f"in [{values.min()}, {values.max()}]" if values.size else "empty"
+        raise InputError(
+            f"{name} is {values.dtype} {what}; it must be uint8, or floating point in [0, 1]."
+        )
+    return np.rint(values * np.float32(255)).astype(np.uint8)
 
 
 def load(
@@ -1029,7 +1113,7 @@ def load(
     orientation = record.exif.orientation
     size = network_size(*record.upright_size, options)
     columns, rows = _turned_size(*size, orientation)
-    pixels = _read(record.path, None if options.max_size is None else max(columns, rows))
+    pixels = _read(record, None if options.max_size is None else max(columns, rows))
     check_unchanged(record)  # after it was read, so that nothing can come in between
     if pixels.stored_size != record.size:
         raise InputError(f"{record.path} does not have {record.width} x {record.height} pixels.")
@@ -1074,7 +1158,10 @@ def load(
     )
 
 
-def _read(path: Path, max_size: int | None) -> _Pixels:
+def _read(source: ImageRecord | Path, max_size: int | None) -> _Pixels:
+    if isinstance(source, MemoryImage):
+        return source.pixels
+    path = source.path if isinstance(source, ImageRecord) else source
     try:
         data = read_file(path)
     except OSError as error:

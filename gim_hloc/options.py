@@ -96,6 +96,22 @@ def _number(hint: Any) -> str | None:
     return next(filter(None, map(_number, get_args(hint))), None)
 
 
+def given(kind: type[Kind], options: Any, overrides: Mapping[str, Any]) -> Kind:
+    """The options that a function got: an object of them or None, and single fields.
+
+    Raises:
+        InputError: another object, an unknown field or a refused value.
+    """
+    if options is None:
+        options = kind()
+    if not isinstance(options, kind):
+        raise InputError(
+            f"options is a {type(options).__name__}; it must be {kind.__name__}. Give single "
+            "fields as keyword arguments."
+        )
+    return replace(options, overrides)
+
+
 def build(
     kind: type[Kind],
     values: Any,

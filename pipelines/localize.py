@@ -13,10 +13,12 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 
@@ -24,10 +26,11 @@ from gim_hloc import colmap, engine, matchers
 from gim_hloc import images as image_module
 from gim_hloc.clock import Stopwatch, timed
 from gim_hloc.errors import InputError, MappingError
-from gim_hloc.files import write_atomic
+from gim_hloc.files import as_path, write_atomic
+from gim_hloc.keywords import LocalizeKeywords
 from gim_hloc.masks import MaskFolder
 from gim_hloc.matchers.common import parse_matcher_options
-from gim_hloc.options import CameraOptions, StepName, replace, to_mapping
+from gim_hloc.options import CameraOptions, StepName, given, replace, to_mapping
 from gim_hloc.pairs.files import read_pairs, write_pairs
 from gim_hloc.pairs.retrieval import Lazy, Rows, aggregate, codebook, retrieval
 from gim_hloc.pickles import read_npz
@@ -68,6 +71,7 @@ from gim_hloc.types import ImageData, ImageOptions, Matcher, Quality, SparseEnco
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, Located, MapView
+    from gim_hloc.images import ImageLike
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +135,7 @@ class QueryResult:
         return None if self.pose is None else -self.pose[0].T @ self.pose[1]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class LocalizeResult:
     """What a localisation left.
 
@@ -152,6 +156,9 @@ class LocalizeResult:
         """Queries with a pose."""
         return sum(q.localized for q in self.queries.values())
 
+    def __repr__(self) -> str:
+        return f"LocalizeResult({self.output}: {self.localized} of {len(self.queries)} localised)"
+
 
 def localize(
     scene: Path | str,
@@ -160,7 +167,7 @@ def localize(
     options: LocalizeOptions | None = None,
     *,
     progress: bool = True,
-    **overrides: Any,
+    **overrides: Unpack[LocalizeKeywords],
 ) -> LocalizeResult:
     """Localise images in an existing model.
 
@@ -179,8 +186,12 @@ def localize(
         InputError: unusable map, queries or options.
         MappingError: no query could be localised; the report says why for each.
     """
-    options = replace(options or LocalizeOptions(), overrides)
-    return _Localization(Path(scene), Path(queries), Path(output), options, progress).run()
+    queries, output = as_path(queries, "queries"), as_path(output, "output")
+    if not queries.is_dir():
+        raise InputError(f"There is no folder of queries {queries}.")
+    localizer = Localizer(scene, options, **overrides)
+    with contextlib.closing(localizer):
+        return _Localization(localizer, localizer.options, queries, output, progress).run()
 
 
 def quaternion(rotation: np.ndarray) -> tuple[float, float, float, float]:
@@ -286,14 +297,169 @@ class _Seen:
     matches: int
 
 
-class _Localization:
-    """One run: see the module."""
+class Localizer:
+    """A map and its matcher, which stay loaded from one image to the next.
+
+    Args:
+        scene: output folder of ``gim-reconstruct``, or a COLMAP model (then ``features``).
+        options: all settings; ``None`` takes the defaults.
+        **overrides: single fields of ``LocalizeOptions``.
+
+    Raises:
+        InputError: unusable map or options.
+        WeightsError: the matcher's weights are missing.
+    """
 
     def __init__(
-        self, scene: Path, queries: Path, output: Path, options: LocalizeOptions, progress: bool
+        self,
+        scene: Path | str,
+        options: LocalizeOptions | None = None,
+        **overrides: Unpack[LocalizeKeywords],
     ) -> None:
-        self.map_folder, self.root, self.output = scene, queries, output
-        self.options = options
+        self.folder = as_path(scene, "scene")
+        self.options = given(LocalizeOptions, options, overrides)
+        self.notes: list[str] = []
+        self.timings: dict[str, float] = {}
+        self.vlad: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # codebook and the map's vectors
+        with timed(self.timings, "map"):
+            self.map: SceneMap = open_map(
+                self.folder, features=self.options.features, images=self.options.images
+            )
+        self._load_matchers()
+
+    def localize(self, image: ImageLike, camera: Any = None) -> QueryResult:
+        """Localise an image, as ``gim-localize`` does.
+
+        Args:
+            image: a path, an array (H, W[, 1 or 3]) or tensor (1 or 3, H, W) that is uint8 or
+                floating point in [0, 1], or a PIL image.
+            camera: its intrinsics: "PINHOLE,fx,fy,cx,cy", a ``pycolmap.Camera``, or None where
+                they are the map's or are estimated.
+
+        Raises:
+            InputError: the image or the camera cannot be used.
+        """
+        with tempfile.TemporaryDirectory(prefix="gim-hloc-") as folder:
+            path = Path(folder, "query.png")
+            if isinstance(image, str | os.PathLike):
+                path = Path(image)
+            else:
+                image_module.write_in_memory(image, path)
+            options = replace(
+                self.options, {"intrinsics": _intrinsics(camera), "stop_after": "rotations"}
+            )
+            run = _Localization(self, options, path.parent, Path(folder, "out"), False, [path.name])
+            run.run()
+        return run.results[path.name]
+
+    def close(self) -> None:
+        """Close the map's files."""
+        if self.map_features is not None:
+            self.map_features.close()
+
+    def _load_matchers(self) -> None:
+        options, made = self.options, self.map.options
+        theirs = made.get("matcher")
+        if made.get("features"):  # its keypoints came from a file
+            theirs = None
+        if theirs is not None and options.matcher is None:
+            matchers.refuse_code(theirs, f"The map {self.folder}", "--matcher")
+        name = options.matcher or theirs
+        if name is None:
+            raise InputError(
+                f"{self.folder} does not say which matcher made its keypoints: give --matcher "
+                "(and --features, if they are in another file)."
+            )
+        quality: Quality = options.quality or made.get("quality") or "base"
+        self.quality = quality
+        same = name == theirs
+        overrides: dict[str, Any] = {}
+        if same:
+            overrides.update(parse_matcher_options(made.get("matcher_options") or ()))
+            if made.get("max_size") is not None:
+                overrides["max_size"] = made["max_size"]
+        overrides.update(parse_matcher_options(options.matcher_options))
+        free = not matchers.describe(name).has_keypoints
+        keypoints = made.get("max_keypoints")
+        if same and not free and keypoints is not None:
+            overrides.setdefault("max_keypoints", keypoints)
+        self.where = options.where
+        device = self.where.devices[0] if self.where.devices else options.device
+        self.loader = matchers.Loader(name, quality, overrides)
+        self.matcher: Matcher[Any] = self.loader.load(device)
+        self.linker: Linker = linker_for(self.matcher)
+        self.detector: Matcher[SparseEncoding] | None = None if free else self.matcher
+        self.detector_loader = None if free else self.loader
+        if free and self.map.images is None:
+            raise InputError(
+                f"{name} has no keypoints and needs the map's images, whose folder is not "
+                "known: give --images."
+            )
+        self.map_features: MapFeatures | None = None
+        needs_features = (
+            not free
+            or options.pairs in ("retrieval", "covisibility")
+            or (options.pairs == "auto" and len(self.map.views) > options.neighbours)
+        )
+        if needs_features:
+            self._open_features(device, made)
+        self.threads = options.threads or engine.default_workers(
+            self.matcher.device, bool(self.where.devices)
+        )
+        self.batch = options.batch_size or (16 if self.matcher.device.type != "cpu" else 1)
+
+    def _open_features(self, device: str, made: Mapping[str, Any]) -> None:
+        """The map's keypoints and descriptors, and the matcher that makes such of queries."""
+        if self.map.features is None:
+            raise InputError(
+                f"{self.folder} has no features.h5: give the map's keypoints and descriptors "
+                "as --features."
+            )
+        self.map_features = MapFeatures(self.map.features, self.map.views)
+        width = self.map_features.descriptors(next(iter(self.map.views))).shape[1]
+        if self.detector is None:  # only to find similar images
+            matchers.refuse_code(
+                made.get("anchors") or "auto", f"The map {self.folder}", "--matcher"
+            )
+            name = matchers.choose_detector(made.get("anchors") or "auto")
+            theirs = made.get("matcher")
+            if theirs is not None and matchers.describe(theirs).has_keypoints:
+                name = theirs
+            count = made.get("max_keypoints")
+            self.detector_loader = matchers.Loader(
+                name, self.quality, {} if count is None else {"max_keypoints": count}
+            )
+            self.detector = self.detector_loader.load(device)
+        differing = same_features(self.map.features, self.detector.encode_settings())
+        if "matcher" in differing:
+            raise InputError(
+                f"The keypoints in {self.map.features} are not those of "
+                f"{self.detector.info.name}: choose the map's matcher, or give --features."
+            )
+        self.detector.info.check_descriptors(width, str(self.map.features))
+        if differing:
+            self.notes.append(
+                f"The map's keypoints were made with other settings than those of the queries: "
+                f"{', '.join(differing)} differ."
+            )
+
+
+class _Localization:
+    """One run: see the module. Of all queries in a folder, or of those named."""
+
+    def __init__(
+        self,
+        scene: Localizer,
+        options: LocalizeOptions,
+        queries: Path,
+        output: Path,
+        progress: bool,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.scene, self.map_folder, self.root, self.output = scene, scene.folder, queries, output
+        self.map, self.map_features = scene.map, scene.map_features
+        self.matcher, self.linker, self.detector = scene.matcher, scene.linker, scene.detector
+        self.options, self.asked = options, names
         self.show = progress
         self.part = part_of(options.step, options.shard)
         self.encoded: set[str] = set()
@@ -312,7 +478,6 @@ class _Localization:
         self._check_folders()
         self._scan()
         self.guessed, self.sharing = self._cameras()
-        self._load_matchers()
         self.mode = self._mode()
         logger.info(
             "%d queries, map of %d images and %d points, matcher %s on %s, pairs %s",
@@ -344,8 +509,6 @@ class _Localization:
             finally:
                 for store in (self.features, self.matches, self.poses):
                     store.close()
-                if self.map_features is not None:
-                    self.map_features.close()
         if self.report:
             self.report["summary"]["seconds"] = watch.seconds
         if self.report and self.model is None:
@@ -383,8 +546,6 @@ class _Localization:
     def _check_folders(self) -> None:
         if self.options.step == "verify":
             raise InputError("--step verify: queries are located, not verified; encode or match.")
-        if not self.root.is_dir():
-            raise InputError(f"There is no folder of queries {self.root}.")
         for folder, what in ((self.map_folder, "map"), (self.root, "folder of queries")):
             if self.output.resolve() == folder.resolve():
                 raise InputError(f"The output folder must not be the {what} ({folder}).")
@@ -403,13 +564,12 @@ class _Localization:
 
     def _scan(self) -> None:
         options = self.options
-        with timed(self.folder.timings, "map"):
-            self.map: SceneMap = open_map(
-                self.map_folder, features=options.features, images=options.images
-            )
+        self.folder.notes += self.scene.notes
+        self.folder.timings.update(self.scene.timings)
         with timed(self.folder.timings, "scan"):
             self.image_set = image_module.scan(
                 self.root,
+                names=self.asked,
                 min_size=options.min_image_size,
                 exclude=[self.output, *([options.masks] if options.masks else [])],
                 known=scanned(self.output),
@@ -474,94 +634,6 @@ class _Localization:
             return spec, "exif"
         return spec, "estimated"
 
-    # --------------------------------------------------------------------------------- matchers
-
-    def _load_matchers(self) -> None:
-        options, made = self.options, self.map.options
-        theirs = made.get("matcher")
-        if made.get("features"):  # its keypoints came from a file
-            theirs = None
-        if theirs is not None and options.matcher is None:
-            matchers.refuse_code(theirs, f"The map {self.map_folder}", "--matcher")
-        name = options.matcher or theirs
-        if name is None:
-            raise InputError(
-                f"{self.map_folder} does not say which matcher made its keypoints: give --matcher "
-                "(and --features, if they are in another file)."
-            )
-        quality: Quality = options.quality or made.get("quality") or "base"
-        self.quality = quality
-        same = name == theirs
-        overrides: dict[str, Any] = {}
-        if same:
-            overrides.update(parse_matcher_options(made.get("matcher_options") or ()))
-            if made.get("max_size") is not None:
-                overrides["max_size"] = made["max_size"]
-        overrides.update(parse_matcher_options(options.matcher_options))
-        free = not matchers.describe(name).has_keypoints
-        keypoints = made.get("max_keypoints")
-        if same and not free and keypoints is not None:
-            overrides.setdefault("max_keypoints", keypoints)
-        self.where = options.where
-        device = self.where.devices[0] if self.where.devices else options.device
-        self.loader = matchers.Loader(name, quality, overrides)
-        self.matcher: Matcher[Any] = self.loader.load(device)
-        self.linker: Linker = linker_for(self.matcher)
-        self.detector: Matcher[SparseEncoding] | None = None if free else self.matcher
-        self.detector_loader = None if free else self.loader
-        if free and self.map.images is None:
-            raise InputError(
-                f"{name} has no keypoints and needs the map's images, whose folder is not "
-                "known: give --images."
-            )
-        self.map_features: MapFeatures | None = None
-        needs_features = (
-            not free
-            or options.pairs in ("retrieval", "covisibility")
-            or (options.pairs == "auto" and len(self.references) > options.neighbours)
-        )
-        if needs_features:
-            self._open_features(device, made)
-        self.threads = options.threads or engine.default_workers(
-            self.matcher.device, bool(self.where.devices)
-        )
-        self.batch = options.batch_size or (16 if self.matcher.device.type != "cpu" else 1)
-
-    def _open_features(self, device: str, made: Mapping[str, Any]) -> None:
-        """The map's keypoints and descriptors, and the matcher that makes such of queries."""
-        if self.map.features is None:
-            raise InputError(
-                f"{self.map_folder} has no features.h5: give the map's keypoints and descriptors "
-                "as --features."
-            )
-        self.map_features = MapFeatures(self.map.features, self.map.views)
-        width = self.map_features.descriptors(next(iter(self.map.views))).shape[1]
-        if self.detector is None:  # only to find similar images
-            matchers.refuse_code(
-                made.get("anchors") or "auto", f"The map {self.map_folder}", "--matcher"
-            )
-            name = matchers.choose_detector(made.get("anchors") or "auto")
-            theirs = made.get("matcher")
-            if theirs is not None and matchers.describe(theirs).has_keypoints:
-                name = theirs
-            count = made.get("max_keypoints")
-            self.detector_loader = matchers.Loader(
-                name, self.quality, {} if count is None else {"max_keypoints": count}
-            )
-            self.detector = self.detector_loader.load(device)
-        differing = same_features(self.map.features, self.detector.encode_settings())
-        if "matcher" in differing:
-            raise InputError(
-                f"The keypoints in {self.map.features} are not those of "
-                f"{self.detector.info.name}: choose the map's matcher, or give --features."
-            )
-        self.detector.info.check_descriptors(width, str(self.map.features))
-        if differing:
-            self.folder.note(
-                f"The map's keypoints were made with other settings than those of the queries: "
-                f"{', '.join(differing)} differ."
-            )
-
     # ----------------------------------------------------------------------------------- stores
 
     def _open_stores(self) -> None:
@@ -622,7 +694,7 @@ class _Localization:
     # ----------------------------------------------------------------------------------- encode
 
     def _encode(self) -> None:
-        if self.detector is None or self.detector_loader is None:
+        if self.detector is None or self.scene.detector_loader is None:
             return
         photographs, store = self.photographs, self.features
         names = self.folder.share(self.names)
@@ -634,8 +706,8 @@ class _Localization:
                 self.encoded.add(name)
                 bar.update()
 
-            task = EncodeTask(self.detector_loader, photographs, self.threads)
-            spread(task, todo, self.where, done, chunk=4)
+            task = EncodeTask(self.scene.detector_loader, photographs, self.scene.threads)
+            spread(task, todo, self.scene.where, done, chunk=4)
         if self.part is None:
             store.finalize(self.names, {"matcher": self.detector.info.name})
 
@@ -686,12 +758,13 @@ class _Localization:
         names = self.references
         stamp = digest([FORMAT, options.seed, [[n, self._map_source(n)] for n in names]])
         stored = self.output / "retrieval.npz"
-        centres, rows = _stored_vlad(stored, stamp)
+        centres, rows = self.scene.vlad.get(stamp) or _stored_vlad(stored, stamp)
         local = Lazy(names, features.descriptors)
         if centres is None or rows is None:
             centres = codebook(Rows(names, local), seed=options.seed)
             rows = aggregate(Rows(names, local), centres)
             np.savez(stored, stamp=np.array(stamp), centres=centres, rows=rows)
+        self.scene.vlad[stamp] = centres, rows
         k = options.neighbours
         if self.mode == "covisibility":
             k = min(_COVISIBLE_SEEDS, k)
@@ -748,7 +821,7 @@ class _Localization:
                 self.matched.add(pair)
                 bar.update()
 
-            spread(task, [(self.alias[a], b) for a, b in todo], self.where, done, chunk=16)
+            spread(task, [(self.alias[a], b) for a, b in todo], self.scene.where, done, chunk=16)
         if self.part is not None:
             return
         self.folder.notes += task.report.notes
@@ -778,12 +851,12 @@ class _Localization:
                 )
             )
         return MatchTask(
-            loader=self.loader,
+            loader=self.scene.loader,
             photographs=BothPhotographs(names, self.photographs, self._map_photographs(needed)),
             stored=BothEncodings(names, self.features.path, self.map_features),
             points=points,
-            threads=self.threads,
-            batch_size=self.batch,
+            threads=self.scene.threads,
+            batch_size=self.scene.batch,
             cache_gb=self.options.cache_gb,
         )
 
@@ -864,7 +937,7 @@ class _Localization:
         }
         chosen = sorted(references, key=lambda r: -sums[r])[:_TURN_REFERENCES]
         # A wrong turn is found out by the pose, so one good pair is enough to try.
-        least = self.matcher.info.min_confidence_sum.get(self.quality, _TURN_LEAST)
+        least = self.matcher.info.min_confidence_sum.get(self.scene.quality, _TURN_LEAST)
         best, most = 0, max(least, 2 * sum(sums[r] for r in chosen))
         stored = BothEncodings({}, self.features.path, self.map_features)
         for turn in (1, 2, 3):
@@ -1314,6 +1387,18 @@ def _posed(view: MapView) -> np.ndarray:
     return np.flatnonzero(view.points >= 0)
 
 
+def _intrinsics(camera: Any) -> str | None:
+    """What --intrinsics says of a camera: its text, or those of an object of COLMAP's."""
+    if camera is None or isinstance(camera, str):
+        return camera
+    try:
+        return ",".join([camera.model_name, *(repr(float(value)) for value in camera.params)])
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f'camera is {camera!r}; it must be "PINHOLE,fx,fy,cx,cy" or a pycolmap.Camera.'
+        ) from None
+
+
 def _stored_vlad(path: Path, stamp: str) -> tuple[np.ndarray | None, np.ndarray | None]:
     try:
         stored = read_npz(path)
@@ -1346,6 +1431,7 @@ def summary_text(result: LocalizeResult) -> str:
 __all__ = [
     "LocalizeOptions",
     "LocalizeResult",
+    "Localizer",
     "QueryResult",
     "format_poses",
     "format_table",

@@ -7,6 +7,8 @@ of the top left pixel.
 from __future__ import annotations
 
 import csv
+import dataclasses
+import html
 import io
 import os
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from gim_hloc.two_view import Fit, fit_geometry
 
 if TYPE_CHECKING:
     from gim_hloc.geometry.warp import Warp
-    from gim_hloc.images import ImageRecord
+    from gim_hloc.images import ImageLike, ImageRecord
     from gim_hloc.types import ImageData, Matcher, Quality
 
 Format = Literal["npz", "csv", "h5"]
@@ -35,7 +37,7 @@ _MIN_SIDE = 16  # pixels; networks have no cell left below
 _LONGEST_STEM = 80  # characters of an image's name in the names of the results
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class MatchResult:
     """Matches of two images.
 
@@ -65,6 +67,15 @@ class MatchResult:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        return f"MatchResult({self.summary()})"
+
+    def _repr_html_(self) -> str:
+        """The picture of the matches, for notebooks."""
+        picture = draw.data_url(_match_pictures.draw_matches(self))
+        text = html.escape(" ".join(filter(None, (self.summary(), self.remark))))
+        return f'<figure><img src="{picture}" width="100%"><figcaption>{text}</figcaption></figure>'
 
     @property
     def inliers(self) -> np.ndarray:
@@ -125,8 +136,8 @@ class MatchResult:
 
 
 def match(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
+    a: ImageLike,
+    b: ImageLike,
     *,
     matcher: str | Matcher = "aliked_lightglue",
     quality: Quality = "base",
@@ -140,8 +151,9 @@ def match(
     """Match two images.
 
     Args:
-        a: path of image 0.
-        b: path of image 1.
+        a: image 0: a path, an array (H, W[, 1 or 3]) or tensor (1 or 3, H, W) that is uint8 or
+            floating point in [0, 1], or a PIL image. Coordinates are those of its pixels.
+        b: image 1.
         matcher: name of a matcher (``gim_hloc.matchers.names()``), or one that is loaded already,
             for many pairs; ``quality``, ``device`` and ``options`` are then its own.
         quality: operating point of the matcher.
@@ -156,12 +168,14 @@ def match(
         Matches, geometry and timings.
 
     Raises:
-        InputError: an image, a mask or an option cannot be used.
+        InputError: an image, a mask or an option cannot be used or has a wrong type.
         WeightsError: the matcher's weights are missing.
     """
+    if not isinstance(fit, FitOptions | None):
+        raise InputError(f"fit is {fit!r}; it must be FitOptions or None.")
     seconds: dict[str, float] = {}
     with timed(seconds, "read"):
-        records = _open_pair(Path(a), Path(b))
+        records = _open_pair(a, b)
         masks = [
             _read_mask(mask, record, mask_erode)
             for mask, record in zip((mask0, mask1), records, strict=True)
@@ -175,6 +189,10 @@ def _load_matcher(
     matcher: str | Matcher, quality: Quality, device: str, options: dict[str, Any]
 ) -> Matcher:
     if not isinstance(matcher, str):
+        if isinstance(matcher, type) or not hasattr(matcher, "match_batch"):
+            raise InputError(
+                f"matcher is {matcher!r}; it must be a name, or what gim_hloc.matchers.load gave."
+            )
         if options:
             raise InputError(f"A loaded matcher has its options already; {min(options)} is new.")
         return matcher
@@ -233,22 +251,28 @@ def _scale(image: ImageData) -> float:
 # ------------------------------------------------------------------------------------------ inputs
 
 
-def _open_pair(a: Path, b: Path) -> tuple[ImageRecord, ImageRecord]:
+def _open_pair(a: ImageLike, b: ImageLike) -> tuple[ImageRecord, ImageRecord]:
     """Check two images and name them by their paths below the folder that they share."""
-    import dataclasses
-
-    one, two = _open(a), _open(b)
-    if a.samefile(b):
-        raise InputError(f"Both images are {a}; give two different ones.")
-    names = [a.name, b.name]
-    if a.name == b.name:
-        paths = [str(path.absolute()) for path in (a, b)]
+    one, two = _open(a, "image0"), _open(b, "image1")
+    if isinstance(one, images.MemoryImage) or isinstance(two, images.MemoryImage):
+        return one, two
+    if one.path.samefile(two.path):
+        raise InputError(f"Both images are {one.path}; give two different ones.")
+    names = [one.path.name, two.path.name]
+    if names[0] == names[1]:
+        paths = [str(record.path.absolute()) for record in (one, two)]
         shared = os.path.commonpath(paths)
         names = [Path(path).relative_to(shared).as_posix() for path in paths]
     return dataclasses.replace(one, name=names[0]), dataclasses.replace(two, name=names[1])
 
 
-def _open(path: Path) -> ImageRecord:
+def _open(image: ImageLike, name: str) -> ImageRecord:
+    if not isinstance(image, str | os.PathLike):
+        record = images.in_memory(image, name)
+        if min(record.size) < _MIN_SIDE:
+            raise InputError(f"{name} is {record.width}x{record.height} px; that is too small.")
+        return record
+    path = Path(image)
     if not path.exists():
         raise InputError(f"There is no image {path}.")
     if not path.is_file():

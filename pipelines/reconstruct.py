@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import html
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from gim_hloc import colmap
+from gim_hloc import colmap, draw
 from gim_hloc import images as image_module
-from gim_hloc.options import CameraOptions, replace, to_mapping
+from gim_hloc.files import as_path
+from gim_hloc.keywords import ReconstructKeywords
+from gim_hloc.options import CameraOptions, given, replace, to_mapping
+from gim_hloc.page import plural
 from gim_hloc.pipelines.correspondences import Correspondences
 from gim_hloc.pipelines.inputs import Inputs
 from gim_hloc.pipelines.matching import pair_name, take_parts, tell_kept
@@ -33,7 +37,7 @@ from gim_hloc.store import rows_from_matches0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class ReconstructResult:
     """What a reconstruction left.
 
@@ -49,6 +53,25 @@ class ReconstructResult:
     report: dict[str, Any] = field(default_factory=dict)
     estimate: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"ReconstructResult({self._text()})"
+
+    def _repr_html_(self) -> str:
+        """The largest model from the side where it is widest, for notebooks."""
+        text = f"<figcaption>{html.escape(self._text())}</figcaption>"
+        if not self.models:
+            return f"<figure>{text}</figure>"
+        picture = draw.data_url(_plan(self.model()), ".png")
+        return f'<figure><img src="{picture}">{text}</figure>'
+
+    def _text(self) -> str:
+        if not self.report:
+            return f"{self.output}, {'an estimate' if self.estimate else 'no model yet'}"
+        return (
+            f"{self.output}: {self.registered} of {self.report['summary']['images']} images "
+            f"registered, {plural(len(self.models), 'model')}"
+        )
+
     @property
     def registered(self) -> int:
         """Images with a pose in the largest model."""
@@ -59,13 +82,34 @@ class ReconstructResult:
         return colmap.read_model(self.models[index])
 
 
+_PLAN = (640, 480)  # (width, height) of the picture of a model, pixels
+
+
+def _plan(model: Any) -> np.ndarray:
+    """Points and, in red, cameras of a model in the plane in which the points spread most."""
+    view = scene_view(model)
+    centres = np.array([camera.center for camera in view.cameras]).reshape(-1, 3)
+    xyz = np.concatenate([view.points_xyz, centres])
+    middle = np.median(xyz, axis=0)
+    axes = np.linalg.svd(view.points_xyz - middle, full_matrices=False)[2][:2]
+    flat = (xyz - middle) @ axes.T
+    low, high = np.quantile(flat, (0.01, 0.99), axis=0)
+    scale = 0.8 * min(np.array(_PLAN) / np.maximum(high - low, 1e-9))
+    places = (flat - (low + high) / 2) * scale + np.array(_PLAN) / 2
+    picture = np.full((*_PLAN[::-1], 3), 255, np.uint8)
+    count = len(view.points_xyz)
+    draw.draw_points(picture, places[:count], view.points_rgb, radius=1)
+    draw.draw_points(picture, places[count:], draw.OUTLIER, radius=4, square=True)
+    return picture
+
+
 def reconstruct(
     images: Path | str,
     output: Path | str,
     options: ReconstructOptions | None = None,
     *,
     progress: bool = True,
-    **overrides: Any,
+    **overrides: Unpack[ReconstructKeywords],
 ) -> ReconstructResult:
     """Reconstruct an image folder.
 
@@ -87,9 +131,10 @@ def reconstruct(
         LockedError: another run holds the folder.
         MappingError: no model came out; features, matches, database and report are kept.
     """
-    options = with_overrides(options or ReconstructOptions(), overrides)
+    options = with_overrides(given(ReconstructOptions, options, {}), overrides)
     start = time.perf_counter()
-    inputs = Inputs(Path(images), Path(output), options, show=progress)
+    folder, output = as_path(images, "images"), as_path(output, "output")
+    inputs = Inputs(folder, output, options, show=progress)
     if options.dry_run:
         return ReconstructResult(output=inputs.output, estimate=inputs.estimate())
     with inputs.folder, _seeded(options):
