@@ -24,6 +24,7 @@ _LAZY = {
     "localize": "gim_hloc.pipelines.localize",
     "LocalizeOptions": "gim_hloc.pipelines.localize",
     "LocalizeResult": "gim_hloc.pipelines.localize",
+    "Localizer": "gim_hloc.pipelines.localize",
     "GimError": "gim_hloc.errors",
     "register": "gim_hloc.hloc_plugin",
 }
@@ -50,6 +51,7 @@ __all__ = [
     "GimError",
     "LocalizeOptions",
     "LocalizeResult",
+    "Localizer",
     "MatchResult",
     "ReconstructOptions",
     "ReconstructResult",
@@ -63,7 +65,7 @@ __all__ = [
 if TYPE_CHECKING:
     from gim_hloc.errors import GimError
     from gim_hloc.hloc_plugin import register
-    from gim_hloc.pipelines.localize import LocalizeOptions, LocalizeResult, localize
+    from gim_hloc.pipelines.localize import LocalizeOptions, Localizer, LocalizeResult, localize
     from gim_hloc.pipelines.match_pair import MatchResult, match
     from gim_hloc.pipelines.reconstruct import ReconstructOptions, ReconstructResult, reconstruct
 
