@@ -75,7 +75,7 @@ class MatchResult:
         """The picture of the matches, for notebooks."""
         picture = draw.data_url(_match_pictures.draw_matches(self))
         text = html.escape(" ".join(filter(None, (self.summary(), self.remark))))
-        return f'<figure><img src="{picture}" width="100%"><figcaption>{text}</figcaption></figure>'
+        return f'<figure><img src="{picture}"><figcaption>{text}</figcaption></figure>'
 
     @property
     def inliers(self) -> np.ndarray:
