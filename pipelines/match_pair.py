@@ -73,9 +73,12 @@ class MatchResult:
 
     def _repr_html_(self) -> str:
         """The picture of the matches, for notebooks."""
-        picture = draw.data_url(_match_pictures.draw_matches(self))
+        picture = pair_pictures.draw_inliers(
+            self.images, self.keypoints0, self.keypoints1, self.fit, plain=False
+        )
         text = html.escape(" ".join(filter(None, (self.summary(), self.remark))))
-        return f'<figure><img src="{picture}"><figcaption>{text}</figcaption></figure>'
+        image = f'<img src="{draw.data_url(picture)}">'
+        return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
     @property
     def inliers(self) -> np.ndarray:
