@@ -59,6 +59,7 @@ class ReconstructKeywords(RunKeywords, total=False):
     """Fields of ``ReconstructOptions``, and of its ``cameras``."""
 
     matcher: str
+    rescue: Literal["auto", "none"]
     quality: Quality
     max_size: int | None
     max_keypoints: int | None

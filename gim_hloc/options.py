@@ -510,7 +510,8 @@ class TuningOptions:
 # In the order of a reconstruction; gim-localize has locate and model in the place of verify to
 # export.
 StepName = Literal[
-    "encode", "pairs", "match", "rotations", "link", "verify", "map", "refine", "export",
+    "encode", "pairs", "match", "rotations", "link", "cascade", "verify", "map", "rescue",
+    "refine", "export",
     "locate", "model", "report",
 ]  # fmt: skip
 

@@ -9,7 +9,7 @@ COLMAP reads. ``network`` pixels are those of the upright, resized tensor that a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -152,6 +152,17 @@ class SparseEncoding(Encoding):
             network_keypoints=apply_affine(invert_affine(to_original), keypoints),
             descriptors=descriptors.detach().cpu(),
             scores=scores.detach().float().cpu(),
+        )
+
+    def strongest(self, most: int) -> SparseEncoding:
+        """The first, that is the strongest, keypoints; their rows stay."""
+        return replace(
+            self,
+            keypoints=self.keypoints[:most],
+            network_keypoints=self.network_keypoints[:most],
+            descriptors=self.descriptors[:most],
+            scores=self.scores[:most],
+            cache={},
         )
 
     def to_arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -18,7 +18,7 @@ from gim_hloc.pairs.retrieval import (
     retrieval,
     vlad,
 )
-from gim_hloc.pairs.select import PairOptions, Plan, Selection, needs_descriptors, plan, select
+from gim_hloc.pairs.select import PairOptions, Plan, Selection, plan, select
 from gim_hloc.pairs.sequential import sequential
 from gim_hloc.pairs.spatial import spatial
 
@@ -30,7 +30,6 @@ __all__ = [
     "Selection",
     "covisibility",
     "exhaustive",
-    "needs_descriptors",
     "plan",
     "poses",
     "read_global_descriptors",

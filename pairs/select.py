@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import numpy as np
 
 from gim_hloc.errors import InputError, some
+from gim_hloc.geometry.graph import connected
 from gim_hloc.options import PairOptions
 from gim_hloc.pairs.base import Pair, canonical
 from gim_hloc.pairs.covisibility import covisibility
@@ -31,14 +33,12 @@ from gim_hloc.pairs.spatial import Position, has_fix, spatial
 
 logger = logging.getLogger(__name__)
 
-MODES = ("exhaustive", "sequential", "retrieval", "spatial", "poses", "covisibility", "file")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What ``select`` is going to do; known before anything is computed."""
 
-    components: tuple[str, ...]  # of MODES, in the order of the union
+    components: tuple[str, ...]  # names of STRATEGIES, in the order of the union
     mode: str  # the same, joined by "+"
     why: str  # one sentence for users
     neighbours: int  # the resolved k
@@ -109,11 +109,6 @@ def plan(options: PairOptions, names: Sequence[str]) -> Plan:
     )
 
 
-def needs_descriptors(options: PairOptions, names: Sequence[str]) -> bool:
-    """Whether ``select`` will ask for the local descriptors of the images."""
-    return plan(options, names).needs_descriptors
-
-
 def select(
     options: PairOptions,
     names: Sequence[str],
@@ -143,53 +138,11 @@ def select(
     """
     names = sorted(set(names))
     chosen = plan(options, names)
-    k = chosen.neighbours
-    notes: list[str] = []
-    found: dict[str, list[Pair]] = {}
-    described: list[tuple[np.ndarray, Mapping[str, np.ndarray] | None]] = []
-
-    def descriptors() -> tuple[np.ndarray, Mapping[str, np.ndarray] | None]:
-        if not described:
-            described.append(_describe(options, names, local_descriptors, load_image))
-            empty = [n for n, row in zip(names, described[0][0], strict=True) if not row.any()]
-            if empty:
-                notes.append(f"Without any feature, so never similar: {_counted(empty)}.")
-        return described[0]
-
+    known = Known(options, names, chosen, local_descriptors, gps or {}, load_image, left_out)
+    found, notes = known.found, known.notes
     # Retrieval comes last: it looks for what the name order did not give.
     for component in sorted(chosen.components, key=lambda c: c == "retrieval"):
-        if component == "exhaustive":
-            pairs = exhaustive(names)
-        elif component == "sequential":
-            rows, local = descriptors() if options.loop_every else (None, None)
-            pairs = sequential(
-                names,
-                window=options.window,
-                quadratic=options.quadratic,
-                loop_every=options.loop_every,
-                loop_neighbours=k,
-                descriptors=rows,
-                local=local,
-            )
-        elif component == "retrieval":
-            rows, local = descriptors()
-            pairs = retrieval(
-                names,
-                rows,
-                k=k,
-                min_score=options.min_score,
-                exclude=found.get("sequential", ()),
-                local=local,
-            )
-        elif component == "spatial":
-            pairs = _spatial(options, names, gps, k, notes)
-        elif component == "file":
-            pairs = canonical(
-                pair for path in chosen.files for pair in read_pairs(path, names, skip=left_out)
-            )
-        else:
-            pairs = _from_model(component, options, names, k, notes)
-        found[component] = pairs
+        found[component] = STRATEGIES[component].choose(known)
     union = canonical(pair for pairs in found.values() for pair in pairs)
     if not union and len(names) > 1:
         raise InputError(f"The mode {chosen.mode} gives no pair of the {len(names)} images")
@@ -207,6 +160,98 @@ def select(
     )
     logger.debug("%d pairs (%s): %s", len(union), selection.mode, selection.why)
     return selection
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way of choosing pairs.
+
+    Attributes:
+        words: what it does, for users; ``{k}`` and fields of ``PairOptions`` are filled in.
+        choose: gives the pairs, sorted.
+    """
+
+    words: str
+    choose: Callable[[Known], list[Pair]]
+
+
+@dataclass
+class Known:
+    """What strategies choose by.
+
+    Attributes:
+        options: of the pairs.
+        names: of the images, sorted.
+        plan: what is to be done.
+        local_descriptors: see ``select``.
+        gps: see ``select``.
+        load_image: see ``select``.
+        left_out: see ``select``.
+        found: pairs of the strategies before.
+        notes: for users, one sentence each.
+    """
+
+    options: PairOptions
+    names: list[str]
+    plan: Plan
+    local_descriptors: Callable[[], Mapping[str, np.ndarray]] | None
+    gps: Mapping[str, Position | None]
+    load_image: ImageLoader | None
+    left_out: Collection[str]
+    found: dict[str, list[Pair]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def k(self) -> int:
+        """Partners an image."""
+        return self.plan.neighbours
+
+    @functools.cached_property
+    def descriptors(self) -> tuple[np.ndarray, Mapping[str, np.ndarray] | None]:
+        """(N, D) global descriptors of the images, and the local ones that were used."""
+        rows, local = _describe(self.options, self.names, self.local_descriptors, self.load_image)
+        empty = [name for name, row in zip(self.names, rows, strict=True) if not row.any()]
+        if empty:
+            self.notes.append(f"Without any feature, so never similar: {_counted(empty)}.")
+        return rows, local
+
+
+def _exhaustive(known: Known) -> list[Pair]:
+    return exhaustive(known.names)
+
+
+def _sequential(known: Known) -> list[Pair]:
+    options = known.options
+    rows, local = known.descriptors if options.loop_every else (None, None)
+    return sequential(
+        known.names,
+        window=options.window,
+        quadratic=options.quadratic,
+        loop_every=options.loop_every,
+        loop_neighbours=known.k,
+        descriptors=rows,
+        local=local,
+    )
+
+
+def _retrieval(known: Known) -> list[Pair]:
+    rows, local = known.descriptors
+    return retrieval(
+        known.names,
+        rows,
+        k=known.k,
+        min_score=known.options.min_score,
+        exclude=known.found.get("sequential", ()),
+        local=local,
+    )
+
+
+def _listed(known: Known) -> list[Pair]:
+    return canonical(
+        pair
+        for path in known.plan.files
+        for pair in read_pairs(path, known.names, skip=known.left_out)
+    )
 
 
 def is_numbered(names: Sequence[str]) -> bool:
@@ -262,15 +307,16 @@ def _parse_mode(mode: str) -> tuple[list[str], list[Path]]:
     # A path may hold a plus sign: try the whole first.
     for part in [mode] if Path(mode).is_file() else mode.split("+"):
         word = part.strip()
-        if word in ("auto", *MODES):
+        if word in ("auto", *STRATEGIES):
             components.append(word)
         elif Path(word.removeprefix("file:")).is_file():
             components.append("file")
             files.append(Path(word.removeprefix("file:")))
         else:
             raise InputError(
-                f"Unknown way of choosing pairs: '{word}'. Known are auto, {', '.join(MODES)}, "
-                "unions such as sequential+retrieval, and the path of a pair list that exists."
+                f"Unknown way of choosing pairs: '{word}'. Known are auto, "
+                f"{', '.join(STRATEGIES)}, unions such as sequential+retrieval, and the path of a "
+                "pair list that exists."
             )
     return components, files
 
@@ -293,16 +339,8 @@ def _auto(options: PairOptions, names: Sequence[str], k: int) -> tuple[list[str]
 def _described(components: Sequence[str], options: PairOptions, k: int) -> str:
     """What a union does, in words."""
     more = " further" if "sequential" in components else ""
-    words = {
-        "exhaustive": "every image with every other",
-        "sequential": f"neighbours in name order (window {options.window})",
-        "retrieval": f"the {k} most similar{more} images",
-        "spatial": f"the {k} nearest images within {options.max_distance_m:g} m by GPS",
-        "poses": f"the {k} nearest cameras that look the same way",
-        "covisibility": f"the {k} images that share most points in the model",
-        "file": "the given pair list",
-    }
-    return " plus ".join(words[component] for component in components)
+    fields = {**vars(options), "k": k, "more": more}
+    return " plus ".join(STRATEGIES[name].words.format_map(fields) for name in components)
 
 
 def _describe(
@@ -326,15 +364,10 @@ def _describe(
     return np.asarray(describe(names, local=local, load_image=load_image)), local
 
 
-def _spatial(
-    options: PairOptions,
-    names: list[str],
-    gps: Mapping[str, Position | None] | None,
-    k: int,
-    notes: list[str],
-) -> list[Pair]:
+def _spatial(known: Known) -> list[Pair]:
     """Spatial pairs of the images that have a position."""
-    positions = {name: p for name in names if (p := (gps or {}).get(name)) and has_fix(p)}
+    names, options = known.names, known.options
+    positions = {name: p for name in names if (p := known.gps.get(name)) and has_fix(p)}
     if len(positions) < 2:
         raise InputError(
             f"Spatial pairs need GPS positions in the EXIF data, and {len(positions)} of "
@@ -342,69 +375,78 @@ def _spatial(
         )
     without = [name for name in names if name not in positions]
     if without:
-        notes.append(f"Without a GPS position, so without spatial pairs: {_counted(without)}.")
+        known.notes.append(
+            f"Without a GPS position, so without spatial pairs: {_counted(without)}."
+        )
     return spatial(
         positions,
-        max_neighbours=k,
+        max_neighbours=known.k,
         max_distance_m=options.max_distance_m,
         use_altitude=options.use_altitude,
     )
 
 
-def _from_model(
-    component: str, options: PairOptions, names: list[str], k: int, notes: list[str]
-) -> list[Pair]:
-    """Pairs by the poses or the points of a COLMAP model."""
+def _poses(known: Known) -> list[Pair]:
+    from gim_hloc import colmap  # slow to import, and most ways do without
+
+    cameras = _of_model(known, "poses", colmap.model_cameras)
+    return poses(cameras, k=known.k, max_angle_deg=known.options.max_angle_deg)
+
+
+def _covisibility(known: Known) -> list[Pair]:
     from gim_hloc import colmap
 
-    model = options.model
-    if model is None:  # plan() reports this first
-        raise InputError(
-            f"Pairs from {component} need a COLMAP model (--pair.model, in gim-pairs --model)."
-        )
+    return covisibility(_of_model(known, "covisibility", colmap.model_observations), k=known.k)
 
-    wanted = set(names)
-    if component == "poses":
-        cameras = {n: c for n, c in colmap.model_cameras(model).items() if n in wanted}
-        inside = set(cameras)
-        pairs = poses(cameras, k=k, max_angle_deg=options.max_angle_deg)
-    else:
-        seen = {n: p for n, p in colmap.model_observations(model).items() if n in wanted}
-        inside = set(seen)
-        pairs = covisibility(seen, k=k)
+
+Of = TypeVar("Of")
+
+
+def _of_model(known: Known, strategy: str, read: Callable[[Path], dict[str, Of]]) -> dict[str, Of]:
+    """What a COLMAP model says about the images."""
+    model = known.options.model
+    if model is None:
+        raise InputError(
+            f"Pairs from {strategy} need a COLMAP model (--pair.model, in gim-pairs --model)."
+        )
+    inside = {name: what for name, what in read(model).items() if name in set(known.names)}
     if len(inside) < 2:
         raise InputError(
-            f"The model '{model}' holds {len(inside)} of the {len(names)} images: its "
+            f"The model '{model}' holds {len(inside)} of the {len(known.names)} images: its "
             "image names must be paths relative to the image folder"
         )
-    outside = [name for name in names if name not in inside]
+    outside = [name for name in known.names if name not in inside]
     if outside:
-        notes.append(f"Not in the model, so without pairs by {component}: {_counted(outside)}.")
-    return pairs
+        known.notes.append(
+            f"Not in the model, so without pairs by {strategy}: {_counted(outside)}."
+        )
+    return inside
+
+
+# By their names in --pairs. They may be joined: sequential+retrieval.
+STRATEGIES = {
+    "exhaustive": Strategy("every image with every other", _exhaustive),
+    "sequential": Strategy("neighbours in name order (window {window})", _sequential),
+    "retrieval": Strategy("the {k} most similar{more} images", _retrieval),
+    "spatial": Strategy("the {k} nearest images within {max_distance_m:g} m by GPS", _spatial),
+    "poses": Strategy("the {k} nearest cameras that look the same way", _poses),
+    "covisibility": Strategy("the {k} images that share most points in the model", _covisibility),
+    "file": Strategy("the given pair list", _listed),
+}
 
 
 def _connectivity_notes(names: list[str], pairs: list[Pair]) -> list[str]:
     """What the pair graph forbids: images without pairs, and parts that cannot meet."""
-    parent = {name: name for name in names}
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for a, b in pairs:
-        parent[root(a)] = root(b)
-    sizes = Counter(root(name) for name in names)
+    groups = connected(names, pairs)
     notes = []
-    alone = [name for name in names if sizes[root(name)] == 1]
+    alone = sorted(name for group in groups if len(group) == 1 for name in group)
     if alone:
         notes.append(f"In no pair, so they cannot be registered: {_counted(alone)}.")
-    groups = sorted((size for size in sizes.values() if size > 1), reverse=True)
-    if len(groups) > 1:
-        shown = ", ".join(map(str, groups[:5])) + (", …" if len(groups) > 5 else "")
+    sizes = [len(group) for group in groups if len(group) > 1]
+    if len(sizes) > 1:
+        shown = ", ".join(map(str, sizes[:5])) + (", …" if len(sizes) > 5 else "")
         notes.append(
-            f"No pair connects the {len(groups)} groups of {shown} images: they become separate "
+            f"No pair connects the {len(sizes)} groups of {shown} images: they become separate "
             "models. Add retrieval to the ways of choosing pairs to connect them."
         )
     return notes

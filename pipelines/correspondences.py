@@ -24,8 +24,9 @@ from gim_hloc.pipelines.matching import (
     pair_name,
     spread,
 )
+from gim_hloc.pipelines.methods import Method
 from gim_hloc.pipelines.run import Step
-from gim_hloc.store import H5Store, digest
+from gim_hloc.store import H5Store, digest, rows_from_matches0
 from gim_hloc.tracks.base import matches0_arrays
 from gim_hloc.tracks.linker import ImagePoints
 
@@ -37,7 +38,12 @@ _ROUNDS = 3  # of looking for images that are stored rotated
 
 
 class Correspondences:
-    """The first half of a reconstruction.
+    """The first half of a reconstruction: what one method finds.
+
+    Args:
+        inputs: of the run.
+        method: that matches; the run's own by default.
+        folder: of its files; that of the run by default.
 
     Attributes:
         detected: keypoints and descriptors of the detector.
@@ -51,24 +57,43 @@ class Correspondences:
         dense_encodings: made in this run by a matcher without keypoints.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(
+        self, inputs: Inputs, method: Method | None = None, folder: Path | None = None
+    ) -> None:
         self.inputs, self.options, self.folder = inputs, inputs.options, inputs.folder
         self.output, self.names, self.records = inputs.output, inputs.names, inputs.records
-        self.photographs, self.linker = inputs.photographs, inputs.linker
-        self.matcher, self.detector = inputs.matcher, inputs.detector
+        self.photographs, self.method = inputs.photographs, method or inputs.method
+        self._place = folder
+        self.linker = self.method.linker
+        self.matcher, self.detector = self.method.matcher, self.method.detector
         self.keypoints: dict[str, np.ndarray] = {}
         self.selection: Selection
         self.encoded: set[str] = set()
         self.matched: set[Pair] = set()
         self.dense_encodings = 0
         self._rounds = 0
-        self._read_rotations()
+        if folder is None:
+            self._read_rotations()
         self._open_stores()
 
     def close(self) -> None:
         """Close all files."""
         for store in self.stores():
             store.close()
+
+    @property
+    def shared(self) -> bool:
+        """Whether the keypoints are those of another method, which has them already."""
+        return False
+
+    def rows(self, pair: Pair) -> np.ndarray:
+        """(M, 2) matches of a pair, rows into ``keypoints``."""
+        return rows_from_matches0(self.matches.get(pair_name(pair))[0]["matches0"])
+
+    def confidence(self, pair: Pair) -> float:
+        """Sum of the confidences of a pair's matches, verified or not."""
+        scores = self.matches.get(pair_name(pair))[0].get("matching_scores0")
+        return 0.0 if scores is None else float(scores[scores > 0].sum(dtype=float))
 
     def _open_stores(self) -> None:
         """The caches of the steps. ``detected`` and ``raw`` are what linking starts from."""
@@ -92,12 +117,13 @@ class Correspondences:
         inputs = self.inputs
         # What an extension starts from was just put there.
         overwrite = self.options.overwrite and inputs.base is None
+        place = self._place or self.output
         return H5Store(
-            self.output / name,
-            inputs.feature_settings if step == "encode" else inputs.match_settings,
+            place / name,
+            self.method.feature_settings if step == "encode" else self.method.match_settings,
             key_of=inputs.pair_key if "matches" in name else None,
             overwrite=inputs.part is None and (overwrite or self.options.again(step)),
-            cache_file=self.folder.cache_file(name),
+            cache_file=None if self._place else self.folder.cache_file(name),
         )
 
     def stores(self) -> list[H5Store]:
@@ -120,7 +146,7 @@ class Correspondences:
                 logger.debug("encoded %s: %d keypoints", name, len(arrays["keypoints"]))
                 bar.update()
 
-            task = EncodeTask(self.inputs.detector_loader, photographs, self.inputs.threads)
+            task = EncodeTask(self.method.detector_loader, photographs, self.inputs.threads)
             spread(task, todo, self.inputs.where, done, chunk=4)
         if self.inputs.part is not None:
             return
@@ -162,7 +188,7 @@ class Correspondences:
                 to_mapping(self.inputs.pair_options),
                 [[name, self.photographs.source(name)] for name in self.names],
                 [_file_stamp(path) for path in self.inputs.plan.files],
-                self.inputs.feature_settings if self.inputs.plan.needs_descriptors else None,
+                self.method.feature_settings if self.inputs.plan.needs_descriptors else None,
                 self.inputs.added,
             ]
         )
@@ -239,14 +265,18 @@ class Correspondences:
                 "or the same command with --stop-after pairs instead of --step, first."
             )
 
+    def _stored(self) -> Stored:
+        """Encodings to match."""
+        return Stored(self.detected.path)
+
     def _match_task(self, todo: Sequence[Pair]) -> MatchTask:
         options = self.options
         anchored = self.linker.detector_free and options.tracks == "anchored"
         needed = sorted({name for pair in todo for name in pair}) if anchored else []
         return MatchTask(
-            loader=self.inputs.loader,
+            loader=self.method.loader,
             photographs=self.photographs,
-            stored=Stored(self.detected.path),
+            stored=self._stored(),
             tracks=options.tracks,
             anchored=options.anchored,
             quantized=options.quantized,
@@ -281,7 +311,7 @@ class Correspondences:
         entry = self.folder.steps.get("rotations", {})
         facts = entry.get("facts", {})
         if self.options.rotations == "none" or facts.get("settings") != digest(
-            self.inputs.match_settings
+            self.method.match_settings
         ):
             return
         self._decided = entry.get("key") == self._rotations_key()
@@ -290,7 +320,7 @@ class Correspondences:
                 self.photographs.turns[name] = turn
 
     def _rotations_key(self) -> str:
-        return digest([self.inputs.match_settings, sorted(r.sha256 for r in self.records.values())])
+        return digest([self.method.match_settings, sorted(r.sha256 for r in self.records.values())])
 
     def find_rotated(self) -> list[Step] | None:
         """Look for images that are stored rotated; with new ones, another pass is made."""
@@ -305,7 +335,7 @@ class Correspondences:
             self._decided = not found
             with self.folder.making("rotations", self._rotations_key()) as made:
                 made.facts = {
-                    "settings": digest(self.inputs.match_settings),
+                    "settings": digest(self.method.match_settings),
                     "images": {n: [t, self.records[n].sha256] for n, t in sorted(turns.items())},
                 }
                 made.whole = self._decided
@@ -325,15 +355,22 @@ class Correspondences:
         return None
 
     def _find_rotations(self) -> dict[str, int]:
-        matcher = self.detector
-        bound = matcher.info.min_confidence_sum.get(self.options.quality)
+        # Of a cascade the second matcher judges, which knows the keypoints of the first.
+        levels, quality = self.inputs.levels, self.options.quality
+        cascade = len(levels) > 1
+        matcher = self.inputs.method_of(levels[1], quality).matcher if cascade else self.detector
         sums = {
             pair: float(self.linker.confidences(self.raw.get(pair_name(pair))[0]).sum(dtype=float))
             for pair in self.selection.pairs
         }
         groups = rotations.weak_groups(
-            self.names, sums, {name: len(k) for name, k in self.keypoints.items()}, bound
+            self.names,
+            sums,
+            {name: len(k) for name, k in self.keypoints.items()},
+            self.detector.info.min_confidence_sum.get(quality),
+            rotations.STRONG_SHARE / 3 if cascade else rotations.STRONG_SHARE,
         )
+        bound = matcher.info.min_confidence_sum.get(quality)
         stored = Stored(self.detected.path)
 
         def confidence(name: str, turn: int, others: Sequence[str]) -> float:
@@ -344,7 +381,7 @@ class Correspondences:
         found: dict[str, int] = {}
         with self.inputs.bar(len(groups), "Rotate", "groups") as bar:
             for group in groups:
-                turn = rotations.best_rotation(group, confidence, bound)
+                turn = rotations.best_rotation(group, confidence, bound, judged_anew=cascade)
                 found.update(dict.fromkeys(group.members, turn) if turn else {})
                 bar.update()
         return found

@@ -18,17 +18,23 @@ from gim_hloc import colmap, engine, matchers
 from gim_hloc import images as image_module
 from gim_hloc import poses as pose_module
 from gim_hloc.clock import Stopwatch, timed
-from gim_hloc.colmap.export import FILES
+from gim_hloc.colmap.export import FORMATS
 from gim_hloc.errors import InputError, some
 from gim_hloc.masks import MaskFolder
-from gim_hloc.matchers.common import parse_matcher_options
-from gim_hloc.options import PoseUse, to_mapping
+from gim_hloc.options import PoseUse, Quality, replace, to_mapping
 from gim_hloc.pairs.files import read_pairs
 from gim_hloc.pairs.retrieval import Lazy
 from gim_hloc.pairs.select import Selection, plan, select
 from gim_hloc.pipelines.extension import Extension, gather
 from gim_hloc.pipelines.imported import ImportedMatcher
 from gim_hloc.pipelines.matching import Photographs
+from gim_hloc.pipelines.methods import (
+    CASCADES,
+    Method,
+    choose_matcher,
+    imported_method,
+    load_method,
+)
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import versions
 from gim_hloc.pipelines.run import (
@@ -37,14 +43,13 @@ from gim_hloc.pipelines.run import (
     keep_scan,
     part_of,
     progress_bar,
+    read_state,
     refuse_other_images,
     scanned,
 )
 from gim_hloc.poses import radius
 from gim_hloc.schedule import encoding_bytes
 from gim_hloc.store import digest, pair_keys
-from gim_hloc.tracks.linker import Linker, linker_for
-from gim_hloc.types import Matcher, SparseEncoding
 
 if TYPE_CHECKING:
     from gim_hloc.images import ImageSet
@@ -53,9 +58,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
-
-# Raised when the meaning of a stored array changes, so that older files are not reused.
-FORMAT = 1
 
 
 class Inputs:
@@ -82,6 +84,7 @@ class Inputs:
         self.known: KnownPoses | None = None
         self._check_options()
         self._check_folders()
+        self._choose_matcher()
         self._scan()
         self._read_poses()
         self._assign_cameras()
@@ -142,7 +145,11 @@ class Inputs:
                 *("pairs.txt", "database.db"),
                 *(f"sparse/[0-9]*/{name}" for name in MODEL_FILES),
                 *("sparse/[0-9]*/cameras.txt", "sparse/[0-9]*/images.txt"),
-                *(f"export/[0-9]*/{name}" for kind in self.options.export for name in FILES[kind]),
+                *(
+                    f"export/[0-9]*/{name}"
+                    for kind in self.options.export
+                    for name in FORMATS[kind].files
+                ),
                 *(["dense/**/*"] if self.options.dense else []),
             ],
             writes=[
@@ -153,6 +160,18 @@ class Inputs:
             overwrite=self.options.overwrite,
             part=self.part,
         )
+
+    def _choose_matcher(self) -> None:
+        """What ``--matcher auto`` stands for; a run that goes on keeps what it began with."""
+        options = self.options
+        if options.matcher != "auto":
+            return
+        before = (read_state(self.output, tell=False) or {}).get("options", {})
+        name = choose_matcher(options.quality, options.where)
+        if before.get("quality") == options.quality and not options.overwrite:
+            name = before.get("matcher") or name
+            matchers.refuse_code(name, f"{self.output / 'run.yaml'}", "--matcher")
+        self.options = replace(options, {"matcher": name})
 
     def _scan(self) -> None:
         options = self.options
@@ -296,19 +315,14 @@ class Inputs:
         self.where = options.where
         device = self.where.devices[0] if self.where.devices else options.device
         self.imported: ImportedMatcher | None = None
-        self.matcher: Matcher[Any]
         if options.features is not None and options.matches is not None:
-            self.imported = self.matcher = ImportedMatcher(options.features, options.matches)
+            self.imported = ImportedMatcher(options.features, options.matches)
+            self.method = imported_method(options, self.imported)
         else:
-            self.loader = matchers.Loader(options.matcher, options.quality, self._overrides())
-            self.matcher = self.loader.load(device)
-        self.linker: Linker = linker_for(
-            self.matcher, options.tracks, anchored=options.anchored, quantized=options.quantized
-        )
-        self.detector: Matcher[SparseEncoding] = self.matcher
-        self.detector_loader = None if self.imported else self.loader
-        if self.linker.detector_free:
-            self._load_detector(device)
+            self.method = load_method(options, self.levels[0], options.quality, device)
+        self.folder.notes += self.method.notes
+        self.matcher, self.linker = self.method.matcher, self.method.linker
+        self.detector = self.method.detector
         if options.refine_warps and not self.matcher.info.has_warps:
             raise InputError(
                 f"--refine-warps needs a dense matcher; {self.matcher.info.name} has no warps."
@@ -328,39 +342,8 @@ class Inputs:
         )
         logger.info("Pairs: %s (%s)", self.plan.mode, self.plan.why)
 
-    def _overrides(self) -> dict[str, Any]:
-        overrides = parse_matcher_options(self.options.matcher_options)
-        for name in ("max_size", "max_keypoints"):
-            value = getattr(self.options, name)
-            if value is not None:
-                overrides[name] = value
-        if not matchers.describe(self.options.matcher).has_keypoints:
-            overrides.pop("max_keypoints", None)  # of the anchors
-        return overrides
-
-    def _load_detector(self, device: str) -> None:
-        options = self.options
-        name = matchers.choose_detector(options.anchors)
-        count = options.max_keypoints
-        self.detector_loader = matchers.Loader(
-            name, options.quality, {} if count is None else {"max_keypoints": count}
-        )
-        detector = self.detector_loader.load(device)
-        if not detector.info.has_keypoints:
-            raise InputError(f"{name} has no keypoints; choose a sparse matcher for the anchors.")
-        if options.anchors == "auto" and name != "aliked_lightglue":
-            self.folder.notes.append(
-                f"The weights of aliked_lightglue are missing: anchors are {name}'s."
-            )
-        self.detector = detector
-
     def _prepare_keys(self) -> None:
-        """Settings that decide what of an earlier run is reused."""
-        encode = {f"encode.{k}": v for k, v in self.detector.encode_settings().items()}
-        self.feature_settings: dict[str, Any] = {"format": FORMAT, **encode}
-        if self.photographs.masks is not None:
-            self.feature_settings["mask_erode"] = self.options.mask_erode
-        self.match_settings = {**self.feature_settings, **self.linker.settings()}
+        """The pairs' names in h5 files; and what an extended model rests on must be as it was."""
         keys = pair_keys(self.names)
         escaped = [name for name in self.names if keys[name] != name.replace("/", "-")]
         if escaped:
@@ -472,13 +455,24 @@ class Inputs:
                 overwrite=self.options.overwrite,
             )
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Matchers of the run, in the order in which they are tried."""
+        return CASCADES.get(self.options.matcher, (self.options.matcher,))
+
+    def method_of(self, name: str, quality: Quality) -> Method:
+        """Another matcher than the run's own, for some pairs."""
+        as_first = self.method if name in self.levels[1:2] else None
+        device = str(self.method.matcher.device)
+        return load_method(self.options, name, quality, device, detect_as=as_first, own=False)
+
     def bar(self, total: int | None, title: str, unit: str, done: int = 0) -> Any:
         """A progress bar."""
         return progress_bar(total, title, unit, done=done, show=self.show)
 
-    def scale(self) -> dict[str, float]:
+    def scale(self, method: Method | None = None) -> dict[str, float]:
         """Pixels that keypoints were found at for a stored one, at most 1."""
-        options = self.detector.image_options
+        options = (method or self.method).detector.image_options
         return {
             name: min(1.0, max(image_module.network_size(*r.upright_size, options)) / max(r.size))
             for name, r in self.records.items()

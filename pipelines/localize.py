@@ -51,6 +51,7 @@ from gim_hloc.pipelines.matching import (
     take_parts,
     tell_kept,
 )
+from gim_hloc.pipelines.methods import CASCADES, detection_options
 from gim_hloc.pipelines.options import LocalizeOptions
 from gim_hloc.pipelines.outcome import versions
 from gim_hloc.pipelines.run import (
@@ -362,6 +363,9 @@ class Localizer:
         theirs = made.get("matcher")
         if made.get("features"):  # its keypoints came from a file
             theirs = None
+        cascade = CASCADES.get(theirs or "")
+        if cascade is not None:  # queries are matched with the map's first keypoints
+            theirs = options.matcher or cascade[1]
         if theirs is not None and options.matcher is None:
             matchers.refuse_code(theirs, f"The map {self.folder}", "--matcher")
         name = options.matcher or theirs
@@ -385,6 +389,9 @@ class Localizer:
             overrides.setdefault("max_keypoints", keypoints)
         self.where = options.where
         device = self.where.devices[0] if self.where.devices else options.device
+        if cascade is not None and name == cascade[1]:
+            first = matchers.Loader(cascade[0], quality, overrides)
+            overrides = detection_options(first.load(device))
         self.loader = matchers.Loader(name, quality, overrides)
         self.matcher: Matcher[Any] = self.loader.load(device)
         self.linker: Linker = linker_for(self.matcher)
@@ -423,6 +430,7 @@ class Localizer:
             )
             name = matchers.choose_detector(made.get("anchors") or "auto")
             theirs = made.get("matcher")
+            theirs = CASCADES.get(theirs or "", (theirs,))[0]
             if theirs is not None and matchers.describe(theirs).has_keypoints:
                 name = theirs
             count = made.get("max_keypoints")

@@ -113,13 +113,15 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class Stored:
-    """Encodings in a finished h5 file."""
+    """Encodings in a finished h5 file; of each at most so many, the strongest, keypoints."""
 
     path: Path
+    most: int | None = None
 
     def __call__(self, name: str) -> SparseEncoding:
         """Read one back."""
-        return read_encoding(self.path, name)
+        found = read_encoding(self.path, name)
+        return found if self.most is None else found.strongest(self.most)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,24 +14,15 @@ import numpy as np
 
 from gim_hloc import colmap, engine
 from gim_hloc import images as image_module
-from gim_hloc.cache import Cache
 from gim_hloc.colmap.export import export_model
-from gim_hloc.errors import GimError, InputError, MappingError, OutputError, some
-from gim_hloc.options import VerifyOptions
-from gim_hloc.pipelines.correspondences import Correspondences
+from gim_hloc.errors import GimError, MappingError, some
+from gim_hloc.pipelines.cascade import Rescue
 from gim_hloc.pipelines.inputs import Inputs
-from gim_hloc.pipelines.matching import (
-    VerifyTask,
-    pair_name,
-    spread,
-)
-from gim_hloc.pipelines.run import (
-    HIDDEN,
-    Made,
-    Step,
-)
+from gim_hloc.pipelines.layers import Layers
+from gim_hloc.pipelines.run import HIDDEN, Made, Step
+from gim_hloc.pipelines.verifying import Verifier
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
-from gim_hloc.store import digest, remove_cache, rows_from_matches0
+from gim_hloc.store import digest
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import MapJob, PairVerification, Refined
@@ -46,7 +36,6 @@ class Modelling:
     """The second half of a reconstruction.
 
     Attributes:
-        geometries: cache of what verification found of each pair.
         cameras: of the database; mapping may part them.
         verified: what verification left of each pair.
         models: folders of the finished models, largest first.
@@ -55,17 +44,12 @@ class Modelling:
         failure: why there is no model, or a format was not written.
     """
 
-    def __init__(self, inputs: Inputs, matching: Correspondences) -> None:
+    def __init__(self, inputs: Inputs, layers: Layers, verifier: Verifier) -> None:
         self.inputs, self.options, self.folder = inputs, inputs.options, inputs.folder
         self.output, self.names, self.records = inputs.output, inputs.names, inputs.records
-        self.photographs, self.linker = inputs.photographs, inputs.linker
-        self.matcher, self.detector = inputs.matcher, inputs.detector
-        self.matching = matching
-        cache_file = inputs.folder.cache_file("database.db")
-        if inputs.part is None and (self.options.overwrite or self.options.again("verify")):
-            remove_cache(cache_file)
-        self.geometries = Cache(cache_file)
-        self._keys: dict[Pair, str] = {}  # pair -> key of what verification found of it
+        self.photographs, self.method = inputs.photographs, inputs.method
+        self.layers, self.verifier = layers, verifier
+        self.rescue = Rescue(inputs, layers, verifier)
         self.cameras = inputs.cameras
         self.verified: list[PairVerification] = []
         self.models: list[Path] = []
@@ -73,73 +57,40 @@ class Modelling:
         self.left_model: dict[str, str] = {}
         self.intrinsics: list[dict[str, dict[str, Any]]] = []
         self.failure: GimError | None = None
-
-    def kept(self) -> tuple[Cache, set[str]]:
-        """The cache of verification, and the keys in it that this run used."""
-        return self.geometries, set(self._keys.values())
+        self.before: list[Any] = []  # models that images are to be registered into
 
     # ------------------------------------------------------------------------------------ verify
-
-    def verify_options(self) -> VerifyOptions:
-        """The verification's numbers, with the matcher's own bound where the user set none."""
-        verify = self.options.verify
-        if verify.min_confidence_sum is None:
-            own = self.matcher.info.min_confidence_sum.get(self.options.quality)
-            verify = dataclasses.replace(verify, min_confidence_sum=own)
-        return verify
 
     def _solver_threads(self) -> int:
         return 1 if self.options.deterministic else engine.usable_cores()
 
-    def _match_source(self, pair: Pair) -> str:
-        """Hash of what the matches in matches.h5 are made from."""
-        return self.matching.matches.source(pair_name(pair)) or ""
-
     def verify(self) -> None:
         """Verify each pair, and write COLMAP's database of what passed."""
-        pairs = self.matching.selection.pairs
+        verifier, layers = self.verifier, self.layers
         if self.inputs.part is not None:
-            self._require_matched(pairs)
-        verification = colmap.Verification(
-            cameras=self.cameras,
-            options=self.verify_options(),
-            seed=self.options.seed,
-            poses=self.inputs.poses_if("fixed") or {},
-            scale=self.inputs.scale(),
-        )
-        settings = [self.matching.matches.stamp, verification.settings()]
-        keys = self._keys = {
-            pair: digest([settings, self._match_source(pair), verification.pair_facts(*pair)])
-            for pair in pairs
-        }
-        cameras = [dataclasses.asdict(spec) for spec in self.cameras]
-        self.database_key = digest([list(keys.values()), cameras, self.inputs.poses_key()])
+            verifier.require_matched(layers.first)
+            verifier.verify(layers.first)
+            return
+        self.rescue.restore(self._first_map_key)
+        keys = [verifier.keys(layer) for layer in layers.all]
+        self.database_key = self._database_key(keys)
+        pairs = layers.pairs
         path = self.output / "database.db"
-        if self.inputs.part is None and self.folder.facts("verify", self.database_key) is not None:
+        if self.folder.facts("verify", self.database_key) is not None:
             self.verified = colmap.read_verification(path, pairs)
             logger.info("Database reused: %s", path)
             self._tell_doubtful()
             return
-        self._verify_pairs(verification, keys)
-        if self.inputs.part is not None:
-            return
+        for layer in layers.all:
+            verifier.verify(layer)
         prior = self.inputs.poses_if("prior")
         with self.folder.making("verify", self.database_key) as made:
             self.verified = colmap.write_database(
                 made.path / "database.db",
-                cameras=self.cameras,
+                cameras=self.inputs.cameras,
                 names=self.names,
-                keypoints=self.matching.keypoints.__getitem__,
-                pairs=(
-                    (
-                        *pair,
-                        rows_from_matches0(
-                            self.matching.matches.get(pair_name(pair))[0]["matches0"]
-                        ),
-                        self._geometry(keys[pair], pair),
-                    )
-                    for pair in pairs
-                ),
+                keypoints=layers.keypoints,
+                pairs=((*pair, *verifier.merged(layers, keys, pair)) for pair in pairs),
                 priors={n: -r.T @ t for n, (r, t) in prior.items()} if prior else None,
                 prior_stddev=self.inputs.prior_stddev(),
             )
@@ -149,50 +100,10 @@ class Modelling:
         )
         self._tell_doubtful()
 
-    def _verify_pairs(self, verification: colmap.Verification, keys: Mapping[Pair, str]) -> None:
-        pairs = self.folder.share(list(keys))
-        todo = [pair for pair in pairs if keys[pair] not in self.geometries]
-        task = VerifyTask(
-            verification=verification,
-            features=self.matching.features.path,
-            matches=self.matching.matches.path,
-            keys={name: self.inputs.pair_key(name) for name in self.names},
-            threads=1 if self.inputs.where.devices else self._solver_threads(),
-        )
-        with self.inputs.bar(len(pairs), "Verify", "pairs", len(pairs) - len(todo)) as bar:
-
-            def done(pair: Pair, arrays: dict[str, np.ndarray]) -> None:
-                self.geometries.put(keys[pair], arrays)
-                bar.update()
-
-            spread(task, todo, self.inputs.where, done, chunk=64)
-
-    def _geometry(self, key: str, pair: Pair) -> dict[str, np.ndarray]:
-        found = self.geometries.get(key)
-        if found is None:
-            raise OutputError(
-                f"{self.geometries.path} lost the pair {pair[0]} {pair[1]}. Repeat the command: it "
-                "is verified again."
-            )
-        return found
-
-    def _require_matched(self, pairs: Sequence[Pair]) -> None:
-        photographs = self.photographs
-        missing = [
-            pair_name(p)
-            for p in pairs
-            if not self.matching.raw.has(pair_name(p), photographs.pair_source(p))
-        ]
-        if (
-            missing
-            or not self.matching.matches.path.exists()
-            or not self.matching.features.path.exists()
-        ):
-            raise InputError(
-                f"--step verify: {len(missing)} of {len(pairs)} pairs are not matched yet. Run "
-                "--step match, and then the same command with --stop-after "
-                f"{'link' if self.linker.detector_free else 'match'} instead of --step."
-            )
+    def _database_key(self, keys: Sequence[Mapping[Pair, str]]) -> str:
+        cameras = [dataclasses.asdict(spec) for spec in self.inputs.cameras]
+        listed = [key for own in keys for key in own.values()]
+        return digest([listed, cameras, self.inputs.poses_key()])
 
     def _tell_doubtful(self) -> None:
         doubtful = sum(v.doubtful for v in self.verified)
@@ -200,17 +111,18 @@ class Modelling:
             self.folder.note(
                 f"{doubtful} of {len(self.verified)} pairs had enough inliers but too little "
                 "confidence and were left out, as pairs of unrelated places: a sum below "
-                f"{self.verify_options().min_confidence_sum:g} (--verify.min-confidence-sum)."
+                f"{self.verifier.bounds(self.layers.first).min_confidence_sum:g} "
+                "(--verify.min-confidence-sum)."
             )
 
     def confidence_meaning(self) -> str:
         """What the confidence of a match is, for the report."""
         if self.inputs.imported is not None:
             said = "Confidences are those of the imported file, 1 where it has none."
-        elif self.linker.detector_free:
+        elif self.method.linker.detector_free:
             said = f"Confidences are those of the {self.options.tracks} tracks' readings."
         else:
-            said = f"Confidences are those that {self.matcher.info.name} gives its matches."
+            said = f"Confidences are those that {self.method.name} gives its matches."
         if self.inputs.poses_if("fixed") is not None:
             said += " Pairs whose poses are known are judged by these alone."
         return said
@@ -233,16 +145,8 @@ class Modelling:
 
     def map(self) -> list[Step] | None:
         """Models of the verified pairs, as COLMAP's mappers leave them."""
-        self.map_key = digest(
-            {
-                "database": self.database_key,
-                "map": dataclasses.asdict(self.options.map),
-                "mapper": colmap.resolve_mapper(self.options.mapper, len(self.names)),
-                "refine_intrinsics": self.options.cameras.refine_intrinsics,
-                "threads": 1 if self.options.deterministic else "many",
-                "poses": self.inputs.poses_key(),
-            }
-        )
+        self.failure = None
+        self.map_key = self._map_key(self.database_key)
         facts = self.folder.facts("map", self.map_key)
         if facts is None:
             if "cameras" in self.folder.steps:  # parted in the database by another mapping
@@ -259,10 +163,26 @@ class Modelling:
             colmap.CameraSpec(**{**spec, "params": tuple(spec["params"])})
             for spec in facts["cameras"]
         ]
-        if parted == self.cameras:
-            return None
         self.cameras = parted
+        if parted == self.inputs.cameras:
+            return None
         return [Step("verify", self._write_cameras)]
+
+    def _first_map_key(self) -> str:
+        """Of the model of the layers before the rescue."""
+        return self._map_key(self._database_key([self.verifier.keys(x) for x in self.layers.all]))
+
+    def _map_key(self, database_key: str) -> str:
+        return digest(
+            {
+                "database": database_key,
+                "map": dataclasses.asdict(self.options.map),
+                "mapper": colmap.resolve_mapper(self.options.mapper, len(self.names)),
+                "refine_intrinsics": self.options.cameras.refine_intrinsics,
+                "threads": 1 if self.options.deterministic else "many",
+                "poses": self.inputs.poses_key(),
+            }
+        )
 
     def _mapped(self) -> dict[str, Any]:
         if not any(pair.inliers for pair in self.verified):
@@ -279,18 +199,35 @@ class Modelling:
 
             # A copy: cameras are parted in it while mapping tries what explains the images.
             database = self.folder.hidden("mapping.db")
-            shutil.copyfile(self.output / "database.db", database)
+            colmap.copy_with_cameras(self.output / "database.db", database, self.cameras)
             job = dataclasses.replace(self._job(), database=database, progress=registered)
             if self.inputs.poses_if("fixed", "refine") is not None:
                 mapped = colmap.triangulate_known(job)
                 cameras, models, notes = self.cameras, mapped.models, mapped.notes
             else:
-                grouped = colmap.map_scene(job, split=self.options.cameras.camera_mode == "auto")
+                split = self.options.cameras.camera_mode == "auto"
+                grouped = colmap.map_scene(job, split=split, start=self.before)
                 cameras, models, notes = list(grouped.cameras), grouped.models, grouped.notes
+                notes = [*self.map_notes, *notes]
             colmap.write_models(models, made.path / HIDDEN / "mapped")
             database.unlink()
             made.facts = {"notes": notes, "cameras": [dataclasses.asdict(c) for c in cameras]}
         return made.facts
+
+    # ------------------------------------------------------------------------------------ rescue
+
+    def look_for_lost(self) -> list[Step] | None:
+        """Match images that no model holds anew; where that joins them, another pass is made."""
+        before = [] if self.failure else self._mapped_models()
+        groups = [colmap.well_supported(model) for model in before]
+        if self.rescue.method is not None or not self.rescue.attempt(self.map_key, groups):
+            return None
+        self.before = before
+        return [Step("verify", self.verify), Step("map", self.map)]
+
+    def _mapped_models(self) -> list[Any]:
+        folder = self.output / HIDDEN / "mapped"
+        return [colmap.read_model(folder / str(i)) for i in range(len(list(folder.iterdir())))]
 
     def _write_cameras(self) -> None:
         """The database with the cameras that mapping found it to have."""
@@ -328,7 +265,7 @@ class Modelling:
         return MappingError(
             f"Nothing matched: no pair of images passed the verification ({len(self.verified)} "
             f"tried, {found} matches in all). Are these images of one scene, and are the weights "
-            f"of {self.matcher.info.name} the published ones? Features, matches and the report are "
+            f"of {self.method.name} the published ones? Features, matches and the report are "
             "kept." + "".join(f" {name}: {why}." for name, why in list(self.masked().items())[:5])
         )
 
@@ -480,13 +417,13 @@ class Modelling:
         return set(self.inputs.poses_if("fixed") or ())
 
     def _refine_by_warps(self, model: Any, fixed: set[int]) -> str:
-        matcher = self.matcher
+        matcher = self.method.matcher
 
         def read(name: str) -> Any:
             return self.photographs.read(name, matcher.image_options)
 
         registered = {model.image(i).name for i in model.reg_image_ids()}
-        pairs = [p for p in self.matching.selection.pairs if registered.issuperset(p)]
+        pairs = [p for p in self.layers.first.selection.pairs if registered.issuperset(p)]
         budget = memory_budget(matcher.device, self.options.cache_gb)
         first = matcher.encode(read(pairs[0][0])) if pairs else None
         size = max(1, encoding_bytes(first))
@@ -524,7 +461,7 @@ class Modelling:
                 progress=bar.update,
                 held=self._held(),
             )
-            self.matching.dense_encodings += len(pool.encoded)
+            self.layers.first.dense_encodings += len(pool.encoded)
         return sentence
 
     def _refine_by_patches(self, model: Any, fixed: set[int]) -> Refined:
@@ -602,6 +539,6 @@ class Modelling:
     def masked(self) -> dict[str, str]:
         """Images of which their masks leave nothing, and the sentence that says so."""
         masks = self.photographs.masks
-        empty = [name for name in self.names if not len(self.matching.keypoints[name])]
+        empty = [name for name in self.names if not len(self.layers.keypoints(name))]
         said = {name: masks.nothing_left(self.records[name]) for name in empty if masks}
         return {name: why for name, why in said.items() if why}

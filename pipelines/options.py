@@ -57,9 +57,15 @@ class ImageOptions:
 class MatchingOptions(MatcherOptions):
     """What is matched, and with what."""
 
+    matcher: str = "auto"
+    """Name of a matcher (--list-matchers), or cascade: xfeat for every pair, stronger ones where
+    that leaves doubt. auto: cascade at --quality fast without a GPU, else aliked_lightglue."""
     pairs: str = "auto"
     """auto, exhaustive, sequential, retrieval, spatial, poses, covisibility, a union such as
     sequential+retrieval, or the path of a pair list. auto takes every pair up to 60 images."""
+    rescue: Literal["auto", "none"] = "auto"
+    """auto: images that no model holds, or that hang on few points, are matched anew with the
+    strongest matcher whose weights are here and whose licence is no stricter."""
     max_keypoints: Count | None = None
     """Keypoints an image, instead of the operating point's."""
     features: Path | None = None

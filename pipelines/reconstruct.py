@@ -20,19 +20,22 @@ import numpy as np
 
 from gim_hloc import colmap, draw
 from gim_hloc import images as image_module
+from gim_hloc.errors import some
 from gim_hloc.files import as_path
 from gim_hloc.keywords import ReconstructKeywords
 from gim_hloc.options import CameraOptions, given, replace, to_mapping
 from gim_hloc.page import plural
+from gim_hloc.pipelines.cascade import Cascade
 from gim_hloc.pipelines.correspondences import Correspondences
 from gim_hloc.pipelines.inputs import Inputs
-from gim_hloc.pipelines.matching import pair_name, take_parts, tell_kept
+from gim_hloc.pipelines.layers import Layers
+from gim_hloc.pipelines.matching import take_parts, tell_kept
 from gim_hloc.pipelines.modelling import Modelling
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import build_report, confidence_sums, scene_view, versions
 from gim_hloc.pipelines.report import complete_report, write_report
 from gim_hloc.pipelines.run import Step
-from gim_hloc.store import rows_from_matches0
+from gim_hloc.pipelines.verifying import Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -176,11 +179,13 @@ class _Reconstruction:
         inputs.open_folder()
         self.inputs, self.start = inputs, start
         self.matching = Correspondences(inputs)
-        self.modelling = Modelling(inputs, self.matching)
+        self.layers, self.verifier = Layers(self.matching), Verifier(inputs)
+        self.cascade = Cascade(inputs, self.layers, self.verifier)
+        self.modelling = Modelling(inputs, self.layers, self.verifier)
         self.report: dict[str, Any] = {}
         if inputs.part is None:
             stores = {store.cache_file.stem: store for store in self.matching.stores()}
-            take_parts(inputs.folder, {**stores, "database": self.modelling.geometries})
+            take_parts(inputs.folder, {**stores, "database": self.verifier.cache})
 
     def steps(self) -> list[Step]:
         """The order of the work."""
@@ -195,10 +200,13 @@ class _Reconstruction:
             first = [Step("pairs", matching.choose_pairs), Step("import", matching.take_over)]
         if self.inputs.linker.detector_free:
             first.append(Step("link", matching.link))
+        if len(self.inputs.levels) > 1:
+            first.append(Step("cascade", self.cascade.escalate))
         return [
             *first,
             Step("verify", modelling.verify),
             Step("map", modelling.map),  # writes the database anew where cameras were parted
+            Step("rescue", modelling.look_for_lost),  # another pass if it joins images
             Step("refine", modelling.refine),
             Step("export", modelling.export),
             Step("report", self._report),
@@ -216,8 +224,8 @@ class _Reconstruction:
             return ReconstructResult(output=inputs.output)
         inputs.folder.go(self.steps(), again=options.start, until=options.stop_after)
         if options.stop_after is None:  # else much is not asked for yet
-            kept = [store.kept() for store in self.matching.stores()]
-            tell_kept([*kept, self.modelling.kept()], prune=options.prune)
+            kept = [store.kept() for layer in self.layers.all for store in layer.stores()]
+            tell_kept([*kept, (self.verifier.cache, self.verifier.used)], prune=options.prune)
         if self.modelling.failure is not None:
             raise self.modelling.failure
         return ReconstructResult(
@@ -226,8 +234,8 @@ class _Reconstruction:
 
     def close(self) -> None:
         """Close all files."""
-        self.modelling.geometries.close()
-        self.matching.close()
+        self.verifier.close()
+        self.layers.close()
 
     def _report(self) -> None:
         """What happened to each image and pair, in numbers and to look at."""
@@ -240,7 +248,7 @@ class _Reconstruction:
             logger.debug("note: %s", note)
         report = build_report(
             image_set=self.inputs.image_set,
-            keypoints={name: len(k) for name, k in self.matching.keypoints.items()},
+            keypoints={name: len(self.layers.keypoints(name)) for name in self.inputs.names},
             selection=self.matching.selection,
             verified=self.modelling.verified,
             models=loaded,
@@ -249,10 +257,17 @@ class _Reconstruction:
             notes=list(dict.fromkeys(self.inputs.folder.notes)),
             confidence=confidence_sums(
                 self.modelling.verified,
-                self.modelling.verify_options().min_confidence_sum,
+                self.verifier.bounds(self.matching).min_confidence_sum,
                 self.modelling.confidence_meaning(),
             ),
         )
+        rescued = report["rescue"] = self.modelling.rescue.told(loaded[:1])
+        if rescued and rescued["images"]:
+            report["notes"].append(
+                f"{len(rescued['images'])} images that the first mapping lacked, or that hung on "
+                f"few points, were matched anew with {rescued['matcher']} and are in the largest "
+                f"model: {some(rescued['images'])}."
+            )
         masked = self.modelling.masked()
         for row in report["images"]:
             if row["name"] in self.inputs.photographs.turns:
@@ -277,9 +292,9 @@ class _Reconstruction:
         )
         report["versions"] = versions()
         report["counts"] = {
-            "images_encoded_now": len(self.matching.encoded),
-            "dense_encodings_now": self.matching.dense_encodings,
-            "pairs_matched_now": len(self.matching.matched),
+            "images_encoded_now": sum(len(layer.encoded) for layer in self.layers.all),
+            "dense_encodings_now": sum(layer.dense_encodings for layer in self.layers.all),
+            "pairs_matched_now": sum(len(layer.matched) for layer in self.layers.all),
         }
         report["summary"] = {"seconds": time.perf_counter() - self.start}
         report["timings"] = dict(self.inputs.folder.timings)
@@ -299,12 +314,12 @@ class _Reconstruction:
 
     def _pair_matches(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Coordinates of a pair's matches in both images, and whether each is an inlier."""
-        rows = rows_from_matches0(self.matching.matches.get(pair_name((a, b)))[0]["matches0"])
+        rows = self.layers.rows((a, b))
         good = colmap.inlier_matches(self.inputs.output / "database.db", [(a, b)])[0]
         one = np.array([1 << 32, 1], dtype=np.uint64)
         inlier = np.isin(rows.astype(np.uint64) @ one, good.astype(np.uint64) @ one)
         return (
-            self.matching.keypoints[a][rows[:, 0]],
-            self.matching.keypoints[b][rows[:, 1]],
+            self.layers.keypoints(a)[rows[:, 0]],
+            self.layers.keypoints(b)[rows[:, 1]],
             inlier,
         )

@@ -41,7 +41,7 @@ _PAIR_SIZE = (640, 480)  # pixels within which a pair is drawn
 _MAX_LINES = {"inlier": 100, "outlier": 60}
 
 #: Statuses of files that never reached the matcher.
-UNUSABLE = ("unreadable", "empty", "tiny", "duplicate")
+UNUSABLE = ("unreadable", "empty", "tiny", "mirrored", "duplicate", "no_pose")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,18 @@ ADVICE = {
         "too small",
         "Too small",
         "The image is too small to match. Use the original instead of a thumbnail.",
+    ),
+    "mirrored": Advice(
+        "mirrored",
+        "Mirrored by EXIF",
+        "Its EXIF orientation mirrors it, which COLMAP does not undo. Write the pixels upright"
+        " and without that tag.",
+    ),
+    "no_pose": Advice(
+        "without a known pose",
+        "No known pose",
+        "The given poses do not name it (--missing-poses leave-out). Give its pose, or let the"
+        " mapper register it (--missing-poses register).",
     ),
     "duplicate": Advice(
         "duplicate",

@@ -46,6 +46,7 @@ def weak_groups(
     sums: Mapping[Pair, float],
     keypoints: Mapping[str, int],
     bound: float | None = None,
+    share: float = STRONG_SHARE,
 ) -> list[WeakGroup]:
     """Split images by their strong pairs and return all groups but the largest.
 
@@ -54,6 +55,7 @@ def weak_groups(
         sums: pair -> sum of the confidences of its matches.
         keypoints: image -> keypoints; images with fewer than 50 are left alone.
         bound: a sum that pairs of unrelated images do not reach, where the matcher has one.
+        share: of the fewer keypoints that a strong pair matches.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -62,7 +64,7 @@ def weak_groups(
     strong = [
         (index[a], index[b])
         for (a, b), total in sums.items()
-        if total >= max(bound or STRONG_LEAST, STRONG_SHARE * min(keypoints[a], keypoints[b]))
+        if total >= max(bound or STRONG_LEAST, share * min(keypoints[a], keypoints[b]))
     ]
     rows, columns = np.array(strong, dtype=np.int64).reshape(-1, 2).T
     graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(names), len(names)))
@@ -89,6 +91,8 @@ def best_rotation(
     group: WeakGroup,
     confidence: Callable[[str, int, Sequence[str]], float],
     bound: float | None = None,
+    *,
+    judged_anew: bool = False,
 ) -> int:
     """Quarter turns clockwise that make a group match the largest one; 0 when none does.
 
@@ -97,11 +101,14 @@ def best_rotation(
         confidence: (image, quarter turns, other images) -> sum of the confidences of its matches
             with all of them.
         bound: as for ``weak_groups``; the pairs with the others must reach it on average.
+        judged_anew: the confidences are another matcher's than those in the group.
     """
     name = max(sorted(group.links), key=lambda n: sum(group.links[n].values()))
     linked = group.links[name]
     others = sorted(linked, key=lambda n: (-linked[n], n))[:3]
     before = sum(linked[other] for other in others)
+    if judged_anew:
+        before = confidence(name, 0, others)
     least = bound * len(others) if bound else BELIEVED_LEAST
     totals: dict[int, float] = {}
     for turn in (1, 2, 3):

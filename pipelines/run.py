@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from gim_hloc import __version__, images
 from gim_hloc.clock import timed
-from gim_hloc.colmap.export import FILES
+from gim_hloc.colmap.export import FORMATS
 from gim_hloc.errors import GimError, InputError, OutputError, some
 from gim_hloc.files import write_atomic
 from gim_hloc.images import ImageRecord, ImageSet
@@ -614,13 +614,14 @@ def _of_01(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         return [str(p.relative_to(folder)) for name in patterns for p in folder.glob(name)]
 
     asked = options.get("export")
-    kinds = [kind for kind in FILES if isinstance(asked, list) and kind in asked]
+    kinds = [kind for kind in FORMATS if isinstance(asked, list) and kind in asked]
     made = {
         "pairs": there("pairs.txt"),
         "verify": there("database.db"),
         "refine": there(*(f"sparse/[0-9]*/{part}" for part in MODEL_FILES)),
         "export 0.1": there(
-            "export/[0-9]*/points.ply", *(f"export/[0-9]*/{n}" for k in kinds for n in FILES[k])
+            "export/[0-9]*/points.ply",
+            *(f"export/[0-9]*/{n}" for k in kinds for n in FORMATS[k].files),
         ),
     }
     files = there(

@@ -36,20 +36,21 @@ class FakeMatcher(matchers.MatcherBase[SparseEncoding]):
     """See the module."""
 
     calls: list[str] = []  # noqa: RUF012 - shared on purpose, tests clear it
+    name = NAME
 
     def __init__(self, options: Options) -> None:
         super().__init__(
-            info=matchers.describe(NAME),
+            info=matchers.describe(self.name),
             options=options,
             image_options=ImageOptions(max_size=None),
             device=torch.device("cpu"),
         )
 
     def encode_settings(self) -> dict[str, Any]:
-        return {"matcher": NAME, "version": self.options.version}
+        return {"matcher": self.name, "version": self.options.version}
 
     def match_settings(self) -> dict[str, Any]:
-        return {"matcher": NAME}
+        return {"matcher": self.name}
 
     def encode(self, image: ImageData) -> SparseEncoding:
         self.calls.append(image.name)
@@ -82,18 +83,18 @@ class FakeMatcher(matchers.MatcherBase[SparseEncoding]):
         return Matches.from_indices(a, b, indices, torch.ones(len(indices)))
 
 
-def _make(*, quality: str, device: str, **overrides: Any) -> FakeMatcher:
-    return FakeMatcher(Options(**overrides))
+def register(kind: type[FakeMatcher] = FakeMatcher) -> None:
+    """Put a matcher in the registry once."""
 
+    def make(*, quality: str, device: str, **overrides: Any) -> FakeMatcher:
+        return kind(Options(**overrides))
 
-def register() -> None:
-    """Put the matcher in the registry once."""
-    if NAME not in matchers.names():
+    if kind.name not in matchers.names():
         matchers.register(
-            NAME,
-            _make,
+            kind.name,
+            make,
             MatcherInfo(
-                name=NAME, kind="sparse", checkpoint=(), licence="MIT", commercial=True,
+                name=kind.name, kind="sparse", checkpoint=(), licence="MIT", commercial=True,
                 colour="rgb", default_size=800, summary="knows the answer",
             ),
         )  # fmt: skip

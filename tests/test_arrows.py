@@ -1,8 +1,9 @@
-"""Which room may import which, read from every import statement; see CONTRIBUTING.md."""
+"""Which room may import which, read from every import statement; against docs/architecture.md."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +15,17 @@ FOLDERS = {
     "gim_hloc": "gim_hloc",
     **{name: f"gim_hloc.{name}" for name in ("pairs", "pipelines", "training", "evaluation")},
 }
-ROOMS = {
-    *("geometry", "networks", "matchers", "tracks", "colmap", "hloc_plugin", "cli"),
-    *("pairs", "pipelines", "evaluation", "training"),
-}
-GROUND = {"ground", "geometry"}
-MATCHING = {"networks", "matchers", "tracks", "colmap", "pairs", *GROUND}
-MAY_IMPORT = {
-    "geometry": set(),
-    "networks": {"geometry"},
-    "ground": {"geometry"},
-    "matchers": {"networks", *GROUND},
-    "tracks": GROUND,
-    "colmap": {"tracks", *GROUND},
-    "hloc_plugin": {"matchers", "tracks", *GROUND},
-    "pairs": GROUND,
-    "evaluation": {"training", *MATCHING},
-    "training": {"evaluation", *MATCHING},
-    "pipelines": {"evaluation", "training", *MATCHING},
-    "benchmarks": {"evaluation", "training", "pipelines", "hloc_plugin", *MATCHING},
-    "cli": {"evaluation", "training", "pipelines", *MATCHING},
-}
+
+
+def arrows() -> dict[str, set[str]]:
+    """Room -> the rooms that it may import, from the table of docs/architecture.md."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `[^`]+` \|[^|]+\| ([^|]+) \|$", text, re.MULTILINE)
+    return {room: set(re.findall(r"\w+", may)) for room, may in rows}
+
+
+MAY_IMPORT = arrows()
+ROOMS = MAY_IMPORT.keys() - {"ground", "benchmarks"}
 
 # (file, room that it imports): what is left of imports that run upward, and why.
 UPWARD = {
@@ -136,6 +127,16 @@ def test_nothing_imports_upward() -> None:
     new = [f"{x.file}:{x.line}: {x.target}" for key, x in found.items() if key not in UPWARD]
     assert new == []
     assert sorted(UPWARD - set(found)) == [], "exceptions that are not needed any more"
+
+
+def test_the_page_names_every_room_and_no_cycle() -> None:
+    folders = {path.name for path in (REPOSITORY / "gim_hloc").iterdir() if path.is_dir()}
+    ours = {name for name in folders if list((REPOSITORY / "gim_hloc" / name).glob("*.py"))}
+    assert ours | {"pairs", "pipelines", "training", "evaluation"} == ROOMS
+    assert all(may <= MAY_IMPORT.keys() for may in MAY_IMPORT.values())
+    # Evaluation and training use each other's metrics and labels; all else runs one way.
+    pairs = {(a, b) for a, may in MAY_IMPORT.items() for b in may if a in MAY_IMPORT[b]}
+    assert pairs == {("evaluation", "training"), ("training", "evaluation")}
 
 
 def test_the_reader_sees_every_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

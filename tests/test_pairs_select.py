@@ -20,7 +20,6 @@ from gim_hloc.matchers import ImageOptions
 from gim_hloc.pairs import (
     PairOptions,
     exhaustive,
-    needs_descriptors,
     plan,
     read_pairs,
     register_descriptor,
@@ -128,9 +127,9 @@ def test_neighbours_grow_with_the_scene(n, k):
 
 def test_needs_descriptors():
     names = numbered(9)
-    assert not needs_descriptors(PairOptions(mode="sequential"), names)
-    assert needs_descriptors(PairOptions(mode="sequential", loop_every=3), names)
-    assert needs_descriptors(PairOptions(mode="exhaustive+retrieval"), names)
+    assert not plan(PairOptions(mode="sequential"), names).needs_descriptors
+    assert plan(PairOptions(mode="sequential", loop_every=3), names).needs_descriptors
+    assert plan(PairOptions(mode="exhaustive+retrieval"), names).needs_descriptors
 
 
 def test_needs_no_local_descriptors_with_global_ones(tmp_path):
@@ -141,7 +140,7 @@ def test_needs_no_local_descriptors_with_global_ones(tmp_path):
     with h5py.File(path, "w") as file:
         for name, row in {"a": [1, 0], "b": [1, 0.1], "c": [0, 1]}.items():
             file.create_group(name)["global_descriptor"] = row
-    assert not needs_descriptors(options, ["a", "b"])
+    assert not plan(options, ["a", "b"]).needs_descriptors
     assert select(options, ["a", "b", "c"]).pairs == [("a", "b"), ("b", "c")]
 
 
@@ -290,7 +289,7 @@ def test_other_global_descriptors_can_be_registered(monkeypatch):
 
     register_descriptor("brightness", lambda *, clusters, seed: Brightness())
     options = PairOptions(mode="retrieval", descriptor="brightness", neighbours=1)
-    assert not needs_descriptors(options, ["a", "b"])
+    assert not plan(options, ["a", "b"]).needs_descriptors
     value = {"a": 0.0, "b": 5.0, "c": 0.1, "d": 6.0}
     selection = select(options, list(value), load_image=lambda name, _: value[name])
     assert selection.pairs == [("a", "c"), ("b", "d")]

@@ -51,7 +51,8 @@ def images(tmp_path: Path) -> Path:
 
 def run(images: Path, output: Path, **options: Any) -> ReconstructResult:
     FakeMatcher.calls.clear()
-    options = {"matcher": "fake", "intrinsics": INTRINSICS, "deterministic": True, **options}
+    fixed = {"matcher": "fake", "rescue": "none", "intrinsics": INTRINSICS, "deterministic": True}
+    options = {**fixed, **options}
     return gim_hloc.reconstruct(images, output, progress=False, **options)
 
 

@@ -55,9 +55,11 @@ from gim_hloc.colmap.mapping import (
     AUTO_GLOBAL_ABOVE,
     MapJob,
     Mapped,
+    extend_models,
     resolve_mapper,
     run_mapping,
     triangulate_known,
+    well_supported,
 )
 from gim_hloc.colmap.model import (
     ImageStatistics,
@@ -127,6 +129,7 @@ __all__ = [
     "database_ok",
     "describe_intrinsics",
     "determined",
+    "extend_models",
     "extract_colours",
     "find_model",
     "fixed_cameras",
@@ -166,6 +169,7 @@ __all__ = [
     "triangulate_known",
     "undistort",
     "version",
+    "well_supported",
     "write_database",
     "write_model",
     "write_models",

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pycolmap
-import scipy  # its packages are loaded when they are used
 
 from gim_hloc.colmap.cameras import CameraSpec, camera_spec, colmap_camera
 from gim_hloc.colmap.verification import Verification, colmap_keypoints, geometry_of
 from gim_hloc.errors import InputError, LockedError, OutputError
+from gim_hloc.geometry.graph import connected
 from gim_hloc.options import VerifyOptions
 
 if TYPE_CHECKING:
@@ -464,18 +464,6 @@ def verified_components(database: Path) -> list[set[str]]:
     with open_database(database) as db:
         names = {image.image_id: image.name for image in db.read_all_images()}
         pairs, inliers = db.read_two_view_geometry_num_inliers()
-        ends = [
-            pycolmap.pair_id_to_image_pair(pair)
-            for pair, count in zip(pairs, inliers, strict=True)
-            if count
-        ]
-    if not ends:
-        return []
-    rows, columns = np.array(ends).T
-    size = int(max(rows.max(), columns.max())) + 1
-    graph = scipy.sparse.coo_matrix((np.ones(len(ends)), (rows, columns)), (size, size))
-    _, label = scipy.sparse.csgraph.connected_components(graph)
-    found: dict[int, set[str]] = {}
-    for image_id in sorted({*rows.tolist(), *columns.tolist()}):
-        found.setdefault(int(label[image_id]), set()).add(names[image_id])
-    return sorted(found.values(), key=len, reverse=True)
+    ends = (pycolmap.pair_id_to_image_pair(p) for p, n in zip(pairs, inliers, strict=True) if n)
+    groups = connected(list(names.values()), [(names[a], names[b]) for a, b in ends])
+    return [group for group in groups if len(group) > 1]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,6 @@ import numpy as np
 from gim_hloc import colmap
 from gim_hloc.errors import InputError
 from gim_hloc.files import write_atomic
-
-# Format -> the files that it writes for a model.
-FILES = {
-    "txt": [f"{part}.txt" for part in ("cameras", "images", "points3D", "rigs", "frames")],
-    "ply": ["points.ply"],
-    "nvm": ["model.nvm"],
-    "bundler": ["bundle.out", "list.txt"],
-    "nerfstudio": ["transforms.json", "sparse_pc.ply"],
-    "3dgs": ["3dgs/**/*"],
-}
-EXPORTS = tuple(FILES)
 
 # nerfstudio's world has z up and the first axis kept; its COLMAP reader applies the same map.
 _NERFSTUDIO_WORLD = np.array([[1.0, 0, 0, 0], [0, 0, 1.0, 0], [0, -1.0, 0, 0]])
@@ -53,6 +43,36 @@ _RADIAL: dict[str, tuple[int, ...]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a model is exported to.
+
+    Attributes:
+        folder: which is there.
+        images: image root, for formats that name image files.
+        place: where the folder will stand, if it is moved; paths of images are relative to it.
+        progress: show a progress bar where images are written.
+    """
+
+    folder: Path
+    images: Path | None = None
+    place: Path | None = None
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of models.
+
+    Attributes:
+        files: that it writes, relative, with ``*`` and ``**``.
+        write: writes a ``pycolmap.Reconstruction`` and gives notes about what was left out.
+    """
+
+    files: Sequence[str]
+    write: Callable[[Any, Target], list[str]]
+
+
 def export_model(
     model: Any,
     folder: Path,
@@ -66,13 +86,11 @@ def export_model(
 
     Args:
         model: ``pycolmap.Reconstruction``.
-        folder: where to write: ``cameras.txt`` …, ``points.ply``, ``model.nvm``, ``bundle.out``
-            with ``list.txt``, ``transforms.json`` with ``sparse_pc.ply``, ``3dgs/`` with ``images``
-            and ``sparse/0``.
-        formats: of ``EXPORTS``.
-        images: image root, for formats that name image files.
-        place: where the folder will stand, if it is moved; paths of images are relative to it.
-        progress: show a progress bar where images are written.
+        folder: where to write the files of ``FORMATS``.
+        formats: names in ``FORMATS``.
+        images: see ``Target``.
+        place: see ``Target``.
+        progress: see ``Target``.
 
     Returns:
         Notes about formats that could not be written, or not exactly.
@@ -81,25 +99,25 @@ def export_model(
         InputError: for an unknown format, or an image that cannot be read.
         OutputError: an image cannot be written.
     """
-    notes: list[str] = []
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise InputError(f"Unknown export {unknown[0]!r}. Known: {', '.join(FORMATS)}.")
     if formats:
         folder.mkdir(parents=True, exist_ok=True)
-    for name in formats:
-        if name == "txt":
-            model.write_text(folder)
-        elif name == "ply":
-            write_ply(folder / "points.ply", *_points(model))
-        elif name == "nvm":
-            notes += write_nvm(folder / "model.nvm", model)
-        elif name == "bundler":
-            notes += write_bundler(folder / "bundle.out", model)
-        elif name == "nerfstudio":
-            notes += write_nerfstudio(folder / "transforms.json", model, images, place)
-        elif name == "3dgs":
-            notes += write_3dgs(folder / "3dgs", model, images or Path(), progress=progress)
-        else:
-            raise InputError(f"Unknown export {name!r}. Known: {', '.join(EXPORTS)}.")
-    return notes
+    target = Target(folder=folder, images=images, place=place, progress=progress)
+    return [note for name in formats for note in FORMATS[name].write(model, target)]
+
+
+def write_text(model: Any, target: Target) -> list[str]:
+    """Write COLMAP's text files."""
+    model.write_text(target.folder)
+    return []
+
+
+def write_points(model: Any, target: Target) -> list[str]:
+    """Write the coloured points, ``points.ply``."""
+    write_ply(target.folder / "points.ply", *_points(model))
+    return []
 
 
 def _points(model: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -198,11 +216,12 @@ def _principal(camera: Any) -> np.ndarray:
     return np.array([camera.principal_point_x, camera.principal_point_y])
 
 
-def write_nvm(path: Path, model: Any) -> list[str]:
-    """Write VisualSFM's NVM_V3. Measurements are relative to the principal point, y down.
+def write_nvm(model: Any, target: Target) -> list[str]:
+    """Write VisualSFM's NVM_V3, ``model.nvm``; measurements are from the principal point, y down.
 
-    NVM's single radial term acts on the distorted point, hence the sign (first order of ours).
+    Its single radial term acts on the distorted point, hence the sign (first order of ours).
     """
+    path = target.folder / "model.nvm"
     notes = _unsupported(model, path.name)
     if notes:
         return notes
@@ -234,8 +253,9 @@ def write_nvm(path: Path, model: Any) -> list[str]:
     return _lost(model, path.name, terms=1)
 
 
-def write_bundler(path: Path, model: Any) -> list[str]:
-    """Write Bundler v0.3 (cameras look along -z, y up) and ``list.txt`` beside it."""
+def write_bundler(model: Any, target: Target) -> list[str]:
+    """Write Bundler v0.3 (cameras look along -z, y up), ``bundle.out`` and ``list.txt``."""
+    path = target.folder / "bundle.out"
     notes = _unsupported(model, path.name)
     if notes:
         return notes
@@ -267,9 +287,7 @@ def write_bundler(path: Path, model: Any) -> list[str]:
     return _lost(model, path.name, terms=2)
 
 
-def write_nerfstudio(
-    path: Path, model: Any, images: Path | None, place: Path | None = None
-) -> list[str]:
+def write_nerfstudio(model: Any, target: Target) -> list[str]:
     """Write nerfstudio's ``transforms.json`` and its start points ``sparse_pc.ply``.
 
     Camera to world in OpenGL axes (x right, y up, z back), in a world with z up. Image paths are
@@ -278,6 +296,7 @@ def write_nerfstudio(
     Returns:
         A note when a camera cannot be expressed, and nothing is written then, or an image not read.
     """
+    path, images = target.folder / "transforms.json", target.images
     registered = _registered(model)
     cameras = {image.camera_id: model.camera(image.camera_id) for image in registered}
     unknown = sorted({str(c.model_name) for c in cameras.values()} - set(_NERFSTUDIO_MODELS))
@@ -290,7 +309,7 @@ def write_nerfstudio(
             "and other cameras."
         ]
     # ".." after a link leads to the parent of where the link points.
-    place = (place or path.parent).resolve()
+    place = (target.place or target.folder).resolve()
     root = Path(os.path.relpath(images.resolve(), place)) if images else Path()
     intrinsics = {camera_id: _nerfstudio_camera(c) for camera_id, c in cameras.items()}
     shared = len(cameras) == 1
@@ -326,8 +345,8 @@ def write_nerfstudio(
     ]
 
 
-def write_3dgs(folder: Path, model: Any, images: Path, *, progress: bool = False) -> list[str]:
-    """Write ``images/`` and ``sparse/0`` as the reference 3DGS loader reads them.
+def write_3dgs(model: Any, target: Target) -> list[str]:
+    """Write ``3dgs/images`` and ``3dgs/sparse/0`` as the reference 3DGS loader reads them.
 
     That loader takes PINHOLE cameras, keeps their field of view only, looks for images by their
     base name, decodes names byte by byte, and reads start points from ``points3D.ply`` if there is
@@ -340,9 +359,11 @@ def write_3dgs(folder: Path, model: Any, images: Path, *, progress: bool = False
         InputError: see ``colmap.undistort``.
         OutputError: see ``colmap.undistort``.
     """
+    folder = target.folder / "3dgs"
     result, notes = colmap.undistort(
-        images, model, folder / "images", centred=True, flat=True, progress=progress
-    )
+        target.images or Path(), model, folder / "images", centred=True, flat=True,
+        progress=target.progress,
+    )  # fmt: skip
     sparse = folder / "sparse" / "0"
     sparse.mkdir(parents=True, exist_ok=True)
     result.write_binary(sparse)
@@ -357,3 +378,16 @@ def _nerfstudio_camera(camera: Any) -> dict[str, float | int]:
         focal = values.pop("f")
         values = {"fl_x": focal, "fl_y": focal, **values}
     return {"w": int(camera.width), "h": int(camera.height), **values}
+
+
+# By their names in --export (``Export`` in pipelines/options.py).
+FORMATS = {
+    "txt": Format(
+        [f"{part}.txt" for part in ("cameras", "images", "points3D", "rigs", "frames")], write_text
+    ),
+    "ply": Format(["points.ply"], write_points),
+    "nvm": Format(["model.nvm"], write_nvm),
+    "bundler": Format(["bundle.out", "list.txt"], write_bundler),
+    "nerfstudio": Format(["transforms.json", "sparse_pc.ply"], write_nerfstudio),
+    "3dgs": Format(["3dgs/**/*"], write_3dgs),
+}

@@ -24,7 +24,7 @@ import pycolmap
 from gim_hloc.colmap.cameras import CameraSpec, guessed_again
 from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, verified_components
 from gim_hloc.colmap.improve import adjuster, bundle_adjust
-from gim_hloc.colmap.mapping import ENOUGH, MapJob, Mapped, run_mapping
+from gim_hloc.colmap.mapping import ENOUGH, MapJob, Mapped, extend_models, run_mapping
 from gim_hloc.colmap.model import colmap_log, image_statistics
 from gim_hloc.errors import MappingError, some
 
@@ -37,6 +37,8 @@ MAX_PRINCIPAL_STDERR = 1.5
 
 # Relative gap between the focal lengths of two zooms; what one lens does when it focuses is below.
 ZOOM_GAP = 0.03
+# Up to so many connected images, mapping anew is cheap beside what it may win.
+_MAPPED_ANEW = 100
 # Share of the longer side that a principal point is off the middle in a crop, not by a lens.
 _CROP = 0.08
 # Relative standard error of a focal length that says nothing about zooms.
@@ -268,15 +270,29 @@ class Grouped:
     notes: list[str]
 
 
-def map_scene(job: MapJob, *, split: bool) -> Grouped:
+def map_scene(job: MapJob, *, split: bool, start: Sequence[Any] = ()) -> Grouped:
     """Map a verified database, with the cameras changed where they do not fit the images.
 
     Focal lengths from EXIF with which mapping fails are forgotten. With ``split``, cameras whose
     images were taken at several zooms are parted. The database is rewritten where that helps.
 
+    Args:
+        job: what is mapped.
+        split: whether cameras may be parted.
+        start: models of the database before it grew. They are extended; only where they lack images
+            that are connected now (in large sets: many), the whole is mapped anew too, and what
+            holds more is kept.
+
     Raises:
         MappingError: as ``run_mapping``.
     """
+    component = len(next(iter(verified_components(job.database)), ()))
+    extended = Grouped(cameras=job.cameras, models=[], notes=[])
+    if start:
+        extended.models = extend_models(job, start).models
+        enough = ENOUGH * component if component > _MAPPED_ANEW else component
+        if _placed(extended) >= enough:
+            return extended
     failure: MappingError | None = None
     try:
         mapped = run_mapping(job)
@@ -284,14 +300,20 @@ def map_scene(job: MapJob, *, split: bool) -> Grouped:
     except MappingError as error:
         failure = error
         grouped = Grouped(cameras=job.cameras, models=[], notes=[])
-    component = len(next(iter(verified_components(job.database)), ()))
     if not grouped.models or grouped.models[0].num_reg_images() < ENOUGH * component:
         grouped = _without_priors(job, grouped)
+    if start and _placed(grouped) <= _placed(extended):
+        return extended
     if not grouped.models:
         raise failure or MappingError("No model came out.")
     if split:
         grouped = _regroup(dataclasses.replace(job, cameras=grouped.cameras), grouped)
     return grouped
+
+
+def _placed(grouped: Grouped) -> int:
+    """Images in the largest model."""
+    return int(grouped.models[0].num_reg_images()) if grouped.models else 0
 
 
 def _try_cameras(job: MapJob, cameras: Sequence[CameraSpec], *, keep: int) -> Mapped | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, fixed_cameras
@@ -32,6 +34,8 @@ AUTO_GLOBAL_ABOVE = 500
 # Mapping is tried again while the largest model holds less than this share of the images that
 # verified pairs connect.
 ENOUGH = 0.8
+# Points that COLMAP registers an image on.
+_REGISTERS_ON = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,6 +354,60 @@ def _global_options(job: MapJob) -> Any:
         adjustment.refine_focal_length = False
         adjustment.refine_extra_params = False
     return pipeline
+
+
+def well_supported(model: Any) -> set[str]:
+    """Names of the images that see enough points to have been registered by them."""
+    return {
+        image.name
+        for image in map(model.image, model.reg_image_ids())
+        if image.num_points3D >= _REGISTERS_ON
+    }
+
+
+def extend_models(job: MapJob, models: Sequence[Any]) -> Mapped:
+    """Register into the first model what it lacks, once the database has more keypoints and pairs.
+
+    Poses and points may still move; keypoints keep their rows. Other models are kept as far as they
+    hold images that the first did not get.
+    """
+    first = copy.deepcopy(models[0])
+    _append_keypoints(first, job.database)
+    pipeline = _incremental_options(job)
+    pipeline.multiple_models = False
+    done = first.num_reg_images()
+
+    def next_image() -> None:
+        nonlocal done
+        done += 1
+        job.progress(0, done)
+
+    with _scratch(job) as folder:
+        first = pycolmap.triangulate_points(
+            first, job.database, Path("."), folder, clear_points=False, options=pipeline
+        )
+        first.write(folder)
+        found = pycolmap.incremental_mapping(
+            job.database, Path("."), folder, options=pipeline, input_path=folder,
+            next_image_callback=next_image,
+        )  # fmt: skip
+    first = max([first, *found.values()], key=lambda model: int(model.num_reg_images()))
+    placed = set(poses_of(first))
+    others = [model for model in models[1:] if not placed.issuperset(poses_of(model))]
+    for model in others:
+        _append_keypoints(model, job.database)
+    return Mapped(models=[first, *others])
+
+
+def _append_keypoints(model: Any, database: Path) -> None:
+    """Give the images of a model the keypoints that were appended to theirs in the database."""
+    with open_database(database) as db:
+        ids = {image.name: image.image_id for image in db.read_all_images()}
+        for image in model.images.values():
+            keypoints = db.read_keypoints(ids[image.name])[:, :2]
+            added = keypoints[image.num_points2D() :].astype(np.float64)
+            for xy_colmap in added:
+                image.points2D.append(pycolmap.Point2D(xy_colmap))
 
 
 def triangulate_known(job: MapJob) -> Mapped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -72,6 +72,10 @@ class XFeatLighterGlue(LightGlueMatcher):
 
     def _versions(self) -> dict[str, str]:
         return {}
+
+    def encode_settings(self) -> dict[str, Any]:
+        """Those of ``xfeat``, whose features these are."""
+        return {**super().encode_settings(), "matcher": "xfeat"}
 
     @staticmethod
     def load_detector(path: Path) -> torch.nn.Module:

@@ -1,0 +1,188 @@
+"""Stronger matchers for what the first one leaves in doubt, and for what mapping lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fake_matcher
+import h5py
+import numpy as np
+import pycolmap
+import pytest
+import torch
+from fake_matcher import SCENE, FakeMatcher, write_images
+from PIL import Image
+from synthetic import INTRINSICS, camera_errors
+
+import gim_hloc
+from gim_hloc import colmap
+from gim_hloc.geometry.graph import connected
+from gim_hloc.pipelines import cascade, methods
+from gim_hloc.pipelines.reconstruct import ReconstructResult
+from gim_hloc.types import ImageData, Matches, SparseEncoding
+
+LOST = SCENE.names[3:5]  # neighbours: what matches them is across as well as between them
+
+
+class Forgetful(FakeMatcher):
+    """Knows the answer, but not of all images, and not with every keypoint."""
+
+    name = "fake_forgetful"
+
+    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        matches = super().match(a, b)
+        few = 8 if {a.name, b.name}.intersection(LOST) else len(matches)
+        assert matches.indices is not None
+        return Matches.from_indices(a, b, matches.indices[:few], matches.scores[:few])
+
+
+class Careful(Forgetful):
+    """Matches the same keypoints, all of them."""
+
+    name = "fake_careful"
+
+    def encode_settings(self) -> dict[str, Any]:
+        return {**super().encode_settings(), "matcher": Forgetful.name}
+
+    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        return FakeMatcher.match(self, a, b)
+
+
+class Strong(FakeMatcher):
+    """Has keypoints of its own: the points in another order, every fourth left out."""
+
+    name = "fake_strong"
+
+    def encode(self, image: ImageData) -> SparseEncoding:
+        found = super().encode(image)
+        kept = torch.arange(len(found)).flip(0)
+        kept = kept[found.descriptors[kept, 0].int() % 4 != 0]
+        return SparseEncoding.make(
+            name=found.name, size=found.size, network_size=found.network_size,
+            to_original=found.to_original, keypoints=found.keypoints[kept],
+            descriptors=found.descriptors[kept], scores=found.scores[kept],
+        )  # fmt: skip
+
+
+for kind in (FakeMatcher, Forgetful, Careful, Strong):
+    fake_matcher.register(kind)
+
+
+@pytest.fixture(autouse=True)
+def _levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = ("fake_forgetful", "fake_careful", "fake_strong")
+    monkeypatch.setitem(methods.CASCADES, "cascade", levels)
+    monkeypatch.setattr(cascade, "STRONGEST", ("fake_strong",))
+    FakeMatcher.calls.clear()
+
+
+def run(folder: Path, **options: Any) -> ReconstructResult:
+    images = folder / "images"
+    if not images.is_dir():
+        write_images(images)
+    fixed = {"intrinsics": INTRINSICS, "refine_keypoints": False, "rotations": "none"}
+    output = options.pop("output", folder / "out")
+    return gim_hloc.reconstruct(images, output, progress=False, **{**fixed, **options})
+
+
+def matched() -> list[str]:
+    return [call for call in FakeMatcher.calls if "|" in call]
+
+
+def poses(result: ReconstructResult) -> dict[str, Any]:
+    return dict(colmap.poses_of(result.model()))
+
+
+def database_rows(output: Path, name: str) -> np.ndarray:
+    with pycolmap.Database.open(output / "database.db") as database:
+        image = database.read_image_with_name(name)
+        return np.asarray(database.read_keypoints(image.image_id))[:, :2]
+
+
+def test_what_mapping_lost_is_rescued_into_the_model(tmp_path: Path) -> None:
+    without = run(tmp_path, matcher="fake_forgetful", rescue="none", output=tmp_path / "without")
+    assert without.registered == len(SCENE.names) - len(LOST)
+    before = {n: database_rows(tmp_path / "without", n) for n in SCENE.names}
+
+    result = run(tmp_path, matcher="fake_forgetful")
+    assert result.registered == len(SCENE.names)
+    rotation, centre = camera_errors(poses(result), SCENE.poses)
+    assert max(rotation / 0.01, centre / 1e-3) < 1
+    # The first matcher's files are as they were, and its rows come first everywhere.
+    with h5py.File(tmp_path / "out" / "features.h5") as file:
+        for name in SCENE.names:
+            own = file[name]["keypoints"][()]
+            rows = database_rows(tmp_path / "out", name)
+            np.testing.assert_array_equal(rows[: len(before[name])], before[name])
+            np.testing.assert_allclose(own, before[name] - 0.5, atol=1e-4)
+            in_model = next(i for i in result.model().images.values() if i.name == name)
+            xy = np.array([point.xy for point in in_model.points2D])
+            np.testing.assert_allclose(xy, rows)
+    rescued = result.report["rescue"]
+    assert (rescued["matcher"], rescued["images"]) == ("fake_strong", LOST)
+    assert any("fake_strong" in note and LOST[0] in note for note in result.report["notes"])
+
+
+def test_a_rescue_is_not_made_twice_and_not_where_nothing_is_lost(tmp_path: Path) -> None:
+    first = run(tmp_path, matcher="fake_forgetful")
+    model = (tmp_path / "out" / "sparse" / "0" / "images.bin").read_bytes()
+    FakeMatcher.calls.clear()
+    again = run(tmp_path, matcher="fake_forgetful")
+    assert FakeMatcher.calls == []
+    assert (tmp_path / "out" / "sparse" / "0" / "images.bin").read_bytes() == model
+    assert again.report["rescue"] == first.report["rescue"]
+
+    whole = run(tmp_path, matcher="fake", output=tmp_path / "whole")
+    assert whole.report["rescue"] is None
+    assert not (tmp_path / "whole" / ".run" / "layers").exists()
+
+
+def test_images_that_show_nothing_of_the_scene_stay_out(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    other = np.random.default_rng(9).integers(0, 255, (300, 400, 3), np.uint8)
+    Image.fromarray(other).save(tmp_path / "images" / "zz other.png")
+    result = run(tmp_path, matcher="fake", camera_mode="image", intrinsics=None)
+    assert result.registered == len(SCENE.names)
+    status = {row["name"]: row["status"] for row in result.report["images"]}
+    assert status["zz other.png"] != "registered"
+
+
+def test_a_cascade_asks_the_next_matcher_only_where_there_is_doubt(tmp_path: Path) -> None:
+    result = run(tmp_path, matcher="cascade", rescue="none")
+    assert result.registered == len(SCENE.names)
+    rotation, centre = camera_errors(poses(result), SCENE.poses)
+    assert max(rotation / 0.01, centre / 1e-3) < 1
+    calls = matched()
+    every = len(SCENE.names) * (len(SCENE.names) - 1) // 2
+    again = [call for call in set(calls) if calls.count(call) > 1]
+    assert len(set(calls)) == every
+    assert again
+    assert all(set(call.split("|")).intersection(LOST) for call in again)
+    # The same keypoints were matched anew: there are no others.
+    layers = [path.name for path in (tmp_path / "out" / ".run" / "layers").iterdir()]
+    assert layers == ["fake_careful-base"]
+    for name in SCENE.names:
+        assert len(database_rows(tmp_path / "out", name)) == len(SCENE.keypoints[name])
+    FakeMatcher.calls.clear()
+    assert run(tmp_path, matcher="cascade", rescue="none").registered == len(SCENE.names)
+    assert FakeMatcher.calls == []
+
+
+def test_a_cascade_goes_on_to_other_keypoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Careful, "match", Forgetful.match)
+    result = run(tmp_path, matcher="cascade", rescue="none")
+    assert result.registered == len(SCENE.names)
+    rotation, centre = camera_errors(poses(result), SCENE.poses)
+    assert max(rotation / 0.01, centre / 1e-3) < 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [([], [1, 1, 1, 1]), ([("a", "b"), ("c", "b")], [3, 1]), ([("a", "d"), ("b", "c")], [2, 2])],
+)
+def test_what_pairs_connect(pairs: Sequence[tuple[str, str]], expected: list[int]) -> None:
+    assert [len(group) for group in connected(["a", "b", "c", "d"], pairs)] == expected
