@@ -75,7 +75,7 @@ def _drop_unsupported(model: Any, checked: Checked) -> None:
             checked.reasons[image.name] = (
                 f"placed, but only {seen} points of the model support it ({MIN_POINTS} are needed)"
             )
-        _deregister(model, lost)
+        deregister(model, lost)
 
 
 def _points_seen(model: Any) -> dict[int, set[int]]:
@@ -86,7 +86,8 @@ def _points_seen(model: Any) -> dict[int, set[int]]:
     }
 
 
-def _deregister(model: Any, image_ids: Sequence[int]) -> None:
+def deregister(model: Any, image_ids: Sequence[int]) -> None:
+    """Take images out of a model, with their observations."""
     manager = pycolmap.ObservationManager(model)
     for frame_id in {model.image(i).frame_id for i in image_ids}:
         manager.deregister_frame(frame_id)
@@ -136,7 +137,7 @@ def split_at_weak_joints(model: Any, notes: list[str]) -> list[Any]:
         parts = []
         for out in (side, ~side):
             part = copy.deepcopy(model)
-            _deregister(part, [i for i, leaves in zip(ids, out, strict=True) if leaves])
+            deregister(part, [i for i, leaves in zip(ids, out, strict=True) if leaves])
             parts.append(part)
         sizes = sorted((part.num_reg_images() for part in parts), reverse=True)
         notes.append(

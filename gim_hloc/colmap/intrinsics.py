@@ -24,7 +24,7 @@ import pycolmap
 from gim_hloc.colmap.cameras import CameraSpec, guessed_again
 from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, verified_components
 from gim_hloc.colmap.improve import adjuster, bundle_adjust
-from gim_hloc.colmap.mapping import ENOUGH, MapJob, Mapped, extend_models, run_mapping
+from gim_hloc.colmap.mapping import ENOUGH, MapJob, Mapped, extend_models, quality, run_mapping
 from gim_hloc.colmap.model import colmap_log, image_statistics
 from gim_hloc.errors import MappingError, some
 
@@ -279,9 +279,8 @@ def map_scene(job: MapJob, *, split: bool, start: Sequence[Any] = ()) -> Grouped
     Args:
         job: what is mapped.
         split: whether cameras may be parted.
-        start: models of the database before it grew. They are extended; only where they lack images
-            that are connected now (in large sets: many), the whole is mapped anew too, and what
-            holds more is kept.
+        start: models of the database before it grew. They are extended; a small set, or one of
+            which they still lack much, is mapped anew too, and the better model is kept.
 
     Raises:
         MappingError: as ``run_mapping``.
@@ -290,8 +289,7 @@ def map_scene(job: MapJob, *, split: bool, start: Sequence[Any] = ()) -> Grouped
     extended = Grouped(cameras=job.cameras, models=[], notes=[])
     if start:
         extended.models = extend_models(job, start).models
-        enough = ENOUGH * component if component > _MAPPED_ANEW else component
-        if _placed(extended) >= enough:
+        if component > _MAPPED_ANEW and _placed(extended) >= ENOUGH * component:
             return extended
     failure: MappingError | None = None
     try:
@@ -302,7 +300,7 @@ def map_scene(job: MapJob, *, split: bool, start: Sequence[Any] = ()) -> Grouped
         grouped = Grouped(cameras=job.cameras, models=[], notes=[])
     if not grouped.models or grouped.models[0].num_reg_images() < ENOUGH * component:
         grouped = _without_priors(job, grouped)
-    if start and _placed(grouped) <= _placed(extended):
+    if start and (not grouped.models or quality(grouped.models[0]) <= quality(extended.models[0])):
         return extended
     if not grouped.models:
         raise failure or MappingError("No model came out.")

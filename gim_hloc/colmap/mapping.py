@@ -16,7 +16,7 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, fixed_cameras
-from gim_hloc.colmap.checks import num_supported, split_at_weak_joints
+from gim_hloc.colmap.checks import deregister, num_supported, split_at_weak_joints
 from gim_hloc.colmap.database import open_database, verified_components
 from gim_hloc.colmap.improve import bundle_adjust
 from gim_hloc.colmap.model import align, colmap_log, poses_of, rigid, version
@@ -147,7 +147,7 @@ def _best_attempt(job: MapJob, first: list[Any], component: int) -> tuple[list[A
         models = _map_once(attempt, relaxed=relaxed) if tried else first
         if tried:  # what relaxed values join wrongly must not count as a larger model
             models = [part for model in models for part in split_at_weak_joints(model, [])]
-        models.sort(key=_quality, reverse=True)
+        models.sort(key=quality, reverse=True)
         tried.append((name, models))
         logger.debug("mapping, %s: %s images", name, [num_supported(m) for m in models])
         if models and num_supported(models[0]) >= ENOUGH * component:
@@ -156,7 +156,7 @@ def _best_attempt(job: MapJob, first: list[Any], component: int) -> tuple[list[A
         before = sum(model.num_reg_images() for model in first)
         if len(tried) > 1 and work >= max(2 * before, component):
             break
-    name, models = max(tried, key=lambda t: _quality(t[1][0]) if t[1] else (0, 0))
+    name, models = max(tried, key=lambda t: quality(t[1][0]) if t[1] else (0, 0))
     return models, _what_was_tried(tried, name, component, some(sorted(job.images), 3))
 
 
@@ -169,7 +169,7 @@ def _attempts(job: MapJob) -> list[tuple[str, MapJob, bool]]:
     return [usual, ("relaxed values", job, True), ("relaxed values and another seed", other, True)]
 
 
-def _quality(model: Any) -> tuple[int, int]:
+def quality(model: Any) -> tuple[int, int]:
     """The better model has more images with enough points, then more observations.
 
     Those of points in two images are no sign: relaxed mapping keeps them, the usual one does not.
@@ -372,6 +372,8 @@ def extend_models(job: MapJob, models: Sequence[Any]) -> Mapped:
     hold images that the first did not get.
     """
     first = copy.deepcopy(models[0])
+    kept = well_supported(first)  # what hangs on little may be placed wrongly: it is placed anew
+    deregister(first, [i for i in first.reg_image_ids() if first.image(i).name not in kept])
     _append_keypoints(first, job.database)
     pipeline = _incremental_options(job)
     pipeline.multiple_models = False
