@@ -18,7 +18,7 @@ from synthetic import INTRINSICS, camera_errors
 
 import gim_hloc
 from gim_hloc import colmap
-from gim_hloc.geometry.graph import connected
+from gim_hloc.geometry.graph import connected, hops
 from gim_hloc.pipelines import cascade, methods
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 from gim_hloc.types import ImageData, Matches, SparseEncoding
@@ -186,3 +186,10 @@ def test_a_cascade_goes_on_to_other_keypoints(
 )
 def test_what_pairs_connect(pairs: Sequence[tuple[str, str]], expected: list[int]) -> None:
     assert [len(group) for group in connected(["a", "b", "c", "d"], pairs)] == expected
+
+
+def test_hops_between_names() -> None:
+    every = [(a, b) for a in "abcd" for b in "abcd" if a < b]
+    assert hops("abcd", every).tolist() == (1 - np.eye(4)).tolist()
+    apart = hops("abcd", [("a", "b"), ("b", "c")])
+    assert apart[0].tolist() == [0, 1, 2, np.inf]

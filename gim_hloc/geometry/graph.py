@@ -13,14 +13,17 @@ def _graph(names: Sequence[str], pairs: Iterable[tuple[str, str]]) -> Any:
 
     place = {name: index for index, name in enumerate(names)}
     ends = np.array([[place[a], place[b]] for a, b in pairs], dtype=int).reshape(-1, 2)
-    return coo_array((np.ones(len(ends)), tuple(ends.T)), (len(names), len(names)))
+    shape = (len(names), len(names))
+    return coo_array((np.ones(len(ends)), tuple(ends.T)), shape).tocsr()
 
 
 def hops(names: Sequence[str], pairs: Iterable[tuple[str, str]]) -> np.ndarray:
     """(N, N) number of pairs on the shortest way between names; infinite where there is none."""
     from scipy.sparse.csgraph import shortest_path
 
-    found: np.ndarray = shortest_path(_graph(names, pairs), directed=False, unweighted=True)
+    found: np.ndarray = shortest_path(
+        _graph(names, pairs), method="D", directed=False, unweighted=True
+    )
     return found
 
 
