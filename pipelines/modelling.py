@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 
+_GREY_BYTES = 2**29  # of grey values kept between the rounds of refinement; beyond, files are read
+
 
 class Modelling:
     """The second half of a reconstruction.
@@ -467,9 +469,15 @@ class Modelling:
     def _refine_by_patches(self, model: Any, fixed: set[int]) -> Refined:
         import cv2
 
-        def gray(name: str) -> np.ndarray:
+        largest = max(record.width * record.height for record in self.records.values())
+
+        @functools.lru_cache(_GREY_BYTES // largest)
+        def stored(name: str) -> np.ndarray:
             rgb = image_module.read_rgb(self.records[name], upright=False)
-            return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).astype(np.float32)
+            return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+
+        def gray(name: str) -> np.ndarray:
+            return stored(name).astype(np.float32)
 
         total = 2 * self.options.refine.rounds * model.num_reg_images()
         with self.inputs.bar(total, "Refine", "views") as bar:

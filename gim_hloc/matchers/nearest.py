@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-_ROWS = 512  # of a block of similarities
+_ROWS = 128  # of a block of similarities
 
 
 def mutual_nearest(
@@ -23,9 +25,9 @@ def mutual_nearest(
         return torch.empty(0, 2, dtype=torch.long, device=descriptors0.device), descriptors0[:0, 0]
     best1 = descriptors0.new_full((len(descriptors1),), -torch.inf)
     found = []
-    for block in descriptors0.split(_ROWS):
-        similarity = block @ descriptors1.T
-        found.append(similarity.max(1))
+    for _, similarity in _similarities(descriptors0, descriptors1):
+        index = _argmax(similarity)
+        found.append((similarity.gather(1, index[:, None])[:, 0], index))
         best1 = torch.maximum(best1, similarity.amax(0))
     best0, nearest = (torch.cat(part) for part in zip(*found, strict=True))
     rows = (best0 == best1[nearest]).nonzero()[:, 0]
@@ -53,14 +55,35 @@ def rivals(
     if len(descriptors) == 0:
         return descriptors.new_empty(0)
     found = []
-    for block, taken in zip(descriptors.split(_ROWS), nearest.split(_ROWS), strict=True):
-        similarity = block @ others.T
+    for rows, similarity in _similarities(descriptors, others):
+        taken = nearest[rows]
         if places is None:
             similarity.scatter_(1, taken[:, None], -torch.inf)
         else:
             similarity.masked_fill_(places[None] == places[taken][:, None], -torch.inf)
         found.append(similarity.amax(1))
     return torch.cat(found)
+
+
+def _similarities(
+    descriptors0: torch.Tensor, descriptors1: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of the first, and their dot products with all of the second, valid until the next."""
+    # One memory for all blocks: the pages of a new one cost more than the product.
+    memory = descriptors0.new_empty(_ROWS, len(descriptors1))
+    for start in range(0, len(descriptors0), _ROWS):
+        block = descriptors0[start : start + _ROWS]
+        yield (
+            slice(start, start + _ROWS),
+            torch.mm(block, descriptors1.T, out=memory[: len(block)]),
+        )
+
+
+def _argmax(similarity: torch.Tensor) -> torch.Tensor:
+    """Column (M,) of the first maximum of each row."""
+    if similarity.device.type != "cpu":
+        return similarity.argmax(1)
+    return torch.from_numpy(similarity.numpy().argmax(1))  # ten times as fast as torch's
 
 
 def distance(cosine: torch.Tensor) -> torch.Tensor:
