@@ -282,14 +282,16 @@ def _restore(model: Any, original: Any) -> None:
 def _views(model: Any, images: Sequence[Any], ids: np.ndarray) -> tuple[Any, np.ndarray]:
     """All observations, and the row of each among its image's keypoints."""
     index_of = {int(point_id): i for i, point_id in enumerate(ids)}
-    track, image_index, xy, rows = [], [], [], []
+    track: list[int] = []
+    image_index: list[int] = []
+    xy: list[np.ndarray] = []
+    rows: list[int] = []
     for index, image in enumerate(images):
-        for row, point in enumerate(image.points2D):
-            if point.has_point3D():
-                track.append(index_of[point.point3D_id])
-                image_index.append(index)
-                xy.append(point.xy)
-                rows.append(row)
+        seen = image.get_observation_points2D()
+        track += [index_of[point.point3D_id] for point in seen]
+        image_index += [index] * len(seen)
+        xy += [point.xy for point in seen]
+        rows += image.get_observation_point2D_idxs()
     views = TrackViews(track=np.array(track), image=np.array(image_index), xy_px=np.array(xy) - 0.5)
     return views, np.array(rows, dtype=np.int64)
 
