@@ -201,8 +201,11 @@ def _align(
     Returns:
         (K, 2) positions, (K,) whether they can be trusted, and (K,) how much texture they have.
     """
-    blocks = zip(*(each.split(_BLOCK) for each in (start, shapes, templates)), strict=True)
-    found = [_align_block(picture, *block, grid, weight, options) for block in blocks]
+    blocks = [slice(first, first + _BLOCK) for first in range(0, max(1, len(start)), _BLOCK)]
+    found = [
+        _align_block(picture, start[k], shapes[k], templates[k], grid, weight, options)
+        for k in blocks
+    ]
     moved, good, texture = (torch.cat(part) for part in zip(*found, strict=True))
     return moved, good, texture
 
