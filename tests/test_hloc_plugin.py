@@ -274,8 +274,6 @@ if __name__ == "__main__":
     [
         ("fine.txt", 2, "error: descriptors"),
         ("broken.txt", 1, "KeyError: 'c.jpg'"),
-        ("lacking.txt", 2, "f.h5 holds no keypoints of 1 of 3 images of"),
-        ("none.txt", 2, "does not exist"),
     ],
 )
 def test_the_command_ends_although_hlocs_threads_wait(
@@ -283,11 +281,7 @@ def test_the_command_ends_although_hlocs_threads_wait(
 ) -> None:
     root = hloc_folder.parent
     (hloc_folder / "match_features.py").write_text(WAITING)
-    with h5py.File(root / "f.h5", "w") as file:
-        for image in ("a.jpg", "b.jpg"):
-            file[f"{image}/keypoints"] = np.zeros((3, 2))
-    if name != "none.txt":
-        (root / name).write_text("a.jpg b.jpg\n" + "b.jpg c.jpg\n" * (name == "lacking.txt"))
+    (root / name).write_text("a.jpg b.jpg\n")
     done = subprocess.run(
         [sys.executable, "-m", "gim_hloc.hloc_plugin", "match_features", "--features", "f",
          "--export_dir", str(root), "--pairs", str(root / name)],
@@ -296,6 +290,22 @@ def test_the_command_ends_although_hlocs_threads_wait(
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_pairs_without_keypoints_are_refused_before_hlocs_threads_start(
+    hloc_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = hloc_folder.parent
+    (hloc_folder / "match_features.py").write_text(WAITING)
+    with h5py.File(root / "f.h5", "w") as file:
+        for image in ("a.jpg", "b.jpg"):
+            file[f"{image}/keypoints"] = np.zeros((3, 2))
+    (root / "lacking.txt").write_text("a.jpg b.jpg\nb.jpg c.jpg\n")
+    arguments = ["match_features", "--features", "f", "--export_dir", str(root), "--pairs"]
+    assert command.main([*arguments, str(root / "lacking.txt")]) == 2
+    assert "f.h5 holds no keypoints of 1 of 3 images of" in capsys.readouterr().err
+    assert command.main([*arguments, str(root / "none.txt")]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_descriptors_of_another_extractor_are_named() -> None:

@@ -81,6 +81,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def times(folder: Path) -> dict[Path, int]:
+    """When each file was written, but COLMAP's log, whose last lines may come late."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "logs" not in p.parts}
+
+
 def run(place: Path, output: Path, queries: Path | None = None, **options: Any) -> LocalizeResult:
     FakeMatcher.calls.clear()
     return gim_hloc.localize(
@@ -94,7 +99,7 @@ def run(place: Path, output: Path, queries: Path | None = None, **options: Any) 
 def test_poses_are_true_and_nothing_of_the_map_is_computed_again(
     place: Path, tmp_path: Path
 ) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (place / "map").rglob("*")}
+    before = times(place / "map")
     result = run(place, tmp_path / "out")
     assert result.localized == 2
     for name in QUERIES:
@@ -108,7 +113,7 @@ def test_poses_are_true_and_nothing_of_the_map_is_computed_again(
     matched = [call for call in FakeMatcher.calls if "|" in call]
     assert sorted(encoded) == QUERIES  # not one image of the map
     assert len(matched) == len(QUERIES) * len(MAPPED)
-    assert {p: p.stat().st_mtime_ns for p in (place / "map").rglob("*")} == before
+    assert times(place / "map") == before
     for name in ("poses.txt", "report.txt", "report.json", "pairs.txt", "features.h5", "log.txt"):
         assert (tmp_path / "out" / name).is_file(), name
 
@@ -548,7 +553,7 @@ def extend(place: Path, output: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("poses", ["fixed", "refine"])
 def test_images_are_added_to_a_model(poses: str, place: Path, tmp_path: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (place / "map").rglob("*")}
+    before = times(place / "map")
     result = extend(place, tmp_path / "out", poses=poses)
     assert result.registered == len(SCENE.names)
     assert sorted(c for c in FakeMatcher.calls if "|" not in c) == QUERIES
@@ -566,22 +571,19 @@ def test_images_are_added_to_a_model(poses: str, place: Path, tmp_path: Path) ->
     statistics = colmap.model_statistics(tmp_path / "out")
     assert statistics["mean_track_length"] > 7.5  # new images see the old points
     assert len(colmap.read_model(tmp_path / "out").cameras) == 1  # shared with the map
-    assert {p: p.stat().st_mtime_ns for p in (place / "map").rglob("*")} == before
+    assert times(place / "map") == before
     # All images stand in one folder, and the result is a map again.
     assert sorted(p.name for p in (tmp_path / "out/images").iterdir()) == SCENE.names
     again = extend(place, tmp_path / "out", poses=poses)
     assert FakeMatcher.calls == []
     assert again.report["summary"]["points"] == result.report["summary"]["points"]
-    located = gim_hloc.localize(
-        tmp_path / "out", place / "new", tmp_path / "loc", progress=False, threads=1
-    )
-    assert located.localized == 2
-
-
-def test_extending_over_an_older_result(place: Path, tmp_path: Path) -> None:
-    extend(place, tmp_path / "out")
-    extend(place, tmp_path / "out", overwrite=True)
-    assert sorted(c for c in FakeMatcher.calls if "|" not in c) == QUERIES  # not the map's
+    if poses == "fixed":
+        located = gim_hloc.localize(
+            tmp_path / "out", place / "new", tmp_path / "loc", progress=False, threads=1
+        )
+        assert located.localized == 2
+        extend(place, tmp_path / "out", overwrite=True)
+        assert sorted(c for c in FakeMatcher.calls if "|" not in c) == QUERIES  # not the map's
 
 
 def test_extending_goes_on_from_the_whole_folder(place: Path, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ TINY = RoMaConfig(
     radius={16: 2, 8: 1, 4: 1},
     position=16,
     blocks=2,
-    heads=4,
     anchors=8,
 )
 

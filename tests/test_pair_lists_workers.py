@@ -115,6 +115,7 @@ def test_processes_give_what_one_run_gives(
     assert written(tmp_path / "two") == written(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same(pair_list: Path, tmp_path: Path) -> None:
     judged(pair_list, tmp_path / "whole")
     out = tmp_path / "killed"

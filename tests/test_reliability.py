@@ -146,8 +146,11 @@ def test_a_killed_run_goes_on_where_it_was(step: str, place: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [("encode", signal.SIGINT), ("match", signal.SIGTERM), ("map", signal.SIGINT),
+     ("export", signal.SIGTERM)],
+)  # fmt: skip
 def test_a_stopped_run_goes_on_where_it_was(
     step: str, number: signal.Signals, place: Path, tmp_path: Path
 ) -> None:
@@ -180,7 +183,7 @@ def test_a_killed_localisation_goes_on_where_it_was(place: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kilobytes", [1, 32, 128, 192, 256, 320, 512, 2000])
+@pytest.mark.parametrize("kilobytes", [1, 128, 256, 512])
 def test_a_full_disk_takes_nothing_and_is_said_in_one_line(
     kilobytes: int, place: Path, tmp_path: Path
 ) -> None:
@@ -197,7 +200,7 @@ def test_a_full_disk_takes_nothing_and_is_said_in_one_line(
         assert len(re.findall("^error: ", said, re.MULTILINE)) == 1
         model = {k: v for k, v in before.items() if k.startswith("sparse")}
         assert {k: v for k, v in content(output).items() if k.startswith("sparse")} == model
-    assert faults.run(arguments[: -len(other)], tmp_path / "log")[0] == 0
+    run(place / "images", output)
     assert_whole(output, place)
     assert set(log_counts(output).values()) <= {1, 2}  # once for each setting: nothing was lost
 
@@ -220,13 +223,18 @@ def empty(path: Path) -> None:
     os.truncate(path, 0)
 
 
-DAMAGES = [flip, cut, empty, Path.unlink]
 # What is computed again is what only the damaged file held.
 FILES = [
     "features.h5", "matches.h5", "database.db", "sparse/0/points3D.bin", "sparse/0/cameras.bin",
     "export/0/points.ply", "pairs.txt", "run.yaml", ".run/images.json",
     ".run/mapped/0/images.bin", "features.cache", "matches.cache", "database.cache",
 ]  # fmt: skip
+# Each file with two kinds of damage.
+DAMAGES = [
+    (damage, name)
+    for number, name in enumerate(FILES)
+    for damage in (flip, (cut, Path.unlink, empty)[number % 3])
+]
 SOME = [
     (flip, "matches.h5"), (flip, "sparse/0/points3D.bin"), (empty, "database.db"),
     (flip, "matches.cache"),
@@ -235,10 +243,7 @@ SOME = [
 
 @pytest.mark.parametrize(
     ("damage", "name"),
-    [
-        pair if pair in SOME else pytest.param(*pair, marks=pytest.mark.slow)
-        for pair in ((damage, name) for name in FILES for damage in DAMAGES)
-    ],
+    [pair if pair in SOME else pytest.param(*pair, marks=pytest.mark.slow) for pair in DAMAGES],
 )
 def test_damage_heals(damage: Callable[[Path], None], name: str, out: Path, place: Path) -> None:
     damage(out / name)

@@ -326,7 +326,7 @@ DAMAGED = {
     "0.1, which it is not": b"gim_hloc: 0.1.0\nstages: {}\n",
     "stages": b"gim_hloc: 0.1.0\nstages: hello\nmap_notes: 5\n",
     "code": b'!!python/object/apply:os.system ["touch PWNED"]\n',
-    "deep": b"[" * 20000,
+    "deep": b"[" * 2000 + b"]" * 2000,
 }
 
 

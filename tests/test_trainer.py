@@ -186,10 +186,19 @@ def test_accumulated_batches_equal_one_big_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(states[1][key], value, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("at", [1, 6, 7, 8, 12, 30])
-def test_stopped_at_any_sample_and_resumed_equals_uninterrupted(tmp_path: Path, at: int) -> None:
-    """Samples 1 and 6 to 7 lie within an optimiser step, 8 and 12 at the end of one or an epoch."""
-    whole = run(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport]:
+    """Folder and report of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder)
+
+
+@pytest.mark.parametrize("at", [1, 7, 8, 12, 30])
+def test_stopped_at_any_sample_and_resumed_equals_uninterrupted(
+    tmp_path: Path, at: int, whole: tuple[Path, TrainReport]
+) -> None:
+    """Samples 1 and 7 lie within an optimiser step, 8 and 12 at the end of one or an epoch."""
+    folder, report = whole
     data = dataclasses.replace(make_data(), train=Interrupted(12, at, signal.SIGTERM))
     stopped = run(tmp_path / "parts", data)
     assert stopped.interrupted == signal.SIGTERM
@@ -197,22 +206,24 @@ def test_stopped_at_any_sample_and_resumed_equals_uninterrupted(tmp_path: Path, 
     assert stopped.steps == at // 4  # no step is half done
     resumed = run(tmp_path / "parts")
     assert resumed.finished
-    assert_same(read(tmp_path / "whole"), read(tmp_path / "parts"))
-    assert resumed.best == whole.best
-    for name, _ in whole.best:
-        assert_same(read(tmp_path / "whole", name), read(tmp_path / "parts", name))
-    one, two = (logs.read_table(tmp_path / n) for n in ("whole", "parts"))
+    assert_same(read(folder), read(tmp_path / "parts"))
+    assert resumed.best == report.best
+    for name, _ in report.best:
+        assert_same(read(folder, name), read(tmp_path / "parts", name))
+    one, two = (logs.read_table(path) for path in (folder, tmp_path / "parts"))
     assert one["train/lr"] == two["train/lr"]
     assert one["valid/within@1px"] == two["valid/within@1px"]
 
 
-def test_a_run_is_repeatable_and_validation_does_not_change_it(tmp_path: Path) -> None:
-    run(tmp_path / "one")
+def test_a_run_is_repeatable_and_validation_does_not_change_it(
+    tmp_path: Path, whole: tuple[Path, TrainReport]
+) -> None:
+    one = read(whole[0])["state_dict"]
     run(tmp_path / "two", **{"validation.per_epoch": 3, "log.pictures_every": 2, "log.every": 7})
-    assert_same(read(tmp_path / "one")["state_dict"], read(tmp_path / "two")["state_dict"])
+    assert_same(one, read(tmp_path / "two")["state_dict"])
     run(tmp_path / "other", seed=1)
     with pytest.raises(AssertionError):
-        assert_same(read(tmp_path / "one")["state_dict"], read(tmp_path / "other")["state_dict"])
+        assert_same(one, read(tmp_path / "other")["state_dict"])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")
@@ -222,14 +233,15 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert_same(read(tmp_path / "none")["state_dict"], read(tmp_path / "two")["state_dict"])
 
 
-def test_killed_process_goes_on_from_its_last_state(tmp_path: Path) -> None:
+def test_killed_process_goes_on_from_its_last_state(
+    tmp_path: Path, whole: tuple[Path, TrainReport]
+) -> None:
     """SIGKILL leaves no time for anything: the state of step 4 of 12 is what there is."""
     assert drive(tmp_path / "parts", "kill_at=23", "signal=SIGKILL") == -signal.SIGKILL
     assert read(tmp_path / "parts")["train_step"] == 4
     assert not list((tmp_path / "parts" / "checkpoints").glob(".*"))  # no half-written file
-    run(tmp_path / "whole")
     run(tmp_path / "parts")
-    assert_same(read(tmp_path / "whole"), read(tmp_path / "parts"))
+    assert_same(read(whole[0]), read(tmp_path / "parts"))
 
 
 def test_two_processes_with_torchrun_give_the_gradients_of_one(tmp_path: Path) -> None:

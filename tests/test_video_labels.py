@@ -473,16 +473,17 @@ def test_zoom_rounds_follow_their_base(
     clip: Path, tmp_path: Path, fake: type[FakeLabeller]
 ) -> None:
     fake.fail_on = {(4, 8)}
-    report = run(clip, tmp_path, small())
+    report = run(clip, tmp_path, small(steps=(4,)))
     with LabelStore(report.folder.label_path(FAKE, True)) as store:
         ((i, j, why),) = store.failures()
         assert (i, j) == (4, 8)
-        assert why.startswith(f"no plain labels of {FAKE}: error: cannot be matched (ArithmeticErr")
-    report = run(clip, tmp_path, small(labellers=("sift", FAKE), zoom_base=FAKE))
+        assert why.startswith(f"no plain labels of {FAKE}: error: cannot be matched (")
+        assert "ArithmeticError: no answer" in why
+    report = run(clip, tmp_path, small(labellers=("sift", FAKE), steps=(4,), zoom_base=FAKE))
     with LabelStore(report.folder.label_path("sift", True)) as store:
         assert "no plain labels" in {(i, j): why for i, j, why in store.failures()}[4, 8]
         assert store.info.settings["zoom_base"] == FAKE
-        assert [0, 2] in store.pairs().tolist()
+        assert [0, 4] in store.pairs().tolist()
     with pytest.raises(InputError, match="not among the labellers"):
         run(clip, tmp_path, small(zoom_base="gim_dkm"))
 
@@ -520,31 +521,31 @@ def test_other_settings_do_not_mix(
     clip: Path, tmp_path: Path, fake: type[FakeLabeller], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are labelled anew; going back costs nothing."""
-    first = run(clip, tmp_path, small())
+    first = run(clip, tmp_path, small(steps=(2,)))
     before = stored(first.folder)
     count = len(first.plan.pairs)
     with pytest.raises(OutputError, match="max_size"):
-        run(clip, tmp_path, small(max_size=100))
-    other = run(clip, tmp_path, small(static_px=20.0))
+        run(clip, tmp_path, small(steps=(2,), max_size=100))
+    other = run(clip, tmp_path, small(steps=(2,), static_px=20.0))
     assert [r.tried for r in other.rounds] == [count, count]
     assert stored(other.folder) != before
     with monkeypatch.context() as patch:
         entry = replace(registry._entries[FAKE], factory=lambda **_: FakeLabeller(version=2))
         patch.setitem(registry._entries, FAKE, entry)
-        assert [r.tried for r in run(clip, tmp_path, small()).rounds] == [count, count]
+        assert [r.tried for r in run(clip, tmp_path, small(steps=(2,))).rounds] == [count, count]
     fake.encoded.clear()
-    back = run(clip, tmp_path, small())
+    back = run(clip, tmp_path, small(steps=(2,)))
     assert [r.tried for r in back.rounds] == [0, 0]
     assert fake.encoded == []
     assert stored(back.folder) == before
-    anew = run(clip, tmp_path, small(overwrite=True))
+    anew = run(clip, tmp_path, small(steps=(2,), overwrite=True))
     assert [r.tried for r in anew.rounds] == [count, count]
     assert stored(anew.folder) == before
     # More pairs of the same video are no other settings.
-    report = run(clip, tmp_path, small(steps=(2, 4, 8, 16)))
+    report = run(clip, tmp_path, small(steps=(2, 16)))
     assert [r.tried for r in report.rounds] == [4, 4]
     with LabelStore(report.folder.label_path(FAKE, False)) as store:
-        assert store.info.steps == (2, 4, 8, 16)
+        assert store.info.steps == (2, 16)
 
 
 def test_shards_together_are_the_whole(
@@ -638,19 +639,18 @@ def _count_records(folder: VideoFolder) -> int:
     return total
 
 
-@pytest.mark.parametrize("round_", ["zoom", pytest.param("plain", marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_uninterrupted(clip: Path, tmp_path: Path, round_: str) -> None:
-    """SIGKILL in the middle of a round; then the same again."""
-    options = small(labellers=("sift",))
+def test_killed_and_resumed_equals_uninterrupted(clip: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the second round; then the same again."""
+    options = small(labellers=("sift",), steps=(2, 4))
     whole = run(clip, tmp_path / "whole", options)
     total = 2 * len(whole.plan.pairs)
     command = [
         *(sys.executable, "-m", "gim_hloc.cli.video", "label", str(clip), str(tmp_path / "killed")),
-        *("--labellers", "sift", "--gap", "2", "--steps", "2", "4", "8"),
+        *("--labellers", "sift", "--gap", "2", "--steps", "2", "4"),
         *("--masks", "none", "--format", "png"),
     ]
     folder = VideoFolder(tmp_path / "killed" / "clip")
-    enough = 3 if round_ == "plain" else len(whole.plan.pairs) + 3
+    enough = len(whole.plan.pairs) + 3
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     give_up = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < give_up:

@@ -57,12 +57,18 @@ def results(task: Powers, where: Where, count: int = 12, chunk: int = 3) -> dict
 
 
 @pytest.mark.parametrize("where", ENGINES)
-def test_every_engine_gives_every_result_once(where: Where, tmp_path: Path) -> None:
+def test_every_engine_gives_every_result_once_and_what_workers_log(
+    where: Where, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gim_hloc")
     task = Powers(tmp_path / "notes")
 
     assert results(task, where) == {i: i**2 for i in range(12)}
     work = [line for line in task.noted() if line != "open"]
     assert sorted(map(int, work)) == list(range(12))
+    opened = [record for record in caplog.record_tuples if record[0] == "gim_hloc.powers"]
+    assert opened
+    assert all(level == logging.INFO and "opened on" in text for _, level, text in opened)
 
 
 @pytest.mark.parametrize("where", DYING)
@@ -117,16 +123,6 @@ def test_another_error_is_named_and_its_traceback_logged(
 
 
 @pytest.mark.parametrize("where", DYING)
-def test_what_workers_log_reaches_the_caller(
-    where: Where, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "gim_hloc")
-    results(Powers(tmp_path / "notes"), where)
-
-    assert ("gim_hloc.powers", logging.INFO, "opened on cpu") in caplog.record_tuples
-
-
-@pytest.mark.parametrize("where", DYING)
 def test_items_are_taken_as_workers_become_free(where: Where, tmp_path: Path) -> None:
     taken, ahead, count = 0, [], 0
 
@@ -152,7 +148,7 @@ def test_no_items_start_no_worker(where: Where, tmp_path: Path) -> None:
     assert results(Powers(tmp_path / "notes"), where, count=0) == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_caller(number: signal.Signals, tmp_path: Path) -> None:
     program = (
         "from pathlib import Path\nfrom gim_hloc.workers import Where, run\n"
