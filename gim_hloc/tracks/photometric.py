@@ -21,8 +21,6 @@ import torch
 
 from gim_hloc.options import PhotometricOptions
 
-_BLOCK = 128  # patches compared at a time
-
 
 @dataclass(kw_only=True)
 class TrackViews:
@@ -201,25 +199,6 @@ def _align(
     Returns:
         (K, 2) positions, (K,) whether they can be trusted, and (K,) how much texture they have.
     """
-    blocks = [slice(first, first + _BLOCK) for first in range(0, max(1, len(start)), _BLOCK)]
-    found = [
-        _align_block(picture, start[k], shapes[k], templates[k], grid, weight, options)
-        for k in blocks
-    ]
-    moved, good, texture = (torch.cat(part) for part in zip(*found, strict=True))
-    return moved, good, texture
-
-
-def _align_block(
-    picture: torch.Tensor,
-    start: torch.Tensor,
-    shapes: torch.Tensor,
-    templates: torch.Tensor,
-    grid: torch.Tensor,
-    weight: torch.Tensor,
-    options: PhotometricOptions,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``_align`` for so many patches that their samples stay in a processor's cache."""
     pattern = torch.einsum("kij,pj->kpi", shapes, grid)
     xy = start.clone()
     good = _within(picture, xy[:, None] + pattern)
@@ -333,7 +312,7 @@ def _sample(picture: torch.Tensor, at: torch.Tensor, mode: str) -> torch.Tensor:
         ],
         dim=-1,
     )  # (K, P, 2, 4)
-    taps = base.int()[..., None] + torch.arange(-1, 3, dtype=torch.int32)
+    taps = base.long()[..., None] + torch.arange(-1, 3)
     columns, rows = taps[..., 0, :].clamp(0, w - 1), taps[..., 1, :].clamp(0, h - 1)
     index = rows[..., :, None] * w + columns[..., None, :]
     product = weights[..., 1, :, None] * weights[..., 0, None, :]
