@@ -1,6 +1,7 @@
 # Two commands do all the set-up on a fresh machine:
 #   make demo   reconstructs examples/room and checks the poses against the truth
 #   make test   runs the test suite
+# On a GPU: make gpu-check (docs/performance.md); what it needs where there is no network: make gpu-bundle
 # The environment is made in .venv (or VENV=...); it is rebuilt when setup.cfg or constraints.txt change.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PYTEST_ARGS ?=
 # Processes of the default tests; slow ones run one by one, some of them want 9 GB.
 TEST_JOBS ?= 2
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow gpu-check gpu-bundle lint format clean
 
 # torch first and alone: an unpinned torch, asked for by another package, pulls gigabytes of CUDA.
 # scm-* without dependencies: they ask for torchvision, which breaks beside a CPU torch.
@@ -39,6 +40,13 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+# At most 8 minutes on an H200; GPU_CHECK_ARGS=--dry-run on a processor.
+gpu-check: $(VENV)/.installed-test
+	$(BIN)/python tests/gpu_check.py $(GPU_CHECK_ARGS)
+
+gpu-bundle: $(VENV)/.installed-test
+	$(BIN)/python tests/gpu_bundle.py gpu-bundle
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,4 +57,4 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUTPUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(DEMO_OUTPUT) gpu-check gpu-bundle build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
