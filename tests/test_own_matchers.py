@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import pickle
@@ -252,8 +253,8 @@ def test_an_edit_counts_as_another_matcher() -> None:
 
 @pytest.mark.usefixtures("place")
 def test_registered_by_a_decorator() -> None:
-    from own_matcher import Orb  # type: ignore[import-not-found]
-
+    matchers.describe("own_matcher:Orb")  # imports it
+    Orb: Any = sys.modules["own_matcher"].Orb  # noqa: N806 - a class
     assert matchers.register(Orb) is Orb
     assert "orb" in matchers.names()
     assert matchers.describe("orb").binary
@@ -264,6 +265,20 @@ def test_registered_by_a_decorator() -> None:
     assert travelled.load("cpu").options.max_size == 300
     with pytest.raises(InputError, match="no matcher of gim-hloc has, not 'sift'"):
         matchers.register(type("Twin", (Orb,), {"info": matchers.describe("sift")}))
+
+
+def test_registered_by_the_name_of_a_function(place: Path) -> None:
+    """Imported when the matcher is made, not before."""
+    Path("late.py").write_text(
+        "from own_matcher import Orb\ndef make(**given):\n    return Orb.make(**given)\n"
+    )
+    info = dataclasses.replace(matchers.describe("own_matcher:Orb"), name="late")
+    matchers.register("late", "late:make", info)
+    try:
+        assert "late" not in sys.modules
+        assert matchers.load("late", max_size=300).options.max_size == 300
+    finally:
+        del registry._entries["late"]
 
 
 @pytest.fixture

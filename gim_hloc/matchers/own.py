@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gim_hloc.engine import spoils_the_rest
@@ -24,7 +25,24 @@ EXAMPLE = "examples/own_matcher.py"
 
 
 def find_class(reference: str, folder: str, what: str) -> Any:
-    """The class that ``module:Class`` or ``folder/file.py:Class`` names.
+    """The class of a matcher that a reference names; see ``find``.
+
+    Raises:
+        InputError: it is no matcher, and as ``find`` does.
+    """
+    module, found = find(reference, folder, what)
+    if not _is_matcher(found):
+        there = [name for name, value in vars(module).items() if _is_matcher(value)]
+        raise InputError(
+            f"{what}: {reference.rpartition(':')[2]} in {module.__file__} is no matcher, which is "
+            f"a class derived from gim_hloc.matchers.MatcherBase with an info ({EXAMPLE})."
+            + (f" There is {', '.join(there)}." if there else "")
+        )
+    return found
+
+
+def find(reference: str, folder: str, what: str) -> tuple[ModuleType, Any]:
+    """The module and what in it ``module:name`` or ``folder/file.py:name`` means, None if nothing.
 
     Args:
         reference: as above. Modules are those that Python finds, and then those in ``folder``.
@@ -32,7 +50,7 @@ def find_class(reference: str, folder: str, what: str) -> Any:
         what: is looked for, for messages.
 
     Raises:
-        InputError: there is no such module or class, it cannot be imported, or is no matcher.
+        InputError: there is no such module, or it cannot be imported.
     """
     module_name, _, attribute = reference.rpartition(":")
     file = None
@@ -56,17 +74,10 @@ def find_class(reference: str, folder: str, what: str) -> Any:
     source = module.__file__ or module_name
     if file is not None and not file.samefile(source):
         raise InputError(f"{what}: {file} has the name of the module {source}; rename it.")
-    found = module
+    found: Any = module
     for part in attribute.split("."):
-        found = getattr(found, part, None)  # type: ignore[assignment]
-    if not _is_matcher(found):
-        there = [name for name, value in vars(module).items() if _is_matcher(value)]
-        raise InputError(
-            f"{what}: {attribute} in {source} is no matcher, which is a class derived from "
-            f"gim_hloc.matchers.MatcherBase with an info ({EXAMPLE})."
-            + (f" There is {', '.join(there)}." if there else "")
-        )
-    return found
+        found = getattr(found, part, None)
+    return module, found
 
 
 def _is_matcher(value: Any) -> bool:

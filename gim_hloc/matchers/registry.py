@@ -56,7 +56,7 @@ class Entry:
             )
         factory = self.factory
         if isinstance(factory, str):
-            factory = _maker(own.find_class(factory, self.folder, f"The matcher {self.info.name}"))
+            factory = _maker(own.find(factory, self.folder, f"The matcher {self.info.name}")[1])
         options = {"quality": quality, "device": device, **overrides}
         return own.make(factory, self.info.name, **options) if self.own else factory(**options)
 
