@@ -254,7 +254,7 @@ def test_an_edit_counts_as_another_matcher() -> None:
 @pytest.mark.usefixtures("place")
 def test_registered_by_a_decorator() -> None:
     matchers.describe("own_matcher:Orb")  # imports it
-    Orb: Any = sys.modules["own_matcher"].Orb  # noqa: N806 - a class
+    Orb: Any = sys.modules["own_matcher"].Orb
     assert matchers.register(Orb) is Orb
     assert "orb" in matchers.names()
     assert matchers.describe("orb").binary
