@@ -12,6 +12,7 @@ from gim_hloc.options import (
     AnchoredOptions,
     CameraMode,
     CameraOptions,
+    Export,
     MapOptions,
     Mapper,
     PairOptions,
@@ -75,7 +76,7 @@ class ReconstructKeywords(RunKeywords, total=False):
     missing_poses: Literal["register", "leave-out"]
     extend: Path | str | None
     deterministic: bool
-    export: tuple[Literal["txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs"], ...]
+    export: tuple[Export, ...]
     dense: bool
     dry_run: bool
     refine_intrinsics: RefineIntrinsics

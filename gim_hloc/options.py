@@ -267,6 +267,7 @@ CameraMode = Literal["auto", "single", "folder", "image"]
 RefineIntrinsics = Literal["auto", "none", "all"]
 Mapper = Literal["auto", "incremental", "global", "hierarchical"]
 PoseUse = Literal["fixed", "refine", "prior"]
+Export = Literal["txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs"]
 
 
 @options

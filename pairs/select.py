@@ -169,10 +169,12 @@ class Strategy:
     Attributes:
         words: what it does, for users; ``{k}`` and fields of ``PairOptions`` are filled in.
         choose: gives the pairs, sorted.
+        by_order: of the names; retrieval then looks for what is further away.
     """
 
     words: str
     choose: Callable[[Known], list[Pair]]
+    by_order: bool = False
 
 
 @dataclass
@@ -241,7 +243,9 @@ def _retrieval(known: Known) -> list[Pair]:
         rows,
         k=known.k,
         min_score=known.options.min_score,
-        exclude=known.found.get("sequential", ()),
+        exclude=[
+            p for name, found in known.found.items() if STRATEGIES[name].by_order for p in found
+        ],
         local=local,
     )
 
@@ -338,7 +342,7 @@ def _auto(options: PairOptions, names: Sequence[str], k: int) -> tuple[list[str]
 
 def _described(components: Sequence[str], options: PairOptions, k: int) -> str:
     """What a union does, in words."""
-    more = " further" if "sequential" in components else ""
+    more = " further" if any(STRATEGIES[name].by_order for name in components) else ""
     fields = {**vars(options), "k": k, "more": more}
     return " plus ".join(STRATEGIES[name].words.format_map(fields) for name in components)
 
@@ -426,7 +430,9 @@ def _of_model(known: Known, strategy: str, read: Callable[[Path], dict[str, Of]]
 # By their names in --pairs. They may be joined: sequential+retrieval.
 STRATEGIES = {
     "exhaustive": Strategy("every image with every other", _exhaustive),
-    "sequential": Strategy("neighbours in name order (window {window})", _sequential),
+    "sequential": Strategy(
+        "neighbours in name order (window {window})", _sequential, by_order=True
+    ),
     "retrieval": Strategy("the {k} most similar{more} images", _retrieval),
     "spatial": Strategy("the {k} nearest images within {max_distance_m:g} m by GPS", _spatial),
     "poses": Strategy("the {k} nearest cameras that look the same way", _poses),

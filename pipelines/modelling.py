@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 
+# Steps that make something of the models: another model takes it away.
+OF_MODEL = ("export",)
+
 _GREY_BYTES = 2**29  # of grey values kept between the rounds of refinement; beyond, files are read
 
 
@@ -403,7 +406,7 @@ class Modelling:
         stale = [
             name
             for name, entry in self.folder.steps.items()
-            if name.startswith("export ") and entry["key"] != key
+            if name.split()[0] in OF_MODEL and entry["key"] not in (None, key)  # None: --from
         ]
         if stale:
             self.folder.drop(*stale)

@@ -16,6 +16,7 @@ from gim_hloc.options import (
     CameraOptions,
     Count,
     CountOrNone,
+    Export,
     MapOptions,
     Mapper,
     MatcherOptions,
@@ -34,8 +35,6 @@ from gim_hloc.options import (
     VerifyOptions,
     options,
 )
-
-Export = Literal["txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs"]
 
 
 @options

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gim_hloc import __version__, colmap
+from gim_hloc import __version__, colmap, draw
 from gim_hloc.pipelines.report import CameraView, SceneView
 
 if TYPE_CHECKING:
@@ -50,6 +50,41 @@ def scene_view(model: Any) -> Any:
             )
         )
     return SceneView(points_xyz=xyz, points_rgb=rgb, cameras=cameras)
+
+
+PLAN_SIZE = (640, 480)  # (width, height) of the picture of a model, pixels
+
+
+def plan_view(model: Any) -> np.ndarray:
+    """Points and, in red, cameras of a model from above: against the cameras' mean upright."""
+    view = scene_view(model)
+    count = len(view.points_xyz)
+    xyz = np.concatenate([view.points_xyz, [camera.center for camera in view.cameras]])
+    places = plan_places(xyz, np.array([camera.rotation for camera in view.cameras]), count)
+    picture = np.full((*PLAN_SIZE[::-1], 3), 255, np.uint8)
+    draw.draw_points(picture, places[:count], view.points_rgb, radius=1)
+    draw.draw_points(picture, places[count:], draw.OUTLIER, radius=4, square=True)
+    return picture
+
+
+def plan_places(xyz: np.ndarray, rotations: np.ndarray, count: int) -> np.ndarray:
+    """(N, 2) places in the picture of ``plan_view``.
+
+    Args:
+        xyz: (N, 3) points, then cameras. All cameras are inside, and points but for stray ones.
+        rotations: (C, 3, 3) of the cameras, world to camera: their second rows point down.
+        count: of the points.
+    """
+    down = rotations[:, 1].mean(axis=0)
+    across, ahead = np.linalg.svd(down[None])[2][1:]
+    if np.linalg.det([across, ahead, down]) < 0:  # else seen from below
+        ahead = -ahead
+    flat = (xyz - np.median(xyz, axis=0)) @ np.stack([across, ahead]).T
+    low, high = np.quantile(flat, (0.01, 0.99), axis=0)
+    low, high = np.minimum(low, flat[count:].min(0)), np.maximum(high, flat[count:].max(0))
+    scale = 0.8 * min(np.array(PLAN_SIZE) / np.maximum(high - low, 1e-9))
+    places: np.ndarray = (flat - (low + high) / 2) * scale + np.array(PLAN_SIZE) / 2
+    return places
 
 
 def build_report(

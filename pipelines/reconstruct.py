@@ -32,7 +32,13 @@ from gim_hloc.pipelines.layers import Layers
 from gim_hloc.pipelines.matching import take_parts, tell_kept
 from gim_hloc.pipelines.modelling import Modelling
 from gim_hloc.pipelines.options import ReconstructOptions
-from gim_hloc.pipelines.outcome import build_report, confidence_sums, scene_view, versions
+from gim_hloc.pipelines.outcome import (
+    build_report,
+    confidence_sums,
+    plan_view,
+    scene_view,
+    versions,
+)
 from gim_hloc.pipelines.report import complete_report, write_report
 from gim_hloc.pipelines.run import Step
 from gim_hloc.pipelines.verifying import Verifier
@@ -60,11 +66,11 @@ class ReconstructResult:
         return f"ReconstructResult({self._text()})"
 
     def _repr_html_(self) -> str:
-        """The largest model from the side where it is widest, for notebooks."""
+        """The largest model from above, for notebooks."""
         text = f"<figcaption>{html.escape(self._text())}</figcaption>"
         if not self.models:
             return f"<figure>{text}</figure>"
-        picture = draw.data_url(_plan(self.model()), ".png")
+        picture = draw.data_url(plan_view(self.model()), ".png")
         return f'<figure><img src="{picture}">{text}</figure>'
 
     def _text(self) -> str:
@@ -83,27 +89,6 @@ class ReconstructResult:
     def model(self, index: int = 0) -> Any:
         """Read a model as ``pycolmap.Reconstruction``."""
         return colmap.read_model(self.models[index])
-
-
-_PLAN = (640, 480)  # (width, height) of the picture of a model, pixels
-
-
-def _plan(model: Any) -> np.ndarray:
-    """Points and, in red, cameras of a model in the plane in which the points spread most."""
-    view = scene_view(model)
-    centres = np.array([camera.center for camera in view.cameras]).reshape(-1, 3)
-    xyz = np.concatenate([view.points_xyz, centres])
-    middle = np.median(xyz, axis=0)
-    axes = np.linalg.svd(view.points_xyz - middle, full_matrices=False)[2][:2]
-    flat = (xyz - middle) @ axes.T
-    low, high = np.quantile(flat, (0.01, 0.99), axis=0)
-    scale = 0.8 * min(np.array(_PLAN) / np.maximum(high - low, 1e-9))
-    places = (flat - (low + high) / 2) * scale + np.array(_PLAN) / 2
-    picture = np.full((*_PLAN[::-1], 3), 255, np.uint8)
-    count = len(view.points_xyz)
-    draw.draw_points(picture, places[:count], view.points_rgb, radius=1)
-    draw.draw_points(picture, places[count:], draw.OUTLIER, radius=4, square=True)
-    return picture
 
 
 def reconstruct(

@@ -121,9 +121,12 @@ _STAGES = {
     "encode": "Encode images",
     "pairs": "Choose pairs",
     "match": "Match pairs",
+    "rotations": "Find rotated images",
     "link": "Link tracks",
+    "cascade": "Match doubtful pairs again",
     "verify": "Verify pairs",
     "map": "Map",
+    "rescue": "Look for lost images",
     "refine": "Refine keypoints",
     "reread": "Read warps again",
     "export": "Export",
@@ -511,7 +514,9 @@ def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) 
         columns=[
             c for c in _COLUMNS if any(image.get(c[0]) is not None for image in full["images"])
         ],
-        timings=[(_STAGES.get(stage, stage), seconds) for stage, seconds in timings.items()],
+        timings=[
+            (_STAGES.get(stage, stage.capitalize()), seconds) for stage, seconds in timings.items()
+        ],
         pairs_per_second=matched / timings["match"] if timings.get("match") else 0,
         settings=dict(_flatten(full["settings"])),
     )

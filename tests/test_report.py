@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gim_hloc.pipelines import _report_figures as figures
+from gim_hloc.pipelines.outcome import PLAN_SIZE, plan_places
 from gim_hloc.pipelines.report import (
     CameraView,
     SceneView,
@@ -486,3 +487,15 @@ def test_first_view_of_a_deep_scene_shows_cameras_and_points() -> None:
         seen = (depth > 0) & (beside < 0.6 * depth)  # plotly's view is about 2 x 31 degrees
         assert seen.mean() >= share
     assert np.allclose(np.ptp(packed.centers[:9], axis=0)[2], 0, atol=1e-5)  # one image is not up
+
+
+def test_a_plan_shows_every_camera_and_is_seen_from_above() -> None:
+    rng = np.random.default_rng(0)
+    upright = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # looks north, z is up
+    east, north = [40.0, 0, 1], [0, 40.0, 2]
+    xyz = np.concatenate([rng.normal(size=(500, 3)), [[0, 0, 0], east, north]])
+    places = plan_places(xyz, np.stack([upright] * 3), 500)
+    origin, to_east, to_north = places[500:]
+    assert ((places[500:] > 0) & (places[500:] < PLAN_SIZE)).all()
+    (ex, ey), (nx, ny) = to_east - origin, to_north - origin
+    assert ex * ny - ey * nx < 0  # from east to north is anticlockwise where y points down

@@ -380,7 +380,7 @@ def _nerfstudio_camera(camera: Any) -> dict[str, float | int]:
     return {"w": int(camera.width), "h": int(camera.height), **values}
 
 
-# By their names in --export (``Export`` in pipelines/options.py).
+# By their names in --export (``Export`` in gim_hloc/options.py).
 FORMATS = {
     "txt": Format(
         [f"{part}.txt" for part in ("cameras", "images", "points3D", "rigs", "frames")], write_text
