@@ -287,7 +287,7 @@ def test_page_has_every_part(page: Page) -> None:
     ):  # fmt: skip
         assert text in page.text, text
     steps = re.findall('<th scope="row">([^<]+)</th><td class="bar">', page.source)
-    assert steps == ["Scan images", "Match pairs", "Map", "Refine keypoints", "other"]
+    assert steps == ["Scan images", "Match pairs", "Map", "Refine keypoints", "Other"]
 
 
 def test_names_are_text_everywhere(page: Page) -> None:
