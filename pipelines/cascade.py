@@ -38,7 +38,8 @@ FAR = 3
 # The least sum of matchers that are not calibrated.
 LEAST = 30.0
 
-# Strongest first. What is here, and under no stricter a licence than the run's matcher, is taken.
+# Strongest first. What is here, and under no stricter a licence than the run's matcher, is taken;
+# on a processor dense ones, which take minutes a pair there, only by runs that are dense anyway.
 STRONGEST = ("gim_roma", "gim_dkm", "roma_outdoor", "dkm_outdoor", "aliked_lightglue")
 _FINER: dict[Quality, Quality] = {"fast": "base", "base": "precise", "precise": "precise"}
 
@@ -191,7 +192,8 @@ class Rescue:
         own, quality = inputs.method.matcher.info, inputs.options.quality
         for name in STRONGEST:
             info = registry.describe(name)
-            if registry.missing_weights(name) or (own.commercial and not info.commercial):
+            slow = info.has_warps and not own.has_warps and inputs.matcher.device.type == "cpu"
+            if slow or registry.missing_weights(name) or (own.commercial and not info.commercial):
                 continue
             tried = [layer.method.name for layer in self.layers.all]
             finer = _FINER[quality] if name in tried or quality == "fast" else quality

@@ -304,7 +304,7 @@ def test_made_up_weights_run_to_an_honest_end(
     code = main(
         [
             str(images), str(tmp_path / "out"), "--matcher", "gim_dkm", "--anchors", "sift",
-            "--matcher-options", "size=[128, 160]", "upsample_size=null",
+            "--matcher-options", "size=[128, 160]", "upsample_size=null", "--rescue", "none",
         ]
     )  # fmt: skip
     (tmp_path / "weights" / file).unlink()  # 281 MB
