@@ -9,13 +9,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from gim_hloc.cli import common
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.evaluation import sfm
+
+if TYPE_CHECKING:
+    from gim_hloc.evaluation import sfm
 
 COLUMNS = {
     "registered": ("images", "{:.0f}"),
@@ -77,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: EvalOptions) -> int:
+    from gim_hloc.evaluation import sfm
+
     *models, truth_path = options.paths or (None,)
     if not models or truth_path is None:
         raise InputError("two folders are needed: a model, and after it the truth")
@@ -100,6 +104,8 @@ def _run(options: EvalOptions) -> int:
 
 def table(scores: Sequence[sfm.SfmScores]) -> str:
     """One row a model, aligned."""
+    from gim_hloc.evaluation import sfm
+
     rows = [["model", *(heading for heading, _ in COLUMNS.values())]]
     for one in scores:
         values = {name: sfm.METRICS[name].value(one) for name in COLUMNS}
@@ -126,6 +132,8 @@ def per_image_table(scores: sfm.SfmScores) -> str:
 
 
 def _write(options: EvalOptions, scores: Sequence[sfm.SfmScores]) -> None:
+    from gim_hloc.evaluation import sfm
+
     try:
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
