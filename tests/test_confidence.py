@@ -174,7 +174,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(images: Path, output: Path, **options: Any) -> ReconstructResult:
     FakeMatcher.calls.clear()
-    options = {"matcher": "fake", "deterministic": True, "refine_keypoints": False, **options}
+    fixed = {"matcher": "fake", "rescue": "none", "deterministic": True}
+    options = {**fixed, "refine_keypoints": False, **options}
     return gim_hloc.reconstruct(images, output, progress=False, **options)
 
 

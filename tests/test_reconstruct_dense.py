@@ -83,6 +83,7 @@ def run(folder: Path, output: Path, **options: Any) -> ReconstructResult:
         "matcher": "synthetic_dense",
         "quality": "fast",
         "anchors": "sift",
+        "rescue": "none",
         "pairs": "exhaustive",
         "camera_mode": "single",
         "intrinsics": "SIMPLE_PINHOLE,560,320,240",

@@ -40,11 +40,11 @@ NAMES = SCENE.names[:5]
 PAIRS = 10
 OPTIONS = {
     "matcher": "fake", "intrinsics": INTRINSICS, "deterministic": True, "refine_keypoints": False,
-    "export": ("ply", "nerfstudio"), "rotations": "none",
+    "export": ("ply", "nerfstudio"), "rotations": "none", "rescue": "none",
 }  # fmt: skip
 FLAGS = [
     "--matcher", "fake", "--intrinsics", INTRINSICS, "--deterministic", "--no-refine-keypoints",
-    "--export", "ply", "nerfstudio", "--rotations", "none", "--quiet",
+    "--export", "ply", "nerfstudio", "--rotations", "none", "--rescue", "none", "--quiet",
 ]  # fmt: skip
 
 
