@@ -9,6 +9,7 @@ holds, or that hang on few points, with the strongest matcher at hand.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,10 @@ LEAST = 30.0
 
 # Strongest first. What is here, and under no stricter a licence than the run's matcher, is taken;
 # on a processor dense ones, which take minutes a pair there, only by runs that are dense anyway.
-STRONGEST = ("gim_roma", "gim_dkm", "roma_outdoor", "dkm_outdoor", "aliked_lightglue")
+STRONGEST = (
+    "gim_roma", "gim_dkm", "roma_outdoor", "dkm_outdoor", "gim_loftr", "gim_lightglue",
+    "aliked_lightglue",
+)  # fmt: skip
 _FINER: dict[Quality, Quality] = {"fast": "base", "base": "precise", "precise": "precise"}
 
 
@@ -57,13 +61,13 @@ class Cascade:
         sums = _relative(self.verifier.confidences(first), first.method)
         raw = {pair: first.confidence(pair) / _bound(first.method) for pair in sums}
         weak = _weak(names, sums, CLEAR)
-        doubtful = _worth_another_look(names, sums, raw, weak) | _likely(raw, sums, weak)
-        sums = self._matched(same, doubtful, sums)
+        likely = _likely(names, sums, raw, weak, CLEAR)
+        sums = self._matched(same, likely | _worth_another_look(names, sums, raw, weak), sums)
         weak = _weak(names, sums, 1.0)
-        likely = _likely(raw, sums, weak)
+        likely = _likely(names, sums, raw, weak, 1.0)
         stronger = self._matched(other, likely, sums)
-        around = _around(weak, [p for p in likely if stronger[p] >= 1.0], sums)
-        self._matched(other, around, stronger)
+        joined = [pair for pair in likely if stronger[pair] >= 1.0]
+        self._matched(other, _around(joined, sums), stronger)
 
     def _matched(self, name: str, pairs: Iterable[Pair], sums: Sums) -> dict[Pair, float]:
         """The sums of the pairs, those with another matcher's in their places where better."""
@@ -121,6 +125,10 @@ class Rescue:
         self._cover(self.inputs.method_of(name, quality), [(a, b) for a, b in facts["pairs"]])
         self.names = facts["names"]
 
+    def due(self, key: str) -> bool:
+        """Whether it was not tried yet for a model."""
+        return self.wanted and self.method is None and self.folder.facts("rescue", key) is None
+
     def attempt(self, key: str, groups: Sequence[set[str]]) -> bool:
         """Match images outside the largest group anew; whether pairs were verified by it.
 
@@ -128,33 +136,28 @@ class Rescue:
             key: of the model.
             groups: names of the images of each model that hang together well, largest first.
         """
-        if not self.wanted or self.folder.facts("rescue", key) is not None:
-            return False
-        names = self.inputs.names
-        lost = sorted(set(names) - (groups[0] if groups else set()))
+        lost = sorted(set(self.inputs.names) - (groups[0] if groups else set()))
         method = self._strongest() if lost else None
-        pairs: list[Pair] = []
-        if method is not None:
-            pairs = self._tried(method, lost, groups)
+        pairs = [] if method is None else self._tried(method, lost, groups)
         with self.folder.making("rescue", key) as made:
-            made.facts = {"method": None, "pairs": [], "names": lost}
+            made.facts = {"method": None, "pairs": pairs, "names": lost}
             if pairs and method is not None:
-                made.facts |= {"method": [method.name, method.quality], "pairs": pairs}
+                made.facts["method"] = [method.name, method.quality]
         return bool(pairs)
 
     def _tried(self, method: Method, lost: Sequence[str], groups: Sequence[set[str]]) -> list[Pair]:
         logger.info("Rescue: %s with %s", some(lost), method.name)
         known = self._known()
         alone = set(lost) - set().union(*groups)
-        likely = {p for name in alone for p in _partners(name, known)}
-        likely |= _joints(known, groups)
+        likely = {p for name in alone for p in _partners(name, known)} | _joints(known, groups)
         layer = self._cover(method, likely)
         found = _relative(self.verifier.confidences(layer), method)
         joined = [pair for pair in likely if found.get(pair, 0.0) >= 1.0]
-        if not joined:
+        if not joined:  # nothing of it may reach database or report
+            self.layers.drop(layer)
+            self.method = None
             return []
-        inside = {p: value for p, value in known.items() if not alone.intersection(p)}
-        self._cover(method, _around(set(lost), joined, inside))
+        self._cover(method, _around(joined, known))
         self.names = list(lost)
         return layer.selection.pairs
 
@@ -198,9 +201,7 @@ class Rescue:
             tried = [layer.method.name for layer in self.layers.all]
             finer = _FINER[quality] if name in tried or quality == "fast" else quality
             method = inputs.method_of(name, finer)
-            if all(
-                layer.method.match_settings != method.match_settings for layer in self.layers.all
-            ):
+            if method.match_settings not in [x.method.match_settings for x in self.layers.all]:
                 return method
         return None
 
@@ -215,15 +216,10 @@ def _relative(sums: Sums, method: Method) -> dict[Pair, float]:
 
 
 def _weak(names: Sequence[str], sums: Sums, least: float) -> set[str]:
-    """Images in few good pairs, and those outside the largest set that good pairs connect."""
-    good = [pair for pair, value in sums.items() if value >= least]
-    counts = dict.fromkeys(names, 0)
-    for pair in good:
-        for name in pair:
-            counts[name] += 1
-    groups = connected(names, good)
+    """Images in few good pairs."""
+    counts = Counter(name for pair, value in sums.items() if value >= least for name in pair)
     enough = min(FEW_PAIRS, len(names) - 1)
-    return {n for n in names if counts[n] < enough} | set(names) - groups[0]
+    return {name for name in names if counts[name] < enough}
 
 
 def _worth_another_look(names: Sequence[str], sums: Sums, raw: Sums, weak: set[str]) -> set[Pair]:
@@ -239,10 +235,12 @@ def _worth_another_look(names: Sequence[str], sums: Sums, raw: Sums, weak: set[s
     }
 
 
-def _likely(raw: Sums, sums: Sums, weak: set[str]) -> set[Pair]:
-    """For images that hang on little, the pairs that look best of those that are not good yet."""
-    open_pairs = {pair: value for pair, value in raw.items() if sums[pair] < CLEAR}
-    return {p for name in weak for p in _partners(name, open_pairs)}
+def _likely(names: Sequence[str], sums: Sums, raw: Sums, weak: set[str], least: float) -> set[Pair]:
+    """Pairs that are not clear and look best: of weak images, and between groups of others."""
+    unclear = {pair: value for pair, value in raw.items() if sums[pair] < CLEAR}
+    good = [pair for pair, value in sums.items() if value >= least]
+    partners = {p for name in weak for p in _partners(name, unclear)}
+    return partners | _joints(unclear, connected(names, good))
 
 
 def _partners(name: str, values: Sums) -> list[Pair]:
@@ -251,30 +249,30 @@ def _partners(name: str, values: Sums) -> list[Pair]:
 
 
 def _joints(values: Sums, groups: Sequence[set[str]]) -> set[Pair]:
-    """The likeliest pairs between the largest group and each other one."""
+    """The likeliest pairs between the largest group and each other one of several images."""
     found: set[Pair] = set()
     for group in groups[1:]:
         across = [
             p for p in values if len(group.intersection(p)) == 1 and groups[0].intersection(p)
         ]
-        found.update(sorted(across, key=lambda pair: (-values[pair], pair))[:JOINTS])
+        if len(group) > 1:
+            found.update(sorted(across, key=lambda pair: (-values[pair], pair))[:JOINTS])
     return found
 
 
-def _around(weak: set[str], joined: Sequence[Pair], sums: Sums) -> set[Pair]:
-    """Good pairs among the partners that images were joined to.
+def _around(joined: Sequence[Pair], sums: Sums) -> set[Pair]:
+    """Good pairs of the images that were joined: the best of each, and those among its partners.
 
     An image is placed by points that others see: its partners need keypoints of the same matcher
     that match each other.
     """
+    good = {pair: value for pair, value in sums.items() if value >= 1.0}
     found: set[Pair] = set()
-    for name in weak:
+    for name in {name for pair in joined for name in pair}:
         partners = {n for pair in joined if name in pair for n in pair} - {name}
-        good = [p for p, value in sums.items() if value >= 1.0 and partners.issuperset(p)]
-        found.update(sorted(good, key=lambda pair: (-sums[pair], pair))[:PARTNERS])
-        for partner in sorted(partners):  # one partner alone: with what it is joined to
-            best = [p for p, value in sums.items() if value >= 1.0 and partner in p]
-            found.update(sorted(best, key=lambda pair: (-sums[pair], pair))[:2])
+        among = [pair for pair in good if partners.issuperset(pair)]
+        found.update(sorted(among, key=lambda pair: (-good[pair], pair))[:PARTNERS])
+        found.update(_partners(name, good)[:2])
     return found
 
 

@@ -458,7 +458,8 @@ class Inputs:
     @property
     def levels(self) -> tuple[str, ...]:
         """Matchers of the run, in the order in which they are tried."""
-        return CASCADES.get(self.options.matcher, (self.options.matcher,))
+        name = self.options.matcher
+        return (name,) if self.options.features else CASCADES.get(name, (name,))
 
     def method_of(self, name: str, quality: Quality) -> Method:
         """Another matcher than the run's own, for some pairs."""

@@ -59,7 +59,6 @@ class Layer(Correspondences):
         if not self.shared:
             self.names = sorted({name for pair in every for name in pair})
             self.encode()
-        self.keypoints = self.first.keypoints if self.shared else self.keypoints
         self.match()
         if self.linker.detector_free:
             self.link()
@@ -91,6 +90,11 @@ class Layers:
         layer = Layer(self.first, method)
         self.all.append(layer)
         return layer
+
+    def drop(self, layer: Layer) -> None:
+        """Forget a layer that gave nothing; its cache stays."""
+        self.all.remove(layer)
+        layer.close()
 
     @property
     def pairs(self) -> list[Pair]:

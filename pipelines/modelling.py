@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,7 +205,10 @@ class Modelling:
 
             # A copy: cameras are parted in it while mapping tries what explains the images.
             database = self.folder.hidden("mapping.db")
-            colmap.copy_with_cameras(self.output / "database.db", database, self.cameras)
+            if self.cameras == self.inputs.cameras:
+                shutil.copyfile(self.output / "database.db", database)
+            else:
+                colmap.copy_with_cameras(self.output / "database.db", database, self.cameras)
             job = dataclasses.replace(self._job(), database=database, progress=registered)
             if self.inputs.poses_if("fixed", "refine") is not None:
                 mapped = colmap.triangulate_known(job)
@@ -223,9 +227,11 @@ class Modelling:
 
     def look_for_lost(self) -> list[Step] | None:
         """Match images that no model holds anew; where that joins them, another pass is made."""
+        if not self.rescue.due(self.map_key):
+            return None
         before = [] if self.failure else self._mapped_models()
         groups = [colmap.well_supported(model) for model in before]
-        if self.rescue.method is not None or not self.rescue.attempt(self.map_key, groups):
+        if not self.rescue.attempt(self.map_key, groups):
             return None
         self.before = before
         return [Step("verify", self.verify), Step("map", self.map)]

@@ -262,6 +262,7 @@ class _Reconstruction:
         for rows, described in zip(self.modelling.intrinsics, report["models"], strict=False):
             for camera in described["cameras"]:
                 camera.update(rows.get(str(camera["id"]), {}))
+        used = [layer.method.matcher for layer in self.layers.all]
         report["settings"] = to_mapping(
             {
                 "images": str(self.inputs.root),
@@ -269,8 +270,8 @@ class _Reconstruction:
                 "pair": dataclasses.asdict(self.inputs.pair_options),
                 "mapper_used": self.modelling.mapper_name(),
                 "matcher_settings": dataclasses.asdict(self.inputs.matcher.options),
-                "matcher_licence": self.inputs.matcher.info.licence,
-                "weights_sha256": dict(self.inputs.matcher.weights_hashes),
+                "matcher_licence": "; ".join(dict.fromkeys(x.info.licence for x in used)),
+                "weights_sha256": {k: v for x in used for k, v in x.weights_hashes.items()},
                 "device": str(self.inputs.matcher.device),
                 "threads": self.inputs.threads,
             }

@@ -80,6 +80,8 @@ class Verifier:
         keys = self.keys(layer)
         pairs = self.inputs.folder.share(list(keys))
         todo = [pair for pair in pairs if keys[pair] not in self.cache]
+        if not todo:
+            return keys
         one = self.options.deterministic or bool(self.inputs.where.devices)
         task = VerifyTask(
             verification=self._verification(layer),

@@ -147,6 +147,62 @@ def test_images_that_show_nothing_of_the_scene_stay_out(tmp_path: Path) -> None:
     assert result.registered == len(SCENE.names)
     status = {row["name"]: row["status"] for row in result.report["images"]}
     assert status["zz other.png"] != "registered"
+    assert matched().count(f"{SCENE.names[0]}|zz other.png") == 2  # it was tried
+    assert result.report["rescue"] is None
+    for row in result.report["images"]:
+        assert row["keypoints"] == len(database_rows(tmp_path / "out", row["name"]))
+    FakeMatcher.calls.clear()
+    again = run(tmp_path, matcher="fake", camera_mode="image", intrinsics=None)
+    assert FakeMatcher.calls == []
+    assert again.report["rescue"] is None
+
+
+def test_a_rescue_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    match, done = Strong.match, []
+
+    def stopped(self: Strong, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(f"{a.name}|{b.name}")
+        return match(self, a, b)
+
+    monkeypatch.setattr(Strong, "match", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, matcher="fake_forgetful", threads=1)
+    monkeypatch.setattr(Strong, "match", match)
+    FakeMatcher.calls.clear()
+    result = run(tmp_path, matcher="fake_forgetful", threads=1)
+    assert result.registered == len(SCENE.names)
+    assert not set(done).intersection(matched())
+    whole = run(tmp_path, matcher="fake_forgetful", threads=1, output=tmp_path / "whole")
+    for name in SCENE.names:
+        np.testing.assert_array_equal(
+            database_rows(tmp_path / "out", name), database_rows(tmp_path / "whole", name)
+        )
+    assert whole.report["pairs"] == result.report["pairs"]
+
+
+def test_imported_matches_make_no_cascade(tmp_path: Path) -> None:
+    run(tmp_path, matcher="fake", rescue="none", output=tmp_path / "first")
+    first = tmp_path / "first"
+    result = run(
+        tmp_path, quality="fast", pairs=str(first / "pairs.txt"), matcher="cascade",
+        features=first / "features.h5", matches=first / "matches.h5",
+    )  # fmt: skip
+    assert result.registered == len(SCENE.names)
+    assert result.report["rescue"] is None
+
+
+def test_a_folder_of_two_places_is_not_matched_anew(tmp_path: Path) -> None:
+    places = {name: k % 2 for k, name in enumerate(SCENE.names)}
+    pairs = [(a, b) for a in SCENE.names for b in SCENE.names if a < b]
+    sums = {(a, b): 10.0 * (places[a] == places[b]) for a, b in pairs}
+    raw = {pair: value + 0.1 for pair, value in sums.items()}
+    weak = cascade._weak(SCENE.names, sums, cascade.CLEAR)
+    assert weak == set()
+    likely = cascade._likely(SCENE.names, sums, raw, weak, cascade.CLEAR)
+    assert len(likely) == cascade.JOINTS
+    assert all(places[a] != places[b] for a, b in likely)
 
 
 def test_a_cascade_asks_the_next_matcher_only_where_there_is_doubt(tmp_path: Path) -> None:
