@@ -233,7 +233,7 @@ class Modelling:
         groups = [colmap.well_supported(model) for model in before]
         if not self.rescue.attempt(self.map_key, groups):
             return None
-        self.before = before
+        self.before = before if groups and len(groups[0]) > 2 else []
         return [Step("verify", self.verify), Step("map", self.map)]
 
     def _mapped_models(self) -> list[Any]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+from gim_hloc.geometry.graph import connected
 
 logger = logging.getLogger(__name__)
 
@@ -57,33 +57,23 @@ def weak_groups(
         bound: a sum that pairs of unrelated images do not reach, where the matcher has one.
         share: of the fewer keypoints that a strong pair matches.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    index = {name: i for i, name in enumerate(names)}
     strong = [
-        (index[a], index[b])
+        (a, b)
         for (a, b), total in sums.items()
         if total >= max(bound or STRONG_LEAST, share * min(keypoints[a], keypoints[b]))
     ]
-    rows, columns = np.array(strong, dtype=np.int64).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(names), len(names)))
-    _, label = connected_components(graph, directed=False)
-    main = int(np.bincount(label).argmax())
-    if (label == main).sum() < 2:
+    main, *others = connected(names, strong)
+    if len(main) < 2:
         return []
+    group_of = {name: k for k, group in enumerate(others) for name in group}
     links: dict[int, dict[str, dict[str, float]]] = {}
     for (a, b), total in sums.items():
         for name, other in ((a, b), (b, a)):
-            group = int(label[index[name]])
-            if group != main and label[index[other]] == main and keypoints[name] >= 50:
-                links.setdefault(group, {}).setdefault(name, {})[other] = total
+            if name in group_of and other in main and keypoints[name] >= 50:
+                links.setdefault(group_of[name], {}).setdefault(name, {})[other] = total
     return [
-        WeakGroup(
-            members=tuple(names[int(i)] for i in np.flatnonzero(label == group)),
-            links=links[group],
-        )
-        for group in sorted(links)
+        WeakGroup(members=tuple(n for n in names if n in others[k]), links=links[k])
+        for k in sorted(links)
     ]
 
 
