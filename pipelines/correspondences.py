@@ -355,10 +355,8 @@ class Correspondences:
         return None
 
     def _find_rotations(self) -> dict[str, int]:
-        # Of a cascade the second matcher judges, which knows the keypoints of the first.
         levels, quality = self.inputs.levels, self.options.quality
         cascade = len(levels) > 1
-        matcher = self.inputs.method_of(levels[1], quality).matcher if cascade else self.detector
         sums = {
             pair: float(self.linker.confidences(self.raw.get(pair_name(pair))[0]).sum(dtype=float))
             for pair in self.selection.pairs
@@ -370,6 +368,10 @@ class Correspondences:
             self.detector.info.min_confidence_sum.get(quality),
             rotations.STRONG_SHARE / 3 if cascade else rotations.STRONG_SHARE,
         )
+        if not groups:
+            return {}
+        # Of a cascade the second matcher judges, which knows the keypoints of the first.
+        matcher = self.inputs.method_of(levels[1], quality).matcher if cascade else self.detector
         bound = matcher.info.min_confidence_sum.get(quality)
         stored = Stored(self.detected.path)
 

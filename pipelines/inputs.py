@@ -82,6 +82,7 @@ class Inputs:
         self.base: Extension | None = None  # the run whose model is extended
         self.added: list[str] = []  # images that are new to it
         self.known: KnownPoses | None = None
+        self._others: dict[tuple[str, Quality], Method] = {}
         self._check_options()
         self._check_folders()
         self._choose_matcher()
@@ -462,10 +463,14 @@ class Inputs:
         return (name,) if self.options.features else CASCADES.get(name, (name,))
 
     def method_of(self, name: str, quality: Quality) -> Method:
-        """Another matcher than the run's own, for some pairs."""
-        as_first = self.method if name in self.levels[1:2] else None
-        device = str(self.method.matcher.device)
-        return load_method(self.options, name, quality, device, detect_as=as_first, own=False)
+        """Another matcher than the run's own, for some pairs; loaded once."""
+        if (name, quality) not in self._others:
+            as_first = self.method if name in self.levels[1:2] else None
+            device = str(self.method.matcher.device)
+            self._others[name, quality] = load_method(
+                self.options, name, quality, device, detect_as=as_first, own=False
+            )
+        return self._others[name, quality]
 
     def bar(self, total: int | None, title: str, unit: str, done: int = 0) -> Any:
         """A progress bar."""
