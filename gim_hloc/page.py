@@ -99,14 +99,13 @@ def _environment() -> Environment:
     return environment
 
 
-def render(template: str, *, charts: Mapping[str, Figure | None] = {}, **values: Any) -> str:
+def render(template: str, *, charts: Mapping[str, Markup | None] = {}, **values: Any) -> str:
     """The text of a page.
 
     Args:
         template: file in ``gim_hloc/templates``.
-        charts: figures by name, ``charts.name`` in the template; plotly.js comes along with them.
-            Those that are None are not there.
+        charts: of ``chart`` by name, ``charts.name`` in the template; plotly.js comes along with
+            them. Those that are None are not there.
         **values: what else the template uses.
     """
-    elements = {name: chart(figure, name) if figure else None for name, figure in charts.items()}
-    return _environment().get_template(template).render(charts=elements, **values)
+    return _environment().get_template(template).render(charts=charts, **values)

@@ -295,8 +295,9 @@ class _Reconstruction:
                 scene=scene_view(loaded[0]) if loaded else None,
                 pair_matches=self._pair_matches,
             )
-        except OSError as error:  # the model is worth more than its report
+        except Exception as error:  # the model is worth more than its report
             logger.warning("The report could not be written: %s", error)
+            logger.debug("", exc_info=True)
 
     def _pair_matches(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Coordinates of a pair's matches in both images, and whether each is an inlier."""

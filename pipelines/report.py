@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +24,10 @@ from gim_hloc.files import write_atomic
 from gim_hloc.page import plural
 from gim_hloc.pipelines import _report_figures as figures
 from gim_hloc.pipelines._report_figures import CameraView, SceneView
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from plotly.graph_objects import Figure
 
 __all__ = ["CameraView", "SceneView", "complete_report", "write_report"]
 
@@ -148,7 +153,7 @@ _COLUMNS = (
 
 
 def write_report(
-    report: Mapping[str, Any],
+    report: dict[str, Any],
     output: Path,
     *,
     images: ImageReader | None = None,
@@ -162,7 +167,7 @@ def write_report(
     out with a warning in the log.
 
     Args:
-        report: the numbers of the run; see ``complete_report``.
+        report: of ``complete_report``.
         output: folder of the run; made when it does not exist.
         images: reads an image by name as RGB uint8, ``(H, W, 3)``, EXIF orientation not applied.
         scene: points and cameras of the largest model; without it there is no 3D view.
@@ -175,11 +180,10 @@ def write_report(
     Raises:
         OSError: the folder cannot be written.
     """
-    full = complete_report(report)
     output.mkdir(parents=True, exist_ok=True)
     html_path, json_path = output / "report.html", output / "report.json"
-    write_atomic(json_path, _json_text(full))
-    write_atomic(html_path, _render(full, _Pictures(full, images, pair_matches), scene))
+    write_atomic(json_path, _json_text(report))
+    write_atomic(html_path, _render(report, _Pictures(report, images, pair_matches), scene))
     return html_path, json_path
 
 
@@ -277,22 +281,22 @@ def _verdicts(full: dict[str, Any]) -> list[dict[str, str]]:
     summary = full["summary"]
     found: list[tuple[str, str]] = []
     listed, registered = summary["images"], summary["registered"]
+    missing = sum(summary["missing"].values())
     if not summary["models"] or not registered:
         found.append(("bad", "No model was built. The reasons are listed per image below."))
-    elif registered < listed:
-        missing = listed - registered
-        harmless = summary["missing"].get("duplicate", 0) == missing
+    elif missing:
+        counts = summary["missing"]
+        harmless = counts.get("duplicate", 0) == missing
         level = "bad" if registered < listed / 2 else "good" if harmless else "warn"
-        known = [status for status in ADVICE if status in summary["missing"]]
-        parts = [f"{summary['missing'][status]} {ADVICE[status].short}" for status in known]
-        reasons = f" ({', '.join(parts)})" if parts else ""
+        parts = [f"{counts[s]} {advice.short}" for s, advice in _advice(counts.keys()).items()]
+        reasons = f" ({', '.join(parts)})"
         verb = "is" if missing == 1 else "are"
         found.append((level, f"{plural(missing, 'image')} {verb} missing{reasons}: see why below."))
     if summary["models"] and summary["models"] > 1:
         sizes = ", ".join(str(model.get("images", "?")) for model in full["models"])
         found.append(
             (
-                "warn",
+                "bad" if registered < listed / 2 else "warn",
                 f"The images fell into {summary['models']} models that share no scale"
                 f"{f' ({sizes} images)' if full['models'] else ''}. Images that link the parts, or"
                 " more pairs between them, can join them.",
@@ -406,18 +410,18 @@ class _Pictures:
         self, full: dict[str, Any], read: ImageReader | None, matches: PairMatches | None
     ) -> None:
         self._read, self._matches = read, matches
+        self._sizes = {row["name"]: (row.get("width"), row.get("height")) for row in full["images"]}
         self._small: dict[str, tuple[np.ndarray, tuple[int, int]] | None] = {}
         self._best, self._worst = figures.choose_pairs(full["pairs"])
 
     def _open(self, name: str) -> tuple[np.ndarray, tuple[int, int]] | None:
-        """An image within the size of a pair, and its own (width, height)."""
+        """An image within the size of a pair, and the (width, height) of its file."""
         if name not in self._small:
             self._small[name] = None
             try:
                 if self._read is not None:
-                    picture = self._read(name)
-                    size = picture.shape[1], picture.shape[0]
-                    self._small[name] = draw.fit(picture, *_PAIR_SIZE), size
+                    picture = draw.fit(self._read(name), *_PAIR_SIZE)
+                    self._small[name] = picture, self._sizes[name]
             except Exception as error:
                 logger.debug("no thumbnail of %r in the report: %s", name, error)
         return self._small[name]
@@ -503,11 +507,14 @@ def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) 
     matched = full.get("counts", {}).get("pairs_matched_now", summary["pairs"])
     return page.render(
         "report.html.j2",
-        charts={name: _guarded(name, build) for name, build in charts.items()},
+        charts={
+            name: _guarded(name, functools.partial(_chart, name, build))
+            for name, build in charts.items()
+        },
         full=full,
         summary=summary,
-        missing=list(_missing(full, pictures)),
-        pair_figures=list(pictures.pairs()),
+        missing=_guarded("missing images", lambda: list(_missing(full, pictures))) or [],
+        pair_figures=_guarded("pairs", lambda: list(pictures.pairs())) or [],
         packed=packed,
         max_graph_images=figures.MAX_GRAPH_IMAGES,
         status_words={status: advice.short for status, advice in ADVICE.items()},
@@ -522,6 +529,11 @@ def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) 
     )
 
 
+def _chart(name: str, build: Callable[[], Figure | None]) -> Markup | None:
+    figure = build()
+    return page.chart(figure, name) if figure is not None else None
+
+
 def _stage_order(stage: str) -> int:
     return list(_STAGES).index(stage) if stage in _STAGES else len(_STAGES)
 
@@ -532,7 +544,7 @@ def _missing(
     """Advice and (picture, name, facts) of the images that are not registered, by status."""
     left = _MAX_MISSING_PICTURES
     missing = [image for image in full["images"] if image["status"] != "registered"]
-    for status in sorted({image["status"] for image in missing}, key=[*ADVICE].index):
+    for status, advice in _advice({image["status"] for image in missing}).items():
         cards = []
         for image in missing:
             if image["status"] != status:
@@ -551,7 +563,15 @@ def _missing(
             ]
             facts = [fact for fact in (image.get("reason"), " · ".join(counts)) if fact]
             cards.append((picture, image["name"], facts))
-        yield ADVICE[status], cards
+        yield advice, cards
+
+
+def _advice(statuses: Set[str]) -> dict[str, Advice]:
+    """Advice on statuses in their order; those that it knows nothing of come last, with none."""
+    new = sorted(statuses - ADVICE.keys())
+    known = {status: advice for status, advice in ADVICE.items() if status in statuses}
+    words = {status: status.replace("_", " ") for status in new}
+    return known | {status: Advice(w, w.capitalize(), "") for status, w in words.items()}
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

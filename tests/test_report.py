@@ -128,10 +128,14 @@ def read_matches(name0: str, name1: str) -> tuple[np.ndarray, np.ndarray, np.nda
     return xy, xy, np.array([True, False])
 
 
+def write(report: dict[str, Any], folder: Path, **parts: Any) -> tuple[Path, Path]:
+    return write_report(complete_report(report), folder, **parts)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A report with names that look like code, one image of which is missing."""
-    return write_report(
+    return write(
         make_report(NASTY, missing={NASTY[1]: "no_verified_matches"}),
         tmp_path_factory.mktemp("report") / "new",
         images=read_image,
@@ -179,7 +183,7 @@ def test_json_is_strict_and_keeps_given_totals_and_odd_names(tmp_path: Path) -> 
     report["settings"] |= {"images": Path("a/b"), "sizes": (np.int64(3), np.float32(0.5))}
     report["summary"] = {"seconds": 99.5}
     before = repr(report)
-    _, json_path = write_report(report, tmp_path, scene=make_scene((name,)))
+    _, json_path = write(report, tmp_path, scene=make_scene((name,)))
 
     def refuse(token: str) -> None:
         raise AssertionError(f"{token} is no JSON")
@@ -262,6 +266,15 @@ def test_focal_lengths_that_scatter_are_named() -> None:
     assert "share one camera" in levels(report)["warn"][0]
 
 
+def test_images_of_a_second_model_are_not_missing() -> None:
+    report = make_report()
+    report["models"].append({"path": "sparse/1", "images": 3})
+    for row in report["images"][1:]:
+        row["model"] = 1
+    assert list(levels(report)) == ["bad"]  # one of four images is in the largest
+    assert "missing" not in levels(report)["bad"][0]
+
+
 # ------------------------------------------------------------------------------- report.html
 
 
@@ -300,14 +313,37 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
     names = ("a.jpg", "b.jpg")
     report = make_report(names, missing=dict.fromkeys(names, "no_features"))
     report |= {"models": [], "track_lengths": {}, "reprojection_errors": {}, "timings": {}}
-    page = Page(write_report(report, tmp_path)[0])
+    page = Page(write(report, tmp_path)[0])
     assert {"missing", "images"} <= page.ids
     assert not {"scene", "pairs", "quality"} & page.ids
     assert page.tags.count("script") == 1  # no chart, so no plotly
     assert "No keypoints" in page.text
     report = {"images": [], "pairs": [], "models": [], "settings": {}, "timings": {}}
     nothing = SceneView(np.zeros((0, 3)), np.zeros((0, 3)), [])
-    assert "images registered" in Page(write_report(report, tmp_path, scene=nothing)[0]).text
+    assert "images registered" in Page(write(report, tmp_path, scene=nothing)[0]).text
+
+
+def test_a_status_without_advice_is_told_too(tmp_path: Path) -> None:
+    missing = {"a.jpg": "eaten_by_dog", "b.jpg": "no_pairs"}
+    page = Page(write(make_report(missing=missing), tmp_path)[0])
+    assert "2 images are missing (1 without pairs, 1 eaten by dog): see why below." in page.text
+    assert page.text.index("In no pair") < page.text.index("Eaten by dog")
+
+
+def test_parts_that_fail_do_not_cost_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("gone")
+
+    monkeypatch.setattr("gim_hloc.draw.data_url", broken)
+    monkeypatch.setattr("gim_hloc.page.chart", broken)
+    report = make_report(missing={"d.jpg": "not_registered"})
+    parts = {"images": read_image, "pair_matches": read_matches, "scene": make_scene()}
+    page = Page(write(report, tmp_path, **parts)[0])
+    assert "3 / 4 images registered" in page.text
+    assert not {"missing", "pairs", "scene", "quality"} & page.ids
+    assert len(caplog.records) == 6  # the four charts, the pairs, the missing images
 
 
 def test_what_cannot_be_drawn_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -317,21 +353,19 @@ def test_what_cannot_be_drawn_is_left_out(tmp_path: Path, caplog: pytest.LogCapt
     scene = SceneView(np.zeros((4, 3)), np.zeros((2, 3), np.uint8), [])  # sizes disagree
     report = make_report(missing={"d.jpg": "not_registered"})
     with caplog.at_level(logging.WARNING):
-        paths = write_report(report, tmp_path, images=read_image, scene=scene, pair_matches=broken)
+        paths = write(report, tmp_path, images=read_image, scene=scene, pair_matches=broken)
     page = Page(paths[0])
     assert "graph" in page.ids
     assert not {"pairs", "scene"} & page.ids
     assert any("'scene'" in record.getMessage() for record in caplog.records)
-    page = Page(write_report(report, tmp_path, images=broken, pair_matches=read_matches)[0])
+    page = Page(write(report, tmp_path, images=broken, pair_matches=read_matches)[0])
     assert "img" not in page.tags
     assert not list(tmp_path.glob(".*"))
 
 
 def test_large_collection_stays_small(tmp_path: Path) -> None:
     names = [f"folder/image_{i:05d}.jpg" for i in range(300)]
-    html_path, json_path = write_report(
-        make_report(names), tmp_path, scene=make_scene(names, 70_000)
-    )
+    html_path, json_path = write(make_report(names), tmp_path, scene=make_scene(names, 70_000))
     assert html_path.stat().st_size < 9e6
     assert len(json.loads(json_path.read_text("utf-8"))["pairs"]) == 300 * 299 // 2
 
@@ -408,6 +442,21 @@ def test_pair_picture_draws_lines_where_the_keypoints_are() -> None:
     rows = drawn[:, 180:310].astype(int).mean(1)
     assert np.argmax(rows[:, 1] - rows[:, 0]) == pytest.approx(0.2 * 159, abs=1)
     assert np.argmax(rows[:, 0] - rows[:, 1]) == pytest.approx(0.8 * 159, abs=1)
+
+
+def test_pictures_are_drawn_in_the_pixels_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        "gim_hloc.pipelines.report.draw_pair",
+        lambda images, *_: drawn.append(images) or images[0][0],
+    )
+    report = make_report()
+    for row in report["images"]:
+        row |= {"width": 4000, "height": 3000}  # what reads them makes them smaller
+    write(report, tmp_path, images=read_image, pair_matches=read_matches)
+    assert {size for pair in drawn for _, size in pair} == {(4000, 3000)}
 
 
 def pack(scene: SceneView) -> figures.PackedScene:

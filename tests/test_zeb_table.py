@@ -17,7 +17,7 @@ from gim_hloc.evaluation.dumps import Dump, DumpRecord, read_dump, write_dump
 from gim_hloc.evaluation.options import TableOptions
 from gim_hloc.evaluation.zeb import check, plots, sheet, table
 from gim_hloc.evaluation.zeb.published import PUBLISHED
-from gim_hloc.evaluation.zeb.sets import NAMES, SETS
+from gim_hloc.evaluation.zeb.sets import NAMES, SETS, check_set_name
 from gim_hloc.evaluation.zeb.table import Table
 
 # The facts of the protocol, from the reference's analysis of the published dumps.
@@ -176,9 +176,32 @@ def test_own_sets_come_last_and_without_published_rows(dumps: Path):
     assert not any(row.published for row in found.rows)
 
 
+def test_sets_named_as_other_columns(tmp_path: Path):
+    names = ("GL3", "GL3D", "matcher", "mean", "sum")
+    for factor, matcher in ((1.0, "good"), (3.0, "poor")):
+        for name in names:
+            write_dump(tmp_path, random_dump(matcher, name, factor=factor))
+    found = table.make_table([tmp_path], TableOptions(bootstrap=20, published=False))
+    files = table.write_tables(found, [tmp_path / f"t{suffix}" for suffix in table.FORMATS])
+    grid = table.to_grids(found)[0]
+    heads = ["matcher", "mean", "mean rank", "GL3", "GL3", "matcher", "mean", "sum"]
+    assert grid.heads == [*heads, "mean, 95 % interval"]
+    good, poor = grid.lines
+    assert [text for text, _ in good[:2]] == ["good (v1)", f"{100 * found.rows[0].mean[5.0]:.2f}"]
+    auc = found.rows[0].auc[5.0]
+    assert good[3:8] == [(f"{100 * auc[name]:.2f}", True) for name in found.sets]
+    assert good[1][1]
+    assert not any(best for _, best in poor)
+    for name in ("Matcher", "mean", "sum"):
+        with pytest.raises(InputError, match="column of this name"):  # for new sets
+            check_set_name(name)
+    assert files[0].read_text().count("**") == 3 * 2 * 6  # thresholds, marks, columns
+
+
 def test_csv_holds_fractions(dumps: Path, tmp_path: Path):
     found = table.make_table([dumps], TableOptions(thresholds=(5.0, 10.0), bootstrap=20))
-    path = table.write_table(found, tmp_path / "out" / "results.csv")
+    path = tmp_path / "out" / "results.csv"
+    table.write_tables(found, [path])
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     (line,) = (row for row in rows if row["matcher"] == "good" and row["set"] == "KITTI")
@@ -197,7 +220,8 @@ def test_html_is_one_page(dumps: Path, tmp_path: Path):
     for path in dumps.glob("*GL3D*"):
         path.rename(path.with_name(path.name.replace("GL3D", "<b>x")))
     found = table.make_table([dumps], TableOptions(bootstrap=20))
-    text = table.write_table(found, tmp_path / "results.html").read_text(encoding="utf-8")
+    (path,) = table.write_tables(found, [tmp_path / "results.html"])
+    text = path.read_text(encoding="utf-8")
     assert "<b>x" not in text  # file names do not become markup
     assert "&lt;b&gt;x" in text
     assert text.count("<svg") == 2  # bars and curves
@@ -233,7 +257,7 @@ LETTERS = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "AA", "AB"]
 
 def test_sheet_has_the_layout_and_its_formulas_agree(whole: Table, tmp_path: Path):
     openpyxl = pytest.importorskip("openpyxl", reason="openpyxl (extra zeb) is not installed")
-    book = openpyxl.load_workbook(table.write_table(whole, tmp_path / "zeb.xlsx"))
+    book = openpyxl.load_workbook(table.write_tables(whole, [tmp_path / "zeb.xlsx"])[0])
     assert book.sheetnames == ["zeb"]
     cells = {cell.coordinate: cell.value for row in book["zeb"].iter_rows() for cell in row}
     titles = [entry.title for entry in SETS]
@@ -282,7 +306,7 @@ def test_a_missing_extra_is_named(
     found = table.make_table([dumps], TableOptions(bootstrap=0))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"{package}.*gim-hloc\[zeb\]"):
-        table.write_table(found, tmp_path / name)
+        table.write_tables(found, [tmp_path / name])
     assert not (tmp_path / name).exists()
 
 
@@ -322,7 +346,7 @@ def test_dumps_of_few_pairs_are_said_not_to_compare(dumps: Path):
 def test_unknown_format(dumps: Path, tmp_path: Path):
     found = table.make_table([dumps], TableOptions(bootstrap=0))
     with pytest.raises(InputError, match=r"\.md, \.csv, \.xlsx, \.html"):
-        table.write_table(found, tmp_path / "results.pdf")
+        table.write_tables(found, [tmp_path / "results.pdf"])
 
 
 def test_plots(dumps: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ from gim_hloc.errors import InputError
 
 _CELL = 8  # sides of padded images are multiples of it, px
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_COLUMNS = ("matcher", "mean", "sum")  # of the results table besides those of the sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,4 +132,8 @@ def check_set_name(name: str) -> None:
     if set_folder(name) in (entry.folder for entry in SETS):
         raise InputError(
             f"{name!r} is a set of ZEB: choose another name, or results would pass for ZEB's."
+        )
+    if name.lower() in _COLUMNS:
+        raise InputError(
+            f"{name!r} cannot be the name of a set: tables of results have a column of this name."
         )

@@ -1,6 +1,6 @@
 """The results table: matchers as rows, sets as columns, the published rows beside them.
 
-``make_table`` reads dumps and computes, ``write_table`` writes Markdown, CSV, a spreadsheet or a
+``make_table`` reads dumps and computes, ``write_tables`` writes Markdown, CSV, a spreadsheet or a
 web page. Text tables show percent, CSV and spreadsheet fractions.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,10 +215,29 @@ def _row_versions(dumps: Sequence[Dump]) -> list[str]:
     return versions
 
 
-def check_formats(table: Table, paths: Iterable[str | os.PathLike[str]]) -> None:
-    """Raise InputError, before anything is written, where `write_table` would."""
+def write_tables(table: Table, paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Write a table to files, each in the format of its suffix: md, csv, xlsx or html.
+
+    Raises:
+        InputError: another suffix, too much for a sheet, or the extra ``zeb`` is not installed;
+            nothing was written.
+    """
+    files = [Path(path) for path in paths]
+    _check_formats(table, files)
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        suffix = path.suffix.lower()
+        if suffix == ".xlsx":
+            sheet.write_sheet(table, path)
+        else:
+            writers = {".md": to_markdown, ".csv": to_csv, ".html": to_html}
+            write_atomic(path, writers[suffix](table))
+    return files
+
+
+def _check_formats(table: Table, paths: Iterable[Path]) -> None:
     require_pandas()
-    for path in map(Path, paths):
+    for path in paths:
         if path.suffix.lower() not in FORMATS:
             raise InputError(
                 f"{path}: tables are written as {', '.join(FORMATS)}, by the file's suffix"
@@ -238,36 +257,13 @@ def require_pandas() -> None:
         ) from None
 
 
-def write_table(table: Table, path: str | os.PathLike[str]) -> Path:
-    """Write a table in the format of the file's suffix: md, csv, xlsx or html.
-
-    Raises:
-        InputError: another suffix, or the extra ``zeb`` is not installed.
-    """
-    path = Path(path)
-    check_formats(table, [path])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = path.suffix.lower()
-    if suffix == ".xlsx":
-        return sheet.write_sheet(table, path)
-    writers = {".md": to_markdown, ".csv": to_csv, ".html": to_html}
-    write_atomic(path, writers[suffix](table))
-    return path
-
-
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """A part of the table as people read it."""
 
     title: str
-    cells: pd.DataFrame  # text; the matchers are its first column
-    best: pd.DataFrame  # bool, of all or some of the columns
-
-    def lines(self) -> Iterator[list[tuple[str, bool]]]:
-        """Rows of cells with whether they are the best of their column."""
-        best = self.best.reindex(index=self.cells.index, columns=self.cells.columns)
-        for cells, marks in zip(self.cells.to_numpy(), best.eq(True).to_numpy(), strict=True):
-            yield list(zip(cells, marks, strict=True))
+    heads: list[str]  # two may be alike, where a set is called as a figure is: cells go by place
+    lines: list[list[tuple[str, bool]]]  # cells, with whether they are the best of their column
 
 
 def to_grids(table: Table) -> list[Grid]:
@@ -295,35 +291,40 @@ def _figure_grid(
         [{name: float(get(m)) for name, m in row.metrics.items()} for row in table.own],
         columns=list(table.sets),
     )
-    values.insert(0, total, values.agg(total, axis=1, skipna=False))
-    cells = values.map(lambda value: _text(value, form)).rename(columns=short_name)
-    cells.insert(0, "matcher", [row.name for row in table.own])
-    return Grid(title=title, cells=cells, best=pd.DataFrame())
+    totals = values.agg(total, axis=1, skipna=False)
+    lines = [
+        [(text, False) for text in (row.name, *(_text(v, form) for v in (whole, *line)))]
+        for row, whole, line in zip(table.own, totals, values.to_numpy(), strict=True)
+    ]
+    return Grid(title=title, heads=["matcher", total, *map(short_name, table.sets)], lines=lines)
 
 
 def _auc_grid(table: Table, threshold: float) -> Grid:
     values = table.auc_frame(threshold)
     rows = [table.rows[i] for i in values.index]
-    values.insert(0, "mean", [row.mean[threshold] for row in rows])
-    # Published values have one decimal.
-    forms = ["{:.1f}" if row.published else "{:.2f}" for row in rows]
-    cells = values.apply(
-        lambda column: [_text(100 * v, form) for v, form in zip(column, forms, strict=True)]
-    )
+    means = [row.mean[threshold] for row in rows]
+    best = values.eq(values.max()).to_numpy()
+    best_mean = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
     ranks = table.rank_frame(threshold).mean(axis=1, skipna=False)
-    cells.insert(0, "matcher", [row.name for row in rows])
-    cells.insert(2, "mean rank", ranks.map(lambda rank: _text(rank, "{:.2f}")))
+    heads = ["matcher", "mean", "mean rank", *map(short_name, table.sets)]
     if table.options.bootstrap:
-        bounds = [row.interval.get(threshold, (math.nan, math.nan)) for row in rows]
-        cells[f"mean, {100 * table.options.level:g} % interval"] = [
-            _NONE if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
-            for low, high in bounds
+        heads.append(f"mean, {100 * table.options.level:g} % interval")
+    lines = []
+    for row, rank, line, marks in zip(rows, ranks, values.to_numpy(), best, strict=True):
+        form = "{:.1f}" if row.published else "{:.2f}"  # published values have one decimal
+        mean = row.mean[threshold]
+        cells = [
+            (row.name, False),
+            (_text(100 * mean, form), mean == best_mean),
+            (_text(rank, "{:.2f}"), False),
+            *((_text(100 * v, form), bool(m)) for v, m in zip(line, marks, strict=True)),
         ]
-    return Grid(
-        title=f"AUC@{threshold:g}°, %",
-        cells=cells.rename(columns=short_name),
-        best=(values == values.max()).rename(columns=short_name),
-    )
+        if table.options.bootstrap:
+            low, high = row.interval.get(threshold, (math.nan, math.nan))
+            text = _NONE if math.isnan(low) else f"{100 * low:.2f} to {100 * high:.2f}"
+            cells.append((text, False))
+        lines.append(cells)
+    return Grid(title=f"AUC@{threshold:g}°, %", heads=heads, lines=lines)
 
 
 def to_markdown(table: Table) -> str:
@@ -334,9 +335,9 @@ def to_markdown(table: Table) -> str:
     for grid in to_grids(table):
         marked = [
             [f"**{cell}**" if best else cell.replace("|", "\\|") for cell, best in line]
-            for line in grid.lines()
+            for line in grid.lines
         ]
-        frame = pd.DataFrame(marked, columns=grid.cells.columns)
+        frame = pd.DataFrame(marked, columns=grid.heads)
         align = ["left", *["right"] * (len(frame.columns) - 1)]
         text = frame.to_markdown(index=False, colalign=align, disable_numparse=True)
         lines += [f"## {grid.title}", "", text, ""]

@@ -252,11 +252,10 @@ def _table(command: Table) -> int:
     from gim_hloc.evaluation.zeb import plots, table
 
     made = table.make_table(command.dumps, command.table)
-    table.check_formats(made, command.out)
+    for path in table.write_tables(made, command.out):
+        sys.stdout.write(f"{path}\n")
     if not command.out:
         sys.stdout.write(table.to_markdown(made) + "\n")
-    for path in command.out:
-        sys.stdout.write(f"{table.write_table(made, path)}\n")
     if command.plots is not None:
         for path in plots.write_plots(made, command.plots):
             sys.stdout.write(f"{path}\n")

@@ -361,7 +361,7 @@ def _render(store: PropagatedStore, **values: Any) -> str:
     maps, covered, sampled = _coverage(store)
     return page.render(
         "video.html.j2",
-        charts=charts,
+        charts={name: page.chart(figure, name) for name, figure in charts.items()},
         facts=facts,
         records=store.records,
         made=made,
