@@ -47,10 +47,14 @@ gpu-check: $(VENV)/.installed-test
 gpu-bundle: $(VENV)/.installed-test
 	$(BIN)/python tests/gpu_bundle.py gpu-bundle
 
+# mypy does not read setup.cfg's package_dir: it gets the package as it is installed, by links.
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf $(VENV)/typed
+	mkdir -p $(VENV)/typed/gim_hloc
+	ln -s $(addprefix $(CURDIR)/,$(wildcard gim_hloc/*) pairs pipelines evaluation training) $(VENV)/typed/gim_hloc
+	MYPYPATH=$(VENV)/typed $(BIN)/mypy $(VENV)/typed/gim_hloc
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -20,7 +20,7 @@ from gim_hloc.errors import GimError
 from gim_hloc.evaluation import homography
 from gim_hloc.evaluation.fundamental import fundamental_scales
 from gim_hloc.evaluation.predictions import Prediction
-from gim_hloc.files import write_atomic
+from gim_hloc.files import json_value, write_atomic
 from gim_hloc.options import FitOptions
 from gim_hloc.two_view import fit_geometry
 
@@ -38,6 +38,10 @@ _ABOUT = (
     "of OpenCV's USAC; orange: all matches, where no geometry fits. Few wrong matches always agree "
     "with some geometry: about 15 inliers mean nothing, and alike buildings give more."
 )
+_PLAIN = [
+    "matcher", "protocol", "pairs", "failures", "matches", "inliers", "precision_before",
+    "precision_after", "correct_before", "correct_after",
+]  # fmt: skip
 _ACCURACY_SHOWN = (1.0, 3.0, 5.0)  # px, of the accuracies in the table for people
 
 
@@ -72,34 +76,39 @@ def write(report: PairReport, selection: ListPairs, folder: Path, *, pictures: b
 
 def to_markdown(report: PairReport) -> str:
     """The table of a report as Markdown."""
-    rows = report.rows
-    header, cells = ["Matcher", "Protocol"], [[row.matcher, row.protocol] for row in rows]
+    lines = [_shown(report, row) for row in report.rows]
+    heads = list(lines[0]) if lines else []
+    rules = ["---:" if k > 1 else "---" for k in range(len(heads))]
+    rows = [[head.strip() for head in heads], rules, *(list(line.values()) for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
-    def add(title: str, values: Iterable[str]) -> None:
-        header.append(title)
-        for line, value in zip(cells, values, strict=True):
-            line.append(value)
 
+def _shown(report: PairReport, row: PairRow) -> dict[str, str]:
+    """A row as people read it; heads that are alike differ by blanks."""
     unit = "px" if report.kind == "homography" else "°"
-    for i, threshold in enumerate(rows[0].thresholds if rows else ()):
-        add(f"AUC@{threshold:g}{unit}", (_auc(row, i) for row in rows))
-    if report.kind == "homography":
-        for limit in _ACCURACY_SHOWN:
-            column = homography.ACCURACY_PX.index(limit)
-            add(f"MMA@{limit:g}px", (_percent(row.accuracy[column]) for row in rows))
+    aucs = {f"AUC@{t:g}{unit}": _auc(row, i) for i, t in enumerate(row.thresholds)}
     if report.kind == "none":
-        add("Matches", (_number(row.matches) for row in rows))
-        add("Inliers", (_number(row.inliers) for row in rows))
+        counts = {"Matches": _number(row.matches), "Inliers": _number(row.inliers)}
     else:
-        add("Precision", (_percent(row.precision_before) for row in rows))
-        add("after", (_percent(row.precision_after) for row in rows))
-        add("Matches", (_number(row.matches) for row in rows))
-        add("Correct", (_number(row.correct_before) for row in rows))
-        add("after", (_number(row.correct_after) for row in rows))
-    add("Failed", (f"{row.failures} of {row.pairs}" for row in rows))
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
-    lines += ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join(lines) + "\n"
+        counts = {
+            "Precision": _percent(row.precision_before),
+            "after": _percent(row.precision_after),
+            "Matches": _number(row.matches),
+            "Correct": _number(row.correct_before),
+            "after ": _number(row.correct_after),
+        }
+    return {
+        "Matcher": row.matcher,
+        "Protocol": row.protocol,
+        **aucs,
+        **{
+            f"MMA@{limit:g}px": _percent(value)
+            for limit, value in zip(homography.ACCURACY_PX, row.accuracy, strict=False)
+            if limit in _ACCURACY_SHOWN
+        },
+        **counts,
+        "Failed": f"{row.failures} of {row.pairs}",
+    }
 
 
 def _auc(row: PairRow, i: int) -> str:
@@ -117,28 +126,26 @@ def _number(value: float) -> str:
     return _NONE if math.isnan(value) else f"{value:.0f}"
 
 
-def _table_csv(report: PairReport) -> str:
+def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Numbers that are not known are empty."""
     stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    plain = [
-        "matcher", "protocol", "pairs", "failures", "matches", "inliers", "precision_before",
-        "precision_after", "correct_before", "correct_after",
-    ]  # fmt: skip
-    thresholds = report.rows[0].thresholds if report.rows else ()
-    limits = homography.ACCURACY_PX if report.kind == "homography" else ()
-    writer.writerow(
-        plain
-        + [f"auc@{t:g}{part}" for t in thresholds for part in ("", "_low", "_high")]
-        + [f"accuracy@{t:g}px" for t in limits]
-    )
-    for row in report.rows:
-        values: list[Any] = [getattr(row, name) for name in plain]
-        for i, value in enumerate(row.auc):
-            values += [value, *(row.interval[i] if row.interval else ("", ""))]
-        writer.writerow(
-            ["" if isinstance(v, float) and math.isnan(v) else v for v in (*values, *row.accuracy)]
-        )
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if value != value else value for key, value in row.items()})
     return stream.getvalue()
+
+
+def _table_csv(report: PairReport) -> str:
+    rows = []
+    for row in report.rows:
+        line = {name: getattr(row, name) for name in _PLAIN}
+        for i, t in enumerate(row.thresholds):
+            low, high = row.interval[i] if row.interval else ("", "")
+            line |= {f"auc@{t:g}": row.auc[i], f"auc@{t:g}_low": low, f"auc@{t:g}_high": high}
+        accuracy = zip(homography.ACCURACY_PX, row.accuracy, strict=False)
+        rows.append(line | {f"accuracy@{limit:g}px": value for limit, value in accuracy})
+    return _csv(rows, list(rows[0]) if rows else _PLAIN)
 
 
 def _json(report: PairReport) -> str:
@@ -154,47 +161,29 @@ def _json(report: PairReport) -> str:
         "problems": problems(report),
         "seconds": report.run.seconds,
     }
-    return json.dumps(_finite(content), indent=1) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not known is null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(json_value(content), indent=1) + "\n"
 
 
 def _pairs_csv(report: PairReport, selection: ListPairs) -> str:
     names = {pair.identifier: (pair.image0, pair.image1) for pair in selection.pairs}
-    if report.kind == "none":
-        columns = {"matches": "correct_before", "inliers": "correct_after"}
-    elif report.kind == "homography":
-        columns = {
-            "corner_error_px": "rotation_error", "precision_before": "precision_before",
-            "correct_before": "correct_before", "precision_after": "precision_after",
-            "correct_after": "correct_after",
-        }  # fmt: skip
-    else:
-        columns = {
-            "rotation_error_deg": "rotation_error", "translation_error_deg": "translation_error",
-            "precision_before": "precision_before", "correct_before": "correct_before",
-            "precision_after": "precision_after", "correct_after": "correct_after",
-        }  # fmt: skip
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["matcher", "protocol", "identifier", "image0", "image1", *columns])
+    judged = ("precision_before", "correct_before", "precision_after", "correct_after")
+    columns = {
+        "none": {"matches": "correct_before", "inliers": "correct_after"},
+        "homography": {"corner_error_px": "rotation_error", **{name: name for name in judged}},
+        "pose": {
+            "rotation_error_deg": "rotation_error",
+            "translation_error_deg": "translation_error",
+            **{name: name for name in judged},
+        },
+    }[report.kind]
+    rows = []
     for result in report.run.results:
         for record in result.records:
-            writer.writerow(
-                [
-                    *(result.matcher, result.protocol, record.identifier),
-                    *names.get(record.identifier, ("", "")),
-                    *(getattr(record, name) for name in columns.values()),
-                ]
-            )
-    return stream.getvalue()
+            image0, image1 = names.get(record.identifier, ("", ""))
+            known = {"matcher": result.matcher, "protocol": result.protocol}
+            known |= {"identifier": record.identifier, "image0": image0, "image1": image1}
+            rows.append(known | {key: getattr(record, name) for key, name in columns.items()})
+    return _csv(rows, ["matcher", "protocol", "identifier", "image0", "image1", *columns])
 
 
 # ------------------------------------------------------------------------------------ contact sheet

@@ -19,6 +19,7 @@ import numpy as np
 from gim_hloc.errors import InputError
 from gim_hloc.evaluation.dumps import DumpRecord
 from gim_hloc.evaluation.protocol import Protocol, poselib_options
+from gim_hloc.geometry.frames import resize_points
 
 FEWEST_MATCHES = 4  # that a homography needs
 CORRECT_PX = 3.0  # distance below which a match counts as correct in dumps
@@ -133,11 +134,6 @@ def frame_scale(size: tuple[int, int], short_side: int | None) -> float:
     return 1.0 if short_side is None else short_side / min(size)
 
 
-def scaled(points: np.ndarray, scale: float) -> np.ndarray:
-    """Pixels (N, 2) of the image resized by a factor, hloc's frame."""
-    return (np.asarray(points, dtype=np.float64) + 0.5) * scale - 0.5
-
-
 def scaled_homography(H: np.ndarray, scale0: float, scale1: float) -> np.ndarray:
     """The homography between the images resized by these factors."""
     return _resize(scale1) @ H @ np.linalg.inv(_resize(scale0))
@@ -227,7 +223,10 @@ def evaluate_pair(
     """
     scale0 = frame_scale(size0, protocol.short_side)
     scale1 = frame_scale(size1, protocol.short_side)
-    points0, points1 = scaled(points0, scale0), scaled(points1, scale1)
+    points0, points1 = (
+        resize_points(np.asarray(points, np.float64), scale)
+        for points, scale in ((points0, scale0), (points1, scale1))
+    )
     truth = scaled_homography(truth, scale0, scale1)
     # In the frame of the evaluation the image need not have whole pixels: its outermost centres do.
     frame = (size0[0] * scale0, size0[1] * scale0)

@@ -16,6 +16,7 @@ from gim_hloc.options import Count, CountOrNone, Positive, Quality, Share, WorkO
 from gim_hloc.workers import parse_shard
 
 Estimator = Literal["gim", "poselib"]
+Format = Literal["superglue", "megadepth", "scannet", "homography", "pairs"]  # of pair lists
 
 SEPARATOR = "-"  # between scene and image in the files of sets that are made here
 _SCENE = re.compile(r"[\w.+]+")
@@ -83,8 +84,8 @@ class PairOptions(EvaluationOptions):
 
     images: Path | None = None
     """Folder that image names are relative to; by default looked for around the list."""
-    format: str | None = None
-    """superglue, megadepth, scannet, homography or pairs; by default found out."""
+    format: Format | None = None
+    """Of the list; by default found out."""
     name: str | None = None
     """Of the set in results; by default that of the list."""
     intrinsics: Path | None = None

@@ -25,11 +25,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.evaluation.options import Format
 from gim_hloc.evaluation.pair_set import (
     TRUTH_NUMBERS,
     BadPair,
@@ -42,7 +43,6 @@ from gim_hloc.evaluation.pair_set import (
 )
 from gim_hloc.pickles import read_npz
 
-Format = Literal["superglue", "megadepth", "scannet", "homography", "pairs"]
 POSED: tuple[Format, ...] = ("superglue", "megadepth", "scannet")
 
 _FIELDS = 4 + TRUTH_NUMBERS  # of a line of SuperGlue's format
@@ -156,7 +156,10 @@ def read_list(
     if format is not None and format not in get_args(Format):
         raise InputError(f"No format {format!r}; choose one of {', '.join(get_args(Format))}.")
     format = format or detect_format(path)
-    entries = _READERS[format](path, None if intrinsics is None else Path(intrinsics))
+    if format == "scannet":
+        entries = _read_scannet(path, None if intrinsics is None else Path(intrinsics))
+    else:
+        entries = _READERS[format](path)
     if not entries.pairs:
         faults = [*entries.lost, *(f"{bad.label}: {bad.reason}" for bad in entries.bad)]
         listed = "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")
@@ -279,7 +282,7 @@ def _turns(token: str) -> int:
 # ---------------------------------------------------------------------------------------- SuperGlue
 
 
-def _read_superglue(path: Path, intrinsics: Path | None) -> _Entries:
+def _read_superglue(path: Path) -> _Entries:
     entries, scene = _Entries(), _set_name(path)
     for number, tokens in _lines(path):
         try:
@@ -318,7 +321,7 @@ def _npz_files(path: Path) -> list[Path]:
     return [_named_file(path.parent, tokens[0]) for _, tokens in _lines(path)]
 
 
-def _read_megadepth(path: Path, intrinsics: Path | None) -> _Entries:
+def _read_megadepth(path: Path) -> _Entries:
     entries = _Entries()
     for file in _npz_files(path):
         try:
@@ -454,7 +457,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part) if part.isdigit() else -1, part) for part in parts]
 
 
-def _read_homographies(path: Path, intrinsics: Path | None) -> _Entries:
+def _read_homographies(path: Path) -> _Entries:
     if not path.is_dir():
         raise InputError(f"{path} is no folder; homographies are read from folders.")
     entries = _Entries()
@@ -516,7 +519,7 @@ def _pair_folders(folder: Path) -> Iterator[tuple[Path, Path | None, Path | None
             yield sub, found[0], found[1]
 
 
-def _read_pairs(path: Path, intrinsics: Path | None) -> _Entries:
+def _read_pairs(path: Path) -> _Entries:
     entries, scene = _Entries(), _set_name(path)
     if path.is_dir():
         for folder, *found in _pair_folders(path):
@@ -540,10 +543,9 @@ def _read_pairs(path: Path, intrinsics: Path | None) -> _Entries:
     return entries
 
 
-_READERS: dict[Format, Callable[[Path, Path | None], _Entries]] = {
+_READERS: dict[Format, Callable[[Path], _Entries]] = {
     "superglue": _read_superglue,
     "megadepth": _read_megadepth,
-    "scannet": _read_scannet,
     "homography": _read_homographies,
     "pairs": _read_pairs,
 }

@@ -14,6 +14,7 @@ Below the output folder, beside what `gim_hloc.evaluation.run` describes::
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -46,6 +47,7 @@ from gim_hloc.evaluation.protocol import Protocol
 from gim_hloc.evaluation.run import RunReport, SetResult
 from gim_hloc.evaluation.run import evaluate as run_sets
 from gim_hloc.evaluation.zeb.run import reference_options
+from gim_hloc.geometry.frames import resize_points
 from gim_hloc.images import ImageRecord
 from gim_hloc.types import ImageData, ImageOptions
 
@@ -243,10 +245,14 @@ def evaluate(
     )
     report = PairReport(pair_list=pair_list, kind=kind, rows=[], run=run, lost=pair_list.lost)
     by_name = {entry.name: entry for entry in protocols}
-    for result in run.results:
-        if result.evaluated == result.pairs:
+    finished = [result for result in run.results if result.evaluated == result.pairs]
+    for _, of_matcher in itertools.groupby(finished, key=lambda result: result.matcher):
+        results = list(of_matcher)
+        predictions = results[0].predictions.read()
+        for result in results:
             rule = by_name[result.protocol]
-            report.rows.append(_summarise(result, pair_set, rule, kind, options))
+            row = _summarise(result, predictions, pair_set, rule, kind, options)
+            report.rows.append(row)
     if report.complete:
         folder = Path(output) / "results" / pair_list.name
         report.files = _pair_pages.write(report, pair_set, folder, pictures=options.pictures)
@@ -377,8 +383,9 @@ class ListPairs(PairSet):
             size = self.calibrated_size or stored
             self._check_centre(name, K, size)
             scale = np.array(size) / np.array(stored)
-            points.append((xy.astype(np.float64) + 0.5) * scale - 0.5)
-        return protocol.evaluate_pair(*points, *pair.truth(), protocol_, **known)
+            points.append(resize_points(xy.astype(np.float64), scale))
+        points0, points1 = points
+        return protocol.evaluate_pair(points0, points1, *pair.truth(), protocol_, **known)
 
     def _check_centre(self, name: str, K: np.ndarray, size: Size) -> None:
         inside = 0 <= K[0, 2] < size[0] and 0 <= K[1, 2] < size[1]
@@ -396,12 +403,12 @@ class ListPairs(PairSet):
 
 def _summarise(
     result: SetResult,
+    predictions: dict[str, Prediction],
     pair_set: ListPairs,
     rule: Protocol,
     kind: Kind,
     options: PairOptions,
 ) -> PairRow:
-    predictions = result.predictions.read()
     counts = [len(p.scores) for p in predictions.values()]
     matches = sum(counts) / result.pairs
     if kind == "none":

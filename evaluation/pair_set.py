@@ -62,7 +62,7 @@ class PosedPair(Pair):
     K1: np.ndarray
     T_0to1: np.ndarray  # (4, 4) float64, x1 = R @ x0 + t
 
-    def truth(self) -> tuple[np.ndarray, ...]:
+    def truth(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """K0, K1 and the pose."""
         return self.K0, self.K1, self.T_0to1
 

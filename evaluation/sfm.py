@@ -33,6 +33,7 @@ import numpy as np
 
 from gim_hloc import colmap
 from gim_hloc.errors import InputError
+from gim_hloc.files import json_value
 from gim_hloc.geometry.pose import (
     align_cameras,
     auc,
@@ -119,7 +120,7 @@ class SfmScores:
 
     def as_dict(self) -> dict[str, Any]:
         """What JSON can hold; numbers that do not exist are null."""
-        return plain(
+        return json_value(
             {
                 "model": self.model,
                 **{name: metric.value(self) for name, metric in METRICS.items()},
@@ -409,14 +410,3 @@ def _stack(cameras: Cameras, names: Sequence[str]) -> tuple[np.ndarray, np.ndarr
 
 def _percent_of(size: float) -> float:
     return 100.0 / size if size > 0 else math.nan
-
-
-def plain(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gim_hloc.errors import OutputError
+from gim_hloc.geometry.frames import resize_points
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +62,7 @@ def fit(picture: np.ndarray, width: int, height: int, *, enlarge: bool = False) 
 def scale_points(xy: np.ndarray, before: tuple[int, int], picture: np.ndarray) -> np.ndarray:
     """Points (M, 2) of an image of size ``before`` (width, height) as pixels of a picture of it."""
     scale = np.array(picture.shape[1::-1]) / np.array(before)
-    scaled: np.ndarray = (np.asarray(xy, np.float64).reshape(-1, 2) + 0.5) * scale - 0.5
-    return scaled
+    return resize_points(np.asarray(xy, np.float64).reshape(-1, 2), scale)
 
 
 def join(

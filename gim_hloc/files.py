@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
+import enum
+import math
 import os
 import unicodedata
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
 
 from gim_hloc.errors import InputError
 
@@ -74,3 +80,26 @@ def as_path(value: str | os.PathLike[str], name: str) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise InputError(f"{name} is {value!r}; it must be a path.")
     return Path(value)
+
+
+def json_value(value: Any) -> Any:
+    """A value as strict JSON holds it: NaN and infinity as null, tuples as lists, paths as text."""
+    if isinstance(value, enum.Enum):
+        return json_value(value.value)
+    if isinstance(value, np.generic | np.ndarray):
+        return json_value(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return json_value(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(json_value, value))
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    return str(value)

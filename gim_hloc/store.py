@@ -334,15 +334,6 @@ def scored_rows(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarra
 # ---------------------------------------------------------------------------------- reading hloc's
 
 
-def read_features(path: Path, name: str) -> dict[str, np.ndarray]:
-    """Read one image's features from any file in hloc's layout."""
-    with hloc_files.open_h5(path) as file:
-        group = hloc_files.group(file, name)
-        if group is None:
-            raise InputError(f"{path} holds no features of {name!r}.")
-        return {k: hloc_files.read(group, k) for k in group if hloc_files.find(group, k)}
-
-
 def read_encoding(path: Path, name: str) -> SparseEncoding:
     """Read the encoding of an image back from a finished file of ours."""
     with hloc_files.open_h5(path) as file:

@@ -400,7 +400,8 @@ def _poses(known: Known) -> list[Pair]:
 def _covisibility(known: Known) -> list[Pair]:
     from gim_hloc import colmap
 
-    return covisibility(_of_model(known, "covisibility", colmap.model_observations), k=known.k)
+    observations = _of_model(known, "covisibility", colmap.model_observations)
+    return covisibility(observations, k=known.k)
 
 
 Of = TypeVar("Of")

@@ -146,6 +146,7 @@ class Correspondences:
                 logger.debug("encoded %s: %d keypoints", name, len(arrays["keypoints"]))
                 bar.update()
 
+            assert self.method.detector_loader is not None  # imported keypoints: another step
             task = EncodeTask(self.method.detector_loader, photographs, self.inputs.threads)
             spread(task, todo, self.inputs.where, done, chunk=4)
         if self.inputs.part is not None:
@@ -273,6 +274,7 @@ class Correspondences:
         options = self.options
         anchored = self.linker.detector_free and options.tracks == "anchored"
         needed = sorted({name for pair in todo for name in pair}) if anchored else []
+        assert self.method.loader is not None
         return MatchTask(
             loader=self.method.loader,
             photographs=self.photographs,

@@ -14,7 +14,14 @@ from gim_hloc.errors import InputError, some
 from gim_hloc.hloc_files import find, open_h5, read
 from gim_hloc.matchers.common import MatcherBase
 from gim_hloc.store import H5Store, PairMissingError, digest, read_matches
-from gim_hloc.types import Encoding, ImageData, ImageOptions, MatcherInfo, Matches
+from gim_hloc.types import (
+    Encoding,
+    ImageData,
+    ImageOptions,
+    MatcherInfo,
+    Matches,
+    SparseEncoding,
+)
 
 if TYPE_CHECKING:
     import h5py
@@ -78,7 +85,7 @@ class ImportedMatcher(MatcherBase[Encoding]):
         """The same of the matches."""
         return {"imported": _stamp(self.matches)}
 
-    def encode(self, image: ImageData) -> Encoding:
+    def encode(self, image: ImageData) -> SparseEncoding:
         """Nothing is computed here."""
         raise InputError(f"{self.features} holds keypoints; no further images can be encoded.")
 

@@ -67,9 +67,6 @@ class Modelling:
 
     # ------------------------------------------------------------------------------------ verify
 
-    def _solver_threads(self) -> int:
-        return 1 if self.options.deterministic else engine.usable_cores()
-
     def verify(self) -> None:
         """Verify each pair, and write COLMAP's database of what passed."""
         verifier, layers = self.verifier, self.layers

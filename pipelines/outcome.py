@@ -18,7 +18,7 @@ from gim_hloc.pipelines.report import CameraView, SceneView
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import PairVerification
-    from gim_hloc.images import ImageRecord, ImageSet
+    from gim_hloc.images import ImageSet
     from gim_hloc.pairs.select import Selection
     from gim_hloc.pipelines.reconstruct import ReconstructResult
 
@@ -149,9 +149,7 @@ def build_report(
             **counts,
             "model": model_of.get(record.name),
         }
-        row["status"], row["reason"] = _status(
-            record, row, bool(models), left_model.get(record.name)
-        )
+        row["status"], row["reason"] = _status(row, bool(models), left_model.get(record.name))
         known = details.get(record.name)
         if known is not None:
             row.update(
@@ -249,9 +247,7 @@ def confidence_sums(
     }
 
 
-def _status(
-    record: ImageRecord, row: Mapping[str, Any], mapped: bool, left_model: str | None
-) -> tuple[str, str]:
+def _status(row: Mapping[str, Any], mapped: bool, left_model: str | None) -> tuple[str, str]:
     """Status of a usable image, and a sentence when it is not registered in the largest model."""
     if row["model"] == 0:
         return "registered", ""

@@ -7,20 +7,19 @@ content security policy forbids the browser every request.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import json
 import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from gim_hloc import draw, page
-from gim_hloc.files import write_atomic
+from gim_hloc.files import json_value, write_atomic
 from gim_hloc.page import plural
 from gim_hloc.pipelines import _report_figures as figures
 from gim_hloc.pipelines._report_figures import CameraView, SceneView
@@ -197,33 +196,10 @@ def complete_report(report: Mapping[str, Any]) -> dict[str, Any]:
         A deep copy; non-finite numbers are ``None``. Added are missing entries of ``summary`` and
         the list ``verdicts`` of ``{"level": "good" | "warn" | "bad", "text": …}``.
     """
-    full = {"notes": [], "versions": {}, **_plain(report)}
+    full = {"notes": [], "versions": {}, **json_value(report)}
     full["summary"] = _summary(full)
     full["verdicts"] = _verdicts(full)
     return full
-
-
-def _plain(value: Any) -> Any:
-    """A value as strict JSON holds it."""
-    if isinstance(value, enum.Enum):
-        return _plain(value.value)
-    if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, PurePath):
-        return value.as_posix()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(map(_plain, value))
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value)
 
 
 def _json_text(full: dict[str, Any]) -> str:

@@ -39,6 +39,7 @@ from gim_hloc.matchers.roma import DINOV2
 from gim_hloc.training import presets
 from gim_hloc.training.batch import collate
 from gim_hloc.training.models import build_model
+from gim_hloc.training.models.lightglue import DETECTOR_FILES
 from gim_hloc.training.optimiser import Step, make_optimiser, scale_loss
 from gim_hloc.types import Matches
 
@@ -46,13 +47,7 @@ TESTS = Path(__file__).resolve().parent
 FIRST = ("aliked_lightglue", "xfeat_lighterglue", "gim_dkm", "gim_roma", "gim_loftr")
 LIMITS = {"tests": 60, "matchers": 190, "reconstruct": 80, "training": 70, "compiled": 50}
 """Seconds of each part; what one leaves, the next ones have."""
-DETECTORS = {
-    "gim_roma": DINOV2,
-    "gim_lightglue": "superpoint_v1.pth",
-    "aliked_lightglue": "aliked-n16.pth",
-    "disk_lightglue": "disk-depth-save.pth",
-    "xfeat_lighterglue": "xfeat.pt",
-}
+DETECTORS = {"gim_roma": DINOV2, **DETECTOR_FILES}
 """Files that models in training want beside their own."""
 
 

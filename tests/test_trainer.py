@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("lightning.fabric")
 
-from training_driver import Interrupted, Shift, make_config, make_data
+from training_driver import Interrupted, Shift, make_config, make_data, read_table
 from training_scene import make_pairs
 
 from gim_hloc import weights
@@ -154,7 +154,7 @@ def test_rates_and_losses_are_logged_and_the_model_learns(tmp_path: Path) -> Non
     report = run(tmp_path, epochs=8)
     assert report.finished
     assert (report.steps, report.total, report.pairs) == (24, 24, 96)
-    table = logs.read_table(tmp_path)
+    table = read_table(tmp_path)
     plan = make_plan(make_config(epochs=8), batches=12, world=1)
     for step in (1, 2, 3, 4, 24):
         expected = schedules.step_rule(
@@ -210,7 +210,7 @@ def test_stopped_at_any_sample_and_resumed_equals_uninterrupted(
     assert resumed.best == report.best
     for name, _ in report.best:
         assert_same(read(folder, name), read(tmp_path / "parts", name))
-    one, two = (logs.read_table(path) for path in (folder, tmp_path / "parts"))
+    one, two = (read_table(path) for path in (folder, tmp_path / "parts"))
     assert one["train/lr"] == two["train/lr"]
     assert one["valid/within@1px"] == two["valid/within@1px"]
 
@@ -267,7 +267,7 @@ def test_two_processes_with_torchrun_give_the_gradients_of_one(tmp_path: Path) -
         other = two["optimiser"]["state"][index]["exp_avg"] * 10
         assert gradient.abs().max() > 1e-3
         torch.testing.assert_close(other, gradient, rtol=0, atol=1e-5)
-    figures = [logs.read_table(tmp_path / n) for n in ("one", "two")]
+    figures = [read_table(tmp_path / n) for n in ("one", "two")]
     for name in ("valid/pairs", "valid/matches", "valid/judged"):
         assert figures[0][name] == figures[1][name]
     with pytest.raises(OutputError, match="written by 2 process"):
@@ -588,7 +588,7 @@ def test_numbers_after_the_state_are_taken_back(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").open("a").write("4,lo")  # killed while writing
     second = logs.Logs(tmp_path, step=2, tensorboard=False)
     second.scalars(3, {"loss": 7.0})
-    assert logs.read_table(tmp_path) == {"loss": {1: 1.0, 2: 0.5, 3: 7.0}}
+    assert read_table(tmp_path) == {"loss": {1: 1.0, 2: 0.5, 3: 7.0}}
 
 
 def test_means_are_weighted_over_processes() -> None:

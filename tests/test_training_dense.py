@@ -190,8 +190,8 @@ def test_dinov2_stays_outside() -> None:
     # Fixed: another process has the same.
     other = tiny("gim_roma", seed=1)
     assert isinstance(other, RoMaTraining)
-    for key, value in model.dinov2_checkpoint().items():
-        assert torch.equal(value, other.dinov2_checkpoint()[key])
+    for key, value in model.dinov2.state_dict().items():
+        assert torch.equal(value, other.dinov2.state_dict()[key])
 
 
 @both
@@ -309,7 +309,7 @@ def save(model: DenseTraining, folder: Path) -> None:
     file, *others = matchers.describe(model.name).checkpoint
     torch.save({"state_dict": model.checkpoint()}, folder / file)
     if isinstance(model, RoMaTraining):
-        torch.save(model.dinov2_checkpoint(), folder / others[0])
+        torch.save(model.dinov2.state_dict(), folder / others[0])
 
 
 def assert_matcher_agrees(model: DenseTraining, folder: Path, fine: tuple[int, int] | None) -> None:
@@ -360,7 +360,7 @@ def test_another_dinov2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save(tiny("gim_roma"), tmp_path)
     other = tiny("gim_roma", tokens=128)
     assert isinstance(other, RoMaTraining)
-    torch.save(other.dinov2_checkpoint(), tmp_path / "dinov2_vitl14_pretrain.pth")
+    torch.save(other.dinov2.state_dict(), tmp_path / "dinov2_vitl14_pretrain.pth")
     with pytest.raises(WeightsError, match="64 channels"):
         matchers.load("gim_roma", device="cpu")
 

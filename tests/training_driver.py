@@ -6,6 +6,7 @@ the run; ``kill_at``, ``signal`` and ``dump`` are the driver's own.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import os
 import signal
@@ -19,12 +20,22 @@ import yaml
 from torch import nn
 
 from gim_hloc.options import build
+from gim_hloc.training import logs
 from gim_hloc.training.batch import PairBatch, PairSample
 from gim_hloc.training.config import TrainConfig
 from gim_hloc.training.loader import PairData
 from gim_hloc.training.models.base import Match, TrainingModel
 
 BOX = (16, 8)
+
+
+def read_table(folder: Path) -> dict[str, dict[int, float]]:
+    """What a run logged: name -> step -> value."""
+    found: dict[str, dict[int, float]] = {}
+    with open(folder / logs.TABLE, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["name"], {})[int(row["step"])] = float(row["value"])
+    return found
 
 
 class Pairs:

@@ -102,16 +102,6 @@ def _is_row(row: Sequence[str]) -> bool:
     return True
 
 
-def read_table(folder: Path) -> dict[str, dict[int, float]]:
-    """Return what a run logged: name -> step -> value."""
-    found: dict[str, dict[int, float]] = {}
-    with open(folder / TABLE, newline="", encoding="utf-8") as file:
-        for row in csv.reader(file):
-            if _is_row(row):
-                found.setdefault(row[1], {})[int(row[0])] = float(row[2])
-    return found
-
-
 # ---------------------------------------------------------------------------------- running numbers
 
 

@@ -278,7 +278,8 @@ def validate_batches(
             matches = model.match(batch.to(device), seed=seed + indices[0])
             for position, index in enumerate(indices):
                 # Truth stays where it was loaded: geometry in float64 is the processor's work.
-                match = tuple(t.detach().float().cpu() for t in matches[position])
+                xy0, xy1, score = (t.detach().float().cpu() for t in matches[position])
+                match = xy0, xy1, score
                 pending.append(pool.submit(judge, batch, match, position, index, protocol))
         return [asdict(future.result()) for future in pending]
 

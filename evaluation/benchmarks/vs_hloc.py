@@ -29,6 +29,7 @@ from gim_hloc.errors import InputError
 from gim_hloc.evaluation import sfm
 from gim_hloc.evaluation.benchmarks import measure
 from gim_hloc.evaluation.benchmarks.measure import BenchmarkError
+from gim_hloc.files import json_value
 
 DRIVER = Path(__file__).with_name("_hloc_driver.py")
 PACKAGES = ("gim-hloc", "torch", "kornia", "pycolmap", "numpy", "opencv-python-headless", "h5py")
@@ -218,7 +219,7 @@ def _run(options: BenchmarkOptions) -> int:
         settings = {key: str(value) for key, value in vars(options).items()}
         result = {**context, "settings": settings, "missed": missed, "runs": runs}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(sfm.plain(result), indent=1) + "\n")
+        options.json.write_text(json.dumps(json_value(result), indent=1) + "\n")
     for line in missed:
         _print(f"missed: {line}")
     return 1 if missed else 0

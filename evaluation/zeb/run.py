@@ -25,6 +25,7 @@ from gim_hloc.evaluation.zeb.datasets import (
     read_labels,
 )
 from gim_hloc.evaluation.zeb.sets import ZebSet
+from gim_hloc.geometry.frames import resize_points
 from gim_hloc.types import ImageData, ImageOptions
 
 # What the reference's test sets, where it differs from the ``base`` operating point here; other
@@ -74,12 +75,13 @@ class ZebPairs(PairSet):
 
     def judge(self, pair: PosedPair, matches: Prediction, protocol_: Protocol) -> DumpRecord:
         """By the relative pose."""
-        points = [matches.points0.astype(np.float64), matches.points1.astype(np.float64)]
+        points0, points1 = (p.astype(np.float64) for p in (matches.points0, matches.points1))
         if protocol_.padded_slip:
-            sizes = matches.size0, matches.size1
-            points = [slip(*item, self.zeb_set) for item in zip(points, sizes, strict=True)]
+            points0 = slip(points0, matches.size0, self.zeb_set)
+            points1 = slip(points1, matches.size1, self.zeb_set)
         return protocol.evaluate_pair(
-            *points,
+            points0,
+            points1,
             *pair.truth(),
             protocol_,
             identifier=pair.identifier,
@@ -139,4 +141,4 @@ def slip(points: np.ndarray, size: tuple[int, int], zeb_set: ZebSet) -> np.ndarr
     """
     resized, padded = network_sizes(size, zeb_set)
     ratio = np.array(resized, dtype=np.float64) / np.array(padded)
-    return (points + 0.5) * ratio - 0.5
+    return resize_points(points, ratio)

@@ -26,7 +26,6 @@ from torch import nn
 
 from gim_hloc.networks.keypoints import Subpixel, refine, select_maxima
 
-_STRIDES = (1, 2, 8, 32)  # pixels of the image per cell of the four scales
 _STRIP = 1 << 14  # pixels at once where 32 channels at full resolution pass by
 
 

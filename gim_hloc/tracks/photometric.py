@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gim_hloc.geometry.frames import resize_points
 from gim_hloc.options import PhotometricOptions
 
 
@@ -275,11 +276,11 @@ class _Picture:
 
     def to_level(self, xy: torch.Tensor) -> torch.Tensor:
         """Positions (K, 2) in stored pixels -> in this level's."""
-        return (xy + 0.5) * self.ratio - 0.5
+        return resize_points(xy, self.ratio)
 
     def to_stored(self, xy: torch.Tensor) -> torch.Tensor:
         """The inverse of ``to_level``."""
-        return (xy + 0.5) / self.ratio - 0.5
+        return resize_points(xy, 1 / self.ratio)
 
 
 def _within(picture: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

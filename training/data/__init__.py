@@ -32,11 +32,6 @@ _TYPES: dict[str, tuple[str, str, str]] = {
 }
 
 
-def source_types() -> tuple[str, ...]:
-    """Types that ``build_source`` knows."""
-    return tuple(_TYPES)
-
-
 def source_options(spec: Mapping[str, Any]) -> SourceOptions:
     """Options of a source from its description.
 

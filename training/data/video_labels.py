@@ -17,6 +17,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.files import read_text
+from gim_hloc.geometry.frames import resize_points
 from gim_hloc.images import read_rgb
 from gim_hloc.options import options
 from gim_hloc.training.data.augment import RawPair
@@ -158,7 +159,7 @@ class VideoLabels(VideoPairs):
         for image, columns in ((image0, slice(0, 2)), (image1, slice(2, 4))):
             # Frames may be stored smaller than the labels were made on.
             factor = np.array([image.shape[1], image.shape[0]]) / store.facts.size
-            labels[:, columns] = (labels[:, columns] + 0.5) * factor - 0.5
+            labels[:, columns] = resize_points(labels[:, columns], factor)
         name = store.facts.video
         return RawPair(
             image0=image0, image1=image1, names=(f"{name}/{i}", f"{name}/{j}"), labels=labels

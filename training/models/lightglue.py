@@ -42,7 +42,7 @@ from gim_hloc.training.models.seeds import sample_seeds
 logger = logging.getLogger(__name__)
 
 _GRAY = (0.299, 0.587, 0.114)  # what red, green and blue weigh in a gray image
-_DETECTOR_FILES = {
+DETECTOR_FILES = {
     "gim_lightglue": "superpoint_v1.pth",
     "aliked_lightglue": "aliked-n16.pth",
     "disk_lightglue": "disk-depth-save.pth",
@@ -206,8 +206,11 @@ class LightGlueTraining(TrainingModel):
             for layer in range(last):
                 now = assign(layer, rows)
                 losses.append(assignment_loss(now, partner0, partner1))
-                logits = [self.glue.token_confidence[layer](s.x[rows]) for s in states[layer]]
-                unsure.append(certainty_loss(*logits, now, final, valid[rows], valid[rows + size]))
+                logits0, logits1 = (
+                    self.glue.token_confidence[layer](s.x[rows]) for s in states[layer]
+                )
+                there = valid[rows], valid[rows + size]
+                unsure.append(certainty_loss(logits0, logits1, now, final, *there))
             assignment = torch.stack(losses).mean(0).sum() / size
             if unsure:
                 certainty = torch.stack(unsure).mean(0).sum() / size
@@ -500,6 +503,6 @@ def _load_detector(name: str, kind: str) -> nn.Module:
             raise InputError(f"Only gim_lightglue can have a random detector, not {name}.")
         return _random_superpoint()
     network: nn.Module = registry.matcher_class(name).load_detector(
-        weights.locate(_DETECTOR_FILES[name])
+        weights.locate(DETECTOR_FILES[name])
     )
     return network

@@ -7,7 +7,7 @@ or both; what a sample has decides which losses it gets (``training.md`` §5.1).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -114,13 +114,12 @@ class LoFTRTraining(TrainingModel):
             terms, windows = [], []
             sides = (tokens0[row], tokens1[row])
             length = tokens0.shape[1]
-            masks = {
-                "mask0": _row(a.mask, row) if fact.valid0 < length else None,
-                "mask1": _row(b.mask, row) if fact.valid1 < length else None,
-            }
+            mask0 = _row(a.mask, row) if fact.valid0 < length else None
+            mask1 = _row(b.mask, row) if fact.valid1 < length else None
             if fact.has_depth:
                 index0, index1 = truth.pairs(row)
-                terms.append(focal_loss(log_confidence(*sides, index0, index1, **masks)))
+                confidence = log_confidence(*sides, index0, index1, mask0=mask0, mask1=mask1)
+                terms.append(focal_loss(confidence))
                 candidates = min(fact.valid0, fact.valid1)
                 mine = range(first, first + fact.found)
                 cells = self._choose(found, row, mine, (index0, index1), candidates, generator)
@@ -128,7 +127,7 @@ class LoFTRTraining(TrainingModel):
             first += fact.found
             if fact.has_labels:
                 xy0, xy1 = self._draw_labels(batch, row, fact.labels, a.grid, generator)
-                terms.append(_coarse_by_labels(sides, masks, xy0, xy1, a.grid))
+                terms.append(_coarse_by_labels(sides, (mask0, mask1), xy0, xy1, a.grid))
                 windows.append(self._fine_by_labels(a, b, (tokens0, tokens1), row, xy0, xy1))
             zero = tokens0.new_zeros((), dtype=torch.float32)
             coarse.append(torch.stack(terms).mean() if terms else zero)
@@ -376,20 +375,23 @@ def _round(x: torch.Tensor) -> torch.Tensor:
 
 
 def _coarse_by_labels(
-    sides: Sequence[torch.Tensor],
-    masks: Mapping[str, torch.Tensor | None],
+    sides: tuple[torch.Tensor, torch.Tensor],
+    masks: tuple[torch.Tensor | None, torch.Tensor | None],
     xy0: torch.Tensor,
     xy1: torch.Tensor,
     grid: tuple[int, int],
 ) -> torch.Tensor:
     """Focal loss of labels, each of which competes with all labels and all cells."""
-    extended, grown = [], {}
-    for tokens, (name, mask), xy in zip(sides, masks.items(), (xy0, xy1), strict=True):
-        extended.append(torch.cat([sample_tokens(tokens, xy / CELL, grid), tokens]))
-        if mask is not None:
-            grown[name] = torch.cat([mask.new_ones(len(xy)), mask])
+    extended0, extended1 = (
+        torch.cat([sample_tokens(tokens, xy / CELL, grid), tokens])
+        for tokens, xy in zip(sides, (xy0, xy1), strict=True)
+    )
+    mask0, mask1 = (
+        None if mask is None else torch.cat([mask.new_ones(len(xy0)), mask]) for mask in masks
+    )
     index = torch.arange(len(xy0), device=xy0.device)
-    return focal_loss(log_confidence(*extended, index, index, **grown))
+    confidence = log_confidence(extended0, extended1, index, index, mask0=mask0, mask1=mask1)
+    return focal_loss(confidence)
 
 
 def sample_tokens(tokens: torch.Tensor, place: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

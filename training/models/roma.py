@@ -80,10 +80,6 @@ class RoMaTraining(DenseTraining):
         """The frozen transformer."""
         return self._outside[0]
 
-    def dinov2_checkpoint(self) -> dict[str, torch.Tensor]:
-        """Its weights in the layout of Meta's file, which ``matchers.load`` reads beside ours."""
-        return dict(self.dinov2.state_dict())
-
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """DINOv2's (B, C, H / 14, W / 14) of images (B, 3, H, W)."""
         width, height = images.shape[-1], images.shape[-2]

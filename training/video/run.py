@@ -163,7 +163,7 @@ def label_video(
         info = describe(source, video, options)
         plan = make_plan(info.fps, info.frames, options)
         folder.write_info(info)
-        pairs = np.array(workers.shard(plan.pairs, i, count), np.int64).reshape(-1, 2)
+        pairs = np.array(workers.shard(plan.pairs.tolist(), i, count), np.int64).reshape(-1, 2)
         report = LabelReport(folder=folder, plan=plan)
         report.written = _prepare_frames(folder, info, video, plan, pairs, options, progress)
         report.damaged, report.remarks = video.damaged, video.remarks
@@ -353,7 +353,8 @@ class _Rounds:
                     yield pair
                 elif pair in base.counts:
                     labels = base.read(*pair)
-                    yield (*pair, *(crop_box(labels[:, k : k + 2], about.size) for k in (0, 2)))
+                    crop0, crop1 = (crop_box(labels[:, k : k + 2], about.size) for k in (0, 2))
+                    yield (*pair, crop0, crop1)
                 else:
                     why = base.failures.get(pair, "not tried")
                     done(pair, f"no plain labels of {base.info.labeller}: {why}")
