@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and text that users bring."""
+"""Files that are complete or absent, text that users bring, and the order of names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from gim_hloc.errors import InputError
+
+_DIGITS = re.compile(r"(\d+)")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -103,3 +106,14 @@ def json_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [json_value(item) for item in value]
     return str(value)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which ``frame2`` comes before ``frame10``.
+
+    Equal numbers of different width (``1``, ``01``) are told apart by their text, so that the order
+    is total.
+    """
+    parts = _DIGITS.split(name)
+    key = [(1, int(p), "") if i % 2 else (0, 0, p) for i, p in enumerate(parts)]
+    return (*key, (2, 0, name))

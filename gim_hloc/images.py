@@ -27,7 +27,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,6 +96,7 @@ class ImageRecord:
     height: int  # stored pixels
     sha256: str  # of the file's bytes
     exif: Exif = field(default_factory=Exif)
+    video: str | None = None  # that it is a frame of
     stamp: tuple[int, int] | None = None  # bytes of the file and time of its change, ns
 
     @property
@@ -228,7 +229,7 @@ def scan(
     images: list[ImageRecord] = []
     rejected = [
         RejectedImage(
-            name=_printable(name),
+            name=printable(name),
             reason="unreadable",
             detail=f"{Path(name).suffix[1:].upper()} is not read; save it as PNG or JPEG",
         )
@@ -275,6 +276,26 @@ def _list_images(
 
     An unread one that also exists in a format that is read (``a.nef`` with ``a.jpg``) is no loss.
     """
+    names = list_files(root, SUFFIXES | _UNREAD_SUFFIXES, exclude)
+    listed = {name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES}
+    stems = {os.path.splitext(name)[0] for name in listed}
+    unread = [n for n in names if n not in listed and os.path.splitext(n)[0] not in stems]
+    for group in find_products(root, sorted(listed)):
+        logger.warning("%s", group)
+        listed.difference_update(group.names)
+    return sorted(listed), sorted(unread)
+
+
+def list_files(
+    root: Path, suffixes: Collection[str], exclude: Sequence[str | os.PathLike[str]]
+) -> list[str]:
+    """Names of all files below a folder with these suffixes, but for hidden ones and systems'.
+
+    Args:
+        root: folder; links to folders are followed.
+        suffixes: lower case.
+        exclude: folders that are not searched; ``root`` itself always is.
+    """
     # Masks may lie beside the images: the root is searched whatever is excluded.
     excluded = {os.path.realpath(folder) for folder in exclude} - {os.path.realpath(root)}
     visited: set[str] = set()
@@ -291,16 +312,9 @@ def _list_images(
         names += [
             (relative / name).as_posix()
             for name in files
-            if os.path.splitext(name)[1].lower() in SUFFIXES | _UNREAD_SUFFIXES
-            and not _is_system_name(name)
+            if os.path.splitext(name)[1].lower() in suffixes and not _is_system_name(name)
         ]
-    listed = {name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES}
-    stems = {os.path.splitext(name)[0] for name in listed}
-    unread = [n for n in names if n not in listed and os.path.splitext(n)[0] not in stems]
-    for group in find_products(root, sorted(listed)):
-        logger.warning("%s", group)
-        listed.difference_update(group.names)
-    return sorted(listed), sorted(unread)
+    return names
 
 
 def _is_system_name(name: str) -> bool:
@@ -373,8 +387,8 @@ def _inspect(
     root: Path, name: str, *, min_size: int, upright: bool, known: Mapping[str, ImageRecord]
 ) -> ImageRecord | RejectedImage:
     """Read one file, hash it and decode it, as far as it is not known."""
-    if problem := _name_problem(name):
-        return RejectedImage(name=_printable(name), reason="unreadable", detail=problem)
+    if problem := name_problem(name):
+        return RejectedImage(name=printable(name), reason="unreadable", detail=problem)
     path = root / name
     before = known.get(name)
     if before is not None and min(before.size) < min_size:
@@ -453,7 +467,7 @@ def from_json(listed: Any) -> dict[str, ImageRecord]:
         return {}
 
 
-def _name_problem(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
     """Why a name cannot stand in text pairs, COLMAP's text models and UTF-8 databases, or None."""
     try:
         name.encode("utf-8")
@@ -464,7 +478,8 @@ def _name_problem(name: str) -> str | None:
     return None
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
+    """A name with what cannot be printed escaped."""
     escaped = name.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if ord(c) >= 32 and ord(c) != 127 else f"\\x{ord(c):02x}" for c in escaped)
 

@@ -24,6 +24,7 @@ from gim_hloc.options import (
     RereadOptions,
     StepName,
     VerifyOptions,
+    VideoOptions,
 )
 
 
@@ -81,6 +82,7 @@ class ReconstructKeywords(RunKeywords, total=False):
     dry_run: bool
     refine_intrinsics: RefineIntrinsics
     cameras: CameraOptions
+    video: VideoOptions
     pair: PairOptions
     verify: VerifyOptions
     map: MapOptions

@@ -39,6 +39,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]  # 0 means none, or that it is chosen
+Side = Annotated[int, Field(ge=16)]  # pixels
 
 
 # --------------------------------------------------------------------------------------------- base
@@ -267,6 +268,7 @@ CameraMode = Literal["auto", "single", "folder", "image"]
 RefineIntrinsics = Literal["auto", "none", "all"]
 Mapper = Literal["auto", "incremental", "global", "hierarchical"]
 PoseUse = Literal["fixed", "refine", "prior"]
+ImageFormat = Literal["jpg", "png"]
 Export = Literal["txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs"]
 
 
@@ -284,6 +286,49 @@ class CameraOptions:
     or the folder of one, or a text file of lines "GLOB MODEL width height params..."."""
     refine_intrinsics: RefineIntrinsics = "auto"
     """auto: refine what was guessed, keep what was given; none: keep all; all: refine all."""
+
+
+@options
+class FrameFileOptions:
+    """How frames of videos are stored."""
+
+    max_size: Side | None = None
+    """Reduce stored frames to this long side in pixels; None keeps them."""
+    format: ImageFormat = "jpg"
+    """Of the stored frames."""
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Of JPEG, whose colours are not subsampled."""
+
+
+@options
+class FramesOptions(FrameFileOptions):
+    """Which frames of a video a reconstruction gets."""
+
+    fps: Positive | None = None
+    """One frame per bucket of 1/fps seconds; 2 if neither this nor --num is given."""
+    num: Count | None = None
+    """As many buckets of equal length as this."""
+    max_frames: Count | None = None
+    """Of long videos fewer a second, so that there are no more buckets than this."""
+    min_motion: NotNegative = 0.01
+    """Least motion since the frame chosen last, as a share of the long side; 0 takes all."""
+    start: float | None = None
+    """First moment in seconds."""
+    end: float | None = None
+    """Last moment in seconds."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_both(self) -> FramesOptions:
+        if self.fps is not None and self.num is not None:
+            raise ValueError("Give either fps or num: how many frames to choose.")
+        return self
+
+
+@options(section="video")
+class VideoOptions(FramesOptions):
+    """Which frames of a video among the images are taken."""
+
+    max_frames: Count | None = 300  # of long videos fewer a second
 
 
 @options(section="pair")
@@ -511,7 +556,7 @@ class TuningOptions:
 # In the order of a reconstruction; gim-localize has locate and model in the place of verify to
 # export.
 StepName = Literal[
-    "encode", "pairs", "match", "rotations", "link", "cascade", "verify", "map", "rescue",
+    "frames", "encode", "pairs", "match", "rotations", "link", "cascade", "verify", "map", "rescue",
     "refine", "export",
     "locate", "model", "report",
 ]  # fmt: skip

@@ -18,9 +18,8 @@ from unicodedata import normalize
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.files import read_text
+from gim_hloc.files import natural_key, read_text
 from gim_hloc.geometry.pose import align_cameras, camera_centres
-from gim_hloc.pairs.base import natural_key
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec

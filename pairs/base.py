@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -11,7 +10,6 @@ import numpy as np
 
 Pair = tuple[str, str]  # image names, name0 < name1 in plain string order
 
-_DIGITS = re.compile(r"(\d+)")
 _SHORTLIST = 3  # candidates a place that a dearer score chooses among
 _SCORE_ROWS = 512  # rows of a score matrix held at once: 20 MB at 10 000 images
 
@@ -27,17 +25,6 @@ def canonical(pairs: Iterable[Pair]) -> list[Pair]:
         if a == b:
             raise ValueError(f"Image '{a}' is paired with itself")
     return sorted(unique)
-
-
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which ``frame2`` comes before ``frame10``.
-
-    Equal numbers of different width (``1``, ``01``) are told apart by their text, so that the order
-    is total.
-    """
-    parts = _DIGITS.split(name)
-    key = [(1, int(p), "") if i % 2 else (0, 0, p) for i, p in enumerate(parts)]
-    return (*key, (2, 0, name))
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

@@ -57,12 +57,13 @@ class Selection:
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
 
 
-def plan(options: PairOptions, names: Sequence[str]) -> Plan:
+def plan(options: PairOptions, names: Sequence[str], frames: Collection[str] = ()) -> Plan:
     """Resolve the mode and check that what it needs exists.
 
     Args:
         options: pair options.
         names: the usable images.
+        frames: those of them that are frames of videos.
 
     Raises:
         InputError: if the mode is unknown, or a file or model it needs is not given or missing.
@@ -72,7 +73,7 @@ def plan(options: PairOptions, names: Sequence[str]) -> Plan:
     components, files = _parse_mode(options.mode)
     why = ""
     if "auto" in components:
-        chosen, why = _auto(options, names, k)
+        chosen, why = _auto(options, names, k, frames)
         i = components.index("auto")
         components = [*components[:i], *chosen, *components[i + 1 :]]
     components = list(dict.fromkeys(components))
@@ -117,6 +118,7 @@ def select(
     gps: Mapping[str, Position | None] | None = None,
     load_image: ImageLoader | None = None,
     left_out: Collection[str] = (),
+    frames: Collection[str] = (),
 ) -> Selection:
     """Choose pairs.
 
@@ -129,6 +131,7 @@ def select(
         load_image: (name, ``ImageOptions``) -> ``ImageData``, for global descriptors that look at
             the image.
         left_out: images that exist but are not usable; a pair list may name them.
+        frames: see ``plan``.
 
     Returns:
         The pairs, sorted, and what to tell the user about them.
@@ -137,7 +140,7 @@ def select(
         InputError: if something a mode needs is missing, or no pair results.
     """
     names = sorted(set(names))
-    chosen = plan(options, names)
+    chosen = plan(options, names, frames)
     known = Known(options, names, chosen, local_descriptors, gps or {}, load_image, left_out)
     found, notes = known.found, known.notes
     # Retrieval comes last: it looks for what the name order did not give.
@@ -325,10 +328,15 @@ def _parse_mode(mode: str) -> tuple[list[str], list[Path]]:
     return components, files
 
 
-def _auto(options: PairOptions, names: Sequence[str], k: int) -> tuple[list[str], str]:
+def _auto(
+    options: PairOptions, names: Sequence[str], k: int, frames: Collection[str]
+) -> tuple[list[str], str]:
     """Components and reason for the mode auto."""
     n, limit = len(set(names)), options.exhaustive_limit
-    if n <= limit:
+    if frames and (n > limit or set(names) <= set(frames)):
+        components = ["sequential", "retrieval"]
+        reason = f"{n} images, {len(frames)} of them frames of videos"
+    elif n <= limit:
         components = ["exhaustive"]
         reason = f"{n} images, at most {limit}"
     elif is_numbered(names):

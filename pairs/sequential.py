@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from gim_hloc.errors import InputError
-from gim_hloc.pairs.base import Pair, best_pairs, canonical, natural_key
+from gim_hloc.files import natural_key
+from gim_hloc.pairs.base import Pair, best_pairs, canonical
 from gim_hloc.pairs.retrieval import cosine_scores, mutual_neighbours
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,8 @@ from gim_hloc.pipelines.run import (
     refuse_other_images,
     scanned,
 )
+from gim_hloc.pipelines.videos import FOLDER as FRAMES
+from gim_hloc.pipelines.videos import Videos
 from gim_hloc.poses import radius
 from gim_hloc.schedule import encoding_bytes
 from gim_hloc.store import digest, pair_keys
@@ -64,7 +67,7 @@ class Inputs:
     """Of one run.
 
     Args:
-        images: folder of images.
+        images: folder of images and videos, or a video.
         output: folder of the run.
         options: all settings.
         show: whether to draw progress bars.
@@ -77,7 +80,8 @@ class Inputs:
     def __init__(
         self, images: Path, output: Path, options: ReconstructOptions, *, show: bool
     ) -> None:
-        self.root, self.output, self.options, self.show = images, output, options, show
+        self.source, self.output, self.options, self.show = images, output, options, show
+        self.root = images  # of the images' names
         self.part = part_of(options.step, options.shard)
         self.base: Extension | None = None  # the run whose model is extended
         self.added: list[str] = []  # images that are new to it
@@ -126,8 +130,8 @@ class Inputs:
             raise InputError("--step goes without --features, --matches and --extend.")
 
     def _check_folders(self) -> None:
-        if not self.root.is_dir():
-            raise InputError(f"There is no image folder {self.root}.")
+        if not self.root.exists():
+            raise InputError(f"There is no image folder or video {self.root}.")
         output, root = self.output.resolve(), self.root.resolve()
         if output == root:
             raise InputError(f"The output folder must not be the image folder ({self.root}).")
@@ -177,24 +181,69 @@ class Inputs:
     def _scan(self) -> None:
         options = self.options
         with timed(self.folder.timings, "scan"):
-            self.image_set: ImageSet = image_module.scan(
-                self.root,
-                min_size=options.min_image_size,
-                exclude=[
-                    self.output,
-                    *(folder for folder in (options.masks, options.extend) if folder is not None),
-                ],
-                known=scanned(self.output),
-                progress=self.show,
-            )
+            self.image_set = self._photographs()
+        self._read_videos()
+        with timed(self.folder.timings, "scan"):
             if self.base is not None:
                 image_module.require_usable(self.image_set, 1)
                 self.image_set, self.added = self.base.images(self.image_set)
             image_module.require_usable(self.image_set)
         for rejected in self.image_set.rejected:
             logger.warning("Left out: %s (%s: %s)", rejected.name, rejected.reason, rejected.detail)
-        refuse_other_images(self.image_set, self.output, overwrite=options.overwrite)
+        if not self.videos.found:
+            refuse_other_images(self.image_set, self.output, overwrite=options.overwrite)
         self._take_images()
+
+    def _photographs(self) -> ImageSet:
+        if not self.root.is_dir():
+            return image_module.ImageSet(root=self.root, images=())
+        return image_module.scan(
+            self.root,
+            min_size=self.options.min_image_size,
+            exclude=self._not_searched(),
+            known=scanned(self.output),
+            progress=self.show,
+        )
+
+    def _not_searched(self) -> list[Path]:
+        folders = (self.output, self.options.masks, self.options.extend)
+        return [folder for folder in folders if folder is not None]
+
+    def _read_videos(self) -> None:
+        """Add frames of the videos to the images."""
+        options = self.options
+        self.videos = Videos(
+            self.source,
+            self.image_set,
+            options.video,
+            exclude=self._not_searched(),
+            show=self.show,
+        )
+        root = self.output / FRAMES
+        if not self.videos.found:
+            rejected = (*self.image_set.rejected, *self.videos.rejected)
+            self.image_set = dataclasses.replace(self.image_set, rejected=rejected)
+            return
+        if root.resolve() in (self.source.resolve(), *self.source.resolve().parents):
+            raise InputError(
+                f"Frames of the videos go to {root}, where {self.source} is: choose another output "
+                "folder."
+            )
+        if not self.videos.known(self.folder):
+            refuse_other_images(self.image_set, self.output, overwrite=options.overwrite)
+        if options.dry_run:
+            self._scratch = TemporaryDirectory(prefix="gim-hloc-")
+            root = Path(self._scratch.name)
+            self.videos.write(root)
+        else:
+            self.videos.pick(self.folder, again=options.again("frames") or options.overwrite)
+        self.root = root
+        self.image_set = self.videos.images(
+            root, min_size=options.min_image_size, known=scanned(self.output)
+        )
+        for note in self.videos.notes():
+            logger.info("%s", note)
+            self.folder.notes.append(note)
 
     def _take_images(self) -> None:
         self.records = {record.name: record for record in self.image_set.images}
@@ -202,7 +251,7 @@ class Inputs:
         masks = None
         if self.options.masks is not None:
             masks = MaskFolder(
-                self.options.masks, erode_px=self.options.mask_erode, image_root=self.root
+                self.options.masks, erode_px=self.options.mask_erode, image_root=self.source
             )
         self.photographs = Photographs(self.records, masks)
 
@@ -312,7 +361,8 @@ class Inputs:
             seed=options.seed,
             model=self.pair_model,
         )
-        self.plan = plan(self.pair_options, self.names)
+        self.frames = [name for name in self.names if self.records[name].video is not None]
+        self.plan = plan(self.pair_options, self.names, self.frames)
         self.where = options.where
         device = self.where.devices[0] if self.where.devices else options.device
         self.imported: ImportedMatcher | None = None
@@ -426,6 +476,7 @@ class Inputs:
             gps={name: record.exif.gps for name, record in self.records.items()},
             load_image=self.photographs.read,
             left_out=[rejected.name for rejected in self.image_set.rejected],
+            frames=self.frames,
         )
         if self.base is not None:
             selection = dataclasses.replace(selection, pairs=self._extended(selection.pairs))
@@ -444,12 +495,14 @@ class Inputs:
         """Keep the scan, and put what an extension starts from in its place."""
         if self.part is None:
             keep_scan(self.folder, self.image_set)
+            self.videos.drop_others(self.folder)
+        extends = self.base is not None and self.base.map.images != self.root
+        if self.part is None and (extends or len(self.frames) not in (0, len(self.names))):
+            self.root = self.output / FRAMES
+            self.folder.own(*(f"{FRAMES}/{name}" for name in self.names))
+            self.folder.save()
+            gather(list(self.records.values()), self.root)
         if self.base is not None:
-            if self.base.map.images != self.root:
-                self.root = self.output / "images"
-                self.folder.own(*(f"images/{name}" for name in self.names))
-                self.folder.save()
-                gather(list(self.records.values()), self.root)
             self.base.seed(
                 self.output,
                 detector_free=self.linker.detector_free,

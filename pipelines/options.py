@@ -33,6 +33,7 @@ from gim_hloc.options import (
     StepOptions,
     TuningOptions,
     VerifyOptions,
+    VideoOptions,
     options,
 )
 
@@ -141,6 +142,7 @@ class ReconstructOptions(
     """Everything a reconstruction can be told."""
 
     cameras: CameraOptions = CameraOptions()
+    video: VideoOptions = VideoOptions()
     pair: PairOptions = PairOptions()
     verify: VerifyOptions = VerifyOptions()
     map: MapOptions = MapOptions()

@@ -99,10 +99,10 @@ def reconstruct(
     progress: bool = True,
     **overrides: Unpack[ReconstructKeywords],
 ) -> ReconstructResult:
-    """Reconstruct an image folder.
+    """Reconstruct an image folder or a video.
 
     Args:
-        images: folder of images, searched recursively.
+        images: folder of images and videos, searched recursively, or a video.
         output: folder of the run; what an earlier run with the same settings left there is reused.
         options: all settings; ``None`` takes the defaults.
         progress: whether to draw progress bars.
@@ -125,6 +125,8 @@ def reconstruct(
     inputs = Inputs(folder, output, options, show=progress)
     if options.dry_run:
         return ReconstructResult(output=inputs.output, estimate=inputs.estimate())
+    if options.stop_after == "frames" and inputs.videos.found:
+        return ReconstructResult(output=inputs.output)
     with inputs.folder, _seeded(options):
         run = _Reconstruction(inputs, start)
         try:
@@ -207,7 +209,11 @@ class _Reconstruction:
                 if step.name in wanted:
                     step.run()
             return ReconstructResult(output=inputs.output)
-        inputs.folder.go(self.steps(), again=options.start, until=options.stop_after)
+        steps = self.steps()
+        # Frames of videos are images like others from here on.
+        redone = options.start == "frames" and bool(inputs.videos.found)
+        again = steps[0].name if redone else options.start
+        inputs.folder.go(steps, again=again, until=options.stop_after)
         if options.stop_after is None:  # else much is not asked for yet
             kept = [store.kept() for layer in self.layers.all for store in layer.stores()]
             tell_kept([*kept, (self.verifier.cache, self.verifier.used)], prune=options.prune)

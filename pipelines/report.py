@@ -120,6 +120,7 @@ ADVICE = {
 }
 
 _STAGES = {
+    "frames": "Pick frames",
     "scan": "Scan images",
     "import": "Import features",
     "encode": "Encode images",

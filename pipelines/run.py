@@ -41,6 +41,8 @@ _RENAMED = {"readings.h5": "raw_matches.h5"}  # files of 0.1
 _GONE = ("turns.json",)  # of 0.1; now in run.yaml
 MODEL_FILES = [f"{part}.bin" for part in ("cameras", "images", "points3D", "rigs", "frames")]
 _INDEX = f"{HIDDEN}/images.json"
+# Of run.yaml; the rest is what the last run was told.
+_OWN = ("gim_hloc", "command", "timings", "steps", "pending", "files", "checksum", "stages")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -171,6 +173,8 @@ class RunFolder:
         self.steps: dict[str, dict[str, Any]] = state.get("steps", {})
         self.files: dict[str, Any] = state.get("files", {})  # name -> [bytes, CRC] or None
         self.pending: dict[str, Any] | None = state.get("pending")
+        if not self.about:
+            self.about = {name: value for name, value in state.items() if name not in _OWN}
 
     def __enter__(self) -> RunFolder:
         self._exit.enter_context(FolderLock(self.path, self.part.name if self.part else "run"))
@@ -197,6 +201,7 @@ class RunFolder:
         self.save()
 
     def __exit__(self, *_: object) -> None:
+        self.overwrite = False  # forgotten once
         self._exit.close()
 
     # ------------------------------------------------------------------------------------- files

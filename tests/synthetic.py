@@ -55,7 +55,9 @@ class Scene:
         return [record(name, **exif) for name in self.names]
 
 
-def record(name: str, width: int = WIDTH, height: int = HEIGHT, **exif: object) -> ImageRecord:
+def record(
+    name: str, width: int = WIDTH, height: int = HEIGHT, *, video: str | None = None, **exif: object
+) -> ImageRecord:
     """An image record without a file."""
     return ImageRecord(
         name=name,
@@ -63,6 +65,7 @@ def record(name: str, width: int = WIDTH, height: int = HEIGHT, **exif: object) 
         width=width,
         height=height,
         sha256=name,
+        video=video,
         exif=Exif(**exif),  # type: ignore[arg-type]
     )
 

@@ -43,9 +43,8 @@ UPWARD = {
     # Making masks wants the segmentation network; reading them, beside it, does not.
     ("gim_hloc/masks.py", "matchers"),
     ("gim_hloc/masks.py", "networks"),
-    # COLMAP models are read by pycolmap, as poses and as pairs; how names are told apart is pairs'.
+    # COLMAP models are read by pycolmap, as poses and as pairs.
     ("gim_hloc/poses.py", "colmap"),
-    ("gim_hloc/poses.py", "pairs"),
     ("pairs/select.py", "colmap"),
 }
 

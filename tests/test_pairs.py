@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from gim_hloc import pairs
 from gim_hloc.errors import InputError
-from gim_hloc.pairs.base import canonical, natural_key, top_k
+from gim_hloc.files import natural_key
+from gim_hloc.pairs.base import canonical, top_k
 from gim_hloc.pairs.retrieval import LocalDescriptors, mutual_neighbours
 from gim_hloc.pairs.spatial import earth_centred_m
 

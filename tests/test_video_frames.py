@@ -20,24 +20,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from video_files import HEIGHT, WIDTH, numbered, read_number, turn_container, write_video
 
+from gim_hloc import hdr
 from gim_hloc.cli.video import main
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.training.video import hdr, sources
-from gim_hloc.training.video.frames import (
-    ImageSequence,
-    VideoReader,
-    on_grid,
-    open_source,
-    write_frames,
-)
-from gim_hloc.training.video.options import (
-    FrameOptions,
-    FramesOptions,
-    LabelOptions,
-    SamplingOptions,
-)
-from gim_hloc.training.video.picks import measure_motion, pick_frames
+from gim_hloc.options import FrameFileOptions, FramesOptions
+from gim_hloc.picks import measure_motion, pick_frames
+from gim_hloc.training.video import sources
+from gim_hloc.training.video.frames import on_grid, write_frames
+from gim_hloc.training.video.options import LabelOptions, SamplingOptions
 from gim_hloc.training.video.sampling import make_plan, time_range
+from gim_hloc.videos import ImageSequence, VideoReader, open_source
 
 av = pytest.importorskip("av", reason="PyAV reads videos")
 
@@ -325,7 +317,7 @@ def test_written_frames_stay(numbers: Path, tmp_path: Path) -> None:
         return tmp_path / f"{n}.png"
 
     place(20).write_bytes(b"mine")
-    assert write_frames(reader, [10, 20, 30], place, FrameOptions(format="png")) == 2
+    assert write_frames(reader, [10, 20, 30], place, FrameFileOptions(format="png")) == 2
     assert place(20).read_bytes() == b"mine"
     assert read_number(np.array(Image.open(place(30)))) == 30
     assert write_frames(reader, [10, 20, 30], place) == 0

@@ -1,4 +1,4 @@
-"""``gim-reconstruct IMAGES OUTPUT``: from an image folder to a COLMAP model."""
+"""``gim-reconstruct IMAGES OUTPUT``: from an image folder or a video to a COLMAP model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from gim_hloc.cli import common
 from gim_hloc.pipelines.options import ReconstructOptions
 
-_DESCRIPTION = """Turn a folder of images into a COLMAP model, with a report.
+_DESCRIPTION = """Turn a folder of images or a video into a COLMAP model, with a report.
 A run that was stopped continues with the same command.
 
 Examples:
   gim-reconstruct photos out
+  gim-reconstruct phone.mp4 out --export 3dgs
   gim-reconstruct frames out --pairs sequential --quality fast
   gim-reconstruct photos out --matcher gim_roma --intrinsics "PINHOLE,1200,1200,960,540"
   gim-reconstruct --config out/run.yaml photos out --export nerfstudio
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="gim-reconstruct",
         description=_DESCRIPTION,
         positionals={
-            "images": "Folder of images, searched recursively.",
+            "images": "Folder of images and videos, searched recursively, or a video.",
             "output": "Folder for features, matches, database, sparse/0 and report.html.",
         },
     )

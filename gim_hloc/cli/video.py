@@ -15,12 +15,12 @@ from gim_hloc.cli import common
 from gim_hloc.errors import GimError, InputError
 from gim_hloc.options import WorkOptions, select
 from gim_hloc.training.video.options import (
-    FramesOptions,
     LabelOptions,
     PropagateOptions,
     PropagationOptions,
     ShowOptions,
     ShowVideosOptions,
+    VideoFramesOptions,
     VideoRunOptions,
 )
 
@@ -75,13 +75,13 @@ def _frames(argv: Sequence[str]) -> int:
     Buckets without motion since the last frame give none. OUT/frames.csv lists the times.
     """
     options, places, terminal = _parsed(
-        FramesOptions, _frames, argv, video=f"{_VIDEO}.", out="Folder of the images."
+        VideoFramesOptions, _frames, argv, video=f"{_VIDEO}.", out="Folder of the images."
     )
 
     def work() -> None:
-        from gim_hloc.training.video.frames import open_source
-        from gim_hloc.training.video.picks import pick_frames
+        from gim_hloc.picks import pick_frames
         from gim_hloc.training.video.sources import download, find_source
+        from gim_hloc.videos import open_source
 
         out = places["out"]
         source = find_source(places["video"])

@@ -195,6 +195,7 @@ def _group_key(record: ImageRecord, spec: CameraSpec | None, mode: CameraMode) -
         exif.model,
         exif.focal_mm,
         exif.focal_35mm,
+        record.video,
     )
 
 

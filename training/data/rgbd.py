@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 
 from gim_hloc.errors import InputError
+from gim_hloc.files import natural_key
 from gim_hloc.images import SUFFIXES as IMAGE_SUFFIXES
 from gim_hloc.options import Count, options
-from gim_hloc.pairs.base import natural_key
 from gim_hloc.training.data.depth_maps import SUFFIXES as DEPTH_SUFFIXES
 from gim_hloc.training.data.posed import PosedOptions, PosedViews, View
 

@@ -23,8 +23,9 @@ from gim_hloc.options import options
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import PairSource, SourceOptions
 from gim_hloc.training.video.folder import VideoFolder
-from gim_hloc.training.video.frames import on_grid, open_source
+from gim_hloc.training.video.frames import on_grid
 from gim_hloc.training.video.propagated import PropagatedStore
+from gim_hloc.videos import open_source
 
 _VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 

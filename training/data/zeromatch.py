@@ -30,7 +30,7 @@ from gim_hloc.pickles import read_npz
 from gim_hloc.training.data.augment import RawPair
 from gim_hloc.training.data.source import SourceOptions
 from gim_hloc.training.data.video_labels import VideoOptions, VideoPairs, wanted_videos
-from gim_hloc.training.video.frames import open_source
+from gim_hloc.videos import open_source
 
 _NAME = re.compile(r"(\d+)_(\d+)\.npy")
 _LATE = 1e-6  # s: rounding of a time stamp

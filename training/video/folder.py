@@ -24,7 +24,7 @@ from typing import Any
 
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
-from gim_hloc.training.video.options import ImageFormat
+from gim_hloc.options import ImageFormat
 from gim_hloc.training.video.store import LabelStore
 
 logger = logging.getLogger(__name__)

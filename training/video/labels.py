@@ -24,12 +24,12 @@ from gim_hloc import engine, images, weights
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.images import ImageRecord
 from gim_hloc.matchers import Loader, registry
+from gim_hloc.options import ImageFormat
 from gim_hloc.tolerant import TolerantMatcher, Unusable
 from gim_hloc.training.video.fit import epipolar_inliers
 from gim_hloc.training.video.masks import FrameMasks
 from gim_hloc.training.video.options import (
     CleaningOptions,
-    ImageFormat,
     LabellerOptions,
     LabelOptions,
 )

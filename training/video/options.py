@@ -14,32 +14,26 @@ from gim_hloc.errors import InputError
 from gim_hloc.options import (
     Count,
     CountOrNone,
+    FrameFileOptions,
+    FramesOptions,
     NotNegative,
     Positive,
     Quality,
+    Side,
     TuningOptions,
     WorkOptions,
     options,
 )
 from gim_hloc.workers import parse_shard
 
-ImageFormat = Literal["jpg", "png"]
-Side = Annotated[int, Field(ge=16)]  # pixels
-
 FINAL_CONFIDENCE = 0.999999  # of the fit that ends propagation
 FINAL_ITERATIONS = 1000
 
 
 @options
-class FrameOptions:
-    """How a video is read and its frames are stored."""
+class SourceOptions:
+    """How a video is read."""
 
-    max_size: Side | None = None
-    """Reduce stored frames to this long side in pixels; None keeps them."""
-    format: ImageFormat = "jpg"
-    """Of the stored frames."""
-    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
-    """Of JPEG, whose colours are not subsampled."""
     sequence_fps: Positive = 30.0
     """Frames per second of a folder of images."""
     max_height: Count = 1080
@@ -47,29 +41,7 @@ class FrameOptions:
 
 
 @options
-class PickOptions:
-    """Which frames of a video a reconstruction gets."""
-
-    fps: Positive | None = None
-    """One frame per bucket of 1/fps seconds; 2 if neither this nor --num is given."""
-    num: Count | None = None
-    """As many buckets of equal length as this."""
-    min_motion: NotNegative = 0.01
-    """Least motion since the frame chosen last, as a share of the long side; 0 takes all."""
-    start: float | None = None
-    """First moment in seconds."""
-    end: float | None = None
-    """Last moment in seconds."""
-
-    @pydantic.model_validator(mode="after")
-    def _one_of_both(self) -> PickOptions:
-        if self.fps is not None and self.num is not None:
-            raise ValueError("Give either fps or num: how many frames to choose.")
-        return self
-
-
-@options
-class FramesOptions(PickOptions, FrameOptions):
+class VideoFramesOptions(FramesOptions, SourceOptions):
     """What ``gim-video frames`` can be told."""
 
 
@@ -169,7 +141,8 @@ class LabelOptions(
     SamplingOptions,
     CleaningOptions,
     MaskOptions,
-    FrameOptions,
+    FrameFileOptions,
+    SourceOptions,
     RoundOptions,
     WorkOptions,
     TuningOptions,
@@ -274,7 +247,8 @@ class VideoRunOptions(
     SamplingOptions,
     CleaningOptions,
     MaskOptions,
-    FrameOptions,
+    FrameFileOptions,
+    SourceOptions,
     PropagationOptions,
     RoundOptions,
     WorkOptions,

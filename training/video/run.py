@@ -27,14 +27,7 @@ from gim_hloc.files import write_atomic
 from gim_hloc.lock import FolderLock
 from gim_hloc.matchers import Loader
 from gim_hloc.training.video.folder import VideoFolder, VideoInfo
-from gim_hloc.training.video.frames import (
-    FrameSource,
-    grid_length,
-    on_grid,
-    open_source,
-    reduced_size,
-    write_frames,
-)
+from gim_hloc.training.video.frames import grid_length, on_grid, write_frames
 from gim_hloc.training.video.labels import (
     ERROR,
     Item,
@@ -51,6 +44,7 @@ from gim_hloc.training.video.options import LabelOptions
 from gim_hloc.training.video.sampling import Plan, make_plan
 from gim_hloc.training.video.sources import VideoSource, download
 from gim_hloc.training.video.store import LabelWriter, StoreInfo
+from gim_hloc.videos import FrameSource, open_source, reduced_size
 
 logger = logging.getLogger(__name__)
 

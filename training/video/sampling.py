@@ -17,6 +17,7 @@ import numpy as np
 
 from gim_hloc.errors import InputError
 from gim_hloc.training.video.options import SamplingOptions
+from gim_hloc.videos import time_between
 
 SLOW_FPS = 30  # up to this rounded frame rate, frames are 10 apart, else 20
 _SHORTEST = 3  # videos of fewer trims than this are used whole
@@ -93,10 +94,6 @@ def time_range(duration: float, options: SamplingOptions) -> tuple[float, float]
         InputError: nothing is left.
     """
     trim = options.trim if duration >= _SHORTEST * options.trim else 0.0
-    start = trim if options.start is None else max(0.0, options.start)
-    end = duration - trim if options.end is None else min(duration, options.end)
-    if start >= end:
-        raise InputError(
-            f"The range from {start:g} s to {end:g} s is empty; the video has {duration:.1f} s."
-        )
-    return start, end
+    start = trim if options.start is None else options.start
+    end = duration - trim if options.end is None else options.end
+    return time_between(duration, start, end)

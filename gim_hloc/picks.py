@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from tqdm import tqdm
 from gim_hloc.errors import OutputError
 from gim_hloc.files import write_atomic
 from gim_hloc.lock import FolderLock
-from gim_hloc.training.video.frames import Frame, FrameSource, frame_file, warn_of_damage
-from gim_hloc.training.video.options import FramesOptions, SamplingOptions
-from gim_hloc.training.video.sampling import time_range
+from gim_hloc.options import FramesOptions
+from gim_hloc.videos import Frame, FrameSource, frame_file, time_between, warn_of_damage
 
+_COLUMNS = ("file", "index", "time_s", "sharpness", "motion")
 _ALIKE = 30  # grey levels by which the surroundings of a tracked corner differ at most
 _PICKED_FPS = 2.0  # frames a second that a reconstruction gets by default
 _SHARPNESS_SIZE = 960  # px: long side at which sharpness is judged
@@ -50,6 +50,69 @@ class PickReport:
     damaged: int = 0  # see `FrameSource`
 
 
+def choose_frames(
+    source: FrameSource,
+    options: FramesOptions,
+    path_of: Callable[[int], Path],
+    report: PickReport,
+    *,
+    progress: bool = False,
+) -> Iterator[tuple[Picked, bytes]]:
+    """The sharpest frame of every time bucket, leaving out those without motion.
+
+    A bucket whose sharpest frame moved less than ``min_motion`` since the last chosen one gives
+    none: reconstruction gains nothing from views of one place.
+
+    Args:
+        source: the video.
+        options: which frames, and how they are stored.
+        path_of: index of a frame -> path of its image, which is not written here.
+        report: of what was done so far, filled in.
+        progress: show a progress bar.
+
+    Yields:
+        The frames and the content of their files.
+
+    Raises:
+        InputError: the range is empty, or the video cannot be read.
+    """
+    start, end, width, buckets = _buckets(source, options)
+    inside = np.flatnonzero((source.times >= start) & (source.times <= end))
+
+    def bucket_of(frame: Frame) -> int:
+        return min(buckets - 1, int((frame.time - start) / width + 1e-9))
+
+    bar = tqdm(
+        source.read(inside.tolist()),
+        total=len(inside),
+        desc="frames",
+        unit="frame",
+        disable=None if progress else True,
+    )
+    chosen: np.ndarray | None = None  # the last one, to measure motion from
+    for _, frames in itertools.groupby(bar, bucket_of):
+        judged = ((measure_sharpness(frame.gray(_SHARPNESS_SIZE)), frame) for frame in frames)
+        sharpness, frame = max(judged, key=lambda pair: pair[0])
+        report.buckets += 1
+        gray = frame.gray(_MOTION_SIZE)
+        motion = math.nan if chosen is None else measure_motion(chosen, gray)
+        if motion < options.min_motion:
+            report.still += 1
+            continue
+        chosen = gray
+        picked = Picked(
+            path=path_of(frame.index),
+            index=frame.index,
+            time=frame.time,
+            sharpness=sharpness,
+            motion=motion,
+        )
+        report.frames.append(picked)
+        yield picked, frame_file(frame.rgb(), options)
+    report.damaged = source.damaged
+    warn_of_damage(source)
+
+
 def pick_frames(
     source: FrameSource,
     out: str | os.PathLike[str],
@@ -58,12 +121,11 @@ def pick_frames(
     prefix: str = "frame",
     progress: bool = False,
 ) -> PickReport:
-    """Write the sharpest frame of every time bucket, leaving out those without motion.
+    """Write chosen frames (see `choose_frames`) into a folder that may hold others.
 
-    A bucket whose sharpest frame moved less than ``min_motion`` since the last chosen one gives
-    none: reconstruction gains nothing from views of one place. Beside the images, ``frames.csv``
-    lists file, index, time, sharpness and motion. Frames of the same video that an earlier run has
-    listed there and this one does not choose are deleted; those of other videos stay.
+    Beside the images, ``frames.csv`` lists file, index, time, sharpness and motion. Frames of the
+    same video that an earlier run has listed there and this one does not choose are deleted; those
+    of other videos stay.
 
     Files are ``<prefix>_<index>.jpg`` or ``.png`` in the folder ``out``, which is made if needed.
 
@@ -72,62 +134,37 @@ def pick_frames(
         LockedError: another run writes to the folder.
         OutputError: the folder cannot be written, or has a ``frames.csv`` of something else.
     """
-    start, end, width, buckets = _buckets(source, options)
-    inside = np.flatnonzero((source.times >= start) & (source.times <= end))
+    _buckets(source, options)  # an empty range is refused before the folder is made
     out = Path(out)
     report = PickReport()
-
-    def bucket_of(frame: Frame) -> int:
-        return min(buckets - 1, int((frame.time - start) / width + 1e-9))
-
     with FolderLock(out):
         listing = _Listing(out / "frames.csv", prefix)
-        bar = tqdm(
-            source.read(inside.tolist()),
-            total=len(inside),
-            desc="frames",
-            unit="frame",
-            disable=None if progress else True,
+        name = f"{prefix}_{{:06d}}.{options.format}"
+        chosen = choose_frames(
+            source, options, lambda index: out / name.format(index), report, progress=progress
         )
-        chosen: np.ndarray | None = None  # the last one, to measure motion from
-        for _, frames in itertools.groupby(bar, bucket_of):
-            judged = ((measure_sharpness(frame.gray(_SHARPNESS_SIZE)), frame) for frame in frames)
-            sharpness, frame = max(judged, key=lambda pair: pair[0])
-            report.buckets += 1
-            gray = frame.gray(_MOTION_SIZE)
-            motion = math.nan if chosen is None else measure_motion(chosen, gray)
-            if motion < options.min_motion:
-                report.still += 1
-                continue
-            chosen = gray
-            picked = Picked(
-                path=out / f"{prefix}_{frame.index:06d}.{options.format}",
-                index=frame.index,
-                time=frame.time,
-                sharpness=sharpness,
-                motion=motion,
-            )
-            report.frames.append(picked)
+        for picked, content in chosen:
             listing.add(picked)
             try:
-                write_atomic(picked.path, frame_file(frame.rgb(), options))
+                write_atomic(picked.path, content)
             except OSError as error:
                 raise OutputError(f"{picked.path} cannot be written: {error}.") from error
-        report.damaged = source.damaged
-        warn_of_damage(source)
         listing.finish(report.frames)
     return report
 
 
 def _buckets(source: FrameSource, options: FramesOptions) -> tuple[float, float, float, int]:
     """Start, end and width of the time buckets in seconds, and their number."""
-    whole = SamplingOptions(start=options.start, end=options.end, trim=0.0)
     duration = float(source.times[-1])
-    start, end = time_range(duration, whole) if duration > 0 else (0.0, 0.0)
+    start, end = 0.0, 0.0
+    if duration > 0:
+        start, end = time_between(duration, options.start, options.end)
     # The last frame is shown for a while too: otherwise it would have a bucket of its own.
     shown = end - start + 1 / source.fps
     fps = options.fps or _PICKED_FPS
     buckets = options.num or max(1, math.ceil(shown * fps - 1e-6))
+    if options.num is None and options.max_frames is not None and buckets > options.max_frames:
+        return start, end, shown / options.max_frames, options.max_frames
     return start, end, shown / buckets if options.num else 1 / fps, buckets
 
 
@@ -162,13 +199,28 @@ def measure_motion(before: np.ndarray, after: np.ndarray) -> float:
     return float(np.median(shift) / max(before.shape))
 
 
+def frames_csv(frames: Sequence[Picked]) -> str:
+    """Content of a ``frames.csv``: file, index, time, sharpness and motion."""
+    return _csv([_COLUMNS, *map(_row, frames)])
+
+
+def _row(frame: Picked) -> list[str]:
+    motion = "" if math.isnan(frame.motion) else f"{frame.motion:.5f}"
+    numbers = [str(frame.index), f"{frame.time:.6f}", f"{frame.sharpness:.2f}", motion]
+    return [frame.path.name, *numbers]
+
+
+def _csv(rows: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 class _Listing:
     """The file ``frames.csv``: frames of this run, and of other videos in the same folder.
 
     What an earlier run on the same video has listed stays until the end of this one.
     """
-
-    _COLUMNS = ("file", "index", "time_s", "sharpness", "motion")
 
     def __init__(self, path: Path, prefix: str) -> None:
         self._path = path
@@ -177,12 +229,12 @@ class _Listing:
         if path.exists():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 rows = list(csv.reader(file))
-            if rows[:1] != [list(self._COLUMNS)]:
+            if rows[:1] != [list(_COLUMNS)]:
                 raise OutputError(
                     f"{path} is no list of gim-video, which would be replaced: move it away, or "
                     "choose another folder."
                 )
-            rows = [row for row in rows if len(row) == len(self._COLUMNS)]
+            rows = [row for row in rows if len(row) == len(_COLUMNS)]
         self._others = [r for r in rows[1:] if not mine.fullmatch(r[0])]
         self._before = [r for r in rows[1:] if mine.fullmatch(r[0])]
         self._write([*self._others, *self._before])
@@ -196,7 +248,7 @@ class _Listing:
             )
         try:
             with self._path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerow(self._row(frame))
+                file.write(_csv([_row(frame)]))
         except OSError as error:
             raise OutputError(f"{self._path} cannot be written: {error}.") from error
 
@@ -205,17 +257,10 @@ class _Listing:
         kept = {frame.path.name for frame in frames}
         for name in {row[0] for row in self._before} - kept:
             (self._path.parent / name).unlink(missing_ok=True)
-        self._write([*self._others, *map(self._row, frames)])
-
-    def _row(self, frame: Picked) -> list[str]:
-        motion = "" if math.isnan(frame.motion) else f"{frame.motion:.5f}"
-        numbers = [str(frame.index), f"{frame.time:.6f}", f"{frame.sharpness:.2f}", motion]
-        return [frame.path.name, *numbers]
+        self._write([*self._others, *map(_row, frames)])
 
     def _write(self, rows: Sequence[Sequence[str]]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self._COLUMNS, *rows])
         try:
-            write_atomic(self._path, text.getvalue())
+            write_atomic(self._path, _csv([_COLUMNS, *rows]))
         except OSError as error:
             raise OutputError(f"{self._path} cannot be written: {error}.") from error
