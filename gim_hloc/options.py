@@ -444,7 +444,9 @@ class PhotometricOptions:
     neighbours: Annotated[int, Field(ge=3)] = 10  # points that the local plane is fitted to
     min_share: Share = 0.35  # of an image's comparisons confirmed; below, it is not trusted
     min_confirmed: CountOrNone = 60  # observations; images with fewer confirmed keep all of theirs
-    rounds: Count = 2  # refinement and bundle adjustment in turn
+    rounds: Count | None = (
+        None  # refinement and adjustment in turn: one with --quality fast, else 2
+    )
 
 
 @options(section="fit")

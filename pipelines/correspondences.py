@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 Pair = tuple[str, str]
 
 _ROUNDS = 3  # of looking for images that are stored rotated
+_JUDGED = 1024  # strongest keypoints that the second matcher of a cascade judges turns by
 
 
 class Correspondences:
@@ -375,10 +376,13 @@ class Correspondences:
         # Of a cascade the second matcher judges, which knows the keypoints of the first.
         matcher = self.inputs.method_of(levels[1], quality).matcher if cascade else self.detector
         bound = matcher.info.min_confidence_sum.get(quality)
-        stored = Stored(self.detected.path)
+        most = _JUDGED if cascade else None
+        stored = Stored(self.detected.path, most)
 
         def confidence(name: str, turn: int, others: Sequence[str]) -> float:
             encoding = matcher.encode(self.photographs.read(name, matcher.image_options, turn))
+            if most is not None:
+                encoding = encoding.strongest(most)
             found = matcher.match_batch([(encoding, stored(other)) for other in others])
             return sum(float(matches.scores.sum()) for matches in found)
 

@@ -27,6 +27,7 @@ from gim_hloc.store import digest
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import MapJob, PairVerification, Refined
+    from gim_hloc.options import PhotometricOptions
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +288,7 @@ class Modelling:
         self.model_key = digest(
             {
                 "map": self.map_key,
-                "refine": dataclasses.asdict(options.refine) if options.refine_keypoints else None,
+                "refine": dataclasses.asdict(self._patches()) if options.refine_keypoints else None,
                 "warps": dataclasses.asdict(options.warps) if options.refine_warps else None,
             }
         )
@@ -472,6 +473,11 @@ class Modelling:
             self.layers.first.dense_encodings += len(pool.encoded)
         return sentence
 
+    def _patches(self) -> PhotometricOptions:
+        refine = self.options.refine
+        rounds = refine.rounds or (1 if self.options.quality == "fast" else 2)
+        return dataclasses.replace(refine, rounds=rounds)
+
     def _refine_by_patches(self, model: Any, fixed: set[int]) -> Refined:
         import cv2
 
@@ -485,12 +491,13 @@ class Modelling:
         def gray(name: str) -> np.ndarray:
             return stored(name).astype(np.float32)
 
-        total = 2 * self.options.refine.rounds * model.num_reg_images()
+        patches = self._patches()
+        total = 2 * (patches.rounds or 0) * model.num_reg_images()
         with self.inputs.bar(total, "Refine", "views") as bar:
             refined = colmap.refine_tracks(
                 model,
                 gray,
-                options=self.options.refine,
+                options=patches,
                 fixed=fixed,
                 threads=1 if self.options.deterministic else -1,
                 progress=bar.update,
