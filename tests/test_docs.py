@@ -34,7 +34,7 @@ OTHER_PARSERS = (
     *(
         f"gim_hloc.evaluation.benchmarks.{name}"
         for name in (
-            "parallel", "tracks", "vs_colmap", "vs_hloc",
+            "parallel", "tracks", "vs_peers", "vs_hloc",
         )
     ),
 )  # fmt: skip
