@@ -1,16 +1,18 @@
-"""The benchmark's measuring and judging, with stand-ins for both programs."""
+"""Measuring and judging of the benchmarks that run programs, with stand-ins for these."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from synthetic import write_cameras
 
-from gim_hloc.evaluation.benchmarks import _hloc_driver, measure, vs_hloc
+from gim_hloc.evaluation.benchmarks import _hloc_driver, measure, vs_hloc, vs_peers
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc")
@@ -148,3 +150,34 @@ def test_both_are_asked_for_the_same() -> None:
     double = clock.wrap(lambda x: 2 * x, "map")
     assert [double(1), double(2)] == [2, 4]
     assert set(clock.seconds) == {"map"}
+
+
+def test_peers_are_judged_by_the_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scene = tmp_path / "scene"
+    (scene / "images").mkdir(parents=True)
+    for name in sfm_poses():
+        cv2.imwrite(str(scene / "images" / name), np.full((90, 120, 3), 99, np.uint8))
+    worse = sfm_poses()
+    worse["3.jpg"][1][:] += 0.1
+    write_cameras(sfm_poses(), scene / "gt")
+    write_cameras(worse, tmp_path / "worse")
+    copy = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2] + '/sparse')"
+    base = f"{sys.executable} -S -c {shlex.quote(copy)}"
+    result = tmp_path / "result.json"
+    peers = (f"right={base} {scene}/gt {{out}}", f"wrong={base} {tmp_path}/worse {{out}}")
+    arguments = [
+        str(scene),
+        "--no-sift",
+        "--runs",
+        "--intrinsics",
+        "guessed",
+        "--json",
+        str(result),
+    ]
+    assert vs_peers.main([*arguments, "--peers", *peers]) == 0
+    assert "| scene | right | 4 of 4 | 100.00 | 100.00 |" in capsys.readouterr().out
+    right, wrong = json.loads(result.read_text())["rows"]
+    assert right["auc@1"] == pytest.approx(100) > wrong["auc@1"]
+    assert wrong["registered"] == 4
+    for bad in (["--peers", "nothing"], ["--runs", "cascade"]):
+        assert vs_peers.main([str(scene), *bad]) == 2

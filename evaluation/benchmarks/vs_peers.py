@@ -127,7 +127,7 @@ def judged(out: Path, images: Path, truth: Path | None) -> dict[str, float]:
     records = image_module.scan(images).images
     total = len(records)
     models = sorted(
-        {path.parent for path in out.rglob("images.bin") if ".run" not in path.parts},
+        {path.parent for path in out.rglob("images.*") if path.suffix in (".bin", ".txt")},
         key=lambda path: -colmap.model_statistics(path)["images"],
     )
     if not models:
