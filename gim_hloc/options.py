@@ -437,7 +437,7 @@ class PhotometricOptions:
     """Refining keypoints by comparing patches."""
 
     radius: Count = 5  # px of the reference view; the patch has 2 radius + 1 pixels a side
-    iterations: Count = 8  # Gauss-Newton steps at most, before three finer ones
+    iterations: Count = 8  # Gauss-Newton steps at most
     max_shift: Positive = 2.5  # px seen; an observation that wants to move farther keeps its place
     min_correlation: Share = 0.9  # of the grey values after the move, else it keeps its place
     max_scale: Annotated[float, Field(ge=1)] = 2.5  # change of size beyond which none is compared

@@ -1,25 +1,21 @@
 """Learned keypoints matched by LightGlue.
 
-``aliked_lightglue``, ``disk_lightglue``, ``gim_lightglue`` (SuperPoint, trained on internet videos)
-and ``lightglue`` (SuperPoint, as LightGlue's authors trained it).
+Here are ``gim_lightglue`` (SuperPoint, trained on internet videos) and ``lightglue`` (SuperPoint, as
+LightGlue's authors trained it); those with kornia's detectors are in ``lightglue_kornia``.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import kornia.feature
 import torch
 
 from gim_hloc import weights
 from gim_hloc.matchers.common import Precision, resolve_dtype, resolve_precision
 from gim_hloc.matchers.sparse import DetectorMatcher, DetectorOptions, no_matches
-from gim_hloc.networks.aliked import ALIKED
-from gim_hloc.networks.disk import DISK
 from gim_hloc.networks.lightglue import LightGlue, sizes_of
 from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.options import options
@@ -91,9 +87,6 @@ class LightGlueMatcher(DetectorMatcher):
         # Encodings may be shared by matchers with other weights or on other devices.
         self._cache_key = f"{glue_file}:{self.weights_hashes[glue_file]}:{device}:{self.dtype}"
 
-    def _versions(self) -> dict[str, str]:
-        return {"kornia": importlib.metadata.version("kornia")}
-
     def match_settings(self) -> dict[str, Any]:
         """See ``MatcherBase``; with the number format that "auto" stands for."""
         resolved = resolve_precision(self.options.precision, self.device)
@@ -136,29 +129,6 @@ class LightGlueMatcher(DetectorMatcher):
         )
 
 
-class AlikedLightGlue(LightGlueMatcher):
-    """ALIKED-n16 and LightGlue."""
-
-    @staticmethod
-    def load_detector(path: Path) -> torch.nn.Module:
-        """See ``LightGlueMatcher``."""
-        published = kornia.feature.ALIKED("aliked-n16")
-        state = weights.load_state_dict(path)
-        weights.load_into(published, state, path=path, optional=["dkd.hw_grid"])
-        return ALIKED.from_kornia(published)
-
-
-class DiskLightGlue(LightGlueMatcher):
-    """DISK (depth supervision) and LightGlue."""
-
-    @staticmethod
-    def load_detector(path: Path) -> torch.nn.Module:
-        """See ``LightGlueMatcher``."""
-        network = DISK()
-        weights.load_into(network, weights.load_state_dict(path, inside=["extractor"]), path=path)
-        return network
-
-
 class SuperPointLightGlue(LightGlueMatcher):
     """SuperPoint and LightGlue."""
 
@@ -171,6 +141,3 @@ class SuperPointLightGlue(LightGlueMatcher):
         state = weights.unwrap("lightglue.detector", weights.load_state_dict(path))
         weights.load_into(network, state, path=path)
         return network
-
-    def _versions(self) -> dict[str, str]:
-        return {}

@@ -147,12 +147,12 @@ _SUPERGLUE_ON = "SuperPoint and SuperGlue, trained on {} (needs transformers)"
 # Name, class, operating points, summary, weight files by their published names.
 ROWS = (
     _row(
-        "aliked_lightglue", "lightglue:AlikedLightGlue", _ALIKED,
+        "aliked_lightglue", "lightglue_kornia:AlikedLightGlue", _ALIKED,
         "ALIKED-n16 keypoints with sub-pixel positions, matched by LightGlue (default)",
         "aliked-n16.pth", "aliked_lightglue.pth", **_SPARSE, **_CALIBRATED,
     ),
     _row(
-        "disk_lightglue", "lightglue:DiskLightGlue", _DISK,
+        "disk_lightglue", "lightglue_kornia:DiskLightGlue", _DISK,
         "DISK keypoints, matched by LightGlue",
         "disk-depth-save.pth", "disk_lightglue.pth", **_SPARSE, **_CALIBRATED,
     ),

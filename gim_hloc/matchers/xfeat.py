@@ -70,9 +70,6 @@ class XFeatMatcher(DetectorMatcher):
 class XFeatLighterGlue(LightGlueMatcher):
     """XFeat and LighterGlue."""
 
-    def _versions(self) -> dict[str, str]:
-        return {}
-
     def encode_settings(self) -> dict[str, Any]:
         """Those of ``xfeat``, whose features these are."""
         return {**super().encode_settings(), "matcher": "xfeat"}

@@ -12,6 +12,7 @@ position only; the shape of the patch comes from poses and points.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import torch
 
 from gim_hloc.geometry.frames import resize_points
 from gim_hloc.options import PhotometricOptions
+
+_CLOSE_PX = 0.004  # a step that ends the comparison
 
 
 @dataclass(kw_only=True)
@@ -101,10 +104,9 @@ def refine_positions(
     Returns:
         (K, 2) positions, and (K,) whether the observation was confirmed (references included).
     """
-    r = options.radius
-    offsets = np.stack(np.meshgrid(np.arange(-r, r + 1), np.arange(-r, r + 1)), -1).reshape(-1, 2)
-    grid = torch.from_numpy(offsets.astype(np.float32))  # (P, 2) x, y in the reference
-    weight = torch.exp(-(grid**2).sum(1) / (2 * (0.6 * r) ** 2))
+    grid = _square(options.radius)  # (P, 2) x, y in the reference
+    wider = _square(options.radius + 1)  # neighbours give the gradients
+    weight = torch.exp(-(grid**2).sum(1) / (2 * (0.6 * options.radius) ** 2))
     weight = weight / weight.sum()
     positions = torch.from_numpy(views.xy_px.astype(np.float32))
     result = positions.clone()
@@ -112,7 +114,7 @@ def refine_positions(
     reference_image = views.image[reference]
     # Pixels of each level for a stored one; where all images are seen as stored, one is enough.
     levels = np.unique([scale, np.ones(len(scale))], axis=0)
-    templates = torch.zeros(len(levels), len(reference), len(grid))
+    templates = torch.zeros(len(levels), len(reference), len(wider))
     inside = torch.zeros(len(levels), len(reference), dtype=torch.bool)
 
     def read_templates(index: int) -> None:
@@ -122,16 +124,16 @@ def refine_positions(
         stored = gray(index)
         for level, scales in enumerate(levels):
             picture = _Picture(stored, scales[index])
-            at = picture.to_level(positions[reference[tracks]])[:, None] + grid
-            templates[level, tracks] = _sample(picture.planes, at, "cubic")[:, 0]
-            inside[level, tracks] = _within(picture.planes, at)
+            at = picture.to_level(positions[reference[tracks]])
+            templates[level, tracks] = picture.sample(at, wider[None])
+            inside[level, tracks] = picture.holds(at, grid[None])
 
     _each(read_templates, len(scale), workers)
-    spread = (
-        ((weight * templates**2).sum(-1) - (weight * templates).sum(-1) ** 2).clamp_min(0).sqrt()
-    )
+    within = _inner(templates)
+    mean = within @ weight
+    spread = ((within - mean[..., None]) ** 2 @ weight).sqrt()
     inside &= spread > 1.0  # grey values: nothing to hold on to below
-    templates = _normalised(templates, weight)
+    templates = (templates - mean[..., None]) / spread.clamp_min(1e-6)[..., None]
     confirmed[reference[inside[0].numpy()]] = True
 
     shapes, candidates = [], []
@@ -153,7 +155,7 @@ def refine_positions(
         for level, scales in enumerate(levels):
             picture = _Picture(stored, scales[index])
             moved, good, found = _align(
-                picture.planes,
+                picture,
                 picture.to_level(result[rows]),
                 shapes[level][rows],
                 templates[level, views.track[rows]],
@@ -187,7 +189,7 @@ def _each(work: Callable[[int], None], count: int, workers: int) -> None:
 
 
 def _align(
-    picture: torch.Tensor,
+    picture: _Picture,
     start: torch.Tensor,
     shapes: torch.Tensor,
     templates: torch.Tensor,
@@ -195,68 +197,71 @@ def _align(
     weight: torch.Tensor,
     options: PhotometricOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gauss-Newton on the position, patches normalised by weighted mean and deviation.
+    """Gauss-Newton on the position, with the template's gradients (inverse compositional).
 
     Returns:
         (K, 2) positions, (K,) whether they can be trusted, and (K,) how much texture they have.
     """
-    pattern = torch.einsum("kij,pj->kpi", shapes, grid)
+    basis = _basis(templates, weight)
+    products = basis * weight
+    hessian = products[:, 1:] @ basis[:, 1:].mT
+    spread = shapes @ torch.linalg.inv(hessian + 1e-6 * torch.eye(2))  # of the position ...
+    xx, xy_, yy = (spread @ shapes.mT).flatten(1)[:, [0, 1, 3]].unbind(1)  # ... in this image
+    least = 1 / ((xx + yy) / 2 + ((xx - yy) ** 2 / 4 + xy_**2).sqrt())
+    pattern = grid @ shapes.mT
     xy = start.clone()
-    good = _within(picture, xy[:, None] + pattern)
-    texture = torch.zeros(len(xy))
-    # Bilinear steps find the place, cubic ones remove what bilinear's blur pulled.
-    for mode, steps, tolerance in (("bilinear", options.iterations, 0.02), ("cubic", 3, 0.004)):
-        active = torch.nonzero(good)[:, 0]
-        for _ in range(steps):
-            if not len(active):
-                break
-            delta, texture[active] = _step(
-                picture, xy[active], pattern[active], templates[active], weight, mode
-            )
-            usable = texture[active] > 1.0  # squared grey values a pixel: both directions hold
-            xy[active] += delta * usable[:, None]
-            moved = (xy[active] - start[active]).norm(dim=1)
-            usable &= moved < options.max_shift
-            good[active] &= usable
-            active = active[usable & (delta.abs().amax(1) > tolerance)]
-    rows = torch.nonzero(good)[:, 0]
-    at = xy[rows, None] + pattern[rows]
-    value = _normalised(_sample(picture, at, "cubic")[:, 0], weight)
-    correlation = (weight * value * templates[rows]).sum(1)
-    good[rows] = (correlation > options.min_correlation) & _within(picture, at)
+    good = picture.holds(xy, pattern)
+    texture, correlation = torch.zeros(2, len(xy))
+    active = torch.nonzero(good)[:, 0]
+    for _ in range(options.iterations):
+        if not len(active):
+            break
+        value = picture.sample(xy[active], pattern[active])
+        value = value - (value @ weight)[:, None]
+        gain, *slope = (products[active] @ value[..., None])[..., 0].unbind(1)
+        deviation = (value**2 @ weight).sqrt().clamp_min(1e-6)
+        texture[active] = deviation**2 * least[active]
+        correlation[active] = gain / deviation
+        contrast = gain.maximum(deviation / 2)[:, None]
+        delta = -(spread[active] @ (torch.stack(slope, 1) / contrast)[..., None])[..., 0]
+        delta = delta.clamp(-1, 1)
+        usable = texture[active] > 1.0  # squared grey values a pixel: both directions hold
+        xy[active] += delta * usable[:, None]
+        usable &= (xy[active] - start[active]).norm(dim=1) < options.max_shift
+        good[active] &= usable
+        active = active[usable & (delta.abs().amax(1) > _CLOSE_PX)]
+    good &= (correlation > options.min_correlation) & picture.holds(xy, pattern)
     return xy, good, texture
 
 
-def _step(
-    picture: torch.Tensor,
-    xy: torch.Tensor,
-    pattern: torch.Tensor,
-    templates: torch.Tensor,
-    weight: torch.Tensor,
-    mode: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One Gauss-Newton step (K, 2), and (K,) the texture in the direction that has least."""
-    sampled = _sample(picture, xy[:, None] + pattern, mode)  # (K, 3, P): value, d/dx, d/dy
-    sampled = sampled - (sampled * weight).sum(2, keepdim=True)
-    value, gradient = sampled[:, 0], sampled[:, 1:]
-    gain = (weight * value * templates).sum(1, keepdim=True)  # contrast against the template's
-    residual = (gain * templates - value) * weight
-    gx, gy = gradient.unbind(1)
-    xx, xy_, yy = ((weight * a * b).sum(1) for a, b in ((gx, gx), (gx, gy), (gy, gy)))
-    smallest = (xx + yy) / 2 - ((xx - yy) ** 2 / 4 + xy_**2).sqrt()
-    determinant = (xx * yy - xy_**2).clamp_min(1e-6)
-    bx, by = (gx * residual).sum(1), (gy * residual).sum(1)
-    delta = torch.stack([yy * bx - xy_ * by, xx * by - xy_ * bx], 1) / determinant[:, None]
-    return delta.clamp(-1, 1), smallest
+def _basis(templates: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(K, 3, P): normalised templates, and their gradients as far as they are no gain or offset."""
+    side = math.isqrt(templates.shape[1])
+    square = templates.unflatten(1, (side, side))
+    value = _inner(templates)
+    right = (square[:, 1:-1, 2:] - square[:, 1:-1, :-2]).flatten(1) / 2
+    down = (square[:, 2:, 1:-1] - square[:, :-2, 1:-1]).flatten(1) / 2
+    basis = torch.stack([value, right, down], 1)
+    gradient = basis[:, 1:]
+    gradient -= (gradient @ weight)[..., None]
+    gradient -= (gradient @ (value * weight)[..., None]) * value[:, None]
+    return basis
 
 
-def _normalised(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    value = value - (value * weight).sum(-1, keepdim=True)
-    return value / (weight * value**2).sum(-1, keepdim=True).sqrt().clamp_min(1e-6)
+def _square(radius: int) -> torch.Tensor:
+    """Pixels (P, 2) x, y of a square, row by row, from its centre."""
+    side = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    return torch.cartesian_prod(side, side).flip(1)
+
+
+def _inner(templates: torch.Tensor) -> torch.Tensor:
+    """Templates (…, Q) without the pixels at their borders (…, P)."""
+    side = math.isqrt(templates.shape[-1])
+    return templates.unflatten(-1, (side, side))[..., 1:-1, 1:-1].flatten(-2)
 
 
 class _Picture:
-    """An image at one level: its planes, and how its pixels lie to the stored ones."""
+    """An image at one level, enlarged twice, and how its pixels lie to the stored ones."""
 
     def __init__(self, gray: np.ndarray, scale: float) -> None:
         import cv2
@@ -265,14 +270,32 @@ class _Picture:
         if scale < 1:
             size = max(1, round(width * scale)), max(1, round(height * scale))
             gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
+        gray = np.ascontiguousarray(gray, dtype=np.float32)
         self.ratio = torch.tensor([gray.shape[1] / width, gray.shape[0] / height])
-        g = torch.from_numpy(np.ascontiguousarray(gray, dtype=np.float32))
-        # (1, 3, H, W), channels last: grey values and their central differences
-        planes = torch.zeros(*g.shape, 3)
-        planes[..., 0] = g
-        planes[:, 1:-1, 1] = (g[:, 2:] - g[:, :-2]) / 2
-        planes[1:-1, :, 2] = (g[2:] - g[:-2]) / 2
-        self.planes = planes.permute(2, 0, 1)[None]
+        # Halfway between pixels by Catmull-Rom's kernel, which is exact for cubic functions. What
+        # bilinear sampling of that still blurs is a quarter of what it blurs between pixels.
+        between = np.array([[-1, 9, 9, -1]], np.float32) / 16
+        edge = {"ddepth": cv2.CV_32F, "borderType": cv2.BORDER_REPLICATE}
+        wide = np.empty((gray.shape[0], 2 * gray.shape[1]), np.float32)
+        wide[:, ::2], wide[:, 1::2] = gray, cv2.filter2D(gray, kernel=between, anchor=(1, 0), **edge)
+        larger = np.empty((2 * gray.shape[0], wide.shape[1]), np.float32)
+        larger[::2], larger[1::2] = wide, cv2.filter2D(wide, kernel=between.T, anchor=(0, 1), **edge)
+        self.larger = torch.from_numpy(larger)[None, None]
+        self.size = torch.tensor(gray.shape[::-1], dtype=torch.float32)
+
+    def sample(self, xy: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+        """Grey values (K, P) at a pattern (K or 1, P, 2) around points (K, 2), in pixels."""
+        # A pixel of the larger image is half a pixel, from the first pixel's centre on.
+        unit = 2 / (self.size - 0.5)
+        grid = (xy * unit - 1)[:, None] + pattern * unit
+        return torch.nn.functional.grid_sample(
+            self.larger, grid[None], mode="bilinear", padding_mode="border", align_corners=True
+        )[0, 0]
+
+    def holds(self, xy: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+        """Whether a pattern (K or 1, P, 2) around points (K, 2) lies inside, (K,)."""
+        low, high = xy + pattern.amin(1), xy + pattern.amax(1)
+        return ((low >= 1) & (high <= self.size - 2)).all(1)
 
     def to_level(self, xy: torch.Tensor) -> torch.Tensor:
         """Positions (K, 2) in stored pixels -> in this level's."""
@@ -281,47 +304,6 @@ class _Picture:
     def to_stored(self, xy: torch.Tensor) -> torch.Tensor:
         """The inverse of ``to_level``."""
         return resize_points(xy, 1 / self.ratio)
-
-
-def _within(picture: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    h, w = picture.shape[-2:]
-    limit = torch.tensor([w - 2.0, h - 2.0])
-    return ((at >= 1) & (at <= limit)).flatten(1).all(1)
-
-
-def _sample(picture: torch.Tensor, at: torch.Tensor, mode: str) -> torch.Tensor:
-    """Interpolated values (K, C, P) at (K, P, 2) pixel positions (integer = pixel centre).
-
-    ``cubic`` is Catmull-Rom's kernel (a = -0.5), which is exact for quadratic functions. PyTorch's
-    bicubic (a = -0.75) is not even for linear ones: it would shift patches by up to 0.05 px.
-    """
-    h, w = picture.shape[-2:]
-    if mode == "bilinear":
-        normalised = at / torch.tensor([w - 1.0, h - 1.0]) * 2 - 1
-        sampled = torch.nn.functional.grid_sample(
-            picture, normalised[None], mode="bilinear", padding_mode="border", align_corners=True
-        )
-        return sampled[0].permute(1, 0, 2)
-    base = at.floor()
-    t = at - base  # (K, P, 2)
-    weights = torch.stack(
-        [
-            t * (-0.5 + t * (1 - 0.5 * t)),
-            1 + t * t * (-2.5 + 1.5 * t),
-            t * (0.5 + t * (2 - 1.5 * t)),
-            t * t * (-0.5 + 0.5 * t),
-        ],
-        dim=-1,
-    )  # (K, P, 2, 4)
-    taps = base.long()[..., None] + torch.arange(-1, 3)
-    columns, rows = taps[..., 0, :].clamp(0, w - 1), taps[..., 1, :].clamp(0, h - 1)
-    index = rows[..., :, None] * w + columns[..., None, :]
-    product = weights[..., 1, :, None] * weights[..., 0, None, :]
-    table = picture[0].permute(1, 2, 0).reshape(h * w, -1)  # a view, channels being last
-    sampled = torch.nn.functional.embedding_bag(
-        index.reshape(-1, 16), table, per_sample_weights=product.reshape(-1, 16), mode="sum"
-    )
-    return sampled.view(*at.shape[:2], picture.shape[1]).permute(0, 2, 1)
 
 
 def judge_images(
