@@ -41,6 +41,11 @@ def test_mutual_nearest_and_rivals(counts: tuple[int, int]) -> None:
     else:
         second = whole[index[:, 0]].topk(2).values[:, 1]
         assert torch.allclose(rival.double(), second, atol=1e-6)
+    again, same, either = nearest.mutual_nearest_but_one(a, b)
+    assert torch.equal(again, index)
+    assert torch.equal(same, cosine)
+    back = nearest.rivals(b[index[:, 1]], a, index[:, 0])
+    assert torch.allclose(either, rival.maximum(back), atol=1e-6)
 
 
 def test_equal_descriptors_are_matched_once() -> None:

@@ -21,20 +21,39 @@ def mutual_nearest(
     Returns:
         indices (K, 2) int64 and dot products (K,), ordered by the index in image 0.
     """
+    index, similarity, _ = mutual_nearest_but_one(descriptors0, descriptors1)
+    return index, similarity
+
+
+def mutual_nearest_but_one(
+    descriptors0: torch.Tensor, descriptors1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``mutual_nearest``, and (K,) the larger dot product of either with another.
+
+    Each product is looked at once: of a column, what is no row's nearest comes from the blocks, and
+    the rest from the rows' nearest.
+    """
     if min(len(descriptors0), len(descriptors1)) == 0:
-        return torch.empty(0, 2, dtype=torch.long, device=descriptors0.device), descriptors0[:0, 0]
-    best1 = descriptors0.new_full((len(descriptors1),), -torch.inf)
+        nothing = descriptors0.new_empty(0)
+        return torch.empty(0, 2, dtype=torch.long, device=nothing.device), nothing, nothing
+    below = descriptors0.new_full((len(descriptors1),), -torch.inf)
     found = []
     for _, similarity in _similarities(descriptors0, descriptors1):
-        index = _argmax(similarity)
-        found.append((similarity.gather(1, index[:, None])[:, 0], index))
-        best1 = torch.maximum(best1, similarity.amax(0))
-    best0, nearest = (torch.cat(part) for part in zip(*found, strict=True))
-    rows = (best0 == best1[nearest]).nonzero()[:, 0]
-    first = torch.full_like(best1, len(best0), dtype=torch.long)
+        index = _argmax(similarity)[:, None]
+        best = similarity.gather(1, index)
+        similarity.scatter_(1, index, -torch.inf)
+        found.append((index[:, 0], best[:, 0], similarity.amax(1)))
+        below = torch.maximum(below, similarity.amax(0))
+    nearest, best0, second0 = (torch.cat(part) for part in zip(*found, strict=True))
+    claimed = torch.full_like(below, -torch.inf).scatter_reduce(0, nearest, best0, "amax")
+    rows = ((best0 == claimed[nearest]) & (best0 >= below[nearest])).nonzero()[:, 0]
+    first = torch.full_like(below, len(best0), dtype=torch.long)
     first.scatter_reduce_(0, nearest[rows], rows, reduce="amin")
     rows = rows[first[nearest[rows]] == rows]
-    return torch.stack([rows, nearest[rows]], 1), best0[rows]
+    others = best0.index_fill(0, rows, -torch.inf)
+    below.scatter_reduce_(0, nearest, others, "amax")
+    columns = nearest[rows]
+    return torch.stack([rows, columns], 1), best0[rows], second0[rows].maximum(below[columns])
 
 
 def rivals(
