@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ def _run(options: ReconstructOptions, images: Path, output: Path, terminal: comm
     from gim_hloc.pipelines.outcome import summary_text
     from gim_hloc.pipelines.reconstruct import reconstruct
 
+    gc.freeze()  # what was imported stays: no collection needs to go through it again
     result = reconstruct(images, output, options, progress=terminal.bars)
     if terminal.json:
         sys.stdout.write(json.dumps(result.report or result.estimate) + "\n")

@@ -71,7 +71,7 @@ def _drop_unsupported(model: Any, checked: Checked) -> None:
     while lost := [i for i, points in _points_seen(model).items() if len(points) < MIN_POINTS]:
         for image_id in lost:
             image = model.image(image_id)
-            seen = sum(point.has_point3D() for point in image.points2D)
+            seen = image.num_points3D
             checked.reasons[image.name] = (
                 f"placed, but only {seen} points of the model support it ({MIN_POINTS} are needed)"
             )
@@ -81,7 +81,7 @@ def _drop_unsupported(model: Any, checked: Checked) -> None:
 def _points_seen(model: Any) -> dict[int, set[int]]:
     """Points that each registered image sees."""
     return {
-        i: {p.point3D_id for p in model.image(i).points2D if p.has_point3D()}
+        i: {p.point3D_id for p in model.image(i).get_observation_points2D()}
         for i in sorted(model.reg_image_ids())
     }
 

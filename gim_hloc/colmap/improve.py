@@ -11,7 +11,7 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import project, size_of
-from gim_hloc.colmap.model import statistics
+from gim_hloc.colmap.model import positions_of, statistics
 from gim_hloc.errors import some
 from gim_hloc.tracks import photometric
 from gim_hloc.tracks.photometric import TrackViews
@@ -166,11 +166,13 @@ def refine_tracks(
             if not trusted.all():
                 reference, xy_px, confirmed = compare(ids, views)
         confirmed &= trusted[views.image]
+        xy_colmap = xy_px + 0.5
         for index in np.flatnonzero(trusted):
             image = images[index]
             mine = np.flatnonzero(views.image == index)
+            points2d = image.points2D
             for k in mine[confirmed[mine]]:
-                image.points2D[rows[k]].xy = xy_px[k] + 0.5
+                points2d[rows[k]].xy = xy_colmap[k]
             if confirmed[mine].sum() < options.min_confirmed:
                 continue
             for k in mine[~confirmed[mine]]:
@@ -229,7 +231,7 @@ def _filter(model: Any, images: Sequence[Any], scales: np.ndarray, limit: np.nda
 
 def _errors(model: Any, images: Sequence[Any], ids: np.ndarray, views: Any) -> np.ndarray:
     """(K,) reprojection errors of observations in stored pixels, infinite behind the camera."""
-    xyz = np.array([model.points3D[int(i)].xyz for i in ids])
+    xyz = positions_of(model, ids)
     error = np.full(len(views.track), np.inf)
     for index, image in enumerate(images):
         pose = np.asarray(image.cam_from_world().matrix())
@@ -248,15 +250,14 @@ def give_back(model: Any, refined: Refined, threads: int = -1) -> str:
     others stay too. Returns a sentence for the log.
     """
     original, images = refined.original, [model.image(i) for i in sorted(model.reg_image_ids())]
-    image_of = {image.image_id: image for image in images}
+    seen = {image.image_id: set(image.get_observation_point2D_idxs()) for image in images}
     lost = {int(i) for i in original.point3D_ids()} - {int(i) for i in model.point3D_ids()}
     for point_id in sorted(lost):
         point = original.point3D(point_id)
         model.add_point3D_with_id(point_id, pycolmap.Point3D(xyz=point.xyz, color=point.color))
     for point_id in original.point3D_ids():
         for element in original.point3D(point_id).track.elements:
-            image = image_of[element.image_id]
-            if not image.points2D[element.point2D_idx].has_point3D():
+            if element.point2D_idx not in seen[element.image_id]:
                 model.add_observation(point_id, element)
     if lost:
         options = pycolmap.BundleAdjustmentOptions()
@@ -312,7 +313,7 @@ def _patch_shapes(
     options: PhotometricOptions,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reference row of each track, and (K, 2, 2) shape of its patch in every observation."""
-    xyz = np.array([model.points3D[int(i)].xyz for i in ids])
+    xyz = positions_of(model, ids)
     poses = [np.asarray(image.cam_from_world().matrix()) for image in images]
     centres = np.array([-pose[:, :3].T @ pose[:, 3] for pose in poses])
     rays = centres[views.image] - xyz[views.track]
@@ -446,7 +447,7 @@ def _projection(
     model: Any, images: Sequence[Any], ids: np.ndarray
 ) -> Callable[[int, np.ndarray], np.ndarray]:
     """(index of an image, indices of points) -> pixels in hloc's frame, NaN for points unseen."""
-    xyz = np.array([model.points3D[int(i)].xyz for i in ids])
+    xyz = positions_of(model, ids)
     cameras = [model.camera(image.camera_id) for image in images]
     poses = [np.asarray(image.cam_from_world().matrix()) for image in images]
 

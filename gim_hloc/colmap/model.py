@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pycolmap
 
-from gim_hloc.colmap.cameras import CameraSpec, camera_key, camera_spec
+from gim_hloc.colmap.cameras import CameraSpec, camera_key, camera_spec, project
 from gim_hloc.colmap.model_files import check_model, image_lines
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.poses import similarity
@@ -180,21 +180,17 @@ class ImageStatistics:
 def image_statistics(model: Any) -> dict[str, ImageStatistics]:
     """Per-image figures of a model; errors are measured in this image, not per point."""
     result = {}
+    points = model.points3D
     for image_id in model.reg_image_ids():
         image = model.image(image_id)
         camera = model.camera(image.camera_id)
         pose = np.asarray(image.cam_from_world().matrix())
-        observed = [p for p in image.points2D if p.has_point3D()]
+        observed = image.get_observation_points2D()
         errors = np.zeros(0)
         if observed:
-            xyz = np.array([model.point3D(p.point3D_id).xyz for p in observed])
+            xyz = np.array([points[p.point3D_id].xyz for p in observed])
             xy = np.array([p.xy for p in observed])
-            projected = np.array(
-                [
-                    q if (q := camera.img_from_cam(p)) is not None else (np.nan, np.nan)
-                    for p in xyz @ pose[:, :3].T + pose[:, 3]
-                ]
-            )
+            projected = project(camera, xyz @ pose[:, :3].T + pose[:, 3])
             errors = np.linalg.norm(projected - xy, axis=1)
         result[image.name] = ImageStatistics(
             camera_id=int(image.camera_id),
@@ -214,7 +210,8 @@ def points(model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     Returns:
         xyz (M, 3) float64, rgb (M, 3) uint8, views a track (M,) int64, reprojection errors (M,) px.
     """
-    all_points = [model.points3D[i] for i in sorted(model.point3D_ids())]
+    known = model.points3D
+    all_points = [known[i] for i in sorted(known.keys())]
     if not all_points:
         return np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0, np.int64), np.zeros(0)
     return (
@@ -225,10 +222,16 @@ def points(model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
+def positions_of(model: Any, ids: Iterable[int]) -> np.ndarray:
+    """Positions (M, 3) of a model's points of these ids."""
+    points = model.points3D
+    return np.array([points[int(i)].xyz for i in ids], dtype=np.float64).reshape(-1, 3)
+
+
 def point_positions(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ids (M,) int64, sorted, and positions (M, 3) of a model's points."""
     ids = np.array(sorted(model.point3D_ids()), dtype=np.int64)
-    xyz = np.array([model.points3D[int(i)].xyz for i in ids], dtype=np.float64).reshape(-1, 3)
+    xyz = positions_of(model, ids)
     return ids, xyz
 
 
@@ -392,7 +395,8 @@ def extract_colours(model: Any, colours: Callable[[str], np.ndarray]) -> list[st
     Returns:
         Names of images that could not be read.
     """
-    total: dict[int, np.ndarray] = {}
+    seen: list[int] = []
+    values: list[np.ndarray] = []
     unread = []
     for image_id in model.reg_image_ids():
         image = model.image(image_id)
@@ -402,19 +406,21 @@ def extract_colours(model: Any, colours: Callable[[str], np.ndarray]) -> list[st
             logger.warning("%s could not be read for colours: %s", image.name, error)
             unread.append(image.name)
             continue
-        observed = [p for p in image.points2D if p.has_point3D()]
+        observed = image.get_observation_points2D()
         if not observed:
             continue
         xy = np.array([p.xy for p in observed])
         columns = np.clip(xy[:, 0].astype(int), 0, pixels.shape[1] - 1)  # corner origin: floor
         rows = np.clip(xy[:, 1].astype(int), 0, pixels.shape[0] - 1)
-        values = pixels[rows, columns].astype(np.float64)
-        for point, value in zip(observed, values, strict=True):
-            entry = total.setdefault(point.point3D_id, np.zeros(4))
-            entry[:3] += value
-            entry[3] += 1
-    for point_id, entry in total.items():
-        model.points3D[point_id].color = np.round(entry[:3] / entry[3]).astype(np.uint8)
+        values.append(pixels[rows, columns])
+        seen += [p.point3D_id for p in observed]
+    ids, group, counts = np.unique(seen, return_inverse=True, return_counts=True)
+    stacked = np.concatenate([np.zeros((0, 3)), *values])
+    means = np.stack([np.bincount(group, stacked[:, k], len(ids)) for k in range(3)], 1)
+    means = np.round(means / counts[:, None]).astype(np.uint8)
+    points = model.points3D
+    for point_id, colour in zip(ids.tolist(), means, strict=True):
+        points[point_id].color = colour
     return unread
 
 

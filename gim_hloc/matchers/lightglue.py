@@ -1,7 +1,7 @@
 """Learned keypoints matched by LightGlue.
 
-Here are ``gim_lightglue`` (SuperPoint, trained on internet videos) and ``lightglue`` (SuperPoint, as
-LightGlue's authors trained it); those with kornia's detectors are in ``lightglue_kornia``.
+Here are ``gim_lightglue`` (SuperPoint, trained on internet videos) and ``lightglue`` (SuperPoint,
+as LightGlue's authors trained it); those with kornia's detectors are in ``lightglue_kornia``.
 """
 
 from __future__ import annotations

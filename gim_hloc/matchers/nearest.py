@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-_ROWS = 128  # of a block of similarities
+_ROWS = 256  # of a block of similarities
 
 
 def mutual_nearest(

@@ -274,12 +274,14 @@ class _Picture:
         self.ratio = torch.tensor([gray.shape[1] / width, gray.shape[0] / height])
         # Halfway between pixels by Catmull-Rom's kernel, which is exact for cubic functions. What
         # bilinear sampling of that still blurs is a quarter of what it blurs between pixels.
-        between = np.array([[-1, 9, 9, -1]], np.float32) / 16
+        halfway = np.array([[-1, 9, 9, -1]], np.float32) / 16
         edge = {"ddepth": cv2.CV_32F, "borderType": cv2.BORDER_REPLICATE}
         wide = np.empty((gray.shape[0], 2 * gray.shape[1]), np.float32)
-        wide[:, ::2], wide[:, 1::2] = gray, cv2.filter2D(gray, kernel=between, anchor=(1, 0), **edge)
+        wide[:, ::2] = gray
+        wide[:, 1::2] = cv2.filter2D(gray, kernel=halfway, anchor=(1, 0), **edge)
         larger = np.empty((2 * gray.shape[0], wide.shape[1]), np.float32)
-        larger[::2], larger[1::2] = wide, cv2.filter2D(wide, kernel=between.T, anchor=(0, 1), **edge)
+        larger[::2] = wide
+        larger[1::2] = cv2.filter2D(wide, kernel=halfway.T, anchor=(0, 1), **edge)
         self.larger = torch.from_numpy(larger)[None, None]
         self.size = torch.tensor(gray.shape[::-1], dtype=torch.float32)
 
