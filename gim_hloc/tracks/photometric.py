@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -260,6 +261,17 @@ def _inner(templates: torch.Tensor) -> torch.Tensor:
     return templates.unflatten(-1, (side, side))[..., 1:-1, 1:-1].flatten(-2)
 
 
+def _halfway(picture: np.ndarray, *, across: bool) -> Any:
+    """Values halfway to the next pixel, by Catmull-Rom's kernel: exact for cubic functions."""
+    import cv2
+
+    kernel = np.array([[-1, 9, 9, -1]], np.float32) / np.float32(16)
+    anchor = (1, 0) if across else (0, 1)
+    return cv2.filter2D(
+        picture, -1, kernel if across else kernel.T, anchor=anchor, borderType=cv2.BORDER_REPLICATE
+    )
+
+
 class _Picture:
     """An image at one level, enlarged twice, and how its pixels lie to the stored ones."""
 
@@ -272,16 +284,11 @@ class _Picture:
             gray = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
         gray = np.ascontiguousarray(gray, dtype=np.float32)
         self.ratio = torch.tensor([gray.shape[1] / width, gray.shape[0] / height])
-        # Halfway between pixels by Catmull-Rom's kernel, which is exact for cubic functions. What
-        # bilinear sampling of that still blurs is a quarter of what it blurs between pixels.
-        halfway = np.array([[-1, 9, 9, -1]], np.float32) / 16
-        edge = {"ddepth": cv2.CV_32F, "borderType": cv2.BORDER_REPLICATE}
+        # What bilinear sampling of this still blurs is a quarter of what it blurs between pixels.
         wide = np.empty((gray.shape[0], 2 * gray.shape[1]), np.float32)
-        wide[:, ::2] = gray
-        wide[:, 1::2] = cv2.filter2D(gray, kernel=halfway, anchor=(1, 0), **edge)
+        wide[:, ::2], wide[:, 1::2] = gray, _halfway(gray, across=True)
         larger = np.empty((2 * gray.shape[0], wide.shape[1]), np.float32)
-        larger[::2] = wide
-        larger[1::2] = cv2.filter2D(wide, kernel=halfway.T, anchor=(0, 1), **edge)
+        larger[::2], larger[1::2] = wide, _halfway(wide, across=False)
         self.larger = torch.from_numpy(larger)[None, None]
         self.size = torch.tensor(gray.shape[::-1], dtype=torch.float32)
 
