@@ -389,8 +389,9 @@ class Correspondences:
         found: dict[str, int] = {}
         with self.inputs.bar(len(groups), "Rotate", "groups") as bar:
             for group in groups:
-                turn = rotations.best_rotation(group, confidence, bound, judged_anew=cascade)
-                found.update(dict.fromkeys(group.members, turn) if turn else {})
+                if not found.keys() & set(group.members):
+                    turn = rotations.best_rotation(group, confidence, bound, judged_anew=cascade)
+                    found.update(dict.fromkeys(group.members, turn) if turn else {})
                 bar.update()
         return found
 

@@ -2,8 +2,8 @@
 
 Cameras held sideways often write no EXIF orientation, and learned matchers, unlike SIFT, fail on
 images turned by a quarter or more. Such an image hardly matches any other. It is therefore matched
-in the three other turns to a few images of the largest group; images that match each other well
-are turned alike.
+in the three other turns to a few images of larger groups; images that match each other well are
+turned alike.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ STRONG_LEAST = 30
 BELIEVED_LEAST = 60
 
 
+# A folder may hold several places. Groups of so many images are places, of which images outside any
+# are tried with so many, the largest first; places are tried with the largest alone.
+_PLACE, _PLACES = 3, 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeakGroup:
-    """Images that match each other but hardly the largest group.
+    """Images that match each other but hardly a larger group.
 
     Attributes:
         members: their names.
-        links: member -> image of the largest group -> sum of the confidences of their matches.
+        links: member -> image of the larger group -> sum of the confidences of their matches.
     """
 
     members: tuple[str, ...]
@@ -48,7 +53,7 @@ def weak_groups(
     bound: float | None = None,
     share: float = STRONG_SHARE,
 ) -> list[WeakGroup]:
-    """Split images by their strong pairs and return all groups but the largest.
+    """Split images by their strong pairs; each group but the largest, with each larger one.
 
     Args:
         names: all images.
@@ -62,19 +67,25 @@ def weak_groups(
         for (a, b), total in sums.items()
         if total >= max(bound or STRONG_LEAST, share * min(keypoints[a], keypoints[b]))
     ]
-    main, *others = connected(names, strong)
-    if len(main) < 2:
-        return []
-    group_of = {name: k for k, group in enumerate(others) for name in group}
-    links: dict[int, dict[str, dict[str, float]]] = {}
+    linked: dict[str, dict[str, float]] = {name: {} for name in names}
     for (a, b), total in sums.items():
-        for name, other in ((a, b), (b, a)):
-            if name in group_of and other in main and keypoints[name] >= 50:
-                links.setdefault(group_of[name], {}).setdefault(name, {})[other] = total
-    return [
-        WeakGroup(members=tuple(n for n in names if n in others[k]), links=links[k])
-        for k in sorted(links)
-    ]
+        linked[a][b] = linked[b][a] = total
+    groups = connected(names, strong)
+    found = []
+    for k, group in enumerate(groups[1:], 1):
+        members = tuple(name for name in names if name in group)
+        alone = len(group) < _PLACE
+        places = [other for other in groups[1:k] if alone and len(other) >= _PLACE]
+        for other in [groups[0], *places][:_PLACES]:
+            links = {
+                name: {n: total for n, total in linked[name].items() if n in other}
+                for name in members
+                if keypoints[name] >= 50
+            }
+            links = {name: partners for name, partners in links.items() if partners}
+            if links and len(other) > 1:
+                found.append(WeakGroup(members=members, links=links))
+    return found
 
 
 def best_rotation(
@@ -84,7 +95,7 @@ def best_rotation(
     *,
     judged_anew: bool = False,
 ) -> int:
-    """Quarter turns clockwise that make a group match the largest one; 0 when none does.
+    """Quarter turns clockwise that make a group match the larger one; 0 when none does.
 
     Args:
         group: of ``weak_groups``.

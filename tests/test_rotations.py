@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from gim_hloc.pipelines.rotations import WeakGroup, best_rotation, weak_groups
@@ -60,3 +61,17 @@ def test_unsure_pairs_do_not_connect() -> None:
     assert weak_groups("abc", sums, keypoints) == []
     (alone,) = weak_groups("abc", sums, keypoints, bound=50)
     assert alone.members == ("c",)
+
+
+def test_a_folder_of_two_places_has_two_groups_to_be_turned_to() -> None:
+    names = "abcdexyzt"  # t is an image of the smaller place
+    keypoints = dict.fromkeys(names, 1000)
+    strong = [*itertools.combinations("abcde", 2), *itertools.combinations("xyz", 2)]
+    sums = dict.fromkeys(strong, 500.0) | {("t", n): 5.0 for n in "abcdexyz"}
+    sums |= {(a, b): 3.0 for a in "abcde" for b in "xyz"}
+    found = weak_groups(names, sums, keypoints)
+    assert [(g.members, {n for links in g.links.values() for n in links}) for g in found] == [
+        (("x", "y", "z"), set("abcde")),
+        (("t",), set("abcde")),
+        (("t",), set("xyz")),
+    ]
