@@ -78,6 +78,13 @@ class ReconstructKeywords(RunKeywords, total=False):
     extend: Path | str | None
     deterministic: bool
     export: tuple[Export, ...]
+    num_downscales: int
+    dense_points: int
+    gps: str | None
+    gcp: Path | str | None
+    scale: tuple[str, str, float] | None
+    ref_model: Path | str | None
+    crs: Literal["enu", "utm"]
     dense: bool
     dry_run: bool
     refine_intrinsics: RefineIntrinsics

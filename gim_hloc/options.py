@@ -269,7 +269,31 @@ RefineIntrinsics = Literal["auto", "none", "all"]
 Mapper = Literal["auto", "incremental", "global", "hierarchical"]
 PoseUse = Literal["fixed", "refine", "prior"]
 ImageFormat = Literal["jpg", "png"]
-Export = Literal["txt", "ply", "nvm", "bundler", "nerfstudio", "3dgs"]
+Export = Literal[
+    "txt", "ply", "glb", "nvm", "bundler", "openmvs", "metashape", "realityscan", "nerfstudio",
+    "3dgs", "geo",
+]  # fmt: skip
+
+
+@options
+class TargetOptions:
+    """What exports hold."""
+
+    num_downscales: CountOrNone = 0
+    """3dgs, nerfstudio: reduced copies of images and masks: 3 for images_2, images_4, images_8."""
+    dense_points: CountOrNone = 0
+    """3dgs: so many points to start from: the sparse ones, and dense ones up to this number."""
+    gps: str | None = None
+    """Write all of it in metres, by GPS: exif, or a file "name,latitude,longitude,altitude"."""
+    gcp: Path | None = None
+    """Write all of it in metres, by ground control points: OpenDroneMap's gcp_list.txt."""
+    scale: tuple[str, str, Positive] | None = None
+    """Write all of it in metres, by one distance: A B METRES; A and B are images (their cameras) or
+    places in the model as x,y,z."""
+    ref_model: Path | None = None
+    """Write all of it in metres, by known poses: COLMAP model, transforms.json or TUM file."""
+    crs: Literal["enu", "utm"] = "enu"
+    """With --gps: metres east, north and up of an origin, or UTM less an offset."""
 
 
 @options

@@ -26,6 +26,7 @@ from gim_hloc.options import PoseUse, Quality, replace, to_mapping
 from gim_hloc.pairs.files import read_pairs
 from gim_hloc.pairs.retrieval import Lazy
 from gim_hloc.pairs.select import Selection, plan, select
+from gim_hloc.pipelines.exports import reference
 from gim_hloc.pipelines.extension import Extension, gather
 from gim_hloc.pipelines.imported import ImportedMatcher
 from gim_hloc.pipelines.matching import Photographs
@@ -50,17 +51,19 @@ from gim_hloc.pipelines.run import (
 )
 from gim_hloc.pipelines.videos import FOLDER as FRAMES
 from gim_hloc.pipelines.videos import Videos
-from gim_hloc.poses import radius
+from gim_hloc.poses import KnownPoses, radius
 from gim_hloc.schedule import encoding_bytes
 from gim_hloc.store import digest, pair_keys
+from gim_hloc.surveys import Fix, read_positions
 
 if TYPE_CHECKING:
-    from gim_hloc.images import ImageSet
-    from gim_hloc.poses import KnownPoses
+    from gim_hloc.images import ImageRecord, ImageSet
 
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
+
+_GPS_STDDEV_M = 5.0  # of phones and drones, and of heights more: COLMAP's loss is robust
 
 
 class Inputs:
@@ -86,6 +89,7 @@ class Inputs:
         self.base: Extension | None = None  # the run whose model is extended
         self.added: list[str] = []  # images that are new to it
         self.known: KnownPoses | None = None
+        self.fixes: dict[str, Fix] = {}  # GPS positions that known centres come from
         self._others: dict[tuple[str, Quality], Method] = {}
         self._check_options()
         self._check_folders()
@@ -119,13 +123,15 @@ class Inputs:
             raise InputError("--dry-run estimates matching, and --features leaves none to be done.")
         if options.extend is not None and (options.model is not None or given):
             raise InputError("--extend goes without --model, --features and --matches.")
-        if options.poses != "fixed" and options.model is None and options.extend is None:
+        known = options.model is not None or options.extend is not None
+        if options.poses == "refine" and not known:
             raise InputError(f"--poses {options.poses} needs known poses: --model POSES.")
         if options.poses == "prior":
             if options.extend is not None:
                 raise InputError("--extend keeps the poses (--poses fixed) or moves them (refine).")
             if options.mapper not in ("incremental", "auto"):
                 raise InputError("--poses prior works with COLMAP's incremental mapper only.")
+        reference(options)
         if self.part is not None and (given or options.extend is not None):
             raise InputError("--step goes without --features, --matches and --extend.")
 
@@ -267,6 +273,8 @@ class Inputs:
             return
         path = self.options.model
         if path is None:
+            if self.options.poses == "prior":
+                self._read_gps()
             return
         self.known = pose_module.read_poses(
             path, self.names, {name: record.size for name, record in self.records.items()}
@@ -291,6 +299,32 @@ class Inputs:
             raise InputError(f"{path}: all cameras are in one place; nothing can be triangulated.")
         if self.pair_model is None and path.is_dir() and not (path / "transforms.json").is_file():
             self.pair_model = path
+
+    def _read_gps(self) -> None:
+        """GPS positions as known centres."""
+        source = self.options.gps or "exif"
+        self.fixes = (
+            {n: r.exif.gps for n, r in self.records.items() if r.exif.gps is not None}
+            if source == "exif"
+            else read_positions(Path(source), self.names)
+        )
+        places = colmap.positions_enu(self.fixes)
+        if len(places) < 3:
+            raise InputError(
+                "--poses prior without --model takes GPS positions with heights, and "
+                f"{len(places)} images have one; three are needed: --gps FILE, or --model POSES."
+            )
+        logger.info("GPS positions: %d of %d images", len(places), len(self.names))
+        self.known = KnownPoses(
+            poses={name: (np.eye(3), -place) for name, place in places.items()},
+            cameras={},
+            source=source,
+        )
+
+    def turned_records(self) -> dict[str, ImageRecord]:
+        """Images with the orientation in which they were matched in the place of a wrong one."""
+        turns = self.photographs.turns
+        return {n: image_module.turned(r, turns.get(n, 0)) for n, r in self.records.items()}
 
     def _leave_out(self, names: Sequence[str], detail: str) -> None:
         gone = set(names)
@@ -326,6 +360,8 @@ class Inputs:
         """Standard deviation of known camera centres, in their unit."""
         if self.options.prior_stddev is not None or self.known is None:
             return self.options.prior_stddev or 1.0
+        if self.fixes:
+            return _GPS_STDDEV_M
         return 0.01 * radius(self.known.centres().values())
 
     def _assign_cameras(self) -> None:

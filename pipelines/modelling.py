@@ -7,7 +7,7 @@ import functools
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,16 @@ import numpy as np
 
 from gim_hloc import colmap, engine
 from gim_hloc import images as image_module
-from gim_hloc.colmap.export import export_model
-from gim_hloc.errors import GimError, MappingError, some
+from gim_hloc.errors import GimError, InputError, MappingError, some
+from gim_hloc.options import TargetOptions, select
 from gim_hloc.pipelines.cascade import Rescue
+from gim_hloc.pipelines.exports import (
+    Exports,
+    Product,
+    masks_in,
+    product_key,
+    stale_products,
+)
 from gim_hloc.pipelines.inputs import Inputs
 from gim_hloc.pipelines.layers import Layers
 from gim_hloc.pipelines.run import HIDDEN, Made, Step
@@ -329,7 +336,9 @@ class Modelling:
             ]
             known = self.inputs.poses_if("refine", "prior")
             for model in models:
-                if known is not None:
+                if self.inputs.fixes:
+                    notes += self._lay_on_gps(model)
+                elif known is not None:
                     colmap.align(model, known)
                 unread = colmap.extract_colours(
                     model, lambda n: image_module.read_rgb(self.records[n], upright=False)
@@ -343,6 +352,17 @@ class Modelling:
             colmap.write_models(models, made.path / "sparse")
             made.facts = {"notes": notes, "left_model": reasons, "intrinsics": intrinsics}
         return made.facts
+
+    def _lay_on_gps(self, model: Any) -> list[str]:
+        """Put a model into metres, and say how well."""
+        records = self.inputs.turned_records()
+        orientations = {name: record.exif.orientation for name, record in records.items()}
+        try:
+            metres = colmap.metres_by_gps(model, self.inputs.fixes, orientations)
+        except InputError as error:  # a small model beside others
+            return [f"A model stays in units of its own: {error}"]
+        metres.apply(model)
+        return metres.notes
 
     def _improve(
         self, job: MapJob, path: Path, index: int, notes: list[str], made: Made
@@ -406,20 +426,10 @@ class Modelling:
 
     def _drop_stale(self) -> None:
         """Take away what was made of another model."""
-        key = self._product_key()
-        stale = [
-            name
-            for name, entry in self.folder.steps.items()
-            if name.split()[0] in OF_MODEL and entry["key"] not in (None, key)  # None: --from
-        ]
+        stale = stale_products(self.folder, OF_MODEL)
         if stale:
             self.folder.drop(*stale)
             logger.info("Removed what was made of the model before: %s", ", ".join(stale))
-
-    def _product_key(self) -> str:
-        """Of what is made of the models."""
-        files = self.folder.steps["refine"]["files"]
-        return digest([self.model_key, [self.folder.files[name] for name in files]])
 
     def _held(self) -> set[str]:
         """Images whose poses must not move."""
@@ -514,48 +524,29 @@ class Modelling:
         """The models in other formats, and what is dense. A format that fails leaves no old one."""
         if self.failure is not None:
             return
-        model_key = self._product_key()
-        wanted: list[tuple[str, Callable[[Path], list[str]]]] = [
-            (f"export {kind}", functools.partial(self._export_to, kind))
-            for kind in self.options.export
-        ]
-        if self.options.dense:
-            wanted.append(("export dense", self._export_dense))
-        for name, write in wanted:
-            facts = self.folder.facts(name, model_key)
-            try:
-                if facts is None:
-                    with self.folder.making(name, model_key, large=name == "export dense") as made:
-                        notes = [
-                            s.replace(f"{made.path}", f"{self.output}") for s in write(made.path)
-                        ]
-                        made.facts = {"notes": notes}
-                    facts = made.facts
-            except GimError as error:  # the report and what else is wanted come first
-                self.failure = error
-                self.folder.drop(name)
-                continue
-            for sentence in dict.fromkeys(facts["notes"]):
-                self.folder.note(sentence)
+        exports = Exports(
+            folder=self.folder,
+            models=self.models,
+            images=self.inputs.root,
+            records=self.inputs.turned_records(),
+            masks=masks_in(self.options.masks, self.inputs.source),
+            options=select(TargetOptions, self.options),
+            show=self.inputs.show,
+        )
+        dense = Product("export dense", product_key(self.folder), self._export_dense, large=True)
+        wanted = [dense] if self.options.dense else []  # first: other formats hand it on
+        self.failure = exports.make(wanted)
+        self.failure = exports.make(exports.of(self.options.export)) or self.failure
 
-    def _export_to(self, kind: str, folder: Path) -> list[str]:
-        notes: list[str] = []
-        for index, path in enumerate(self.models):
-            target = folder / "export" / str(index)
-            notes += export_model(
-                colmap.read_model(path), target, formats=(kind,), images=self.inputs.root,
-                place=self.output / "export" / str(index), progress=self.inputs.show,
-            )  # fmt: skip
-        return notes
-
-    def _export_dense(self, folder: Path) -> list[str]:
-        return colmap.run_dense(
+    def _export_dense(self, folder: Path) -> dict[str, Any]:
+        notes = colmap.run_dense(
             self.inputs.root,
             colmap.read_model(self.models[0]),
             folder / "dense",
             log_dir=self.folder.hidden("logs"),
             progress=self.inputs.show,
         )
+        return {"notes": notes}
 
     def masked(self) -> dict[str, str]:
         """Images of which their masks leave nothing, and the sentence that says so."""

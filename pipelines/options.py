@@ -31,6 +31,7 @@ from gim_hloc.options import (
     RunOptions,
     Share,
     StepOptions,
+    TargetOptions,
     TuningOptions,
     VerifyOptions,
     VideoOptions,
@@ -102,10 +103,11 @@ class ModelOptions:
     (camera to world). Its intrinsics are used too unless --intrinsics is given."""
     poses: PoseUse = "fixed"
     """fixed: triangulate, poses stay; refine: bundle adjustment afterwards; prior: ordinary mapping
-    that stays near the known camera centres."""
+    that stays near the known camera centres, or near GPS positions and in metres where no poses are
+    given."""
     prior_stddev: Positive | None = None
     """Standard deviation of the centres that --poses prior takes as known, in their unit. By
-    default 1 % of the cameras' mean distance from their middle."""
+    default 1 % of the cameras' mean distance from their middle; of GPS 5 m."""
     missing_poses: Literal["register", "leave-out"] = "register"
     """Images without a known pose: registered by the mapper afterwards, or left out."""
     extend: Path | None = None
@@ -120,12 +122,17 @@ class ExportOptions:
     """What is written."""
 
     export: tuple[Export, ...] = ("ply",)
-    """Formats written to export/ for every model, beside COLMAP's binary one in sparse/. 3dgs:
-    undistorted images and their pinhole model, as Gaussian splatting programs read them."""
+    """Formats written to export/ for every model, beside COLMAP's binary one in sparse/: see
+    docs/handover.md. gim-export writes them afterwards."""
     dense: bool = False
     """Also undistort, and run PatchMatch stereo and fusion where pycolmap has CUDA."""
     dry_run: bool = False
     """Stop after the estimate of time and disk space; writes nothing."""
+
+
+@options(rare=True)
+class ExportTargetOptions(TargetOptions):
+    """What exports hold, as in gim-export."""
 
 
 @options
@@ -135,6 +142,7 @@ class ReconstructOptions(
     TrackOptions,
     ModelOptions,
     ExportOptions,
+    ExportTargetOptions,
     RunOptions,
     TuningOptions,
     StepOptions,
@@ -150,6 +158,21 @@ class ReconstructOptions(
     anchored: AnchoredOptions = AnchoredOptions()
     quantized: QuantizedOptions = QuantizedOptions()
     warps: RereadOptions = RereadOptions()
+
+
+@options
+class WantedOptions:
+    """What is written."""
+
+    to: tuple[Export, ...] = ()
+    """Formats written to export/ in OUTPUT for every model: see docs/handover.md."""
+    images: Path | None = None
+    """Folder of the images, if they are not where they were."""
+
+
+@options
+class HandoverOptions(WantedOptions, TargetOptions):
+    """Everything that gim-export can be told."""
 
 
 @options

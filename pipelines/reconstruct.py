@@ -259,6 +259,9 @@ class _Reconstruction:
                 f"few points, were matched anew with {rescued['matcher']} and are in the largest "
                 f"model: {some(rescued['images'])}."
             )
+        geo = self.inputs.folder.steps.get("export geo")
+        if geo is not None and "geo" in self.inputs.options.export:
+            report["metres"] = geo["facts"]["metres"]
         masked = self.modelling.masked()
         for row in report["images"]:
             if row["name"] in self.inputs.photographs.turns:

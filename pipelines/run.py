@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from gim_hloc import __version__, images
 from gim_hloc.clock import timed
-from gim_hloc.colmap.export import FORMATS
 from gim_hloc.errors import GimError, InputError, OutputError, some
 from gim_hloc.files import write_atomic
 from gim_hloc.images import ImageRecord, ImageSet
@@ -40,6 +39,13 @@ HIDDEN = ".run"  # folder of what no user needs: copies, staged files, parts of 
 _RENAMED = {"readings.h5": "raw_matches.h5"}  # files of 0.1
 _GONE = ("turns.json",)  # of 0.1; now in run.yaml
 MODEL_FILES = [f"{part}.bin" for part in ("cameras", "images", "points3D", "rigs", "frames")]
+_EXPORTS_01 = {
+    "txt": [f"{part}.txt" for part in ("cameras", "images", "points3D", "rigs", "frames")],
+    "nvm": ["model.nvm"],
+    "bundler": ["bundle.out", "list.txt"],
+    "nerfstudio": ["transforms.json", "sparse_pc.ply"],
+    "3dgs": ["3dgs/**/*"],
+}
 _INDEX = f"{HIDDEN}/images.json"
 # Of run.yaml; the rest is what the last run was told.
 _OWN = ("gim_hloc", "command", "timings", "steps", "pending", "files", "checksum", "stages")
@@ -619,14 +625,14 @@ def _of_01(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         return [str(p.relative_to(folder)) for name in patterns for p in folder.glob(name)]
 
     asked = options.get("export")
-    kinds = [kind for kind in FORMATS if isinstance(asked, list) and kind in asked]
+    kinds = [kind for kind in asked if isinstance(kind, str)] if isinstance(asked, list) else []
     made = {
         "pairs": there("pairs.txt"),
         "verify": there("database.db"),
         "refine": there(*(f"sparse/[0-9]*/{part}" for part in MODEL_FILES)),
         "export 0.1": there(
             "export/[0-9]*/points.ply",
-            *(f"export/[0-9]*/{n}" for k in kinds for n in FORMATS[k].files),
+            *(f"export/[0-9]*/{n}" for k in kinds for n in _EXPORTS_01.get(k, ())),
         ),
     }
     files = there(

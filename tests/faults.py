@@ -22,7 +22,7 @@ from gim_hloc.cache import Cache
 from gim_hloc.cli import localize as localize_command
 from gim_hloc.cli import reconstruct as reconstruct_command
 from gim_hloc.colmap import mapping
-from gim_hloc.pipelines import modelling, reconstruct
+from gim_hloc.pipelines import exports, reconstruct
 from gim_hloc.pipelines import run as run_module
 
 # Step -> what of it is called, and the call at which the process is killed: the step before is
@@ -36,7 +36,7 @@ MOMENTS: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
     "database": (colmap, "write_database", 1, lambda *_, **__: True),
     "map": (mapping, "_map_once", 1, lambda *_, **__: True),
     "refine": (colmap, "extract_colours", 1, lambda *_, **__: True),
-    "export": (modelling, "export_model", 2, lambda *_, **__: True),
+    "export": (exports, "export_model", 2, lambda *_, **__: True),
     "report": (reconstruct, "write_report", 1, lambda *_, **__: True),
     "queries": (store.H5Store, "put", 2, lambda self, *_, **__: self.path.stem == "poses"),
 }

@@ -50,6 +50,9 @@ FOREIGN = {
         "--compare-precision",
     ),
     "--dependency",
+    # Of INRIA's 3DGS and of OpenMVS.
+    "--depths",
+    "--ignore-mask-label",
 }
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))
@@ -116,7 +119,7 @@ def choices_of(program: str, subcommand: str, option: str) -> set[str] | None:
 
 @functools.cache
 def all_options() -> set[str]:
-    simple = ("reconstruct", "localize", "pairs", "eval-sfm", "match", "masks")
+    simple = ("reconstruct", "localize", "export", "pairs", "eval-sfm", "match", "masks")
     programs = [*(f"gim-{name}" for name in simple), *OTHER_PARSERS]
     found = set().union(*(options_of(program, "") for program in programs))
     for program, subcommands in SUBCOMMANDS.items():

@@ -130,13 +130,13 @@ def test_every_format_gives_the_same_poses(kind: str, tmp_path: Path) -> None:
 
 def test_nerfstudio_undoes_our_export(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path / "out", intrinsics=INTRINSICS, export=("nerfstudio",))
-    found = read_poses(tmp_path / "out/export/0/transforms.json", NAMES)
+    found = read_poses(tmp_path / "out/export/0/nerfstudio/transforms.json", NAMES)
     model = colmap.model_cameras(tmp_path / "out")
     rotation, distance = camera_errors(found.poses, model)
     assert rotation < 1e-4
     assert distance < 1e-9
     # Its folder will do as well, and lens distortion chooses the camera.
-    content = json.loads((tmp_path / "out/export/0/transforms.json").read_text())
+    content = json.loads((tmp_path / "out/export/0/nerfstudio/transforms.json").read_text())
     for key, expected in (("k1", "OPENCV"), ("k3", "FULL_OPENCV")):
         (tmp_path / "transforms.json").write_text(json.dumps({**content, key: 0.1}))
         cameras = read_poses(tmp_path, NAMES).cameras

@@ -36,7 +36,7 @@ from gim_hloc.errors import InputError, LockedError, MappingError, OutputError
 from gim_hloc.lock import FolderLock
 from gim_hloc.options import MapOptions
 from gim_hloc.pairs import read_pairs
-from gim_hloc.pipelines import modelling
+from gim_hloc.pipelines import exports
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 
 fake_matcher.register()
@@ -74,13 +74,13 @@ def status(result: ReconstructResult) -> dict[str, str]:
 def test_an_image_that_is_gone_when_it_is_exported_costs_the_export_only(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export = modelling.export_model
+    export = exports.export_model
 
     def late(*args: Any, **options: Any) -> list[str]:
         (images / NAMES[0]).rename(tmp_path / "away")
         return export(*args, **options)
 
-    monkeypatch.setattr(modelling, "export_model", late)
+    monkeypatch.setattr(exports, "export_model", late)
     with pytest.raises(InputError, match=re.escape(NAMES[0])):
         run(images, tmp_path / "out", export=("3dgs",))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -576,7 +576,7 @@ def test_cli_flags_reach_the_options(
     assert code == 0
     assert f"{len(NAMES)} of {len(NAMES)} images registered" in out
     assert len(read_pairs(tmp_path / "out/pairs.txt")) == 2 * len(NAMES) - 3
-    assert (tmp_path / "out/export/0/transforms.json").exists()
+    assert (tmp_path / "out/export/0/nerfstudio/transforms.json").exists()
 
 
 def test_dense_without_cuda_says_what_is_missing(images: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from gim_hloc.cache import Cache
 from gim_hloc.colmap.export import export_model
 from gim_hloc.errors import GimError, InputError, MappingError, OutputError
 from gim_hloc.options import VerifyOptions
-from gim_hloc.pipelines import modelling
+from gim_hloc.pipelines import exports, modelling
 from gim_hloc.pipelines.run import RunFolder
 
 fake_matcher.register()
@@ -96,7 +96,7 @@ def content(output: Path) -> dict[str, Any]:
             if path.is_file():
                 found[str(path.relative_to(output))] = digest(path.read_bytes())
     # Paths of images are relative to where the output lies.
-    found.pop("export/0/transforms.json", None)
+    found.pop("export/0/nerfstudio/transforms.json", None)
     return found
 
 
@@ -112,7 +112,7 @@ def log_counts(output: Path) -> Counter[str]:
 
 def assert_whole(output: Path, place: Path) -> None:
     assert content(output) == content(place / "whole")
-    assert (output / "export/0/transforms.json").is_file()
+    assert (output / "export/0/nerfstudio/transforms.json").is_file()
     assert (output / "report.html").is_file()
     assert not [p for p in output.rglob("*") if ".tmp" in p.name or p.suffix == ".new"]
 
@@ -317,11 +317,11 @@ def test_an_export_that_fails_leaves_no_old_one(
             raise error
         return export_model(*given, formats=formats, **options)
 
-    monkeypatch.setattr(modelling, "export_model", fail)
+    monkeypatch.setattr(exports, "export_model", fail)
     with pytest.raises(GimError):
         run(place / "images", out, map={"min_model_size": 4})
     assert not (out / "export/0/points.ply").exists()
-    assert (out / "export/0/transforms.json").is_file()
+    assert (out / "export/0/nerfstudio/transforms.json").is_file()
     assert (out / "report.html").is_file()
     monkeypatch.undo()
     run(place / "images", out, map={"min_model_size": 4})

@@ -261,9 +261,12 @@ def test_nerfstudio_paths_lead_to_the_images_through_links(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere/deep")
     target = tmp_path / "out" / "export" / "0"
     export_model(made, target, formats=("nerfstudio",), images=tmp_path / "images")
+    target /= "nerfstudio"
     frames = json.loads((target / "transforms.json").read_text(encoding="utf-8"))["frames"]
     assert len(frames) == 2
-    assert all((target / frame["file_path"]).is_file() for frame in frames)
+    for frame in frames:
+        assert (target / frame["file_path"]).is_symlink()
+        assert (target / frame["file_path"]).is_file()
 
 
 def test_bundler_and_nvm_say_how_far_points_move(tmp_path):

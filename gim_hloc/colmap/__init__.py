@@ -34,6 +34,14 @@ from gim_hloc.colmap.database import (
     read_verification,
     write_database,
 )
+from gim_hloc.colmap.geo import (
+    Metres,
+    metres_by_control_points,
+    metres_by_distance,
+    metres_by_gps,
+    metres_by_poses,
+    positions_enu,
+)
 from gim_hloc.colmap.improve import (
     Refined,
     bundle_adjust,
@@ -109,6 +117,7 @@ __all__ = [
     "MapJob",
     "MapView",
     "Mapped",
+    "Metres",
     "NewImage",
     "PairVerification",
     "Refined",
@@ -141,6 +150,10 @@ __all__ = [
     "locate",
     "map_scene",
     "map_views",
+    "metres_by_control_points",
+    "metres_by_distance",
+    "metres_by_gps",
+    "metres_by_poses",
     "model_cameras",
     "model_observations",
     "model_statistics",
@@ -151,6 +164,7 @@ __all__ = [
     "points",
     "poses_and_cameras",
     "poses_of",
+    "positions_enu",
     "read_cameras",
     "read_model",
     "read_verification",

@@ -116,7 +116,7 @@ def undistort(
     views = [result.image(i) for i in result.reg_image_ids()]
     views.sort(key=lambda view: (view.camera_id, view.name))  # the maps of cameras are large
     check_names(images, [view.name for view in views])
-    written = _plain_names([view.name for view in views], flat=flat)
+    written = plain_names([view.name for view in views], flat=flat)
     cameras = {i: camera_spec(result.camera(i)) for i in {view.camera_id for view in views}}
     targets: dict[int, CameraSpec] = {}
 
@@ -166,8 +166,11 @@ def _move(view: Any, source: CameraSpec, target: CameraSpec) -> None:
         point.xy = xy
 
 
-def _plain_names(names: Sequence[str], *, flat: bool) -> dict[str, str]:
-    """Name -> name of the written file; no two are the same, not even in another case."""
+def plain_names(names: Sequence[str], *, flat: bool) -> dict[str, str]:
+    """Name -> name of the written file; no two are the same, not even in another case.
+
+    Flat names differ without their suffixes, too: masks and depth maps have another one.
+    """
 
     def wanted(name: str) -> str:
         stem, suffix = os.path.splitext(name)
@@ -179,12 +182,13 @@ def _plain_names(names: Sequence[str], *, flat: bool) -> dict[str, str]:
     taken: set[str] = set()
     for name in sorted(names, key=lambda name: (wanted(name) != name, name)):
         stem, suffix = os.path.splitext(wanted(name))
-        candidate, count = stem + suffix, 1
-        while candidate.lower() in taken:
+        candidate, count = stem, 1
+        key = "" if flat else suffix
+        while (candidate + key).lower() in taken:
             count += 1
-            candidate = f"{stem}_{count}{suffix}"
-        taken.add(candidate.lower())
-        found[name] = candidate
+            candidate = f"{stem}_{count}"
+        taken.add((candidate + key).lower())
+        found[name] = candidate + suffix
     return found
 
 

@@ -7,7 +7,7 @@ A pose is world to camera: ``x_camera = R @ x_world + t``; its centre is ``-R.T 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,6 +183,11 @@ def umeyama(source: np.ndarray, target: np.ndarray) -> Similarity:
         raise InputError(
             f"{len(source)} point(s) do not fix a similarity: three that are not on one line do"
         )
+    return fit_similarity(source, target)
+
+
+def fit_similarity(source: np.ndarray, target: np.ndarray) -> Similarity:
+    """The same for any points; on one line, the turn about it is any."""
     source_mean, target_mean = source.mean(0), target.mean(0)
     covariance = (target - target_mean).T @ (source - source_mean) / len(source)
     u, singular, vt = np.linalg.svd(covariance)
@@ -195,7 +200,12 @@ def umeyama(source: np.ndarray, target: np.ndarray) -> Similarity:
 
 
 def robust_umeyama(
-    source: np.ndarray, target: np.ndarray, *, samples: int = 500, seed: int = 0
+    source: np.ndarray,
+    target: np.ndarray,
+    *,
+    samples: int = 500,
+    seed: int = 0,
+    fit: Callable[[np.ndarray, np.ndarray], Similarity] = umeyama,
 ) -> Similarity:
     """Fit a similarity to points of which up to about half may be wrong.
 
@@ -207,6 +217,7 @@ def robust_umeyama(
         target: (N, 3) where they belong.
         samples: triples to try; all of them where there are not more.
         seed: of the choice of triples.
+        fit: of all triples and of the rest; ``fit_similarity`` takes points on one line.
 
     Raises:
         InputError: as `umeyama`, or no triple is usable.
@@ -224,14 +235,14 @@ def robust_umeyama(
     for triple in triples:
         chosen = list(triple)
         try:
-            candidate = umeyama(source[chosen], target[chosen])
+            candidate = fit(source[chosen], target[chosen])
         except InputError:
             continue
         median = float(np.median(_residuals(candidate, source, target)))
         if median < best_median:
             best, best_median = candidate, median
     if best is None:
-        return umeyama(source, target)  # says what is wrong with the points
+        return fit(source, target)  # says what is wrong with the points
     inliers = np.zeros(count, dtype=bool)
     for _ in range(10):
         residuals = _residuals(best, source, target)
@@ -242,7 +253,7 @@ def robust_umeyama(
         if (inliers == previous).all():
             break
         try:
-            best = umeyama(source[inliers], target[inliers])
+            best = fit(source[inliers], target[inliers])
         except InputError:
             break
     return best

@@ -1,0 +1,350 @@
+"""What is made of the models of a run for other programs: one step a format, tied to its model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gim_hloc import colmap
+from gim_hloc.clock import timed
+from gim_hloc.colmap.export import FORMATS, export_model
+from gim_hloc.errors import GimError, InputError
+from gim_hloc.files import as_path, read_text
+from gim_hloc.images import ImageRecord, turned
+from gim_hloc.masks import MaskFolder
+from gim_hloc.options import TargetOptions, given, select, to_mapping
+from gim_hloc.pipelines.options import HandoverOptions
+from gim_hloc.pipelines.run import RunFolder, read_state, scanned
+from gim_hloc.poses import match_names, read_poses
+from gim_hloc.store import digest
+from gim_hloc.surveys import read_control_points, read_positions
+
+logger = logging.getLogger(__name__)
+
+DENSE = "dense"  # folder of the dense model in OUTPUT, COLMAP's workspace
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a step makes of the models.
+
+    Attributes:
+        name: of the step.
+        key: what it is done for.
+        write: makes its files below a folder that stands for OUTPUT, and gives facts, JSON-able:
+            "notes" for the user, and what else is to be kept.
+        large: files are later known by their sizes alone.
+    """
+
+    name: str
+    key: str
+    write: Callable[[Path], dict[str, Any]]
+    large: bool = False
+
+
+def product_key(folder: RunFolder) -> str:
+    """What stands for the models of a run in the keys of what is made of them."""
+    step = folder.steps["refine"]
+    return digest([step["key"], [folder.files[name] for name in step["files"]]])
+
+
+def stale_products(folder: RunFolder, kinds: Iterable[str]) -> list[str]:
+    """Steps of some kinds that were done for other models than those that are there."""
+    key = product_key(folder)
+
+    def stale(entry: Mapping[str, Any]) -> bool:
+        # Without a key it is to be made again (--from); earlier versions had the models' as key.
+        return entry["key"] is not None and entry["facts"].get("model", entry["key"]) != key
+
+    wanted = set(kinds)
+    return [
+        name for name, entry in folder.steps.items() if name.split()[0] in wanted and stale(entry)
+    ]
+
+
+def reference(options: TargetOptions, kind: str = "") -> tuple[str | None, Any]:
+    """The option that says what a metre is, and its value; GPS for what is to be on earth.
+
+    Raises:
+        InputError: there are two, or the file that one names is not there.
+    """
+    named = {name: getattr(options, name) for name in ("gps", "gcp", "scale", "ref_model")}
+    said = [(name, value) for name, value in named.items() if value is not None]
+    flags = [f"--{name.replace('_', '-')}" for name, _ in said]
+    if len(said) > 1:
+        raise InputError(f"{' and '.join(flags)} say what a metre is: give one of them.")
+    for flag, (name, value) in zip(flags, said, strict=True):
+        if name != "scale" and value != "exif" and not Path(value).exists():
+            raise InputError(f"{flag}: there is no {value}.")
+    return said[0] if said else ("gps", "exif") if kind == "geo" else (None, None)
+
+
+@dataclass(kw_only=True)
+class Exports:
+    """Models of a run in other programs' formats.
+
+    Attributes:
+        folder: of the run.
+        models: folders of the models, in OUTPUT.
+        images: image root.
+        records: the images by name, with the orientations in which they were matched.
+        masks: of the images.
+        options: what exports hold.
+        show: whether to draw progress bars.
+    """
+
+    folder: RunFolder
+    models: Sequence[Path]
+    images: Path
+    records: Mapping[str, ImageRecord]
+    masks: MaskFolder | None
+    options: TargetOptions
+    show: bool
+
+    def of(self, kinds: Iterable[str]) -> list[Product]:
+        """Products of some formats."""
+        return [
+            Product(
+                f"export {k}", self._key(k), functools.partial(self._write, k), FORMATS[k].large
+            )
+            for k in kinds
+        ]
+
+    def make(self, products: Iterable[Product]) -> GimError | None:
+        """Make what is not there yet, and tell its notes. What fails leaves no old one behind.
+
+        Returns:
+            The error of the last one that failed: what else is wanted comes first.
+        """
+        failure = None
+        for product in products:
+            facts = self.folder.facts(product.name, product.key)
+            try:
+                if facts is None:
+                    with self.folder.making(product.name, product.key, large=product.large) as made:
+                        found = product.write(made.path)
+                        notes = [
+                            s.replace(f"{made.path}", f"{self.folder.path}") for s in found["notes"]
+                        ]
+                        made.facts = {
+                            **found,
+                            "notes": notes,
+                            "model": product_key(self.folder),
+                        }
+                    facts = made.facts
+            except GimError as error:
+                failure = error
+                self.folder.drop(product.name)
+                continue
+            for sentence in facts["notes"]:
+                if sentence not in self.folder.notes:  # what is said of several formats
+                    self.folder.note(sentence)
+        return failure
+
+    def _key(self, kind: str) -> str:
+        parts: list[Any] = [product_key(self.folder), self._reference_key(kind)]
+        if FORMATS[kind].large:
+            masks = [self.masks.find(name) for name in self.records] if self.masks else []
+            stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in masks if p]
+            dense = {n: f for n, f in self.folder.files.items() if n.startswith(f"{DENSE}/")}
+            parts += [to_mapping(self.options), stamps, dense]
+        return digest(parts)
+
+    def _reference_key(self, kind: str) -> Any:
+        """What stands for the metres of an export."""
+        by, where = reference(self.options, kind)
+        if by is None:
+            return None
+        path = Path(str(where))
+        if by == "gps" and where == "exif":
+            content: Any = {name: record.exif.gps for name, record in self.records.items()}
+        elif by == "ref_model":
+            found = read_poses(path, list(self.records))
+            content = {n: [part.tolist() for part in pose] for n, pose in found.poses.items()}
+        else:
+            content = read_text(path, by) if by != "scale" else None
+        return [by, str(where), self.options.crs, content]
+
+    def _metres(self, kind: str, model: Any) -> colmap.Metres | None:
+        by, where = reference(self.options, kind)
+        names = list(self.records)
+        orientations = {name: r.exif.orientation for name, r in self.records.items()}
+        if by == "gps":
+            fixes = {n: r.exif.gps for n, r in self.records.items() if r.exif.gps is not None}
+            if where != "exif":
+                fixes = read_positions(Path(where), names)
+            return colmap.metres_by_gps(model, fixes, orientations, self.options.crs)
+        if by == "gcp":
+            return colmap.metres_by_control_points(model, *read_control_points(where, names))
+        if by == "ref_model":
+            return colmap.metres_by_poses(model, read_poses(where, names).poses)
+        if by == "scale":
+            ends = [_place(text, model) for text in where[:2]]
+            return colmap.metres_by_distance(model, ends, where[2], orientations)
+        return None
+
+    def _write(self, kind: str, folder: Path) -> dict[str, Any]:
+        notes: list[str] = []
+        described = []
+        for index, path in enumerate(self.models):
+            model = colmap.read_model(path)
+            try:
+                metres = self._metres(kind, model)
+            except InputError as error:
+                if index == 0:
+                    raise
+                notes.append(f"Model {index} is not exported as {kind}: {error}")
+                continue
+            if metres is not None:
+                metres.apply(model)
+                notes += metres.notes
+                described.append(metres.described())
+            dense = self.folder.path / DENSE
+            notes += export_model(
+                model, folder / "export" / str(index), formats=(kind,),
+                images=self.images, place=self.folder.path / "export" / str(index),
+                progress=self.show, options=self.options, mask=self._mask if self.masks else None,
+                dense=dense if index == 0 and dense.is_dir() else None, metres=metres,
+            )  # fmt: skip
+        return {"notes": notes, "metres": described}
+
+    def _mask(self, name: str) -> Any:
+        assert self.masks is not None
+        return self.masks.load(self.records[name])
+
+
+@dataclass(kw_only=True)
+class ExportResult:
+    """What ``export`` left.
+
+    Attributes:
+        output: folder of the run.
+        files: that belong to the exports, relative to it.
+        notes: what formats could not hold, and what else to know.
+        metres: of ``geo``: how metres were found for each model, with residuals.
+    """
+
+    output: Path
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    metres: list[dict[str, Any]] = field(default_factory=list)
+
+
+def export(
+    output: Path | str,
+    options: HandoverOptions | None = None,
+    *,
+    progress: bool = True,
+    **overrides: Any,
+) -> ExportResult:
+    """Write the models of a finished run in other programs' formats; computes nothing again.
+
+    Args:
+        output: folder of a run of ``reconstruct``.
+        options: all settings; None takes the defaults.
+        progress: whether to draw progress bars.
+        **overrides: single fields of ``HandoverOptions``, such as ``to=("3dgs",)``.
+
+    Raises:
+        InputError: no finished run is there, or options or images cannot be used.
+        OutputError: files that no run made are in the way.
+        LockedError: a run holds the folder.
+    """
+    options = given(HandoverOptions, options, overrides)
+    output = as_path(output, "output")
+    if not options.to:
+        raise InputError(f"Say what is wanted: --to and some of {', '.join(FORMATS)}.")
+    state = read_state(output)
+    if state is None or state.get("command", "reconstruct") != "reconstruct":
+        raise InputError(f"{output} is no output of gim-reconstruct: there is no run.yaml of it.")
+    folder = RunFolder(
+        output,
+        "reconstruct",
+        makes=[f"export/[0-9]*/{name}" for kind in options.to for name in FORMATS[kind].files],
+    )
+    folder.timings = dict(state.get("timings", {}))
+    with folder, timed(folder.timings, "export"):
+        if "refine" not in folder.steps:
+            raise InputError(
+                f"{output} has no finished model: repeat the command of gim-reconstruct first."
+            )
+        root = options.images or _images(folder, state)
+        exports = Exports(
+            folder=folder,
+            models=[
+                p.parent for p in sorted((output / "sparse").glob("[0-9]*/images.bin"), key=_number)
+            ],
+            images=root,
+            records=_records(folder, root),
+            masks=_masks(folder, state["options"].get("masks"), root),
+            options=select(TargetOptions, options),
+            show=progress,
+        )
+        products = exports.of(options.to)
+        failure = exports.make(products)
+        folder.save()
+    if failure is not None:
+        raise failure
+    return ExportResult(
+        output=output,
+        files=[name for product in products for name in folder.steps[product.name]["files"]],
+        notes=list(dict.fromkeys(folder.notes)),
+        metres=folder.steps.get("export geo", {}).get("facts", {}).get("metres", []),
+    )
+
+
+def _number(path: Path) -> int:
+    return int(path.parent.name)
+
+
+def _place(text: str, model: Any) -> np.ndarray:
+    """A place (3,) in a model: ``x,y,z``, or the camera of an image."""
+    with contextlib.suppress(ValueError):
+        values = np.array(text.split(","), float)
+        if len(values) == 3 and np.isfinite(values).all():
+            return values
+    poses = colmap.poses_of(model)
+    name = match_names([text], poses).get(text)
+    if name is None:
+        raise InputError(f"--scale: {text!r} is neither an image of the model nor a place x,y,z.")
+    rotation, translation = poses[name]
+    return np.asarray(-rotation.T @ translation)
+
+
+def _images(folder: RunFolder, state: Mapping[str, Any]) -> Path:
+    """Where the images of a run are: an extended one has links to them in OUTPUT."""
+    gathered = any(name.startswith("images/") for name in folder.files)
+    root = folder.path / "images" if gathered else Path(str(state.get("images")))
+    if not root.is_dir():
+        raise InputError(
+            f"The images of {folder.path} are not in {root} any more: say where, --images FOLDER."
+        )
+    return root
+
+
+def _records(folder: RunFolder, root: Path) -> dict[str, ImageRecord]:
+    turns = folder.steps.get("rotations", {}).get("facts", {}).get("images", {})
+    return {
+        name: dataclasses.replace(turned(record, int(turns.get(name, (0,))[0])), path=root / name)
+        for name, record in scanned(folder.path).items()
+    }
+
+
+def _masks(folder: RunFolder, masks: str | None, root: Path) -> MaskFolder | None:
+    if masks is not None and not Path(masks).is_dir():
+        folder.note(f"The masks of the run are not in {masks} any more: exports have none.")
+        return None
+    return masks_in(masks, root)
+
+
+def masks_in(folder: Path | str | None, images: Path) -> MaskFolder | None:
+    """Masks as they are given: erosion keeps keypoints off edges, and others have none of these."""
+    return MaskFolder(folder, erode_px=0, image_root=images) if folder else None

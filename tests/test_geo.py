@@ -1,0 +1,279 @@
+"""Models in metres: flights with exact poses, whose positions are read back by pyproj."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycolmap
+import pytest
+from scipy.spatial.transform import Rotation
+from test_handover import build, observed
+
+from gim_hloc import colmap
+from gim_hloc.colmap.export import export_model
+from gim_hloc.errors import InputError
+from gim_hloc.surveys import read_control_points, read_positions
+
+pyproj = pytest.importorskip("pyproj", reason="pyproj is not installed")
+
+ORIGIN = (55.7, 13.2, 20.0)
+TO_ENU = (
+    "+proj=pipeline +step +proj=cart +ellps=WGS84 +step +proj=topocentric +ellps=WGS84 "
+    "+lat_0={} +lon_0={} +h_0={}"
+)
+
+
+def wgs84(enu: np.ndarray, origin: tuple[float, ...] = ORIGIN) -> np.ndarray:
+    """Latitude, longitude, height (N, 3) by PROJ."""
+    pipeline = pyproj.Transformer.from_pipeline(TO_ENU.format(*origin))
+    longitude, latitude, height = pipeline.transform(*enu.T, direction="INVERSE", radians=False)
+    return np.column_stack([latitude, longitude, height])
+
+
+class Flight:
+    """40 images over 150 m at 60 m, looking down, in a model of unknown scale and turn."""
+
+    def __init__(self, seed: int, *, line: bool = False) -> None:
+        rng = np.random.default_rng(seed)
+        x, y = np.meshgrid(np.linspace(0, 150, 8), np.linspace(0, 150, 5))
+        self.centres = np.column_stack([x.ravel(), y.ravel(), np.full(40, 60.0)])
+        heading = np.repeat([0.0, np.pi, 0, np.pi, 0], 8)
+        if line:
+            self.centres[:, :2] = np.column_stack([np.linspace(0, 150, 40), np.zeros(40)])
+            heading[:] = np.pi / 2  # forwards is up in the images
+        self.centres += rng.normal(0, 0.05 if line else 0.5, (40, 3))
+        self.names = [f"{i:02d}.jpg" for i in range(40)]
+        jitter = np.radians(rng.normal(0, 2, (40, 2)))
+        angles = np.column_stack([heading, jitter[:, 0], np.pi + jitter[:, 1]])
+        turns = Rotation.from_euler("ZYX", angles).as_matrix()  # camera to world
+        ground = rng.uniform((-20, -20, 0), (170, 170, 5), (300, 3))
+        model = pycolmap.Reconstruction()
+        camera = pycolmap.Camera(
+            model="SIMPLE_RADIAL", width=800, height=600, params=[700, 400, 300, -0.05], camera_id=1
+        )
+        model.add_camera_with_trivial_rig(camera)
+        tracks = [pycolmap.Track() for _ in ground]
+        for i, name in enumerate(self.names):
+            pose = np.column_stack([turns[i].T, -turns[i].T @ self.centres[i]])
+            xy = np.asarray(camera.img_from_cam(ground @ pose[:, :3].T + pose[:, 3]))
+            inside = np.flatnonzero(((xy > 0) & (xy < (800, 600))).all(1))
+            for row, point in enumerate(inside):
+                tracks[point].add_element(i + 1, row)
+            image = pycolmap.Image(name, xy[inside], 1, i + 1)
+            model.add_image_with_trivial_frame(image, pycolmap.Rigid3d(pose))
+        for xyz, track in zip(ground, tracks, strict=True):
+            if track.length() > 1:
+                model.add_point3D(xyz, track, np.array([9, 8, 7], np.uint8))
+        self.rotation = Rotation.random(rng=rng).as_matrix()
+        self.scale = 0.031
+        model.transform(
+            pycolmap.Sim3d(self.scale, pycolmap.Rotation3d(self.rotation), np.array([1.0, 2, 3]))
+        )
+        self.model = model
+        tags = self.centres + rng.normal(size=(40, 3)) * (2, 2, 4)
+        self.wrong = sorted(rng.choice(self.names, 3, replace=False).tolist())
+        for name in self.wrong:
+            way = rng.normal(size=2)
+            tags[self.names.index(name), :2] += 50 * way / np.linalg.norm(way)
+        places = zip(self.names, wgs84(tags).tolist(), strict=True)
+        self.fixes = {name: tuple(place) for name, place in places}
+
+    def errors(self, metres: Any) -> tuple[float, float]:
+        """Of the scale, as a share, and of up, degrees."""
+        similarity = metres.similarity
+        up = (similarity.rotation @ self.rotation)[2, 2]
+        scale = abs(similarity.scale * self.scale - 1)
+        return scale, float(np.degrees(np.arccos(min(1.0, up))))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gps_gives_scale_and_up_and_names_what_is_wrong(seed: int) -> None:
+    flight = Flight(seed)
+    metres = colmap.metres_by_gps(flight.model, flight.fixes, {})
+    scale, up = flight.errors(metres)
+    assert scale < 0.01
+    assert up < 1
+    assert sorted(metres.facts["wrong"]) == flight.wrong
+    assert 1 < metres.facts["rms_across_m"] / np.sqrt(2) < 3
+    assert 2.5 < metres.facts["rms_height_m"] < 5.5
+    assert any("3 GPS positions are far off" in note for note in metres.notes)
+    assert all(name in metres.notes[1] for name in flight.wrong)
+    assert not any("straight line" in note for note in metres.notes)
+    # The deviations that are told are those that are.
+    assert scale < 3 * metres.facts["scale_std"]
+    assert up < 3 * metres.facts["up_std_deg"]
+
+
+def test_a_straight_line_leaves_the_roll_open_and_says_so() -> None:
+    flight = Flight(0, line=True)
+    metres = colmap.metres_by_gps(flight.model, flight.fixes, {})
+    assert any("straight line, which leaves the roll about it open" in n for n in metres.notes)
+    scale, up = flight.errors(metres)
+    assert scale < 0.02
+    assert up < 2  # since the cameras look straight down
+
+
+def test_heights_may_be_missing() -> None:
+    flight = Flight(1)
+    flat = {name: (*fix[:2], None) for name, fix in flight.fixes.items()}
+    metres = colmap.metres_by_gps(flight.model, flat, {})
+    scale, up = flight.errors(metres)
+    assert scale < 0.01
+    assert up < 1.5
+    assert metres.facts["rms_height_m"] is None
+
+
+@pytest.mark.parametrize("crs", ["enu", "utm"])
+def test_geo_is_read_back_by_pyproj(crs: Any, tmp_path: Path) -> None:
+    flight = Flight(2)
+    truth = observed(flight.model)
+    metres = colmap.metres_by_gps(flight.model, flight.fixes, {}, crs)
+    metres.apply(flight.model)
+    export_model(flight.model, tmp_path, formats=("geo",), metres=metres)
+    found = pycolmap.Reconstruction(tmp_path / "geo/sparse/0")
+    for name, (_, xy) in observed(found).items():
+        np.testing.assert_allclose(xy, truth[name][1], atol=0.01)
+    about = json.loads((tmp_path / "geo/geo.json").read_text())
+    offset = np.array((tmp_path / "geo/offset.xyz").read_text().split(), float)
+    images = {i.name: i for i in map(found.image, found.reg_image_ids())}
+    small = np.array([images[n].projection_center() for n in flight.names])
+    assert np.abs(small).max() < 1000  # float32 is good to a tenth of a millimetre there
+    places = small + offset
+    if crs == "enu":
+        read = wgs84(places, about["origin"])
+    else:
+        assert about["crs"] == "EPSG:32633"
+        back = pyproj.Transformer.from_crs("EPSG:32633", "EPSG:4326", always_xy=True)
+        longitude, latitude = back.transform(places[:, 0], places[:, 1])
+        read = np.column_stack([latitude, longitude, places[:, 2]])
+    true = wgs84(flight.centres)
+    across = (read - true)[:, :2] * 111_000 * (1, np.cos(np.radians(ORIGIN[0])))
+    assert np.linalg.norm(across, axis=1).max() < 2.5  # 40 tags of 2 m noise
+    rows = list(csv.DictReader((tmp_path / "geo/cameras.csv").open(newline="")))
+    written = np.array([[float(r["latitude"]), float(r["longitude"])] for r in rows])
+    np.testing.assert_allclose(written, read[:, :2], atol=2e-8)  # 2 mm
+
+
+def test_control_points_of_opendronemap(tmp_path: Path) -> None:
+    flight = Flight(3)
+    utm = pyproj.Transformer.from_crs("EPSG:4979", "EPSG:32633", always_xy=True)
+    ground = np.random.default_rng(0).uniform((10, 10, 0), (140, 140, 8), (8, 3))
+    degrees = wgs84(ground)
+    x, y = utm.transform(degrees[:, 1], degrees[:, 0])
+    lines = ["WGS84 UTM 33N"]
+    images = [flight.model.image(i) for i in flight.model.reg_image_ids()]
+    to_model = pycolmap.Sim3d(
+        flight.scale, pycolmap.Rotation3d(flight.rotation), np.array([1.0, 2, 3])
+    )
+    for number, place in enumerate(ground):
+        views = [(i, i.project_point(to_model * place)) for i in images]
+        seen = [
+            (i, p) for i, p in views if p is not None and (p > 0).all() and (p < (800, 600)).all()
+        ]
+        assert len(seen) >= 2
+        wrong = 10.0 if number == 5 else 0.0
+        for count, (image, p) in enumerate(seen[:4]):
+            px = p + (30 if number == 2 and count == 0 and len(seen) > 3 else 0)
+            lines.append(
+                f"{x[number] + wrong:.4f} {y[number]:.4f} {degrees[number, 2]:.4f} "
+                f"{px[0]:.3f} {px[1]:.3f} {image.name} gcp{number}"
+            )
+    path = tmp_path / "gcp_list.txt"
+    path.write_text("\n".join(lines) + "\n")
+    crs, points = read_control_points(path, flight.names)
+    assert crs == "EPSG:32633"
+    metres = colmap.metres_by_control_points(flight.model, crs, points)
+    assert metres.facts["wrong"] == ["gcp5"]
+    scale, up = flight.errors(metres)
+    assert scale < 1e-3  # UTM's own scale is 0.9996 and less
+    assert up < 0.1
+    good = [np.linalg.norm(r) for n, r in metres.facts["residuals_m"].items() if n != "gcp5"]
+    assert max(good) < 0.15
+    for point in points[2:]:
+        point.marks.clear()
+    with pytest.raises(InputError, match="2 of 8 control points are marked"):
+        colmap.metres_by_control_points(flight.model, crs, points)
+
+
+def test_known_poses_and_a_distance() -> None:
+    made = build("PINHOLE")
+    poses = colmap.poses_of(made)
+    moved = build("PINHOLE")
+    moved.transform(
+        pycolmap.Sim3d(3.0, pycolmap.Rotation3d(Rotation.random(rng=1).as_matrix()), [1, 2, 3])
+    )
+    colmap.metres_by_poses(moved, poses).apply(moved)
+    for name, (rotation, translation) in colmap.poses_of(moved).items():
+        np.testing.assert_allclose(rotation, poses[name][0], atol=1e-6)
+        np.testing.assert_allclose(translation, poses[name][1], atol=1e-6)
+    ends = [-poses[n][0].T @ poses[n][1] for n in ("a.jpg", "d.jpg")]
+    metres = colmap.metres_by_distance(made, ends, 12.5, {})
+    length = np.linalg.norm(metres.similarity(ends[1]) - metres.similarity(ends[0]))
+    assert length == pytest.approx(12.5)
+    np.testing.assert_allclose(metres.similarity.rotation @ [0, -1, 0], [0, 0, 1], atol=0.05)
+    assert "nothing checks it" in metres.notes[0]
+    # A camera that was turned by a quarter is upright by its EXIF orientation.
+    quarter = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
+    for image in map(made.image, made.reg_image_ids()):
+        r, t = poses[image.name]
+        made.frame(image.frame_id).set_cam_from_world(
+            1, pycolmap.Rigid3d(np.column_stack([quarter @ r, quarter @ t]))
+        )
+    turned = colmap.metres_by_distance(made, ends, 12.5, dict.fromkeys(poses, 8))
+    np.testing.assert_allclose(turned.similarity.rotation @ [0, -1, 0], [0, 0, 1], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "a.jpg,55.7,13.2,20\nb.jpg,55.8,13.1,\n",
+            {"a.jpg": (55.7, 13.2, 20.0), "b.jpg": (55.8, 13.1, None)},
+        ),
+        ("Lon;Lat;Image\n13.2;55.7;x/a.jpg\n", {"a.jpg": (55.7, 13.2, None)}),
+        ("a.jpg\t55.7\t13.2\t-3\n", {"a.jpg": (55.7, 13.2, -3.0)}),
+        ("a.jpg,55.7\n", "is not 'name, latitude"),
+        ("a.jpg,155.7,13\n", "is not 'name, latitude"),
+        ("c.jpg,55.7,13.2\n", "none of them is one of the run's"),
+        ("", "holds no position"),
+    ],
+)
+def test_lists_of_positions(text: str, found: Any, tmp_path: Path) -> None:
+    path = tmp_path / "gps.csv"
+    path.write_text(text)
+    if isinstance(found, str):
+        with pytest.raises(InputError, match=found):
+            read_positions(path, ["a.jpg", "b.jpg"])
+    else:
+        assert read_positions(path, ["a.jpg", "b.jpg"]) == found
+
+
+@pytest.mark.parametrize(
+    ("header", "system"),
+    [
+        ("EPSG:32632", "EPSG:32632"),
+        ("WGS84 UTM 32S", "EPSG:32732"),
+        ("+proj=utm +zone=10 +ellps=WGS84 +datum=WGS84 +units=m +no_defs", "EPSG:32610"),
+        ("+proj=longlat +datum=WGS84", "EPSG:4326"),
+        ("1 2 3 4 5 a.jpg", None),
+    ],
+)
+def test_systems_of_control_points(header: str, system: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "gcp_list.txt"
+    path.write_text(f"{header}\n1 2 3 4 5 a.jpg\n")
+    if system is None:
+        with pytest.raises(InputError, match="coordinate system"):
+            read_control_points(path, ["a.jpg"])
+        return
+    assert read_control_points(path, ["a.jpg"])[0] == system
+
+
+def test_few_positions_are_refused() -> None:
+    flight = Flight(0)
+    few = dict(list(flight.fixes.items())[:2])
+    with pytest.raises(InputError, match="2 images of the model have a GPS position"):
+        colmap.metres_by_gps(flight.model, few, {})
