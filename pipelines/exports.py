@@ -276,7 +276,7 @@ def export(
             raise InputError(
                 f"{output} has no finished model: repeat the command of gim-reconstruct first."
             )
-        root = options.images or _images(folder, state)
+        root = _images(folder, state, options)
         exports = Exports(
             folder=folder,
             models=[
@@ -284,7 +284,7 @@ def export(
             ],
             images=root,
             records=_records(folder, root),
-            masks=_masks(folder, state["options"].get("masks"), root),
+            masks=_masks(folder, state),
             options=select(TargetOptions, options),
             show=progress,
         )
@@ -319,13 +319,14 @@ def _place(text: str, model: Any) -> np.ndarray:
     return np.asarray(-rotation.T @ translation)
 
 
-def _images(folder: RunFolder, state: Mapping[str, Any]) -> Path:
-    """Where the images of a run are: an extended one has links to them in OUTPUT."""
+def _images(folder: RunFolder, state: Mapping[str, Any], options: HandoverOptions) -> Path:
+    """Where the images of a run are; frames of videos and extended runs have them in OUTPUT."""
     gathered = any(name.startswith("images/") for name in folder.files)
     root = folder.path / "images" if gathered else Path(str(state.get("images")))
-    if not root.is_dir():
+    root = options.images or root
+    if not root.is_dir() and (options.images or any(FORMATS[kind].large for kind in options.to)):
         raise InputError(
-            f"The images of {folder.path} are not in {root} any more: say where, --images FOLDER."
+            f"The images of {folder.path} are not in {root}: say where they are, --images FOLDER."
         )
     return root
 
@@ -338,11 +339,12 @@ def _records(folder: RunFolder, root: Path) -> dict[str, ImageRecord]:
     }
 
 
-def _masks(folder: RunFolder, masks: str | None, root: Path) -> MaskFolder | None:
+def _masks(folder: RunFolder, state: Mapping[str, Any]) -> MaskFolder | None:
+    masks = state["options"].get("masks")
     if masks is not None and not Path(masks).is_dir():
         folder.note(f"The masks of the run are not in {masks} any more: exports have none.")
         return None
-    return masks_in(masks, root)
+    return masks_in(masks, Path(str(state.get("images"))))
 
 
 def masks_in(folder: Path | str | None, images: Path) -> MaskFolder | None:
