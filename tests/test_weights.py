@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -19,8 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from gim_hloc import matchers, weight_checks, weights
+from gim_hloc.cli import common
+from gim_hloc.cli import match as match_command
 from gim_hloc.errors import WeightsError
 
 CONTENT = bytes(range(256)) * 5000
@@ -515,3 +519,41 @@ def test_networks_have_the_names_of_the_published_files(file: str, keys: str) ->
     wrong = dict(list(state.items())[1:])
     with pytest.raises(WeightsError, match="missing"):
         weight_checks.check_part(parts[0], wrong, path=path)
+
+
+@pytest.fixture
+def commercial_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(weights.COMMERCIAL_SAFE, "0")  # the flag's traces go with the test
+    common.Licences(commercial_safe=True)
+
+
+@pytest.mark.usefixtures("commercial_safe")
+def test_commercial_safe_refuses_what_the_table_restricts(tmp_path: Path) -> None:
+    for info in matchers.describe():
+        if info.commercial:
+            matchers.Loader(info.name, "base", {})
+            continue
+        for load in (matchers.load, lambda name: matchers.Loader(name, "base", {})):
+            with pytest.raises(WeightsError, match=f"{info.name} is refused by --commercial-safe"):
+                load(info.name)
+        if not all(weights.find(name).commercial for name in info.checkpoint):  # type: ignore[union-attr]
+            assert matchers.registry.missing_weights(info.name)
+    elsewhere = tmp_path / "gim_dkm_100h.ckpt"
+    elsewhere.touch()
+    for name in ("superpoint_v1.pth", str(elsewhere)):
+        with pytest.raises(
+            WeightsError, match=r"commercial-safe.*Its licence: (non-comm|research)"
+        ):
+            weights.locate(name)
+
+
+def test_commercial_safe_is_a_flag_of_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(weights.COMMERCIAL_SAFE, "0")
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    images = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert match_command.main([*images, "--matcher", "gim_dkm", "--commercial-safe"]) == 2
+    assert "research only" in capsys.readouterr().err
+    assert os.environ[weights.COMMERCIAL_SAFE] == "1"  # workers inherit it

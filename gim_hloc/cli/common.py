@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
+from gim_hloc import weights
 from gim_hloc._version import __version__
 from gim_hloc.errors import GimError, InputError, OutputError
 from gim_hloc.options import build, read_yaml
@@ -46,7 +47,21 @@ _ONCE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terminal:
+class Licences:
+    """Which weights may be used: in every command that names a matcher."""
+
+    commercial_safe: bool = False
+    """Refuse weights and matchers whose licence forbids commercial use or is not stated;
+    GIM_HLOC_COMMERCIAL_SAFE=1 in the environment does so everywhere."""
+
+    def __post_init__(self) -> None:
+        """Hand it to this process and its workers."""
+        if self.commercial_safe:
+            os.environ[weights.COMMERCIAL_SAFE] = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terminal(Licences):
     """What is said, and where options are read from."""
 
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None

@@ -15,7 +15,7 @@ from gim_hloc.options import FitOptions, Quality
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Arguments:
+class _Arguments(common.Licences):
     """Match two images.
 
     Writes to OUT, with names of the two images and the matcher: ..._matches.npz (csv, h5) with

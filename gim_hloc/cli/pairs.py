@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(common.Licences):
     """Choose image pairs and write them, one "name0 name1" a line, as hloc reads them.
 
     Example: gim-pairs photos pairs.txt --mode sequential+retrieval

@@ -34,7 +34,7 @@ class List:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Download:
+class Download(common.Licences):
     """Fetch weight files that no folder has yet. A download that was broken off continues."""
 
     names: _Names

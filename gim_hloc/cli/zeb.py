@@ -48,7 +48,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(common.Licences):
     """Run matchers over the sets that are there and write the reference's dump files.
 
     The same command goes on with what OUT holds. Exit code 1: pairs that could not be used count as
@@ -102,7 +102,7 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs:
+class Pairs(common.Licences):
     """Run and judge matchers on a list of pairs: poses, homographies, or nothing known.
 
     Formats: SuperGlue's text files, LoFTR's scene files of MegaDepth and list of ScanNet,

@@ -48,12 +48,19 @@ class Entry:
     folder: str = ""
     own: bool = True
 
+    def require_allowed(self) -> None:
+        """Refuse it where ``--commercial-safe`` does."""
+        weights.require_allowed(
+            f"The matcher {self.info.name}", self.info.licence, self.info.commercial
+        )
+
     def load(self, quality: Quality, device: str, overrides: Mapping[str, Any]) -> Matcher:
         """Make it."""
         if quality not in get_args(Quality):
             raise InputError(
                 f"Unknown quality {quality!r}. Choose one of {', '.join(get_args(Quality))}."
             )
+        self.require_allowed()
         factory = self.factory
         if isinstance(factory, str):
             factory = _maker(own.find(factory, self.folder, f"The matcher {self.info.name}")[1])
@@ -131,6 +138,7 @@ class Loader:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entry", find(self.name))
+        self.entry.require_allowed()
 
     def load(self, device: str) -> Matcher:
         """The matcher on a device, made once."""
