@@ -11,7 +11,7 @@ import dataclasses
 import html
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -25,6 +25,7 @@ from gim_hloc.files import as_path
 from gim_hloc.keywords import ReconstructKeywords
 from gim_hloc.options import CameraOptions, given, replace, to_mapping
 from gim_hloc.page import plural
+from gim_hloc.pair_viewer import Ends
 from gim_hloc.pipelines.cascade import Cascade
 from gim_hloc.pipelines.correspondences import Correspondences
 from gim_hloc.pipelines.inputs import Inputs
@@ -308,14 +309,14 @@ class _Reconstruction:
             logger.warning("The report could not be written: %s", error)
             logger.debug("", exc_info=True)
 
-    def _pair_matches(self, a: str, b: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Coordinates of a pair's matches in both images, and whether each is an inlier."""
-        rows = self.layers.rows((a, b))
-        good = colmap.inlier_matches(self.inputs.output / "database.db", [(a, b)])[0]
+    def _pair_matches(self, pairs: Sequence[tuple[str, str]]) -> Iterator[Ends]:
+        """Coordinates of the matches in both images, and whether each is an inlier."""
+        inliers = colmap.inlier_matches(self.inputs.output / "database.db", pairs)
         one = np.array([1 << 32, 1], dtype=np.uint64)
-        inlier = np.isin(rows.astype(np.uint64) @ one, good.astype(np.uint64) @ one)
-        return (
-            self.layers.keypoints(a)[rows[:, 0]],
-            self.layers.keypoints(b)[rows[:, 1]],
-            inlier,
-        )
+        for (a, b), good in zip(pairs, inliers, strict=True):
+            rows = self.layers.rows((a, b))
+            yield (
+                self.layers.keypoints(a)[rows[:, 0]],
+                self.layers.keypoints(b)[rows[:, 1]],
+                np.isin(rows.astype(np.uint64) @ one, good.astype(np.uint64) @ one),
+            )

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,7 @@ import numpy as np
 from gim_hloc import draw, page
 from gim_hloc.files import json_value, write_atomic
 from gim_hloc.page import plural
+from gim_hloc.pair_viewer import Ends, Pair, embed
 from gim_hloc.pipelines import _report_figures as figures
 from gim_hloc.pipelines._report_figures import CameraView, SceneView
 
@@ -33,7 +34,7 @@ __all__ = ["CameraView", "SceneView", "complete_report", "write_report"]
 logger = logging.getLogger(__name__)
 
 ImageReader = Callable[[str], np.ndarray]
-PairMatches = Callable[[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]
+PairMatches = Callable[[Sequence[Pair]], Iterable[Ends]]
 T = TypeVar("T")
 
 # Position of (fx, fy, cx, cy) in the parameters of COLMAP's camera models.
@@ -171,8 +172,7 @@ def write_report(
         output: folder of the run; made when it does not exist.
         images: reads an image by name as RGB uint8, ``(H, W, 3)``, EXIF orientation not applied.
         scene: points and cameras of the largest model; without it there is no 3D view.
-        pair_matches: reads the matches of a pair: ``xy0`` and ``xy1`` of shape ``(M, 2)`` in stored
-            pixels (integer = pixel centre) and ``inlier`` of shape ``(M,)``, bool.
+        pair_matches: reads the matches of pairs.
 
     Returns:
         Paths of the HTML and the JSON file.
@@ -386,7 +386,7 @@ class _Pictures:
     def __init__(
         self, full: dict[str, Any], read: ImageReader | None, matches: PairMatches | None
     ) -> None:
-        self._read, self._matches = read, matches
+        self._full, self._read, self._matches = full, read, matches
         self._sizes = {row["name"]: (row.get("width"), row.get("height")) for row in full["images"]}
         self._small: dict[str, tuple[np.ndarray, tuple[int, int]] | None] = {}
         self._best, self._worst = figures.choose_pairs(full["pairs"])
@@ -415,23 +415,35 @@ class _Pictures:
             ("Best", "Most inliers.", self._best),
             ("Weakest", weakest, self._worst),
         ):
-            shown = [figure for pair in chosen if (figure := self._figure(pair))]
-            if shown:
+            known = [p for p in chosen if self._open(p["name0"]) and self._open(p["name1"])]
+            if self._matches is not None and known:
+                all_ends = self._matches([(p["name0"], p["name1"]) for p in known])
+                shown = [self._figure(p, e) for p, e in zip(known, all_ends, strict=True)]
                 yield title, text, shown
 
-    def _figure(self, pair: dict[str, Any]) -> tuple[str, str, list[str]] | None:
+    def _figure(self, pair: dict[str, Any], ends: Ends) -> tuple[str, str, list[str]]:
         names = pair["name0"], pair["name1"]
-        known = [self._open(name) for name in names]
-        if self._matches is None or not all(known):
-            return None
-        try:
-            picture = draw_pair([one for one in known if one], *self._matches(*names))
-        except Exception as error:
-            logger.warning("no picture of the pair %r, %r in the report: %s", *names, error)
-            return None
+        picture = draw_pair([one for name in names if (one := self._open(name))], *ends)
         share = pair["inliers"] / pair["matches"] if pair["matches"] else 0.0
         text = f"{pair['inliers']:,} inliers of {pair['matches']:,} matches ({share:.1%})"
         return draw.data_url(picture), "", [" \N{EM DASH} ".join(names), text]
+
+    def all_pairs(self, names: Sequence[str]) -> dict[str, Any] | None:
+        """What the page shows on a click: pairs of lost images first, in each the weakest."""
+        if self._matches is None or not self._full["pairs"]:
+            return None
+        lost = {row["name"] for row in self._full["images"] if row.get("model") != 0}
+
+        def interest(pair: dict[str, Any]) -> tuple[bool, bool, int, int]:
+            whole = lost.isdisjoint((pair["name0"], pair["name1"]))
+            return whole, not pair["inliers"], pair["inliers"], -pair["matches"]
+
+        pairs = sorted(self._full["pairs"], key=interest)
+        return embed(names, pairs, self._sizes, self._picture, self._matches)
+
+    def _picture(self, name: str) -> np.ndarray | None:
+        known = self._open(name)
+        return known[0] if known else None
 
 
 def draw_pair(
@@ -492,6 +504,7 @@ def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) 
         summary=summary,
         missing=_guarded("missing images", lambda: list(_missing(full, pictures))) or [],
         pair_figures=_guarded("pairs", lambda: list(pictures.pairs())) or [],
+        pair_data=_guarded("all pairs", lambda: pictures.all_pairs(usable)),
         packed=packed,
         max_graph_images=figures.MAX_GRAPH_IMAGES,
         status_words={status: advice.short for status, advice in ADVICE.items()},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import itertools
 import json
 import logging
 import re
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gim_hloc import pair_viewer
 from gim_hloc.pipelines import _report_figures as figures
 from gim_hloc.pipelines.outcome import PLAN_SIZE, plan_places
 from gim_hloc.pipelines.report import (
@@ -123,9 +127,9 @@ def read_image(name: str) -> np.ndarray:
     return np.full((48, 64, 3), 90, np.uint8)
 
 
-def read_matches(name0: str, name1: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_matches(pairs: Any) -> Any:
     xy = np.array([[10.0, 10.0], [50.0, 30.0]])
-    return xy, xy, np.array([True, False])
+    return [(xy, xy, np.array([True, False]))] * len(pairs)
 
 
 def write(report: dict[str, Any], folder: Path, **parts: Any) -> tuple[Path, Path]:
@@ -304,7 +308,7 @@ def test_page_has_every_part(page: Page) -> None:
 
 
 def test_names_are_text_everywhere(page: Page) -> None:
-    assert page.tags.count("script") == 1 + 4 + 1  # plotly, the charts, the table's
+    assert page.tags.count("script") == 1 + 4 + 2  # plotly, the charts, the tables' and pairs' data
     for text in (*NASTY, "gim-reconstruct '<in>' & out", "</details><b>", "<i>&amp;"):
         assert text in page.words
 
@@ -343,7 +347,7 @@ def test_parts_that_fail_do_not_cost_the_page(
     page = Page(write(report, tmp_path, **parts)[0])
     assert "3 / 4 images registered" in page.text
     assert not {"missing", "pairs", "scene", "quality"} & page.ids
-    assert len(caplog.records) == 6  # the four charts, the pairs, the missing images
+    assert len(caplog.records) == 7  # the four charts, both sorts of pairs, the missing images
 
 
 def test_what_cannot_be_drawn_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -376,14 +380,24 @@ def test_a_browser_runs_the_page_without_errors(written: tuple[Path, Path], tmp_
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += ["--enable-unsafe-swiftshader", "--virtual-time-budget=10000", "--dump-dom"]
     command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, written[0].as_uri()], capture_output=True, timeout=300, check=True
+    # The last pair is asked for by its cell of the graph; that a list is shown in parts is told.
+    click = (
+        'onload = () => find("chart-graph").emit("plotly_click", {points: [{pointIndex: [2, 0]}]})'
     )
+    page = tmp_path / "page.html"
+    text = written[0].read_text("utf-8").replace("</main>", f"</main><script>{click}</script>")
+    page.write_text(text, "utf-8")
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, timeout=300, check=True)
     log, dom = done.stderr.decode(errors="replace"), done.stdout.decode()
     assert "Uncaught" not in log
     assert "Content Security Policy" not in log
     for chart in ("tracks", "errors", "graph", "scene"):
         assert re.search(rf'id="chart-{chart}"[^>]*class="[^"]*js-plotly-plot', dom), chart
+    shown = html.unescape(re.search('<b id="pair-names">(.*?)</b>', dom)[1])  # type: ignore[index]
+    assert shown == f"{NASTY[0]} — {NASTY[2]}"
+    assert ">50 inliers of 100 matches; 1 and 1 rejected ones are drawn<" in dom
+    assert re.search('<canvas id="pair-canvas" width="[1-9]', dom)
+    assert '<output id="image-count">4 images</output>' in dom
 
 
 # -------------------------------------------------------------------------------- pictures
@@ -432,6 +446,28 @@ def test_chosen_pairs_are_varied_and_disjoint() -> None:
     best, worst = figures.choose_pairs(pairs, 6)
     assert [pair["inliers"] for pair in best] == [900, 890, 880, 875]
     assert [pair["inliers"] for pair in worst] == [20, 860, 870, 0]  # by share; nothing twice
+
+
+def test_embedded_pairs_say_where_matches_are() -> None:
+    names = [f"{i}.jpg" for i in range(pair_viewer.MAX_IMAGES + 1)]
+    pairs = [
+        {"name0": a, "name1": b, "matches": 3, "inliers": 2} for a, b in itertools.pairwise(names)
+    ]
+    xy = np.array([[-0.5, -0.5], [np.nan, 1], [99.5, 24.5]])
+    ends = xy, xy[::-1], np.array([True, True, False])
+    data = pair_viewer.embed(
+        names,
+        pairs,
+        dict.fromkeys(names, (200, 100)),
+        read_image,
+        lambda found: [ends] * len(found),
+    )
+    assert len(data["pairs"]) == len(pairs) - 1  # the last one has an image too many
+    assert [bool(url) for url in data["pictures"]] == [True] * (len(names) - 1) + [False]
+    i, j, inliers, matches, outliers, code = data["pairs"][4]
+    assert (i, j, inliers, matches, outliers) == (4, 5, 2, 3, 1)
+    rows = np.frombuffer(base64.b64decode(code), "<u2").reshape(-1, 4) / 65535
+    np.testing.assert_allclose(rows, [[0.5, 0.25, 0, 0], [0, 0, 0.5, 0.25]], atol=1e-4)
 
 
 def test_pair_picture_draws_lines_where_the_keypoints_are() -> None:
