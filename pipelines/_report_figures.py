@@ -67,8 +67,8 @@ def track_lengths(counts: dict[str, int]) -> go.Figure | None:
     return _bars(bar, "images that see a point", "points", xaxis_type="category")
 
 
-def reprojection_errors(errors: dict[str, Any]) -> go.Figure | None:
-    """Histogram of reprojection errors; None where there are none."""
+def reprojection_errors(errors: dict[str, Any], before: dict[str, Any]) -> go.Figure | None:
+    """Histogram of reprojection errors and, as a line, of those before refinement, if any."""
     counts = np.array(errors.get("counts") or [0])
     if not counts.any():
         return None
@@ -81,7 +81,20 @@ def reprojection_errors(errors: dict[str, Any]) -> go.Figure | None:
         customdata=[f"{a:.4g} to {b:.4g}" for a, b in itertools.pairwise(edges)],
         hovertemplate="%{customdata} px: %{y:,} observations<extra></extra>",
     )
-    return _bars(bar, "reprojection error (px)", "observations")
+    figure = _bars(bar, "reprojection error (px)", "observations")
+    if before:
+        middles = (np.array(before["edges"])[1:] + np.array(before["edges"])[:-1]) / 2
+        line = go.Scatter(
+            x=middles,
+            y=before["counts"],
+            mode="lines",
+            line={"color": _WARN, "width": 2, "shape": "hvh"},
+            name="as mapped",
+            hovertemplate="as mapped: %{y:,} observations<extra></extra>",
+        )
+        figure.add_trace(line)
+        figure.update_layout(showlegend=False)
+    return figure
 
 
 def _bars(bar: go.Bar, x: str, y: str, **layout: Any) -> go.Figure:

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -31,9 +31,11 @@ from gim_hloc.keywords import LocalizeKeywords
 from gim_hloc.masks import MaskFolder
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.options import CameraOptions, StepName, given, replace, to_mapping
+from gim_hloc.pair_viewer import MAX_PAIRS, Ends
 from gim_hloc.pairs.files import read_pairs, write_pairs
 from gim_hloc.pairs.retrieval import Lazy, Rows, aggregate, codebook, retrieval
 from gim_hloc.pickles import read_npz
+from gim_hloc.pipelines.localize_report import write_page
 from gim_hloc.pipelines.maps import (
     MapFeatures,
     SceneMap,
@@ -72,7 +74,7 @@ from gim_hloc.types import ImageData, ImageOptions, Matcher, Quality, SparseEnco
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, Located, MapView
-    from gim_hloc.images import ImageLike
+    from gim_hloc.images import ImageLike, ImageRecord
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ _COVISIBLE_SEEDS = 5
 _SHARED_QUERIES = 50  # that a shared focal length is found with, those with most inliers
 _TURN_REFERENCES = 4  # images of the map that a query is turned against
 _TURN_LEAST = 30  # a turn with a smaller sum of confidences is none, if the matcher has no bound
+_SHOWN_REFERENCES = 3  # images of the map that the report shows with a query
 _HOW = {
     "given": "given",
     "map": "of the map",
@@ -562,7 +565,8 @@ class _Localization:
             "localize",
             makes=[f"sparse/{name}" for name in MODEL_FILES],
             writes=[
-                *("pairs.txt", "poses.txt", "report.txt", "report.json", "cameras.json"),
+                *("pairs.txt", "poses.txt", "report.txt", "report.json", "report.html"),
+                "cameras.json",
                 *("features.h5", "matches.h5", "poses.h5", "retrieval.npz"),
                 *("features.cache", "matches.cache", "poses.cache"),
             ],
@@ -1338,6 +1342,65 @@ class _Localization:
         if self.model is not None or not (self.output / "poses.txt").exists():
             write_atomic(self.output / "poses.txt", format_poses(results))
         self.report = report
+        try:
+            self._write_page(report)
+        except Exception as error:  # poses are worth more than their report
+            logger.warning("report.html could not be written: %s", error)
+            logger.debug("", exc_info=True)
+
+    def _write_page(self, report: Mapping[str, Any]) -> None:
+        """Queries and images of the map may have the same names: on the page they never do."""
+        places = {f"{name} (map)": name for name in self.references}
+        sizes = {name: record.size for name, record in self.records.items()}
+        for place, name in places.items():
+            camera = self.map.views[name].camera
+            sizes[place] = camera.width, camera.height
+        of_query: dict[str, list[str]] = {name: [] for name in self.names}
+        for query, reference in self.pairs:
+            of_query[query].append(reference)
+
+        def best(result: QueryResult) -> list[str]:
+            if result.localized:
+                return [name for name, _ in result.references[:_SHOWN_REFERENCES]]
+            listed = of_query[result.name]
+            counts = {name: len(self._ends(result.name, name)[2]) for name in listed}
+            return sorted(listed, key=lambda name: -counts[name])[:_SHOWN_REFERENCES]
+
+        lost_first = sorted(self.results.values(), key=lambda result: result.localized)
+        pairs = [(r.name, f"{name} (map)") for r in lost_first[:MAX_PAIRS] for name in best(r)]
+
+        def picture(name: str) -> np.ndarray | None:
+            file: ImageRecord | Path | None = self.records.get(name)
+            if file is None:
+                file = self.map.images and self.map.images / places[name]
+            if file is None:
+                return None
+            try:
+                return image_module.read_rgb(file, max_size=640, upright=False)
+            except InputError:
+                return None
+
+        def ends(pairs: Sequence[Pair]) -> Iterator[Ends]:
+            return (self._ends(query, places[place]) for query, place in pairs)
+
+        write_page(report, self.output, pairs, sizes, picture, ends)
+
+    def _ends(self, name: str, reference: str) -> Ends:
+        """Matches of a query with an image of the map, and which of them its pose rests on."""
+        view, posed = self.map.views[reference], self.poses.get(name)[0]
+        stored = self.matches.get(f"{name}\t{reference}")[0]
+        points = posed.get("point", np.zeros(0, np.int64))
+        if self.linker.detector_free:
+            anchor, xy, _ = PairReading.from_arrays(stored).direction(1)
+            rows = _posed(view)[anchor]
+            return xy, view.xy_px[rows], np.isin(view.points[rows], points)
+        pairs = rows_from_matches0(stored["matches0"]).astype(np.int64)
+        pairs = pairs[pairs[:, 1] < len(view.points)]
+        keypoints = self.features.get(name)[0]["keypoints"]
+        point_of = np.full(len(keypoints), -2, np.int64)  # no point, nor that of no keypoint
+        point_of[posed.get("row", points)] = points
+        inlier = point_of[pairs[:, 0]] == view.points[pairs[:, 1]]
+        return keypoints[pairs[:, 0]], view.xy_px[pairs[:, 1]], inlier
 
 
 def merge_readings(

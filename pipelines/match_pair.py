@@ -24,6 +24,7 @@ from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
 from gim_hloc.masks import MaskFolder
 from gim_hloc.options import FitOptions
+from gim_hloc.pipelines.rotations import BELIEVED_GAIN, BELIEVED_LEAST
 from gim_hloc.two_view import Fit, fit_geometry
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from gim_hloc.types import ImageData, Matcher, Quality
 
 Format = Literal["npz", "csv", "h5"]
+Rotations = Literal["auto", "none"]
+
+# What names of results end with; the first says of which files they are.
+_ENDS = ("matches.npz", "matches.csv", "features.h5", "matches.h5", "match.png", "warp.png")
 
 _MIN_SIDE = 16  # pixels; networks have no cell left below
 _LONGEST_STEM = 80  # characters of an image's name in the names of the results
@@ -51,6 +56,7 @@ class MatchResult:
         warp: the dense correspondence, of dense matchers only.
         features: all keypoints of both images, (N0, 2) and (N1, 2), of sparse matchers only.
         indices: (M, 2) rows of the matches in ``features``, of sparse matchers only.
+        rotated_degrees: clockwise, of image 1 before it was matched; coordinates are the file's.
         seconds: time of each step.
     """
 
@@ -63,6 +69,7 @@ class MatchResult:
     warp: Warp | None = None
     features: tuple[np.ndarray, np.ndarray] | None = None
     indices: np.ndarray | None = None
+    rotated_degrees: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -102,16 +109,20 @@ class MatchResult:
 
     def summary(self) -> str:
         """One line: counts and seconds."""
+        steps = ", ".join(f"{step} {seconds:.2f}" for step, seconds in self.seconds.items())
+        a, b = self.images
+        total = sum(self.seconds.values())
+        return f"{a.name} - {b.name}: {self._counts()}; {self.matcher}, {total:.2f} s ({steps})"
+
+    def _counts(self) -> str:
         counts = f"{len(self)} matches"
         if self.fit is not None:
             counts += (
                 f", {int(self.fit.inliers.sum())} inliers of the fundamental matrix"
                 f", {int(self.fit.homography_inliers.sum())} of the homography"
             )
-        steps = ", ".join(f"{step} {seconds:.2f}" for step, seconds in self.seconds.items())
-        a, b = self.images
-        total = sum(self.seconds.values())
-        return f"{a.name} - {b.name}: {counts}; {self.matcher}, {total:.2f} s ({steps})"
+        turned = f"; {self.images[1].name} turned by {self.rotated_degrees}°"
+        return counts + (turned if self.rotated_degrees else "")
 
     def save(
         self,
@@ -123,7 +134,8 @@ class MatchResult:
         """Write coordinates and pictures, named after the images and the matcher.
 
         Args:
-            folder: made if missing; files of the same names are replaced.
+            folder: made if missing. Results of the same two images are replaced; those of
+                others of the same names stay, and these get a number.
             formats: of the coordinates.
             pictures: whether to draw the matches (``..._match.png``) and image 1 projected onto
                 image 0 (``..._warp.png``, where there is a warp or a homography).
@@ -149,6 +161,7 @@ def match(
     mask1: str | os.PathLike[str] | None = None,
     mask_erode: int = 4,
     fit: FitOptions | None = FitOptions(),
+    rotations: Rotations = "auto",
     **options: Any,
 ) -> MatchResult:
     """Match two images.
@@ -165,6 +178,7 @@ def match(
         mask1: mask of image 1.
         mask_erode: keypoints keep this many pixels away from masked ones.
         fit: thresholds of the robust fits; None leaves them out.
+        rotations: auto turns image 1 by quarters where next to nothing matches as it is.
         **options: of the matcher, such as ``max_size=1600``.
 
     Returns:
@@ -185,7 +199,27 @@ def match(
         ]
     with timed(seconds, "load"):
         loaded = _load_matcher(matcher, quality, device, options)
-    return _match(loaded, records, masks, fit, seconds)
+    result = _match(loaded, records, masks, fit, seconds)
+    if rotations == "none" or loaded.info.rotation_invariant or not _weak(result):
+        return result
+    turned = [
+        _match(loaded, (records[0], images.turned(records[1], k)), masks, fit, seconds)
+        for k in (1, 2, 3)
+    ]
+    for k, other in enumerate(turned, start=1):
+        other.rotated_degrees = 90 * k
+    best = max(turned, key=_confidence)
+    believed = _confidence(best) >= max(BELIEVED_LEAST, BELIEVED_GAIN * _confidence(result))
+    return best if believed else result
+
+
+def _confidence(result: MatchResult) -> float:
+    return float(result.scores[result.inliers].sum(dtype=float))
+
+
+def _weak(result: MatchResult) -> bool:
+    """Whether two images match so little that one may be stored turned."""
+    return _confidence(result) < BELIEVED_LEAST or result.remark is not None
 
 
 def _load_matcher(
@@ -322,11 +356,10 @@ def _save(
     unknown = sorted(set(formats) - set(get_args(Format)))
     if unknown:
         raise InputError(f"Unknown format {unknown[0]!r}. Known: {', '.join(get_args(Format))}.")
-    stems = [record.path.stem[:_LONGEST_STEM] for record in result.images]
-    base = "_".join([*stems, result.matcher])
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        base = _base(result, folder)
         for kind in get_args(Format):
             if kind in formats:
                 written += _WRITERS[kind](result, folder, base)
@@ -337,10 +370,29 @@ def _save(
     return written
 
 
+def _base(result: MatchResult, folder: Path) -> str:
+    """What the files of a result begin with: results of other images are not written over."""
+    stems = [record.path.stem[:_LONGEST_STEM] for record in result.images]
+    base = name = "_".join([*stems, result.matcher])
+    images_of_it = [record.sha256 for record in result.images]
+    number = 1
+    while any(os.path.lexists(folder / f"{name}_{end}") for end in _ENDS):
+        try:
+            with np.load(folder / f"{name}_{_ENDS[0]}") as before:
+                if before["sha256"].tolist() == images_of_it and all(images_of_it):
+                    break
+        except (OSError, ValueError, KeyError):  # not known of which images they are
+            pass
+        number += 1
+        name = f"{base}-{number}"
+    return name
+
+
 def _write_npz(result: MatchResult, folder: Path, base: str) -> list[Path]:
     arrays: dict[str, Any] = {
         "names": np.array([record.name for record in result.images]),
         "sizes": np.array([record.size for record in result.images]),
+        "sha256": np.array([record.sha256 for record in result.images]),
         "matcher": np.array(result.matcher),
         "keypoints0": result.keypoints0,
         "keypoints1": result.keypoints1,
@@ -407,6 +459,11 @@ _WRITERS = {"npz": _write_npz, "csv": _write_csv, "h5": _write_h5}
 
 
 def _write_pictures(result: MatchResult, folder: Path, base: str) -> list[Path]:
+    names = [record.name for record in result.images]
+    texts = {
+        "match": [" \N{EM DASH} ".join(names), f"{result.matcher}: {result._counts()}"],
+        "warp": [f"{names[0]}, {names[1]} projected onto it, and both", result.matcher],
+    }
     drawn = {
         folder / f"{base}_match.png": pair_pictures.draw_inliers(
             result.images, result.keypoints0, result.keypoints1, result.fit
@@ -419,5 +476,6 @@ def _write_pictures(result: MatchResult, folder: Path, base: str) -> list[Path]:
         if picture is None:
             path.unlink(missing_ok=True)  # of an earlier run: it would pass for this one's
         else:
-            write_atomic(path, draw.encode(picture, ".png"))
+            kind = path.stem.rpartition("_")[2]
+            write_atomic(path, draw.encode(draw.caption(picture, texts[kind]), ".png"))
     return [path for path, picture in drawn.items() if picture is not None]

@@ -55,6 +55,7 @@ class Modelling:
         models: folders of the finished models, largest first.
         left_model: image -> why it left a model.
         intrinsics: of each model's cameras, by their ids.
+        pose_errors: of each model's images, by their names.
         failure: why there is no model, or a format was not written.
     """
 
@@ -70,6 +71,7 @@ class Modelling:
         self.map_notes: list[str] = []  # kept, so that a reused model tells them again
         self.left_model: dict[str, str] = {}
         self.intrinsics: list[dict[str, dict[str, Any]]] = []
+        self.pose_errors: list[dict[str, dict[str, Any]]] = []
         self.failure: GimError | None = None
         self.before: list[Any] = []  # models that images are to be registered into
 
@@ -241,9 +243,19 @@ class Modelling:
         self.before = before if groups and len(groups[0]) > 2 else []
         return [Step("verify", self.verify), Step("map", self.map)]
 
+    def as_mapped(self, model: Any) -> Any:
+        """What COLMAP's mapper had made of a model; None where that is not kept."""
+        names = set(colmap.poses_of(model))
+        return max(
+            self._mapped_models(),
+            key=lambda before: len(names & set(colmap.poses_of(before))),
+            default=None,
+        )
+
     def _mapped_models(self) -> list[Any]:
         folder = self.output / HIDDEN / "mapped"
-        return [colmap.read_model(folder / str(i)) for i in range(len(list(folder.iterdir())))]
+        count = len(list(folder.iterdir())) if folder.is_dir() else 0
+        return [colmap.read_model(folder / str(i)) for i in range(count)]
 
     def _write_cameras(self) -> None:
         """The database with the cameras that mapping found it to have."""
@@ -310,6 +322,7 @@ class Modelling:
                 return
         self._drop_stale()
         self.left_model, self.intrinsics = facts["left_model"], facts["intrinsics"]
+        self.pose_errors = facts.get("pose_errors", [])  # models of 0.1 have none
         self.folder.notes += [*self.map_notes, *facts["notes"]]
         self.models = [self.output / "sparse" / str(i) for i in range(len(self.intrinsics))]
 
@@ -350,7 +363,13 @@ class Modelling:
                         f"points: {some(unread)}. Repeat the command when they are back."
                     )
             colmap.write_models(models, made.path / "sparse")
-            made.facts = {"notes": notes, "left_model": reasons, "intrinsics": intrinsics}
+            errors = [self._pose_errors(*one) for one in zip(models, intrinsics, strict=True)]
+            made.facts = {
+                "notes": notes,
+                "left_model": reasons,
+                "intrinsics": intrinsics,
+                "pose_errors": errors,
+            }
         return made.facts
 
     def _lay_on_gps(self, model: Any) -> list[str]:
@@ -363,6 +382,14 @@ class Modelling:
             return [f"A model stays in units of its own: {error}"]
         metres.apply(model)
         return metres.notes
+
+    def _pose_errors(self, model: Any, intrinsics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        if self._held():
+            return {}
+        known = {int(camera) for camera, row in intrinsics.items() if not row["refined"]}
+        threads = 1 if self.options.deterministic else -1
+        found = colmap.pose_errors(model, known, threads)
+        return {name: dataclasses.asdict(error) for name, error in found.items()}
 
     def _improve(
         self, job: MapJob, path: Path, index: int, notes: list[str], made: Made

@@ -98,6 +98,8 @@ def build_report(
     left_model: Mapping[str, str],
     notes: Sequence[str],
     confidence: Mapping[str, Any] | None = None,
+    mapped: Any = None,
+    pose_errors: Sequence[Mapping[str, Mapping[str, Any]]] = (),
 ) -> dict[str, Any]:
     """Numbers of a run: what happened to each image and pair, and why.
 
@@ -111,6 +113,8 @@ def build_report(
         left_model: why images left the model they were in.
         notes: sentences for the user.
         confidence: of ``confidence_sums``.
+        mapped: the largest model before it was refined.
+        pose_errors: of the images of each model.
     """
     of_image: dict[str, dict[str, int]] = {
         record.name: {
@@ -158,6 +162,11 @@ def build_report(
                 mean_reprojection_error_px=known.mean_reprojection_error_px,
                 focal_px=known.focal_px,
             )
+            for errors in pose_errors:
+                if (error := errors.get(record.name)) is not None:
+                    row["rotation_stderr_deg"] = error["rotation_deg"]
+                    row["direction_stderr_deg"] = error["direction_deg"]
+                    row["stderr_relative_to"] = error["neighbour"]
         rows.append(row)
     rows += [
         {"name": r.name, "status": r.reason, "reason": r.detail, "model": None}
@@ -170,9 +179,11 @@ def build_report(
         _, _, lengths, _ = colmap.points(models[0])
         values, counts_of = np.unique(lengths, return_counts=True)
         tracks = {str(int(v)): int(c) for v, c in zip(values, counts_of, strict=True)}
-    edges = np.linspace(0, 4, 41)
-    errors = [details[name].errors_px for name, index in model_of.items() if index == 0]
-    histogram, _ = np.histogram(np.clip(np.concatenate([[], *errors]), 0, 4 - 1e-9), edges)
+    before = None
+    if mapped is not None:
+        own = [image.errors_px for image in colmap.image_statistics(mapped).values()]
+        before = {**colmap.statistics(mapped), "reprojection_errors": _error_histogram(own)}
+    errors_px = [details[name].errors_px for name, index in model_of.items() if index == 0]
     described = []
     for model, path in zip(models, paths, strict=True):
         statistics = colmap.statistics(model)
@@ -195,7 +206,8 @@ def build_report(
         "confidence_sums": confidence,
         "models": described,
         "track_lengths": tracks,
-        "reprojection_errors": {"edges": edges.tolist(), "counts": histogram.tolist()},
+        "reprojection_errors": _error_histogram(errors_px),
+        "before_refinement": before,
         "pair_selection": {
             "mode": selection.mode,
             "why": selection.why,
@@ -203,6 +215,12 @@ def build_report(
         },
         "notes": list(notes),
     }
+
+
+def _error_histogram(errors_px: Sequence[np.ndarray]) -> dict[str, Any]:
+    edges = np.linspace(0, 4, 41)
+    counts, _ = np.histogram(np.clip(np.concatenate([[], *errors_px]), 0, 4 - 1e-9), edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

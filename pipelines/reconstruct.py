@@ -252,6 +252,8 @@ class _Reconstruction:
                 self.verifier.bounds(self.matching).min_confidence_sum,
                 self.modelling.confidence_meaning(),
             ),
+            mapped=self.modelling.as_mapped(loaded[0]) if loaded else None,
+            pose_errors=self.modelling.pose_errors,
         )
         rescued = report["rescue"] = self.modelling.rescue.told(loaded[:1])
         if rescued and rescued["images"]:
@@ -292,7 +294,9 @@ class _Reconstruction:
             "dense_encodings_now": sum(layer.dense_encodings for layer in self.layers.all),
             "pairs_matched_now": sum(len(layer.matched) for layer in self.layers.all),
         }
-        report["summary"] = {"seconds": time.perf_counter() - self.start}
+        seconds = time.perf_counter() - self.start
+        earlier = sum(self.inputs.folder.earlier.values())
+        report["summary"] = {"seconds": seconds, "seconds_of_all_runs": seconds + earlier}
         report["timings"] = dict(self.inputs.folder.timings)
         self.report = complete_report(report)
         try:

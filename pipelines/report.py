@@ -148,6 +148,8 @@ _COLUMNS = (
     ("inliers", "Inliers", 0),
     ("points", "Points", 0),
     ("mean_reprojection_error_px", "Error (px)", 2),
+    ("rotation_stderr_deg", "\N{PLUS-MINUS SIGN} rotation (°)", 3),
+    ("direction_stderr_deg", "\N{PLUS-MINUS SIGN} direction (°)", 3),
     ("focal_px", "Focal (px)", 0),
     ("camera_id", "Camera", 0),
 )
@@ -240,6 +242,7 @@ def _summary(full: dict[str, Any]) -> dict[str, Any]:
         "pairs_matched": sum(1 for pair in pairs if pair["matches"]),
         "pairs_verified": sum(1 for pair in pairs if pair["inliers"]),
         "seconds": sum(full["timings"].values()),
+        "seconds_of_all_runs": sum(full["timings"].values()),
         "two_view_track_share": _two_view_share(full.get("track_lengths") or {}),
         "missing": {
             status: count for status, count in statuses.most_common() if status != "registered"
@@ -484,14 +487,18 @@ def draw_pair(
 def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) -> str:
     summary = full["summary"]
     usable = [image["name"] for image in full["images"] if image["status"] not in UNUSABLE]
+    before = full.get("before_refinement")
     packed = _guarded("scene", lambda: figures.pack_scene(scene) if scene else None)
     charts = {
         "tracks": lambda: figures.track_lengths(full.get("track_lengths") or {}),
-        "errors": lambda: figures.reprojection_errors(full.get("reprojection_errors") or {}),
+        "errors": lambda: figures.reprojection_errors(
+            full.get("reprojection_errors") or {}, (before or {}).get("reprojection_errors") or {}
+        ),
         "graph": lambda: figures.match_graph(usable, full["pairs"]),
         "scene": lambda: figures.scene_figure(packed) if packed else None,
     }
     timings = {stage: full["timings"][stage] for stage in sorted(full["timings"], key=_stage_order)}
+    resumed = summary["seconds_of_all_runs"] > summary["seconds"]
     # Pairs that an earlier run matched cost this one nothing.
     matched = full.get("counts", {}).get("pairs_matched_now", summary["pairs"])
     return page.render(
@@ -514,7 +521,8 @@ def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) 
         timings=[
             (_STAGES.get(stage, stage.capitalize()), seconds) for stage, seconds in timings.items()
         ],
-        pairs_per_second=matched / timings["match"] if timings.get("match") else 0,
+        pairs_per_second=matched / timings["match"] if timings.get("match") and not resumed else 0,
+        resumed=resumed,
         settings=dict(_flatten(full["settings"])),
     )
 

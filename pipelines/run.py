@@ -17,7 +17,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +30,7 @@ from gim_hloc.errors import GimError, InputError, OutputError, some
 from gim_hloc.files import write_atomic
 from gim_hloc.images import ImageRecord, ImageSet
 from gim_hloc.lock import FolderLock
+from gim_hloc.options import RunOptions, StepOptions, TuningOptions
 from gim_hloc.workers import parse_shard, shard
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ _EXPORTS_01 = {
 _INDEX = f"{HIDDEN}/images.json"
 # Of run.yaml; the rest is what the last run was told.
 _OWN = ("gim_hloc", "command", "timings", "steps", "pending", "files", "checksum", "stages")
+_HOW_IT_RUNS = {
+    field.name for kind in (RunOptions, TuningOptions, StepOptions) for field in fields(kind)
+}
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -154,7 +158,8 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; give a folder for the output.")
         self.about: dict[str, Any] = {}  # settings, for run.yaml
-        self.timings: dict[str, float] = {}
+        self.timings: dict[str, float] = {}  # of this run, and of earlier ones that it goes on with
+        self.earlier: dict[str, float] = {}  # of them, of the latter
         self.notes: list[str] = []
         self._exit = contextlib.ExitStack()
         self._read()
@@ -176,6 +181,7 @@ class RunFolder:
                 f"{self.path} is the output of gim-{theirs}: choose another output folder for gim-"
                 f"{self.command}."
             )
+        self._last = state
         self.steps: dict[str, dict[str, Any]] = state.get("steps", {})
         self.files: dict[str, Any] = state.get("files", {})  # name -> [bytes, CRC] or None
         self.pending: dict[str, Any] | None = state.get("pending")
@@ -203,6 +209,10 @@ class RunFolder:
         if self.overwrite:
             for entry in self.steps.values():
                 entry["key"] = None
+        elif _decisive(self._last) == _decisive(yaml.load(_yaml(self.about), Loader=_LOADER)):
+            self.earlier = dict(self._last.get("timings") or {})
+            for name, seconds in self.earlier.items():
+                self.timings[name] = self.timings.get(name, 0.0) + seconds
         self.remove(_GONE)
         self.save()
 
@@ -413,6 +423,8 @@ class RunFolder:
                     f"There is no step {asked!r} in this run; there are {', '.join(names)}."
                 )
         redone = names[names.index(again) :] if again else []
+        for name in redone:
+            self.timings[name] = self.timings.get(name, 0.0) - self.earlier.pop(name, 0.0)
         for name, entry in self.steps.items():
             if name.split()[0] in redone:  # "export ply" is of export
                 entry["key"] = None
@@ -554,6 +566,13 @@ def _fingerprint(path: Path, checksum: bool) -> list[int | None]:
 
 
 # ------------------------------------------------------------------------------------------- state
+
+
+def _decisive(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What says in run.yaml that two runs are parts of one: not who works, nor how far."""
+    inputs = ("images", "queries", "map", "matcher", "weights")
+    options = {k: v for k, v in about.get("options", {}).items() if k not in _HOW_IT_RUNS}
+    return {**{name: about.get(name) for name in inputs}, "options": options}
 
 
 def read_state(folder: Path, *, tell: bool = True) -> dict[str, Any] | None:

@@ -213,3 +213,33 @@ def test_exif_that_mapping_fails_with_is_forgotten(tmp_path):
     assert model.camera(1).params[0] == pytest.approx(FOCAL, rel=0.02)
     assert not job.cameras[0].prior
     assert "focal lengths in EXIF" in notes[0]
+
+
+def test_pose_errors_agree_with_the_scatter_of_adjustments(tmp_path):
+    scene = make_scene(images=6, points=250, noise_px=0.0, arc_deg=60)
+    _, exact, _ = finish(job_of(scene, tmp_path, CameraOptions(intrinsics=INTRINSICS)))
+    true = colmap.poses_of(exact)
+    cameras = {camera["id"] for camera in colmap.cameras_of(exact)}
+    rng, ratios = np.random.default_rng(0), []
+    for _ in range(8):
+        model = copy.deepcopy(exact)
+        for image_id in model.reg_image_ids():
+            for point in model.image(image_id).points2D:
+                point.xy = point.xy + rng.normal(size=2)
+        colmap.bundle_adjust(model, cameras, 1)
+        now = colmap.poses_of(model)
+        found = colmap.pose_errors(model, cameras, 1)
+        assert sorted(found) == scene.names
+        for name, error in found.items():
+            (r, t), (r0, t0) = (
+                (a @ c.T, b - a @ c.T @ d)
+                for (a, b), (c, d) in ((p[name], p[error.neighbour]) for p in (now, true))
+            )
+            turned = np.degrees(np.arccos(np.clip((np.trace(r @ r0.T) - 1) / 2, -1, 1)))
+            cosine = t @ t0 / np.linalg.norm(t) / np.linalg.norm(t0)
+            ratios.append(
+                [turned / error.rotation_deg, np.degrees(np.arccos(cosine)) / error.direction_deg]
+            )
+    # Of the worst of three axes, and of two.
+    assert (np.sqrt(np.mean(np.square(ratios), axis=0)) < np.sqrt([3, 2]) * 1.1).all()
+    assert (np.sqrt(np.mean(np.square(ratios), axis=0)) > 0.9).all()

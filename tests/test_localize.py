@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Iterator
@@ -116,6 +117,18 @@ def test_poses_are_true_and_nothing_of_the_map_is_computed_again(
     assert times(place / "map") == before
     for name in ("poses.txt", "report.txt", "report.json", "pairs.txt", "features.h5", "log.txt"):
         assert (tmp_path / "out" / name).is_file(), name
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    data = json.loads(page.split('id="pair-data">')[1].split("</script>")[0])
+    assert len(data["pairs"]) == 3 * len(QUERIES)  # the best images of the map of each
+    for query, reference, inliers, matches, outliers, code in data["pairs"]:
+        name, other = data["names"][query], data["names"][reference].removesuffix(" (map)")
+        assert other in dict(result.queries[name].references)
+        assert 100 < inliers <= matches
+        size = np.array([WIDTH, HEIGHT] * 2)
+        xy = np.frombuffer(base64.b64decode(code), "<u2").reshape(-1, 4)[outliers:] / 65535 * size
+        for side, image in ((xy[:, :2], name), (xy[:, 2:], other)):  # at true keypoints
+            distance = np.linalg.norm(side[:, None] - 0.5 - SCENE.keypoints[image], axis=2).min(1)
+            assert distance.max() < 0.1
 
 
 def test_outputs_agree_with_each_other(place: Path, tmp_path: Path) -> None:

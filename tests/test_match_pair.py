@@ -492,9 +492,45 @@ def test_nothing_in_common(
     told = capsys.readouterr().out
     assert "0 matches, and a fundamental matrix needs 8" in told
     assert "are drawn" not in told  # there is nothing to draw
+    assert not (out / "a_b_sift-2_warp.png").exists()
+    assert (out / "a_b_sift_warp.png").exists()  # of other images of these names
+    with Image.open(out / "a_b_sift-2_match.png") as picture:
+        assert picture.size[0] == 2 * WIDTH + 6
+        assert picture.size[1] > 2 * HEIGHT + 40  # names and counts below
+    again = [*map(str, pair), "--out", str(out), "--matcher", "sift", "--no-ransac"]
+    assert command.main(again) == 0
     assert not (out / "a_b_sift_warp.png").exists()
-    with Image.open(out / "a_b_sift_match.png") as picture:
-        assert picture.size == (2 * WIDTH + 6, 2 * HEIGHT + 6)
+    assert len(list(out.iterdir())) == 4
+
+
+def test_results_that_nobody_can_tell_apart_are_kept_both(
+    matched: MatchResult, tmp_path: Path
+) -> None:
+    arrays = [texture(seed=seed) for seed in (0, 1)]
+    for result in (matched, match(*arrays, matcher="sift"), match(*arrays, matcher="sift")):
+        for _ in range(2):
+            result.save(tmp_path, formats=("csv",), pictures=False)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "a_b_sift-2_matches.csv", "a_b_sift_matches.csv", "image0_image1_sift-2_matches.csv",
+        "image0_image1_sift-3_matches.csv", "image0_image1_sift-4_matches.csv",
+        "image0_image1_sift_matches.csv",
+    ]  # fmt: skip
+
+
+@pytest.mark.weights
+def test_an_image_that_is_stored_turned_is_matched_upright(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    turned = save(tmp_path / "b.png", np.rot90(seen_through(TILT, texture())))
+    plain = match(pair[0], turned, matcher="xfeat", rotations="none")
+    result = match(pair[0], turned, matcher="xfeat")
+    assert (plain.rotated_degrees, result.rotated_degrees) == (0, 90)
+    assert result.inliers.sum() > 5 * plain.inliers.sum()
+    x, y = project(TILT, result.keypoints0[result.inliers]).T
+    error = np.linalg.norm(np.c_[y, WIDTH - 1 - x] - result.keypoints1[result.inliers], axis=1)
+    assert np.median(error) < 1
+    assert "b.png turned by 90°" in result.summary()
 
 
 @pytest.mark.parametrize("count", [20, 3000])

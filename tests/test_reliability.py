@@ -7,6 +7,7 @@ line what it could not do. ``docs/reliability.md`` lists the tests by steps and 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import faults
 import h5py
 import numpy as np
 import pytest
+import yaml
 from fake_matcher import SCENE, FakeMatcher, write_images
 from synthetic import INTRINSICS
 
@@ -448,6 +450,32 @@ def test_a_resume_decodes_no_image(out: Path, place: Path, monkeypatch: pytest.M
     (out / ".run/images.json").unlink()
     run(place / "images", out)
     assert len(decoded) == len(NAMES)
+
+
+def test_a_resumed_run_tells_the_time_of_all_its_parts(out: Path, place: Path) -> None:
+    path = out / "run.yaml"
+    before = yaml.safe_load(path.read_text())["timings"]
+    report = run(place / "images", out, batch_size=2).report  # how it runs is no other run
+    assert all(report["timings"][name] >= seconds for name, seconds in before.items())
+    summary = report["summary"]
+    spent = summary["seconds"] + sum(before.values())
+    assert summary["seconds_of_all_runs"] == pytest.approx(spent, abs=0.01)
+    assert "of all runs; this one" in (out / "report.html").read_text()
+    other = run(place / "images", out, refine_keypoints=True).report["summary"]
+    assert other["seconds_of_all_runs"] == other["seconds"]
+
+
+def test_the_report_says_what_refinement_did_and_how_sure_poses_are(place: Path) -> None:
+    report = json.loads((place / "whole" / "report.json").read_text())
+    before, model = report["before_refinement"], report["models"][0]
+    assert before["images"] == model["images"]
+    assert sum(before["reprojection_errors"]["counts"]) == before["observations"]
+    for row in report["images"]:
+        assert 0 < row["rotation_stderr_deg"] < 1
+        assert row["stderr_relative_to"] in NAMES
+        assert row["stderr_relative_to"] != row["name"]
+    page = (place / "whole" / "report.html").read_text()
+    assert all(text in page for text in ("As mapped", "rotation (°)"))
 
 
 def test_touched_and_moved_images_are_the_same(

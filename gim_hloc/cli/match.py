@@ -47,6 +47,8 @@ class _Arguments(common.Licences):
     """Keypoints keep this many pixels away from masked ones."""
     format: tuple[Literal["npz", "csv", "h5"], ...] = ("npz",)
     """Formats of the coordinates: npz, csv, h5 (hloc's: a file of features and one of matches)."""
+    rotations: Literal["auto", "none"] = "auto"
+    """auto: where next to nothing matches, B is tried turned by a quarter, a half, three."""
     pictures: bool = True
     """Draw the matches and the projection."""
     ransac: bool = True
@@ -83,6 +85,7 @@ def _run(arguments: _Arguments) -> int:
         mask0=arguments.mask0,
         mask1=arguments.mask1,
         mask_erode=arguments.mask_erode,
+        rotations=arguments.rotations,
         fit=arguments.fit if arguments.ransac else None,
         **options,
     )

@@ -97,6 +97,7 @@ from gim_hloc.colmap.model import (
     write_model,
     write_models,
 )
+from gim_hloc.colmap.uncertainty import PoseError, pose_errors
 from gim_hloc.colmap.undistort import pinhole, resample, run_dense, undistort
 from gim_hloc.colmap.verification import Verification
 
@@ -120,6 +121,7 @@ __all__ = [
     "Metres",
     "NewImage",
     "PairVerification",
+    "PoseError",
     "Refined",
     "Verification",
     "add_images",
@@ -162,6 +164,7 @@ __all__ = [
     "pinhole",
     "point_positions",
     "points",
+    "pose_errors",
     "poses_and_cameras",
     "poses_of",
     "positions_enu",

@@ -48,6 +48,7 @@ def adjuster(
     robust_px: float | None = None,
     *,
     principal_point: bool = False,
+    gauge: Any = pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD,
 ) -> Any:
     """The adjustment of ``bundle_adjust``, to be solved; with principal points free or not."""
     options = pycolmap.BundleAdjustmentOptions()
@@ -70,7 +71,7 @@ def adjuster(
     for camera_id in fixed & used:
         config.set_constant_cam_intrinsics(camera_id)
     if config.num_constant_rig_from_world_poses() < 2:  # the world is not held in place otherwise
-        config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+        config.fix_gauge(gauge)
     return pycolmap.create_default_ceres_bundle_adjuster(options, config, model)
 
 

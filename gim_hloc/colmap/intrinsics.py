@@ -89,27 +89,32 @@ def standard_errors(
     # thousand times the residuals.
     options = pycolmap.BACovarianceOptions(damping=1e-6)
     covariance = pycolmap.estimate_ba_covariance(options, model, problem)
-    squares = np.concatenate([i.errors_px for i in image_statistics(model).values()]) ** 2
-    if robust_px is not None:  # weighted as by the loss
-        squares /= 1 + squares / robust_px**2
-    unknowns = 3 * model.num_points3D() + 6 * model.num_reg_images()
-    spare = 2 * len(squares) - unknowns
+    residual = residual_variance(model, robust_px)
     errors = {}
     for camera_id in cameras:
         camera = model.camera(camera_id)
         # The camera's own array: COLMAP finds the block by its address.
         block = None if covariance is None else covariance.get_other_params_cov(camera.params)
-        if block is None or spare <= 0:
+        if block is None or residual is None:
             errors[camera_id] = (math.inf, math.inf)
             continue
         focal, principal = camera.focal_length_idxs(), camera.principal_point_idxs()
         free = [i for i in range(len(camera.params)) if principal_point or i not in principal]
-        variance = dict(zip(free, np.diag(block) * squares.sum() / spare, strict=True))
+        variance = dict(zip(free, np.diag(block) * residual, strict=True))
         errors[camera_id] = (
             math.sqrt(max(variance[i] for i in focal)),
             math.sqrt(max(variance.get(i, 0.0) for i in principal)),
         )
     return errors
+
+
+def residual_variance(model: Any, robust_px: float | None = None) -> float | None:
+    """Of a coordinate, px^2, as an adjustment left them; None if nothing is overdetermined."""
+    squares = np.concatenate([i.errors_px for i in image_statistics(model).values()]) ** 2
+    if robust_px is not None:  # weighted as by the loss
+        squares /= 1 + squares / robust_px**2
+    spare = 2 * len(squares) - 3 * model.num_points3D() - 6 * model.num_reg_images()
+    return float(squares.sum()) / spare if spare > 0 else None
 
 
 def determined(

@@ -2,10 +2,9 @@
 const find = id => document.getElementById(id);
 const order = new Intl.Collator(undefined, {numeric: true}).compare;
 const cell = (row, column) => row.cells[column].dataset.v ?? row.cells[column].textContent;
-const listing = (id, noun, wanted) => {
+const listing = (id, noun, wanted, most = 50) => {
   const table = find(`${id}-table`), body = table.tBodies[0], rows = Array.from(body.rows);
   const more = find(`${id}-more`);
-  let most = 50;
   const update = () => {
     const found = rows.filter(wanted);
     for (const row of rows) row.hidden = true;
@@ -122,7 +121,7 @@ data.pairs.forEach(([i, j, inliers, matches], number) => {
 const showPairs = listing("pair", "pair", row => {
   const word = find("pair-filter").value.toLowerCase();
   return [0, 1].some(column => cell(row, column).toLowerCase().includes(word));
-});
+}, 12);
 find("pair-filter").addEventListener("input", showPairs);
 for (const id of ["pair-inliers", "pair-outliers"]) find(id).addEventListener("change", drawPair);
 addEventListener("resize", drawPair);
