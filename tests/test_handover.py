@@ -16,6 +16,7 @@ import numpy as np
 import pycolmap
 import pytest
 from PIL import Image
+from scipy.spatial.transform import Rotation
 from synthetic import make_scene
 from test_undistort import photograph, pixels, psnr, save, seen
 
@@ -25,6 +26,7 @@ from gim_hloc.options import TargetOptions
 
 WIDTH, HEIGHT = 240, 180
 CAMERAS = {
+    "SIMPLE_PINHOLE": [212.0, 126.4, 85.0],
     "PINHOLE": [210.0, 214.0, 126.4, 85.0],
     "RADIAL": [210.0, 121.5, 88.2, -0.08, 0.01],
     "OPENCV": [210.0, 214.0, 118.5, 93.2, 0.05, -0.02, 0.003, -0.002],
@@ -80,10 +82,10 @@ def camera_of(model: Any, name: str) -> Any:
     return next(i for i in map(model.image, model.reg_image_ids()) if i.name == name).camera
 
 
-def assert_drawn(drawn: dict[str, np.ndarray], model: Any) -> None:
-    """The same points in the same places, to 0.01 px."""
+def assert_drawn(drawn: dict[str, np.ndarray], model: Any, *, part: bool = False) -> None:
+    """The same points in the same places, to 0.01 px, in all images or a part of them."""
     truth = observed(model)
-    assert drawn.keys() == truth.keys()
+    assert part or drawn.keys() == truth.keys()
     for name, xy in drawn.items():
         np.testing.assert_allclose(xy, truth[name][1], atol=0.01, err_msg=name)
 
@@ -100,6 +102,56 @@ def as_stored(xy: np.ndarray, pinhole: np.ndarray, camera: Any) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------- photogrammetry
+
+
+def test_bundler(tmp_path: Path) -> None:
+    made = build("RADIAL")
+    (note,) = export_model(made, tmp_path, formats=("bundler",))
+    assert "middle of the image as principal point" in note
+    lines = (tmp_path / "bundle.out").read_text().splitlines()
+    names = (tmp_path / "list.txt").read_text().splitlines()
+    drawn = {}
+    for number, name in enumerate(names):
+        rows = [np.array(line.split(), float) for line in lines[2 + 5 * number :][:5]]
+        f, k1, k2 = rows[0]
+        x, y, z = np.array(rows[1:4]) @ observed(made)[name][0].T + rows[4][:, None]
+        x, y = -x / z, -y / z  # it looks along -z, y up
+        scaled = f * (1 + k1 * (x**2 + y**2) + k2 * (x**2 + y**2) ** 2)
+        camera = camera_of(made, name)
+        middle = (camera.principal_point_x, camera.principal_point_y)
+        drawn[name] = np.column_stack([scaled * x, -scaled * y]) + middle
+    assert_drawn(drawn, made)
+
+
+def test_nvm(tmp_path: Path) -> None:
+    made = build("SIMPLE_PINHOLE")
+    (note,) = export_model(made, tmp_path, formats=("nvm",))
+    assert "middle of the image as principal point" in note
+    lines = (tmp_path / "model.nvm").read_text().splitlines()
+    drawn = {}
+    for line in lines[3 : 3 + int(lines[2])]:
+        name, numbers = line.split("\t")
+        f, w, x, y, z, *rest = map(float, numbers.split())
+        rotation = Rotation.from_quat([x, y, z, w]).as_matrix()
+        name = name.replace('"', " ")
+        p = (observed(made)[name][0] - rest[:3]) @ rotation.T
+        camera = camera_of(made, name)
+        middle = (camera.principal_point_x, camera.principal_point_y)
+        drawn[name] = f * p[:, :2] / p[:, 2:] + middle
+    assert_drawn(drawn, made)
+
+
+def test_text_and_points(tmp_path: Path) -> None:
+    trimesh = pytest.importorskip("trimesh", reason="trimesh is not installed")
+    made = build("OPENCV")
+    assert export_model(made, tmp_path, formats=("txt", "ply")) == []
+    drawn = {name: xy for name, (_, xy) in observed(pycolmap.Reconstruction(tmp_path)).items()}
+    # COLMAP's own reader ends a name at its first blank.
+    assert_drawn({n: drawn[n.partition(" ")[0]] for n in ("a.jpg", "d.jpg")}, made, part=True)
+    cloud = trimesh.load(tmp_path / "points.ply")
+    points = [made.points3D[i] for i in sorted(made.point3D_ids())]
+    np.testing.assert_allclose(cloud.vertices, [p.xyz for p in points], atol=1e-6)
+    assert np.asarray(cloud.colors)[:, :3].tolist() == [p.color.tolist() for p in points]
 
 
 class Stream:
