@@ -8,6 +8,7 @@ import enum
 import math
 import os
 import re
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
@@ -81,7 +82,7 @@ def by_unicode_form(names: Iterable[str]) -> dict[str, str]:
 def as_path(value: str | os.PathLike[str], name: str) -> Path:
     """A path that a function was given; ``InputError`` for what is none."""
     if not isinstance(value, str | os.PathLike):
-        raise InputError(f"{name} is {value!r}; it must be a path.")
+        raise InputError(f"{name} is {reprlib.repr(value)}; it must be a path.")
     return Path(value)
 
 

@@ -1026,46 +1026,71 @@ def read_stored(path: Path) -> tuple[np.ndarray, int]:
     return np.ascontiguousarray(pixels.rgb), pixels.orientation
 
 
+def one(image: ImageLike, name: str, *, min_size: int) -> ImageRecord:
+    """A single image.
+
+    Args:
+        image: a path, or as ``in_memory`` takes it.
+        name: what one in memory is called; files have their own names.
+        min_size: the shorter side has at least so many pixels.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    if not isinstance(image, str | os.PathLike):
+        record = in_memory(image, name)
+        if min(record.size) < min_size:
+            raise InputError(f"{name} is {record.width}x{record.height} px; that is too small.")
+        return record
+    path = Path(image)
+    if not path.exists():
+        raise InputError(f"There is no image {path}.")
+    if not path.is_file():
+        raise InputError(f"{path} is a folder, pipe or device; give the file of an image.")
+    found = scan(path.parent, names=[path.name], min_size=min_size)
+    if found.rejected:
+        raise InputError(
+            f"{path} cannot be used: {found.rejected[0].reason}, {found.rejected[0].detail}."
+        )
+    return found.images[0]
+
+
 def in_memory(image: ImageLike, name: str) -> MemoryImage:
     """An image that is none of a file.
 
     Args:
         image: array (H, W), (H, W, 1) or (H, W, 3), or tensor (1, H, W) or (3, H, W), uint8 or
-            floating point in [0, 1], RGB; or a PIL image, with its EXIF orientation.
+            floating point in [0, 1], RGB; or a PIL image, with its EXIF.
         name: what it is called.
 
     Raises:
-        InputError: another type, shape or range.
+        InputError: another type, shape or range; an empty, damaged or mirrored image.
     """
     import PIL.Image
     import torch
 
     exif, visible = Exif(), None
     if isinstance(image, PIL.Image.Image):
-        given: int = image.getexif().get(274, 1)
-        exif = Exif(orientation=given if given in range(1, 9) else 1)
-        deep = image.mode in ("I", "F") or image.mode.startswith("I;")
-        rgb, visible = (_to_8bit(np.asarray(image)), None) if deep else _decode_8bit(image, 1)
+        rgb, visible, exif = _of_pillow(image, name)
     elif isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] not in (1, 3):
             raise InputError(f"{name} is a tensor {tuple(image.shape)}; it must be (1 or 3, H, W).")
-        rgb = _checked_8bit(
-            image.detach().cpu().float().numpy()
-            if image.is_floating_point()
-            else image.cpu().numpy(),
-            name,
-        ).transpose(1, 2, 0)
+        tensor = image.detach().cpu().permute(1, 2, 0)
+        rgb = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     elif isinstance(image, np.ndarray):
         if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
             raise InputError(f"{name} is an array {image.shape}; it must be (H, W[, 1 or 3]).")
-        rgb = _checked_8bit(image, name)
+        rgb = image
     else:
         raise InputError(
             f"{name} is {type(image).__name__!r}; it must be a path, an array (H, W, 3), a tensor "
             "(3, H, W) or a PIL image."
         )
-    rgb = np.broadcast_to(rgb.reshape(*rgb.shape[:2], -1), (*rgb.shape[:2], 3))
     height, width = rgb.shape[:2]
+    if not height * width:
+        raise InputError(f"{name} is empty: {width}x{height} px.")
+    rgb = _checked_8bit(rgb, name)
+    rgb = np.broadcast_to(rgb.reshape(height, width, -1), (height, width, 3))
     pixels = _Pixels(
         rgb=np.ascontiguousarray(rgb), visible=visible, factor=1, stored_size=(width, height),
         orientation=exif.orientation,
@@ -1075,26 +1100,28 @@ def in_memory(image: ImageLike, name: str) -> MemoryImage:
     )
 
 
-def write_in_memory(image: ImageLike, path: Path) -> None:
-    """Write an image as ``in_memory`` takes it to a PNG file, with its EXIF orientation."""
-    import PIL.Image
-
-    record = in_memory(image, "image")
-    stored = PIL.Image.fromarray(record.pixels.rgb)
-    if record.pixels.visible is not None:
-        stored.putalpha(PIL.Image.fromarray(record.pixels.visible))
-    exif = stored.getexif()
-    exif[274] = record.exif.orientation
-    stored.save(path, exif=exif)
+def _of_pillow(image: Any, name: str) -> tuple[np.ndarray, np.ndarray | None, Exif]:
+    """RGB or grey values, where they are not transparent, and EXIF of an image of Pillow's."""
+    try:
+        image.load()
+        orientation = image.getexif().get(274)
+        exif = _read_exif(image, orientation if orientation in range(1, 9) else 1)
+        deep = image.mode in ("I", "F") or image.mode.startswith("I;")
+        rgb, visible = (_to_8bit(np.asarray(image)), None) if deep else _decode_8bit(image, 1)
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise InputError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
+    if exif.orientation not in _QUARTER_TURNS:
+        raise InputError(f"{name} is a mirror image (EXIF orientation {exif.orientation}).")
+    return rgb, visible, exif
 
 
 def _checked_8bit(values: np.ndarray, name: str) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
-    if values.dtype.kind != "f" or not (values.size and values.min() >= 0 and values.max() <= 1):
-        what = f"in [{values.min()}, {values.max()}]" if values.size else "empty"
+    if values.dtype.kind != "f" or not (values.min() >= 0 and values.max() <= 1):
+        span = f" in [{values.min()}, {values.max()}]" if values.dtype.kind in "iuf" else ""
         raise InputError(
-            f"{name} is {values.dtype} {what}; it must be uint8, or floating point in [0, 1]."
+            f"{name} is {values.dtype}{span}; it must be uint8, or floating point in [0, 1]."
         )
     return np.rint(values * np.float32(255)).astype(np.uint8)
 

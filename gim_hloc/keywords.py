@@ -103,6 +103,7 @@ class LocalizeKeywords(RunKeywords, total=False):
     """Fields of ``LocalizeOptions``."""
 
     matcher: str | None
+    anchors: str | None
     quality: Quality | None
     neighbours: int
     min_score: float | None

@@ -41,6 +41,31 @@ Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]  # 0 means none, or that it is chosen
 Side = Annotated[int, Field(ge=16)]  # pixels
 
+_MATCHER = "matcher"  # marks types of fields that name matchers
+MatcherName = Annotated[str, _MATCHER]
+
+
+def is_code(matcher: str) -> bool:
+    """Whether the name of a matcher says where code lies: ``module:Class``."""
+    return ":" in matcher
+
+
+def code_in(options: Any) -> dict[str, list[str]]:
+    """Fields that name matchers, with those names in them that are code."""
+    found = {}
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        if _MATCHER in _metadata(hint):
+            value = getattr(options, name)
+            texts = [value] if isinstance(value, str) else list(value or ())
+            found[name] = [text for text in texts if is_code(text)]
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _metadata(hint: Any) -> list[Any]:
+    """What annotates a type or those that it consists of."""
+    inner = [one for part in get_args(hint) for one in _metadata(part)]
+    return [*getattr(hint, "__metadata__", ()), *inner]
+
 
 # --------------------------------------------------------------------------------------------- base
 
@@ -545,7 +570,7 @@ class WorkOptions:
 class MatcherOptions:
     """What matches."""
 
-    matcher: str = "aliked_lightglue"
+    matcher: MatcherName = "aliked_lightglue"
     """Name of a matcher; --list-matchers shows them."""
     quality: Quality = "base"
     """Operating point of the matcher: image size, number of keypoints and thresholds together."""

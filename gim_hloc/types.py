@@ -36,7 +36,6 @@ class MatcherInfo:
     licence: str = "not stated"  # of code and weights, e.g. "Apache-2.0 (LightGlue)"
     commercial: bool = False  # whether that licence allows commercial use
     colour: Literal["rgb", "gray"] = "rgb"
-    default_size: int = 0  # long side in pixels at the ``base`` operating point
     rotation_invariant: bool = False  # whether images may be turned against each other at will
     # Sum of the inliers' confidences that no pair of unrelated images reaches, by operating point;
     # calibrated (docs/accuracy.md), and empty where it is not.

@@ -12,6 +12,7 @@ import logging.handlers
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -247,9 +248,19 @@ class _Body:
 # ------------------------------------------------------------------------------- processes and Ray
 
 
+_PUT_INTO_A_FILE = (
+    "What a function, a notebook or python -c defines cannot be seen by other processes: put it "
+    "into a file."
+)
+
+
 def _processes(task: Task[Any, Any], devices: Sequence[str]) -> list[_Process]:
     threads = _threads(len(devices))
-    return [_Process(task, device, threads) for device in devices]
+    try:
+        packed = pickle.dumps(task)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise InputError(f"The work cannot be given away ({error}). {_PUT_INTO_A_FILE}") from error
+    return [_Process(packed, device, threads) for device in devices]
 
 
 def _threads(workers: int) -> int:
@@ -262,11 +273,12 @@ def _threads(workers: int) -> int:
 class _Process:
     """A spawned process; CUDA and the threads of PyTorch do not survive a fork."""
 
-    def __init__(self, task: Task[Any, Any], device: str, threads: int) -> None:
+    def __init__(self, task: bytes, device: str, threads: int) -> None:
         self.device = device
         self.chunks: deque[_Chunk[Any]] = deque()
         self._start = (task, device, threads)
         self._process: Any = None
+        self._answered = False
         self.connection: multiprocessing.connection.Connection
 
     def give(self, chunk: _Chunk[Any]) -> None:
@@ -288,10 +300,18 @@ class _Process:
 
     def receive(self) -> Any:
         try:
-            return self.connection.recv()
+            message = self.connection.recv()
+            self._answered = True
+            return message
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
+            if code == 1 and not self._answered:
+                raise InputError(
+                    f"A worker on {self.device} failed to start; what it said stands above. It "
+                    "imports the script that starts it, which must therefore be a file, and start "
+                    'workers below if __name__ == "__main__":'
+                ) from None
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             more = ", perhaps out of memory" if name == "SIGKILL" else ""
             raise _DeathError(name + more) from None
@@ -311,11 +331,17 @@ def _wait_for_processes(workers: Sequence[_Process]) -> list[_Process]:
 
 def _serve(
     connection: multiprocessing.connection.Connection,
-    task: Task[Any, Any],
+    packed: bytes,
     device: str,
     threads: int,
 ) -> None:
     """Body of a process."""
+    try:
+        task = pickle.loads(packed)
+    except Exception as error:
+        message = InputError(f"A worker on {device} cannot begin ({error}). {_PUT_INTO_A_FILE}")
+        connection.send(("error", message, traceback.format_exc()))
+        return
     chunks: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
 
     def listen() -> None:  # beside the work, so that the caller never waits to be heard

@@ -66,7 +66,6 @@ class ImportedMatcher(MatcherBase[Encoding]):
             licence="that of the program which made the files",
             commercial=False,
             colour="rgb",
-            default_size=0,
             summary="keypoints and matches from files in hloc's layout",
             rotation_invariant=True,  # nothing can be matched again
         )

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from gim_hloc import images as image_module
 from gim_hloc.clock import Stopwatch, timed
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.files import as_path, write_atomic
+from gim_hloc.images import ImageRecord, ImageSet
 from gim_hloc.keywords import LocalizeKeywords
 from gim_hloc.masks import MaskFolder
 from gim_hloc.matchers.common import parse_matcher_options
@@ -193,9 +193,9 @@ def localize(
     queries, output = as_path(queries, "queries"), as_path(output, "output")
     if not queries.is_dir():
         raise InputError(f"There is no folder of queries {queries}.")
-    localizer = Localizer(scene, options, **overrides)
-    with contextlib.closing(localizer):
-        return _Localization(localizer, localizer.options, queries, output, progress).run()
+    loaded = _LoadedMap(scene, given(LocalizeOptions, options, overrides))
+    with contextlib.closing(loaded):
+        return _Localization(loaded, loaded.options, queries, output, progress).run()
 
 
 def quaternion(rotation: np.ndarray) -> tuple[float, float, float, float]:
@@ -301,60 +301,21 @@ class _Seen:
     matches: int
 
 
-class Localizer:
-    """A map and its matcher, which stay loaded from one image to the next.
+class _LoadedMap:
+    """A map with its matcher, and what queries share of it."""
 
-    Args:
-        scene: output folder of ``gim-reconstruct``, or a COLMAP model (then ``features``).
-        options: all settings; ``None`` takes the defaults.
-        **overrides: single fields of ``LocalizeOptions``.
-
-    Raises:
-        InputError: unusable map or options.
-        WeightsError: the matcher's weights are missing.
-    """
-
-    def __init__(
-        self,
-        scene: Path | str,
-        options: LocalizeOptions | None = None,
-        **overrides: Unpack[LocalizeKeywords],
-    ) -> None:
-        self.folder = as_path(scene, "scene")
-        self.options = given(LocalizeOptions, options, overrides)
+    def __init__(self, scene: Path | str, options: LocalizeOptions) -> None:
+        self.folder, self.options = as_path(scene, "scene"), options
         self.notes: list[str] = []
         self.timings: dict[str, float] = {}
         self.vlad: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # codebook and the map's vectors
+        self.sources: dict[str, str] = {}  # of the map's images
+        self.records: dict[str, ImageRecord] = {}  # of those that were asked for
         with timed(self.timings, "map"):
             self.map: SceneMap = open_map(
-                self.folder, features=self.options.features, images=self.options.images
+                self.folder, features=options.features, images=options.images
             )
         self._load_matchers()
-
-    def localize(self, image: ImageLike, camera: Any = None) -> QueryResult:
-        """Localise an image, as ``gim-localize`` does.
-
-        Args:
-            image: a path, an array (H, W[, 1 or 3]) or tensor (1 or 3, H, W) that is uint8 or
-                floating point in [0, 1], or a PIL image.
-            camera: its intrinsics: "PINHOLE,fx,fy,cx,cy", a ``pycolmap.Camera``, or None where
-                they are the map's or are estimated.
-
-        Raises:
-            InputError: the image or the camera cannot be used.
-        """
-        with tempfile.TemporaryDirectory(prefix="gim-hloc-") as folder:
-            path = Path(folder, "query.png")
-            if isinstance(image, str | os.PathLike):
-                path = Path(image)
-            else:
-                image_module.write_in_memory(image, path)
-            options = replace(
-                self.options, {"intrinsics": _intrinsics(camera), "stop_after": "rotations"}
-            )
-            run = _Localization(self, options, path.parent, Path(folder, "out"), False, [path.name])
-            run.run()
-        return run.results[path.name]
 
     def close(self) -> None:
         """Close the map's files."""
@@ -428,19 +389,17 @@ class Localizer:
         self.map_features = MapFeatures(self.map.features, self.map.views)
         width = self.map_features.descriptors(next(iter(self.map.views))).shape[1]
         if self.detector is None:  # only to find similar images
-            matchers.refuse_code(
-                made.get("anchors") or "auto", f"The map {self.folder}", "--matcher"
-            )
-            name = matchers.choose_detector(made.get("anchors") or "auto")
-            theirs = made.get("matcher")
-            theirs = CASCADES.get(theirs or "", (theirs,))[0]
-            if theirs is not None and matchers.describe(theirs).has_keypoints:
-                name = theirs
+            name = self.options.anchors or self._describer()
             count = made.get("max_keypoints")
             self.detector_loader = matchers.Loader(
                 name, self.quality, {} if count is None else {"max_keypoints": count}
             )
             self.detector = self.detector_loader.load(device)
+            if not self.detector.info.has_keypoints:
+                raise InputError(
+                    f"{name} has no keypoints; --anchors is the matcher of those in "
+                    f"{self.map.features}."
+                )
         differing = same_features(self.map.features, self.detector.encode_settings())
         if "matcher" in differing:
             raise InputError(
@@ -454,23 +413,88 @@ class Localizer:
                 f"{', '.join(differing)} differ."
             )
 
+    def _describer(self) -> str:
+        """Name of the matcher that made the keypoints and descriptors of the map's images."""
+        made = self.map.options
+        theirs = made.get("matcher") or "auto"
+        if (self.folder / "anchors.h5").is_file():  # which runs of dense matchers leave
+            theirs = made.get("anchors") or "auto"
+        name = CASCADES.get(theirs, (theirs,))[0]
+        matchers.refuse_code(name, f"The map {self.folder}", "--anchors")
+        return matchers.choose_detector(name)
 
-class _Localization:
-    """One run: see the module. Of all queries in a folder, or of those named."""
+
+class Localizer(_LoadedMap):
+    """A map and its matcher, which stay loaded from one image to the next, in this process.
+
+    Args:
+        scene: output folder of ``gim-reconstruct``, or a COLMAP model (then ``features``).
+        options: all settings; ``None`` takes the defaults.
+        **overrides: single fields of ``LocalizeOptions``.
+
+    Raises:
+        InputError: unusable map or options.
+        WeightsError: the matcher's weights are missing.
+    """
 
     def __init__(
         self,
-        scene: Localizer,
+        scene: Path | str,
+        options: LocalizeOptions | None = None,
+        **overrides: Unpack[LocalizeKeywords],
+    ) -> None:
+        options = given(LocalizeOptions, options, overrides)
+        for name in ("step", "shard", "start", "stop_after", "overwrite", "prune"):
+            if getattr(options, name):
+                raise InputError(
+                    f"{name} is for runs with an output folder, which a Localizer has not: use "
+                    "gim_hloc.localize."
+                )
+        # One image is done before other processes have started.
+        device = options.devices[0] if options.devices else options.device
+        alone = {"device": device, "devices": (), "engine": "local", "workers": 0}
+        super().__init__(scene, replace(options, alone))
+
+    def localize(self, image: ImageLike, camera: Any = None) -> QueryResult:
+        """Localise an image, as ``gim-localize`` does.
+
+        Args:
+            image: a path, an array (H, W[, 1 or 3]) or tensor (1 or 3, H, W) that is uint8 or
+                floating point in [0, 1], or a PIL image.
+            camera: its intrinsics: "PINHOLE,fx,fy,cx,cy", a ``pycolmap.Camera``, or None where
+                they are those of the options, the map's or are estimated.
+
+        Raises:
+            InputError: the image or the camera cannot be used.
+        """
+        values: dict[str, Any] = {"stop_after": "rotations"}
+        if camera is not None:
+            values["intrinsics"] = _intrinsics(camera)
+        options = replace(self.options, values)
+        record = image_module.one(image, "query", min_size=options.min_image_size)
+        root = record.path.parent
+        with tempfile.TemporaryDirectory(prefix="gim-hloc-") as output:
+            run = _Localization(self, options, root, Path(output, "out"), False, record)
+            run.run()
+        return run.results[record.name]
+
+
+class _Localization:
+    """One run: see the module. Of all queries in a folder, or of a single one."""
+
+    def __init__(
+        self,
+        scene: _LoadedMap,
         options: LocalizeOptions,
         queries: Path,
         output: Path,
         progress: bool,
-        names: Sequence[str] | None = None,
+        single: ImageRecord | None = None,
     ) -> None:
         self.scene, self.map_folder, self.root, self.output = scene, scene.folder, queries, output
         self.map, self.map_features = scene.map, scene.map_features
         self.matcher, self.linker, self.detector = scene.matcher, scene.linker, scene.detector
-        self.options, self.asked = options, names
+        self.options, self.single = options, single
         self.show = progress
         self.part = part_of(options.step, options.shard)
         self.encoded: set[str] = set()
@@ -505,7 +529,7 @@ class _Localization:
             "options": to_mapping(self.options),
         }
         with self.folder:
-            if self.part is None:
+            if self.part is None and self.single is None:
                 keep_scan(self.folder, self.image_set)
             self._open_stores()
             try:
@@ -579,14 +603,16 @@ class _Localization:
         self.folder.notes += self.scene.notes
         self.folder.timings.update(self.scene.timings)
         with timed(self.folder.timings, "scan"):
-            self.image_set = image_module.scan(
-                self.root,
-                names=self.asked,
-                min_size=options.min_image_size,
-                exclude=[self.output, *([options.masks] if options.masks else [])],
-                known=scanned(self.output),
-                progress=self.show,
-            )
+            if self.single is not None:
+                self.image_set = ImageSet(root=self.root, images=(self.single,))
+            else:
+                self.image_set = image_module.scan(
+                    self.root,
+                    min_size=options.min_image_size,
+                    exclude=[self.output, *([options.masks] if options.masks else [])],
+                    known=scanned(self.output),
+                    progress=self.show,
+                )
             image_module.require_usable(self.image_set, 1)
         for rejected in self.image_set.rejected:
             logger.warning("Left out: %s (%s: %s)", rejected.name, rejected.reason, rejected.detail)
@@ -660,7 +686,7 @@ class _Localization:
         self.pair_key = lambda name: "/".join(keys[n] for n in name.split("\t"))
         pose_settings = {
             "match": digest(match_settings),
-            "map": self.map.stamp(),
+            "map": self.map.stamp,
             **{
                 name: getattr(options, name)
                 for name in (
@@ -674,7 +700,6 @@ class _Localization:
         self.poses = self._store("poses.h5", "locate", pose_settings)
         if self.part is None:
             take_parts(self.folder, {"features": self.features, "matches": self.matches})
-        self._map_sources: dict[str, str] = {}
         self._read_rotations()
 
     def _store(self, name: str, step: StepName, settings: dict[str, Any]) -> H5Store:
@@ -689,6 +714,8 @@ class _Localization:
 
     def _map_source(self, name: str) -> str:
         """Hash of what matches with an image of the map rest on."""
+        if name in self.scene.sources:
+            return self.scene.sources[name]
         view = self.map.views[name]
         parts: list[Any] = [self.map.sources.get(name)]
         if self.linker.detector_free or parts[0] is None:
@@ -696,12 +723,11 @@ class _Localization:
         if parts[0] is None and self.map.features is not None:
             status = self.map.features.stat()
             parts += [status.st_size, status.st_mtime_ns]
-        return digest(parts)
+        self.scene.sources[name] = digest(parts)
+        return self.scene.sources[name]
 
     def _pair_source(self, pair: Pair) -> str:
-        if pair[1] not in self._map_sources:
-            self._map_sources[pair[1]] = self._map_source(pair[1])
-        return digest([self.photographs.source(pair[0]), self._map_sources[pair[1]]])
+        return digest([self.photographs.source(pair[0]), self._map_source(pair[1])])
 
     # ----------------------------------------------------------------------------------- encode
 
@@ -879,8 +905,10 @@ class _Localization:
         root = self.map.images
         if root is None:
             raise InputError("The folder of the map's images is not known: give --images.")
-        found = {r.name: r for r in image_module.scan(root, min_size=1, names=needed).images}
-        for name in needed:
+        found = self.scene.records
+        missing = [name for name in needed if name not in found]
+        found |= {r.name: r for r in image_module.scan(root, min_size=1, names=missing).images}
+        for name in missing:
             view = self.map.views[name]
             if name not in found:
                 # A twin of another image is none of scan's images, and still one of the map's.
@@ -893,7 +921,7 @@ class _Localization:
                     f"{root / name} is {found[name].width}x{found[name].height} but "
                     f"{view.camera.width}x{view.camera.height} in the map."
                 )
-        return Photographs(found, turns=dict(self.map.turns))
+        return Photographs({n: found[n] for n in needed}, turns=dict(self.map.turns))
 
     # --------------------------------------------------------------------------------- rotations
 
@@ -967,7 +995,7 @@ class _Localization:
         of_query: dict[str, list[str]] = {name: [] for name in self.names}
         for query, reference in self.pairs:
             of_query[query].append(reference)
-        self.points, self.positions = colmap.point_positions(self.map.model)
+        self.points, self.positions = self.map.points
         self.cameras = dict(self.guessed)
         if self.sharing:
             with timed(self.folder.timings, "cameras"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -61,10 +62,16 @@ class SceneMap:
         """Whether ``gim-reconstruct`` made it."""
         return bool(self.options)
 
+    @functools.cached_property
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (N,) of the 3D points, ascending, and their positions (N, 3)."""
+        return colmap.point_positions(self.model)
+
+    @functools.cached_property
     def stamp(self) -> str:
         """Hash of poses, points and observations."""
         found = hashlib.sha256()
-        arrays = [*colmap.point_positions(self.model)]
+        arrays = [*self.points]
         for name, view in sorted(self.views.items()):
             found.update(name.encode("utf-8", "surrogateescape") + b"\0")
             arrays += [view.xy_px, view.points, *view.pose]

@@ -21,7 +21,7 @@ import numpy as np
 from gim_hloc import draw, images, matchers, pair_pictures
 from gim_hloc.clock import timed
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.files import write_atomic
+from gim_hloc.files import as_path, write_atomic
 from gim_hloc.masks import MaskFolder
 from gim_hloc.options import FitOptions
 from gim_hloc.pipelines.rotations import BELIEVED_GAIN, BELIEVED_LEAST
@@ -194,8 +194,8 @@ def match(
     with timed(seconds, "read"):
         records = _open_pair(a, b)
         masks = [
-            _read_mask(mask, record, mask_erode)
-            for mask, record in zip((mask0, mask1), records, strict=True)
+            _read_mask(mask, name, record, mask_erode)
+            for mask, name, record in zip((mask0, mask1), ("mask0", "mask1"), records, strict=True)
         ]
     with timed(seconds, "load"):
         loaded = _load_matcher(matcher, quality, device, options)
@@ -290,7 +290,10 @@ def _scale(image: ImageData) -> float:
 
 def _open_pair(a: ImageLike, b: ImageLike) -> tuple[ImageRecord, ImageRecord]:
     """Check two images and name them by their paths below the folder that they share."""
-    one, two = _open(a, "image0"), _open(b, "image1")
+    one, two = (
+        images.one(image, name, min_size=_MIN_SIDE)
+        for image, name in ((a, "image0"), (b, "image1"))
+    )
     if isinstance(one, images.MemoryImage) or isinstance(two, images.MemoryImage):
         return one, two
     if one.path.samefile(two.path):
@@ -301,25 +304,6 @@ def _open_pair(a: ImageLike, b: ImageLike) -> tuple[ImageRecord, ImageRecord]:
         shared = os.path.commonpath(paths)
         names = [Path(path).relative_to(shared).as_posix() for path in paths]
     return dataclasses.replace(one, name=names[0]), dataclasses.replace(two, name=names[1])
-
-
-def _open(image: ImageLike, name: str) -> ImageRecord:
-    if not isinstance(image, str | os.PathLike):
-        record = images.in_memory(image, name)
-        if min(record.size) < _MIN_SIDE:
-            raise InputError(f"{name} is {record.width}x{record.height} px; that is too small.")
-        return record
-    path = Path(image)
-    if not path.exists():
-        raise InputError(f"There is no image {path}.")
-    if not path.is_file():
-        raise InputError(f"{path} is a folder, pipe or device; give the file of an image.")
-    found = images.scan(path.parent, names=[path.name], min_size=_MIN_SIDE)
-    if found.rejected:
-        raise InputError(
-            f"{path} cannot be used: {found.rejected[0].reason}, {found.rejected[0].detail}."
-        )
-    return found.images[0]
 
 
 class _MaskFile(MaskFolder):
@@ -335,13 +319,16 @@ class _MaskFile(MaskFolder):
 
 
 def _read_mask(
-    path: str | os.PathLike[str] | None, record: ImageRecord, erode_px: int
+    given: str | os.PathLike[str] | None, name: str, record: ImageRecord, erode_px: int
 ) -> np.ndarray | None:
-    if path is None:
+    if given is None:
         return None
-    if not Path(path).is_file():
+    path = as_path(given, name)
+    if not path.is_file():
         raise InputError(f"There is no mask {path}.")
-    mask = _MaskFile(Path(path), erode_px=erode_px)
+    if not isinstance(erode_px, int) or erode_px < 0:
+        raise InputError(f"mask_erode is {erode_px!r}; it must be a number of pixels, at least 0.")
+    mask = _MaskFile(path, erode_px=erode_px)
     if nothing := mask.nothing_left(record):
         raise InputError(f"{record.name} cannot be matched: {nothing}.")
     return mask.load(record)

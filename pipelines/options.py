@@ -19,6 +19,7 @@ from gim_hloc.options import (
     Export,
     MapOptions,
     Mapper,
+    MatcherName,
     MatcherOptions,
     NotNegative,
     PairOptions,
@@ -58,7 +59,7 @@ class ImageOptions:
 class MatchingOptions(MatcherOptions):
     """What is matched, and with what."""
 
-    matcher: str = "auto"
+    matcher: MatcherName = "auto"
     """Name of a matcher (--list-matchers), or cascade: xfeat for every pair, stronger ones where
     that leaves doubt. auto: cascade at --quality fast without a GPU, else aliked_lightglue."""
     pairs: str = "auto"
@@ -82,7 +83,7 @@ class TrackOptions:
 
     tracks: Literal["anchored", "quantized"] = "anchored"
     """How matches of dense and semi-dense matchers become tracks. quantized: hloc's aggregation."""
-    anchors: str = "auto"
+    anchors: MatcherName = "auto"
     """Matcher whose keypoints are the first anchors and describe images for the pair selection.
     auto: aliked_lightglue, or sift where its weights are missing."""
     refine_keypoints: bool = True
@@ -190,8 +191,11 @@ class QueryMatchingOptions:
     cluster: bool = False
     """One attempt for each group of retrieved images that share points, the best is taken: for
     places that look alike. Otherwise one attempt with all."""
-    matcher: str | None = None
+    matcher: MatcherName | None = None
     """Matcher; that of the map by default. A dense one reads its warps at the map's keypoints."""
+    anchors: MatcherName | None = None
+    """Matcher whose keypoints and descriptors the images of the map have, for retrieval with a
+    dense matcher; what the map's run says by default."""
     quality: Quality | None = None
     """Operating point; that of the map by default."""
     matcher_options: tuple[str, ...] = ()

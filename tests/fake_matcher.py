@@ -17,7 +17,6 @@ from PIL import Image
 from synthetic import HEIGHT, WIDTH, Scene, make_scene
 
 from gim_hloc import matchers
-from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.types import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
 
 NAME = "fake"
@@ -62,7 +61,7 @@ class FakeMatcher(matchers.MatcherBase[SparseEncoding]):
             keypoints, ids = keypoints[allowed], ids[allowed]
         descriptors = torch.zeros(len(ids), 16)
         descriptors[:, 0] = ids.float()
-        return make_encoding(
+        return SparseEncoding.make(
             name=image.name,
             size=image.size,
             network_size=image.network_size,
@@ -95,7 +94,7 @@ def register(kind: type[FakeMatcher] = FakeMatcher) -> None:
             make,
             MatcherInfo(
                 name=kind.name, kind="sparse", checkpoint=(), licence="MIT", commercial=True,
-                colour="rgb", default_size=800, summary="knows the answer",
+                colour="rgb", summary="knows the answer",
             ),
         )  # fmt: skip
 

@@ -11,9 +11,8 @@ from fake_matcher import FakeMatcher, Options, register, write_images
 from synthetic import make_scene
 
 from gim_hloc import engine, images
-from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.schedule import encoding_bytes
-from gim_hloc.types import Encoding, Matches
+from gim_hloc.types import Encoding, Matches, SparseEncoding
 
 register()
 
@@ -91,7 +90,7 @@ class LittleMemory(FakeMatcher):
 
 
 def encoding(name: str, points: int = 20) -> Encoding:
-    return make_encoding(
+    return SparseEncoding.make(
         name=name,
         size=(10, 10),
         network_size=(10, 10),

@@ -37,7 +37,7 @@ PAIRS = list(itertools.combinations(NAMES, 2))
 def info(kind: Any) -> MatcherInfo:
     return MatcherInfo(
         name=f"known_{kind}", kind=kind, checkpoint=(), licence="MIT", commercial=True,
-        colour="rgb", default_size=320, summary="knows the answer",
+        colour="rgb", summary="knows the answer",
     )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fake_matcher
 import h5py
@@ -21,7 +23,7 @@ from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH
 from test_reconstruct_dense import SEMIDENSE
 
 import gim_hloc
-from gim_hloc import colmap
+from gim_hloc import colmap, workers
 from gim_hloc.cli.localize import main
 from gim_hloc.errors import InputError, MappingError
 from gim_hloc.evaluation.benchmarks import scene as synthetic_dense
@@ -192,6 +194,37 @@ def test_mirrored_and_masked_queries_are_named(place: Path, tmp_path: Path) -> N
     assert result.localized == 1
     assert result.queries["m.jpg"].status == "mirrored"
     assert "leaves nothing of it" in result.queries[QUERIES[1]].reason
+
+
+def test_a_localizer_works_in_this_process(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the map is looked at twice, and no process starts."""
+    positions, processes = Mock(wraps=colmap.point_positions), Mock()
+    monkeypatch.setattr(colmap, "point_positions", positions)
+    monkeypatch.setattr(workers, "_processes", processes)
+    options = {"intrinsics": INTRINSICS, "devices": ("cpu", "cpu"), "threads": 1}
+    with contextlib.closing(gim_hloc.Localizer(place / "map", **options)) as localizer:
+        for name in QUERIES:
+            found = localizer.localize(place / "new" / name)
+            assert found.intrinsics == "given"
+            assert found.name == name
+            assert error(found.pose, SCENE.poses[name])[1] < 1e-4  # type: ignore[arg-type]
+        camera = f"SIMPLE_PINHOLE,{FOCAL + 1},{WIDTH / 2},{HEIGHT / 2}"
+        other = localizer.localize(place / "new" / QUERIES[0], camera)
+        assert other.camera is not None
+        assert other.camera.params[0] == FOCAL + 1
+        with pytest.raises(InputError, match="query is 40x30 px; that is too small"):
+            localizer.localize(np.zeros((30, 40, 3), np.uint8))
+    assert positions.call_count == 1
+    processes.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"step": "match"}, {"shard": "0/2"}, {"start": "match"}, {"overwrite": True}, {"prune": True}],
+)
+def test_a_localizer_has_no_steps(place: Path, option: Any) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(option))} is for runs with an output folder"):
+        gim_hloc.Localizer(place / "map", **option)
 
 
 @pytest.fixture

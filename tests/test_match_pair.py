@@ -211,7 +211,6 @@ class Exact(DenseMatcher):
                 licence="-",
                 commercial=True,
                 colour="rgb",
-                default_size=WIDTH,
                 summary="-",
             ),
             options=DenseOptions(

@@ -15,7 +15,6 @@ from synthetic import HEIGHT, WIDTH, make_scene
 
 from gim_hloc.colmap import PairVerification
 from gim_hloc.evaluation.benchmarks import mixed
-from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.types import ImageData, Matches, SparseEncoding
 
 fake_matcher.register()
@@ -68,7 +67,7 @@ def test_a_bound_that_joins_places_is_found_out(
         descriptors = torch.zeros(len(ids), 16)
         descriptors[:, 0] = ids.float()
         descriptors[:, 1] = float(["room", "cyprus", "fountain-P11"].index(place))
-        return make_encoding(
+        return SparseEncoding.make(
             name=image.name, size=image.size, network_size=image.network_size,
             to_original=image.to_original, keypoints=torch.from_numpy(scene.keypoints[name]),
             descriptors=descriptors, scores=torch.ones(len(ids)),

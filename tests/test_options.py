@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -17,6 +19,7 @@ from gim_hloc.cli.reconstruct import main
 from gim_hloc.errors import InputError
 from gim_hloc.options import VerifyOptions, build, replace, to_mapping
 from gim_hloc.pipelines.options import LocalizeOptions, ReconstructOptions
+from gim_hloc.training.video.options import FramesOptions, LabelOptions, VideoRunOptions
 
 COMMANDS = (
     "reconstruct", "localize", "match", "pairs", "eval_sfm", "weights", "masks", "zeb", "video",
@@ -119,6 +122,60 @@ def test_config_that_cannot_be_used_is_one_line(
     assert message in said
     assert str(file) in said
     assert "Traceback" not in said
+
+
+CODE = [
+    ("reconstruct", "matcher", "evil:Orb"),
+    ("reconstruct", "anchors", "evil.py:Orb"),
+    ("localize", "matcher", "evil:Orb"),
+    ("localize", "anchors", "evil:Orb"),
+    ("video label", "labellers", ["sift", "evil:Orb"]),
+    ("video run", "labellers", ["evil:Orb"]),
+    ("video run", "zoom_base", "evil:Orb"),
+]
+
+
+@pytest.mark.parametrize(("command", "field", "value"), CODE)
+@pytest.mark.parametrize("as_run", [False, True])
+def test_a_settings_file_runs_no_code(
+    command: str, field: str, value: Any, as_run: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Whichever option it is; that another word ends likewise says nothing."""
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("open('ran', 'w')\n")
+    values = {field: value}
+    Path("c.yaml").write_text(yaml.safe_dump({"options": values} if as_run else values))
+    name, *words = command.split()
+    places = ["a", "b", "not-evil:Orb"] if name == "localize" else ["a", "not-evil:Orb"]
+    run = importlib.import_module(f"gim_hloc.cli.{name}").main
+    with pytest.raises(SystemExit) as left:
+        run([*words, *places, "--config", "c.yaml"])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "which is code outside gim-hloc" in said
+    assert f"--{field.replace('_', '-')} " in said
+    assert not Path("ran").exists()
+
+
+def texts(kind: type) -> set[str]:
+    """Fields that a settings file may fill with any text, and that name no matcher."""
+    found = set()
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            found |= texts(hint)  # type: ignore[arg-type]
+        elif re.search(r"\bstr\b", str(hint)) and "'matcher'" not in str(hint):
+            found.add(name)
+    return found
+
+
+def test_every_field_that_names_a_matcher_says_so() -> None:
+    """A new field of text is to be a ``MatcherName``, or to be listed here."""
+    kinds = (ReconstructOptions, LocalizeOptions, LabelOptions, VideoRunOptions, FramesOptions)
+    assert set().union(*map(texts, kinds)) == {
+        "pairs", "matcher_options", "intrinsics", "camera_model", "device", "devices", "shard",
+        "mode", "descriptor", "masks", "require",
+    }  # fmt: skip
 
 
 def test_help_is_short_and_help_all_has_the_thresholds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,13 +136,15 @@ def test_a_localizer_gives_what_the_command_gives(scene: Path, own: str) -> None
             localizer.localize("queries/2.5.png", 3)
 
 
-def test_config_files_run_no_code(
-    scene: Path, own: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = ["--config", str(scene / "run.yaml")]
-    with pytest.raises(SystemExit):
-        reconstruct.main(["photos", "elsewhere", *config])
-    assert "is code outside gim-hloc" in capsys.readouterr().err
+def test_a_map_runs_no_code_to_find_similar_images(scene: Path) -> None:
+    """Its images are described by its matcher or its anchors: only the user may name that."""
+    options: Any = {"matcher": "flow_matcher.py:Flow", "pairs": "retrieval", "neighbours": 2}
+    with pytest.raises(InputError, match="If you trust it, say so: --anchors own_matcher:Orb"):
+        Localizer(scene, **options)
+    with pytest.raises(InputError, match="Flow has no keypoints; --anchors is the matcher of thos"):
+        Localizer(scene, **options, anchors="flow_matcher.py:Flow")
+    with contextlib.closing(Localizer(scene, **options, anchors="own_matcher:Orb")) as localizer:
+        assert localizer.localize("queries/2.5.png", CAMERA[1]).localized
 
 
 @pytest.mark.usefixtures("place")
@@ -210,7 +213,7 @@ def test_in_hlocs_scripts(own: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("place")
 def test_the_check(own: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([own]) == 0
-    assert capsys.readouterr().out.count(" ok\n") == 13
+    assert capsys.readouterr().out.count(" ok\n") == 14
 
 
 LIES: dict[str, tuple[str, str]] = {
@@ -219,6 +222,55 @@ LIES: dict[str, tuple[str, str]] = {
     "moved": ("m.keypoints1 += 20", "shifted image  failed:"),
     "random": ("m.scores.mul_(torch.rand(1))", "repeatable     failed: the same images"),
 }
+
+
+BROKEN = {
+    "kind": ("info = MatcherInfo(name='liar', kind='thick')", "protocol       failed: info.kind"),
+    "size": (
+        "image_options = property(lambda s: 9, lambda *s: 0)",
+        "protocol       failed: image_",
+    ),
+    "settings": ("def encode_settings(self): return [1]", "settings       failed: "),
+    "encode": ("def encode(self, image): return 3", "encode         failed: encode must return an"),
+    "match": (
+        "def match(self, a, b): return None",
+        "match          failed: match must return Matc",
+    ),
+    "numpy": (
+        "def match(self, a, b): return Matches(*3 * [np.ones(9)])",
+        "match          failed: the matches' keypoints0 must be a tensor in main memory, not nd",
+    ),
+    "batch": (
+        "def match_batch(self, pairs): return None",
+        "batches        failed: match_batch must",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", BROKEN)
+@pytest.mark.usefixtures("place")
+def test_the_check_says_in_words_what_is_of_no_use(
+    lie: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, said = BROKEN[lie]
+    Path(f"broken_{lie}.py").write_text(
+        "import numpy as np\nfrom own_matcher import Matches, MatcherInfo, Orb\n"
+        f"class Liar(Orb):\n    {change}\n"
+    )
+    assert check.main([f"broken_{lie}:Liar"]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_a_class_that_lacks_the_protocol(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "bare.py").write_text(
+        "from own_matcher import Orb\nclass Bare:\n    info = Orb.info\n"
+        "    def __init__(self, **options): ...\n"
+    )
+    assert check.main(["bare:Bare"]) == 1
+    said = (
+        "protocol       failed: it lacks encode_settings, match_settings, encode, match, match_ba"
+    )
+    assert capsys.readouterr().out.startswith(said)
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -245,6 +297,45 @@ def test_an_edit_counts_as_another_matcher() -> None:
     Path("edited2.py").write_text(Path("own_matcher.py").read_text() + "# another\n")
     after = matchers.load("edited2:Orb").encode_settings()
     assert {k for k in before if before[k] != after[k]} == {"code"}
+
+
+MADE = {
+    "made_base": "from own_matcher import Orb\nclass Base(Orb):\n    pass\n",
+    "made_kind": "from made_base import Base\nclass Mine(Base):\n    pass\n",
+    "made_by": "from made_kind import Mine\ndef make(**given):\n    return Mine.make(**given)\n",
+}
+EDIT, VERSION = "# edited\n", "    version = '7'\n"
+
+
+@pytest.mark.usefixtures("place")
+def test_what_stands_for_the_code() -> None:
+    """The files of a class, of those it derives from and of its factory, or a declared version."""
+    info = dataclasses.replace(matchers.describe("own_matcher:Orb"), name="made")
+
+    def code(**more: str) -> str:
+        for stem, text in MADE.items():
+            Path(f"{stem}.py").write_text(text + more.get(stem, ""))
+            sys.modules.pop(stem, None)
+        registry.own._hash_of_source.cache_clear()
+        matchers.register("made", "made_by:make", info)
+        return str(matchers.load("made").match_settings()["code"])
+
+    try:
+        edited = [code(**{stem: EDIT}) for stem in MADE]
+        assert len({code(), *edited}) == 4
+        assert code() == code()
+        versioned = code(made_kind=VERSION)
+        assert code(made_kind=VERSION + EDIT, made_base=EDIT) == versioned
+        assert code(made_kind=VERSION, made_by=EDIT) != versioned
+        inherited = code(made_base=VERSION)
+        assert code(made_base=VERSION + EDIT) == inherited
+        assert code(made_base=VERSION, made_kind=EDIT) != inherited
+    finally:
+        registry._entries.pop("made", None)
+
+
+@pytest.mark.usefixtures("place")
+def test_a_declared_version_is_the_code() -> None:
     Path("versioned.py").write_text(
         "from own_matcher import Orb\nclass Mine(Orb):\n    version = '7'\n"
     )
@@ -263,8 +354,24 @@ def test_registered_by_a_decorator() -> None:
     assert matchers.register(Orb) is Orb  # a cell of a notebook, run again
     travelled = pickle.loads(pickle.dumps(matchers.Loader("orb", "base", {"max_size": 300})))
     assert travelled.load("cpu").options.max_size == 300
-    with pytest.raises(InputError, match="no matcher of gim-hloc has, not 'sift'"):
-        matchers.register(type("Twin", (Orb,), {"info": matchers.describe("sift")}))
+
+
+@pytest.mark.parametrize("name", ["sift", "a/b", "", "mine", "other"])
+@pytest.mark.parametrize("by_function", [False, True])
+@pytest.mark.usefixtures("packages")
+def test_names_are_checked_and_not_taken_from_others(name: str, by_function: bool) -> None:
+    """Ours, those of packages, and what was registered before."""
+    Orb = registry.own.find("own_matcher:Orb", ".", "it")
+    info = dataclasses.replace(Orb.info, name=name)
+    arguments: Any = (type("Twin", (Orb,), {"info": info}),)
+    if by_function:
+        arguments = (name, lambda **given: Orb.make(**given), info)
+    matchers.register("other", "own_matcher:Orb", dataclasses.replace(Orb.info, name="other"))
+    try:
+        with pytest.raises(InputError, match=f"not '{name}'|'{name}' exists already, .*:"):
+            matchers.register(*arguments)
+    finally:
+        del registry._entries["other"]
 
 
 def test_registered_by_the_name_of_a_function(place: Path) -> None:
@@ -309,6 +416,50 @@ def test_of_installed_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ready" in lines["mine"]
 
 
+# A script that registers a matcher, and gives it to a worker.
+SCRIPT = """
+import dataclasses
+from gim_hloc import matchers, workers
+from own_matcher import Orb
+
+@matchers.register
+class Mine(Orb):
+    info = dataclasses.replace(Orb.info, name="of_a_script")
+
+@dataclasses.dataclass
+class Task:
+    loader: matchers.Loader
+    def open(self, device):
+        name = self.loader.load(device).info.name
+        return lambda items: ((item, name) for item in items)
+
+def main():
+    task = Task(matchers.Loader("of_a_script", "base", {}))
+    workers.run(task, [1], workers.Where(devices=("cpu",)), print)
+
+"""
+
+
+GUARDED = "if __name__ == '__main__':\n    main()\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "as_file", "last"),
+    [
+        (GUARDED, True, "1 of_a_script"),
+        ("main()\n", True, 'start workers below if __name__ == "__main__":'),
+        (GUARDED, False, "cannot be seen by other processes: put it into a file."),  # a notebook
+    ],
+)
+def test_of_a_script_with_workers(place: Path, end: str, as_file: bool, last: str) -> None:
+    (place / "script.py").write_text(SCRIPT + end)
+    arguments = ["script.py"] if as_file else ["-c", SCRIPT + end]
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=place, check=False
+    )
+    assert (done.stdout or done.stderr).splitlines()[-1].endswith(last)
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 WRONG = {
@@ -320,6 +471,9 @@ WRONG = {
     "mine:Other": "mine.py is no matcher",
     "torch.py:Orb": "torch.py has the name of the module .*; rename it",
     "mine:Mine": r"The matcher mine stopped in encode: .*mine.py:6: ValueError: no answer",
+    "sys:Orb": "Orb in sys is no matcher",
+    "sys.py:Orb": "sys.py has the name of the module sys; rename it",
+    "folder:Orb": "Orb in folder is no matcher",
     "half:Half": r"The matcher mine stopped when it was made: .*abstract",
 }
 
@@ -331,6 +485,8 @@ def test_what_is_wrong_is_one_line(name: str, capsys: pytest.CaptureFixture[str]
     Path("broken.py").write_text("import os\noops\n")
     Path("syntax.py").write_text("class Orb(:\n")
     Path("torch.py").write_text("")
+    Path("sys.py").write_text("")
+    Path("folder").mkdir(exist_ok=True)
     Path("half.py").write_text(MODULE.replace("def match", "def watch").replace("Mine", "Half"))
     with pytest.raises(GimError, match=WRONG[name]):
         matchers.load(name).encode(_image())

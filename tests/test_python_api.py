@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import types
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -129,7 +130,12 @@ WRONG: dict[str, tuple[Any, str]] = {
     "integers": (BLACK.astype(int), "int64 in"),
     "batch": (torch.zeros(1, 3, 64, 64), r"tensor \(1, 3, 64, 64\); it must be \(1 or 3, H, W\)"),
     "small": (np.zeros((8, 64), np.uint8), "64x8 px; that is too small"),
-    "empty": (np.zeros((0, 64, 3)), "empty"),
+    "empty": (np.zeros((0, 64, 3)), "image1 is empty: 64x0 px"),
+    "empty bytes": (np.zeros((64, 0, 3), np.uint8), "image1 is empty: 0x64 px"),
+    "empty tensor": (torch.zeros(3, 0, 0), "empty"),
+    "empty of Pillow": (Image.new("RGB", (0, 9)), "empty"),
+    "texts": (np.full((64, 64), "a"), "image1 is <U1; it must be uint8"),
+    "complex": (BLACK + 1j, "complex128; it must be uint8"),
 }
 
 
@@ -140,6 +146,16 @@ def test_what_is_no_image(name: str, pair: tuple[Path, Path], matcher: Any) -> N
         gim_hloc.match(pair[0], image, matcher=matcher)
 
 
+def test_images_of_pillow_that_cannot_be_used(pair: tuple[Path, Path], matcher: Any) -> None:
+    data = pair[0].read_bytes()
+    with pytest.raises(InputError, match="image0 cannot be read: OSError"):
+        gim_hloc.match(Image.open(io.BytesIO(data[: len(data) // 2])), pair[1], matcher=matcher)
+    mirrored = Image.open(pair[0])
+    mirrored.getexif()[274] = 2
+    with pytest.raises(InputError, match="image0 is a mirror image"):
+        gim_hloc.match(mirrored, pair[1], matcher=matcher)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -147,6 +163,11 @@ def test_what_is_no_image(name: str, pair: tuple[Path, Path], matcher: Any) -> N
         ({"fit": 3}, "fit is 3; it must be FitOptions or None"),
         ({"matcher": "sift", "quality": "best"}, "Unknown quality 'best'"),
         ({"matcher": "sift", "ratio": "x"}, "ratio"),
+        ({"mask0": 3}, "mask0 is 3; it must be a path"),
+        ({"mask1": np.zeros((9, 9))}, "mask1 is .*; it must be a path"),
+        ({"mask1": __file__, "mask_erode": "much"}, "mask_erode is 'much'; it must be a number"),
+        ({"matcher": "sift", "device": 3}, "The device 3 cannot be used here"),
+        ({"matcher": "sift", "device": []}, r"The device \[\] cannot be used here"),
     ],
 )
 def test_wrong_options(options: Any, said: str, pair: tuple[Path, Path]) -> None:

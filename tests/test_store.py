@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gim_hloc.errors import InputError, OutputError
-from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.store import (
     H5Store,
     cache_path,
@@ -203,7 +202,7 @@ def test_entries_survive_kill_9(tmp_path: Path) -> None:
 
 def make(seed: int = 0, n: int = 50):
     generator = torch.Generator().manual_seed(seed)
-    return make_encoding(
+    return SparseEncoding.make(
         name="i.jpg",
         size=(4000, 3000),
         network_size=(1024, 768),

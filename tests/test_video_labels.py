@@ -31,7 +31,6 @@ from gim_hloc.cli.video import main
 from gim_hloc.errors import GimError, InputError, LockedError, OutputError
 from gim_hloc.lock import FolderLock
 from gim_hloc.matchers import registry
-from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.training.video.folder import VideoFolder
 from gim_hloc.training.video.labels import (
     clean,
@@ -104,7 +103,7 @@ class FakeLabeller:
         descriptors = torch.zeros(int(inside.sum()), 16)
         descriptors[:, 0] = torch.from_numpy(world[inside, 0] / 7 + 64)
         descriptors[:, 1] = torch.from_numpy(world[inside, 1] / 7 + 64)
-        return make_encoding(
+        return SparseEncoding.make(
             name=image.name,
             size=image.size,
             network_size=image.network_size,
@@ -137,7 +136,6 @@ def fake() -> Iterator[type[FakeLabeller]]:
         licence="none",
         commercial=True,
         colour="rgb",
-        default_size=0,
         summary="knows",
     )
     registry.register(FAKE, lambda **_: FakeLabeller(), info)

@@ -119,7 +119,7 @@ def register(
         return
     info = MatcherInfo(
         name=name, kind=kind, checkpoint=(), licence="MIT", commercial=True, colour="rgb",
-        default_size=800, summary="knows the answer",
+        summary="knows the answer",
     )  # fmt: skip
     matchers.register(name, lambda *, quality, device: Oracle(name, delay), info)
 

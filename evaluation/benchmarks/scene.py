@@ -695,7 +695,6 @@ INFO = MatcherInfo(
     licence="MIT",
     commercial=True,
     colour="rgb",
-    default_size=768,
     summary="knows the scene: for tests and benchmarks of tracks, not for photographs",
 )
 

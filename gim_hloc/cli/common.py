@@ -20,7 +20,7 @@ import tyro
 from gim_hloc import weights
 from gim_hloc._version import __version__
 from gim_hloc.errors import GimError, InputError, OutputError
-from gim_hloc.options import build, read_yaml
+from gim_hloc.options import build, code_in, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,22 @@ def parse_options(
     values = {name: getattr(found, name) for name in own}
     for name, part in groups.items():
         values |= _values(getattr(found, name.removesuffix("Options").lower()), part)
-    return kind(**values), {name: getattr(found, name) for name in positionals}, found.terminal
+    options = kind(**values)
+    _refuse_code(options, given, found.terminal.config)
+    return options, {name: getattr(found, name) for name in positionals}, found.terminal
+
+
+def _refuse_code(options: Any, given: Sequence[str], file: Path | None) -> None:
+    """Refuse matchers that are code and that no word of the command line names."""
+    said = {part for word in given for part in (word, word.partition("=")[2])}
+    for field, names in code_in(options).items():
+        if not said.issuperset(names):
+            value = " ".join(names)
+            sys.stderr.write(
+                f"error: {file} asks for the matcher {value}, which is code outside gim-hloc. If "
+                f"you trust it, say so: --{field.replace('_', '-')} {value}.\n"
+            )
+            raise SystemExit(InputError.exit_code)
 
 
 def _values(options: Any, part: Any) -> dict[str, Any]:
@@ -267,13 +282,6 @@ def _configured(kind: type[Kind], given: Sequence[str]) -> Kind:
         values = read_yaml(Path(file)) or {}
         if isinstance(values, Mapping) and isinstance(values.get("options"), Mapping):
             values = {k: v for k, v in values["options"].items() if k not in _ONCE}
-        for name in ("matcher", "anchors"):
-            value = values.get(name) if isinstance(values, Mapping) else None
-            if ":" in str(value) and not any(word.endswith(str(value)) for word in given):
-                raise InputError(
-                    f"{file} asks for the matcher {value}, which is code outside gim-hloc. If you "
-                    f"trust it, say so: --{name} {value}."
-                )
         return build(kind, values, where=file)
     except GimError as error:
         sys.stderr.write(f"error: {error}\n")

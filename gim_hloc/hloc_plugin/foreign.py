@@ -48,7 +48,6 @@ class HlocMatcher(MatcherBase[HeldImage]):
             licence="see hloc",
             commercial=False,
             colour="gray" if image_options.grayscale else "rgb",
-            default_size=image_options.max_size or 0,
             summary="a model of hloc",
         )
         super().__init__(

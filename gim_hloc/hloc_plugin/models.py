@@ -16,7 +16,6 @@ import torch
 from gim_hloc import matchers
 from gim_hloc.errors import InputError
 from gim_hloc.hloc_plugin.memory import EncodingMemory, content_key
-from gim_hloc.matchers.sparse import make_encoding
 from gim_hloc.types import Encoding, ImageData, Matcher, Matches, SparseEncoding
 
 MAX_KEYPOINTS = 32767  # hloc stores rows of keypoints as int16
@@ -227,7 +226,7 @@ class SparseMatcherModel(MatcherModel):
         self.matcher.info.check_descriptors(descriptors.shape[1], f"image{side}")
         scores = data.get(f"scores{side}", data.get(f"keypoint_scores{side}"))
         height, width = data[f"image{side}"].shape[-2:]
-        return make_encoding(
+        return SparseEncoding.make(
             name=side,
             size=(int(width), int(height)),
             network_size=(int(width), int(height)),

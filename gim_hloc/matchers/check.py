@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -24,10 +24,18 @@ from PIL import Image
 
 from gim_hloc import images, workers
 from gim_hloc.errors import GimError
-from gim_hloc.geometry.warp import transform
+from gim_hloc.geometry.warp import Warp, transform
 from gim_hloc.matchers.common import parse_matcher_options
 from gim_hloc.matchers.registry import Loader
-from gim_hloc.types import Encoding, ImageData, Matcher, Matches, SparseEncoding
+from gim_hloc.types import (
+    Encoding,
+    ImageData,
+    ImageOptions,
+    Kind,
+    Matcher,
+    Matches,
+    SparseEncoding,
+)
 
 WIDTH, HEIGHT = 640, 480
 SHIFT = np.array([[1.0, 0.0, 9.0], [0.0, 1.0, -6.0]])  # of the scene's pixels, image 0 -> image 1
@@ -100,7 +108,7 @@ class _Contract:
 
     def __post_init__(self) -> None:
         self.matcher: Matcher[Any] = self.loader.load(self.device)
-        self.info = self.matcher.info
+        self.info = self.loader.entry.info
 
     def read(self, name: str, mask: np.ndarray | None = None) -> ImageData:
         return images.load(self.records[name], self.matcher.image_options, mask=mask)
@@ -114,15 +122,26 @@ class _Contract:
     def checks(self) -> tuple[Callable[[], None], ...]:
         """All, in the order in which a matcher is written."""
         return (
-            self.settings, self.encode, self.match, self.masks, self.shifted_image,
+            self.protocol, self.settings, self.encode, self.match, self.masks, self.shifted_image,
             self.rotated_image, self.turned_file, self.blank_image, self.repeatable, self.batches,
             self.threads, self.stored, self.worker,
         )  # fmt: skip
+
+    def protocol(self) -> None:
+        wanted = [name for name in vars(Matcher) if not name.startswith("_")]
+        lacks = [n for n in [*wanted, *Matcher.__annotations__] if not hasattr(self.matcher, n)]
+        require(not lacks, f"it lacks {', '.join(lacks)}: derive from MatcherBase")
+        kinds = get_args(Kind)
+        require(self.info.kind in kinds, f"info.kind must be one of {', '.join(kinds)}")
+        require(
+            isinstance(self.matcher.image_options, ImageOptions), "image_options is no ImageOptions"
+        )
 
     def settings(self) -> None:
         again = self.loader.entry.load(self.loader.quality, self.device, self.loader.overrides)
         for name in ("encode_settings", "match_settings"):
             values = getattr(self.matcher, name)()
+            require(isinstance(values, dict), f"{name} must return a dict")
             try:
                 json.dumps(values, allow_nan=False)
             except (TypeError, ValueError) as error:
@@ -133,12 +152,13 @@ class _Contract:
 
     def encode(self) -> None:
         found = self.encoded("a")
-        require(isinstance(found, Encoding), "encode must return an Encoding")
+        require(isinstance(found, Encoding), f"encode must return an Encoding, not {found!r:.60}")
         require(found.name == "a.png", "the encoding must have the image's name")
         require(found.size == (WIDTH, HEIGHT), "the encoding must have the image's size")
         if self.info.kind != "sparse":
             return
         require(isinstance(found, SparseEncoding), "a sparse matcher encodes as SparseEncoding")
+        tensors(found, "the encoding's", "keypoints", "descriptors", "scores")
         count = len(found)
         require(count >= _LEAST, f"{count} keypoints of a picture full of corners; find more")
         self.within(found.keypoints, "keypoints")
@@ -182,7 +202,8 @@ class _Contract:
     def match(self) -> None:
         a, b = self.pair("shifted")
         found = self.matcher.match(a, b)
-        require(isinstance(found, Matches), "match must return Matches")
+        require(isinstance(found, Matches), f"match must return Matches, not {found!r:.60}")
+        tensors(found, "the matches'", "keypoints0", "keypoints1", "scores")
         count = len(found)
         require(count >= _LEAST, f"{count} matches of a picture and its shifted copy; find more")
         self.within(found.keypoints0, "keypoints0")
@@ -193,9 +214,9 @@ class _Contract:
             "scores must be float32 in [0, 1]: how likely a match is right",
         )
         if self.info.kind == "sparse":
-            rows = found.indices
+            rows: Any = found.indices
             require(rows is not None, "sparse matchers give indices: use Matches.from_indices")
-            assert rows is not None
+            tensors(found, "the matches'", "indices")
             require(
                 rows.shape == (count, 2) and rows.dtype == torch.int64, "indices must be (M, 2)"
             )
@@ -206,7 +227,12 @@ class _Contract:
             twice = max(int(rows[:, side].bincount().max()) for side in (0, 1))
             require(twice == 1, "a keypoint must be matched once at most")
         if self.info.kind == "dense":
-            (warp,) = self.matcher.warp_batch([(a, b)])
+            warps = self.matcher.warp_batch([(a, b)])
+            require(
+                isinstance(warps, list) and len(warps) == 1 and isinstance(warps[0], Warp),
+                "warp_batch must return a list of a Warp a pair",
+            )
+            (warp,) = warps
             require(
                 bool((warp.certainty0 >= 0).all() and (warp.certainty0 <= 1).all()),
                 "certainties of the warp must be in [0, 1]",
@@ -224,7 +250,9 @@ class _Contract:
         alone = [self.matcher.match(*pair) for pair in pairs]
         batch = self.matcher.match_batch(pairs)
         require(
-            len(batch) == 2 and all(same(*both) for both in zip(alone, batch, strict=True)),
+            isinstance(batch, list)
+            and len(batch) == 2
+            and all(same(*both) for both in zip(alone, batch, strict=True)),
             "match_batch must give what match gives for each pair",
         )
 
@@ -291,6 +319,17 @@ class _Contract:
         )
 
 
+def tensors(found: Any, whose: str, *names: str) -> None:
+    """Refuse fields that are no tensors in main memory."""
+    for name in names:
+        value = getattr(found, name)
+        require(
+            isinstance(value, torch.Tensor) and value.device.type == "cpu",
+            f"{whose} {name} must be a tensor in main memory, not {type(value).__name__}"
+            + (f" on {value.device}" if isinstance(value, torch.Tensor) else ""),
+        )
+
+
 def same(one: Matches, two: Matches) -> bool:
     """Whether both are the same matches, up to float noise."""
     return len(one) == len(two) and all(
@@ -337,8 +376,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 check()
             except (BrokenPromiseError, GimError) as error:
-                failed, result = failed + 1, f"failed: {error}"
+                result = f"failed: {error}"
+            except Exception as error:  # in what is done with its results
+                result = f"failed: what it returned is of no use ({type(error).__name__}: {error})"
+            failed += result != "ok"
             sys.stdout.write(f"{check.__name__.replace('_', ' '):<14} {result}\n")
+            if failed and check in (contract.protocol, contract.encode, contract.match):
+                sys.stdout.write("The other checks rest on this and are left out.\n")
+                break
     return 1 if failed else 0
 
 

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import torch
 import yaml
 
+from gim_hloc import weights
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.warp import Warp
 from gim_hloc.options import Count, build, options
@@ -95,12 +97,22 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(
             f"The device {device!r} cannot be used here ({str(error).splitlines()[0]}). "
             'Use "auto" or "cpu".'
         ) from error
     return resolved
+
+
+def weight_files(info: MatcherInfo) -> tuple[dict[str, Path], dict[str, str]]:
+    """Where the weight files of a matcher are, and their hashes.
+
+    Raises:
+        WeightsError: one cannot be had.
+    """
+    paths = {file: weights.locate(file) for file in info.checkpoint}
+    return paths, {file: weights.sha256(path) for file, path in paths.items()}
 
 
 @options
@@ -121,8 +133,9 @@ class MatcherBase(ABC, Generic[E]):
         info: facts about it.
         options_type: its options, a class made by ``gim_hloc.options.options``.
         presets: fields that an operating point sets, by operating point.
-        version: stands for its code in the cache; by default the hash of its source file, so that
-            every edit counts. Declare it where the code lies in several files.
+        version: stands for its code in the cache; by default the hash of its source file, and of
+            those of the classes that it derives from, so that every edit counts. Declare it where
+            it calls code in other files; it is not inherited.
     """
 
     info: MatcherInfo
@@ -130,6 +143,8 @@ class MatcherBase(ABC, Generic[E]):
     presets: Mapping[Quality, Mapping[str, Any]] = {}
     version: str | None = None
     encode_fields: tuple[str, ...] = ("max_size",)
+    multiple_of: int = 1  # px, of the sides of images
+    libraries: Mapping[str, str] = {}  # versions of those that change numbers
 
     @classmethod
     def make(cls, *, quality: Quality = "base", device: str = "auto", **overrides: Any) -> Self:
@@ -155,7 +170,10 @@ class MatcherBase(ABC, Generic[E]):
         self.info = info or self.info
         self.options = options
         self.image_options = image_options or ImageOptions(
-            max_size=getattr(options, "max_size", None), grayscale=self.info.colour == "gray"
+            max_size=getattr(options, "max_size", None),
+            upsample=getattr(options, "upsample", False),
+            grayscale=self.info.colour == "gray",
+            multiple_of=self.multiple_of,
         )
         self.device = device
         self.weights_hashes = dict(weights_hashes or {})
@@ -180,14 +198,10 @@ class MatcherBase(ABC, Generic[E]):
         """Nothing to make smaller."""
         return False
 
-    def _versions(self) -> dict[str, str]:
-        """Libraries whose version changes numbers, and that version."""
-        return {}
-
     def _settings(self, fields: Sequence[str], weights: Sequence[str]) -> dict[str, Any]:
         values: dict[str, Any] = {"matcher": self.info.name}
         values |= {key: getattr(self.options, key) for key in fields}
-        values |= {f"version:{key}": value for key, value in self._versions().items()}
+        values |= {f"version:{key}": value for key, value in self.libraries.items()}
         values |= {f"sha256:{key}": self.weights_hashes[key] for key in weights}
         return values
 

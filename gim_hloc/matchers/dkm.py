@@ -9,14 +9,12 @@ import torch
 
 from gim_hloc import weights
 from gim_hloc.geometry.warp import Warp
-from gim_hloc.matchers.common import (
-    resolve_dtype,
-)
+from gim_hloc.matchers.common import resolve_dtype, weight_files
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions
 from gim_hloc.matchers.registry import describe
 from gim_hloc.networks.dkm import DKM, DKMConfig
 from gim_hloc.options import options
-from gim_hloc.types import ImageData, ImageOptions
+from gim_hloc.types import ImageData
 
 
 @options
@@ -81,23 +79,16 @@ class DKMMatcher(DenseMatcher):
         network: Any = None,
     ) -> None:
         info = describe(name)
-        (file,) = info.checkpoint
         hashes: dict[str, str] = {}
         if state is None and network is None:
-            path = weights.locate(file)
-            hashes[file] = weights.sha256(path)
+            paths, hashes = weight_files(info)
+            (path,) = paths.values()
             state = weights.load_state_dict(path)
-        super().__init__(
-            info=info,
-            options=options,
-            image_options=ImageOptions(max_size=options.max_size),
-            device=device,
-            weights_hashes=hashes,
-        )
+        super().__init__(info=info, options=options, device=device, weights_hashes=hashes)
         self.dtype = resolve_dtype(options.precision, device)
         self.hold = self.dtype if options.hold == "auto" else resolve_dtype(options.hold, device)
         if network is None:
-            network = load_dkm(state or {}, path=file, normalise=name != "gim_dkm")
+            network = load_dkm(state or {}, path=info.checkpoint[0], normalise=name != "gim_dkm")
         self.network = network.eval().to(device)
         self.network.to(memory_format=torch.channels_last)
         if options.compile:

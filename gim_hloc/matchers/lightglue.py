@@ -6,7 +6,6 @@ as LightGlue's authors trained it); those with kornia's detectors are in ``light
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from gim_hloc.networks.lightglue import LightGlue, sizes_of
 from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.options import options
 from gim_hloc.types import Matches, SparseEncoding
-
-logger = logging.getLogger(__name__)
 
 
 @options

@@ -18,8 +18,7 @@ from gim_hloc.networks.disk import DISK
 
 
 class _KorniaLightGlue(LightGlueMatcher):
-    def _versions(self) -> dict[str, str]:
-        return {"kornia": importlib.metadata.version("kornia")}
+    libraries = {"kornia": importlib.metadata.version("kornia")}  # noqa: RUF012 - never changed
 
 
 class AlikedLightGlue(_KorniaLightGlue):

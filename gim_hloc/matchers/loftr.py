@@ -22,6 +22,7 @@ from gim_hloc.matchers.common import (
     Precision,
     resolve_dtype,
     resolve_precision,
+    weight_files,
 )
 from gim_hloc.matchers.registry import describe
 from gim_hloc.networks.loftr import (
@@ -38,7 +39,6 @@ from gim_hloc.options import CountOrNone, options
 from gim_hloc.types import (
     Encoding,
     ImageData,
-    ImageOptions,
     Matches,
     apply_affine,
 )
@@ -112,6 +112,7 @@ class LoFTRMatcher(MatcherBase[LoFTREncoding]):
 
     options_type = LoFTROptions
     encode_fields = ("max_size", "positional", "precision", "hold")
+    multiple_of = CELL
 
     def __init__(
         self,
@@ -122,11 +123,10 @@ class LoFTRMatcher(MatcherBase[LoFTREncoding]):
         network: LoFTR | None = None,
     ) -> None:
         info = describe(name)
-        (file,) = info.checkpoint
         hashes: dict[str, str] = {}
         if network is None:
-            path = weights.locate(file)
-            hashes[file] = weights.sha256(path)
+            paths, hashes = weight_files(info)
+            (path,) = paths.values()
             state = weights.load_state_dict(path)
             state = weights.unwrap("loftr", state)
             positional = options.positional
@@ -137,15 +137,7 @@ class LoFTRMatcher(MatcherBase[LoFTREncoding]):
             weights.load_into(network, state, path=path)
         # Settings name what is in use: encodings of both kinds are worlds apart.
         options = dataclasses.replace(options, positional=network.positional)
-        super().__init__(
-            info=info,
-            options=options,
-            image_options=ImageOptions(
-                max_size=options.max_size, grayscale=info.colour == "gray", multiple_of=CELL
-            ),
-            device=device,
-            weights_hashes=hashes,
-        )
+        super().__init__(info=info, options=options, device=device, weights_hashes=hashes)
         self.dtype = resolve_dtype(options.precision, device)
         self.hold = None if options.hold == "auto" else resolve_dtype(options.hold, device)
         module: Any = network.eval().requires_grad_(False).to(device)

@@ -25,24 +25,20 @@ EXAMPLE = "examples/own_matcher.py"
 
 
 def find_class(reference: str, folder: str, what: str) -> Any:
-    """The class of a matcher that a reference names; see ``find``.
-
-    Raises:
-        InputError: it is no matcher, and as ``find`` does.
-    """
-    module, found = find(reference, folder, what)
+    """The class of a matcher that a reference names; as ``find``, and an error for what is none."""
+    module, found = _find(reference, folder, what)
     if not _is_matcher(found):
         there = [name for name, value in vars(module).items() if _is_matcher(value)]
         raise InputError(
-            f"{what}: {reference.rpartition(':')[2]} in {module.__file__} is no matcher, which is "
+            f"{what}: {reference.rpartition(':')[2]} in {_place(module)} is no matcher, which is "
             f"a class derived from gim_hloc.matchers.MatcherBase with an info ({EXAMPLE})."
             + (f" There is {', '.join(there)}." if there else "")
         )
     return found
 
 
-def find(reference: str, folder: str, what: str) -> tuple[ModuleType, Any]:
-    """The module and what in it ``module:name`` or ``folder/file.py:name`` means, None if nothing.
+def find(reference: str, folder: str, what: str) -> Any:
+    """What ``module:name`` or ``folder/file.py:name`` means.
 
     Args:
         reference: as above. Modules are those that Python finds, and then those in ``folder``.
@@ -50,8 +46,16 @@ def find(reference: str, folder: str, what: str) -> tuple[ModuleType, Any]:
         what: is looked for, for messages.
 
     Raises:
-        InputError: there is no such module, or it cannot be imported.
+        InputError: there is no such thing, or its module cannot be imported.
     """
+    module, found = _find(reference, folder, what)
+    if found is None:
+        raise InputError(f"{what}: there is no {reference.rpartition(':')[2]} in {_place(module)}.")
+    return found
+
+
+def _find(reference: str, folder: str, what: str) -> tuple[ModuleType, Any]:
+    """The module, and what is meant in it, None if nothing."""
     module_name, _, attribute = reference.rpartition(":")
     file = None
     if module_name.endswith(".py"):
@@ -71,13 +75,18 @@ def find(reference: str, folder: str, what: str) -> tuple[ModuleType, Any]:
                 f"{what}: there is no module {name!r}, neither installed nor in {folder}."
             ) from None
         raise InputError(f"{what} cannot be imported: {describe_error(error)}.") from error
-    source = module.__file__ or module_name
-    if file is not None and not file.samefile(source):
+    source = _place(module)
+    if file is not None and not (Path(source).is_file() and file.samefile(source)):
         raise InputError(f"{what}: {file} has the name of the module {source}; rename it.")
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
     return module, found
+
+
+def _place(module: ModuleType) -> str:
+    """File of a module; built-in ones, folders and notebooks have none."""
+    return getattr(module, "__file__", None) or module.__name__
 
 
 def _is_matcher(value: Any) -> bool:
@@ -104,11 +113,12 @@ def make(factory: Callable[..., Matcher], name: str, **options: Any) -> Matcher:
         GimError: the factory raised it, or another error, which it names.
     """
     matcher: Matcher = _guarded(factory, name, "when it was made")(**options)
-    code = source_hash(type(matcher))
+    code = _joined([*_code_of(type(matcher)), *_code_of_factory(factory)])
     for method in {"encode", "match", "match_batch", "warp_batch"} & set(dir(matcher)):
         setattr(matcher, method, _guarded(getattr(matcher, method), name, f"in {method}"))
     for method in {"encode_settings", "match_settings"} & set(dir(matcher)):
-        setattr(matcher, method, _with_code(getattr(matcher, method), code))
+        settings = _with_code(getattr(matcher, method), code)
+        setattr(matcher, method, _guarded(settings, name, f"in {method}"))
     return matcher
 
 
@@ -133,22 +143,57 @@ def _with_code(settings: Callable[[], dict[str, Any]], code: str) -> Callable[[]
     return lambda: {**settings(), "code": code}
 
 
-@functools.cache  # what is in use is what was there when it was first asked for
-def source_hash(kind: type) -> str:
-    """The ``version`` that a class declares, else the hash of its source file.
+def _joined(parts: list[str]) -> str:
+    """One part as it is, several as the hash of all."""
+    parts = list(dict.fromkeys(parts))
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _code_of(kind: type) -> list[str]:
+    """What stands for the code of a class and of those that it derives from.
+
+    Of each the ``version`` that it declares itself, which covers what it derives from, or the hash
+    of its file. Ours and Python's own do not count.
 
     Raises:
-        InputError: it has neither.
+        InputError: a class has neither.
     """
-    if getattr(kind, "version", None) is not None:
-        return str(kind.version)  # type: ignore[attr-defined]
+    if vars(kind).get("version") is not None:
+        return [str(vars(kind)["version"])]
+    bases = [base for base in kind.__bases__ if not _is_library(base)]
+    return [_hash_of_source(kind), *(part for base in bases for part in _code_of(base))]
+
+
+def _code_of_factory(factory: Any) -> list[str]:
+    """What stands for the code of what makes a matcher: a class, or a function in another file."""
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    owner = getattr(factory, "__self__", factory)
+    if inspect.isfunction(owner):
+        return [] if _is_library(owner) else [_hash_of_source(owner)]
+    return _code_of(owner if inspect.isclass(owner) else type(owner))
+
+
+def _is_library(value: Any) -> bool:
+    package = value.__module__.partition(".")[0]
+    return package == "gim_hloc" or package in sys.stdlib_module_names
+
+
+@functools.cache  # what is in use is what was there when it was first asked for
+def _hash_of_source(value: Any) -> str:
+    """Of the file of a class or a function, or of its text where that is a notebook's cell.
+
+    Raises:
+        InputError: neither is to be had.
+    """
     try:
-        file = inspect.getsourcefile(kind)
+        file = inspect.getsourcefile(value)
         if file is not None and Path(file).is_file():
             return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()  # of a notebook's cell
+        return hashlib.sha256(inspect.getsource(value).encode()).hexdigest()
     except (OSError, TypeError):
         raise InputError(
-            f"The source of {kind.__qualname__} is not to be had, so that it is not known when it "
-            'changes: give the class a version = "1", and another one with each change.'
+            f"The source of {value.__qualname__} is not to be had, so that it is not known when it "
+            'changes: put it into a file, or give a class a version = "1", and another one with '
+            "each change."
         ) from None

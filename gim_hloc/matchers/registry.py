@@ -21,6 +21,7 @@ from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.matchers import own
 from gim_hloc.matchers.common import resolve_device, resolve_options
 from gim_hloc.matchers.table import ROWS
+from gim_hloc.options import is_code
 from gim_hloc.types import Matcher, MatcherInfo, Quality, SparseEncoding
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Entry:
         self.require_allowed()
         factory = self.factory
         if isinstance(factory, str):
-            factory = _maker(own.find(factory, self.folder, f"The matcher {self.info.name}")[1])
+            factory = _maker(own.find(factory, self.folder, f"The matcher {self.info.name}"))
         options = {"quality": quality, "device": device, **overrides}
         return own.make(factory, self.info.name, **options) if self.own else factory(**options)
 
@@ -79,7 +80,22 @@ def names() -> list[str]:
 
 @functools.cache
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    """What packages offer by names that are not taken, the first of several of one name."""
+    found: dict[str, importlib.metadata.EntryPoint] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        if point.name in _rows or point.name in found:
+            taken = "gim-hloc" if point.name in _rows else _package(found[point.name])
+            logger.warning(
+                "The matcher %s of %s is passed over: %s has one of that name.",
+                *(point.name, _package(point), taken),
+            )
+        else:
+            found[point.name] = point
+    return found
+
+
+def _package(point: importlib.metadata.EntryPoint) -> str:
+    return f"the package {point.dist.name}" if point.dist is not None else "another package"
 
 
 @overload
@@ -187,36 +203,46 @@ def register(matcher: Any, factory: Factory | str = "", info: MatcherInfo | None
         InputError: the name is taken or differs from ``info.name``.
     """
     if isinstance(matcher, type):
-        entry = _entry_of(matcher, _maker(matcher))
-        known = _entries.get(entry.info.name)
-        # A cell of a notebook may be run again.
-        if known is None or _origin(known.factory) != _origin(entry.factory):
-            _add(entry)
-        _entries[entry.info.name] = entry
+        _add(_entry_of(matcher, _maker(matcher)))
         return matcher
     if info is None or info.name != matcher:
         given = None if info is None else info.name
         raise InputError(f"info.name is {given!r}, but the matcher is registered as {matcher!r}.")
+    _check_name(matcher, f"What {_origin(factory)} makes")
     _add(Entry(info=info, factory=factory))
     return None
 
 
 def _add(entry: Entry) -> None:
-    if entry.info.name in _entries:
-        raise InputError(f"A matcher named {entry.info.name!r} exists already.")
-    _entries[entry.info.name] = entry
+    """Register a matcher, once more if it is the same: a cell of a notebook may be run again."""
+    name, origin = entry.info.name, _origin(entry.factory)
+    others = []
+    if name in _entries:
+        others.append(_origin(_entries[name].factory))
+    elif name in _entry_points():
+        others.append(_entry_points()[name].value)
+    if any(other != origin or "<lambda>" in origin for other in others):
+        raise InputError(
+            f"A matcher named {name!r} exists already, {others[0]}; call {origin} otherwise."
+        )
+    _entries[name] = entry
+
+
+def _check_name(name: str | None, what: str) -> None:
+    """Names go into names of files."""
+    if name in _rows or not re.fullmatch(r"\w[\w.-]*", name or ""):
+        raise InputError(
+            f"{what} needs an info = MatcherInfo(name=...) with a name of letters, digits and _ "
+            f"that no matcher of gim-hloc has, not {name!r}."
+        )
 
 
 def _entry_of(kind: Any, factory: Factory | str, folder: str = "") -> Entry:
-    """The entry of another's class; its name goes into names of files."""
+    """The entry of another's class."""
     info = getattr(kind, "info", None)
     name = info.name if isinstance(info, MatcherInfo) else None
-    if info is None or name in _rows or not re.fullmatch(r"\w[\w.-]*", name or ""):
-        raise InputError(
-            f"{kind.__module__}.{kind.__qualname__} needs an info = MatcherInfo(name=...) with a "
-            f"name of letters, digits and _ that no matcher of gim-hloc has, not {name!r}."
-        )
-    return Entry(info=info, factory=factory, folder=folder)
+    _check_name(name, f"{kind.__module__}.{kind.__qualname__}")
+    return Entry(info=kind.info, factory=factory, folder=folder)
 
 
 def _maker(kind: Any) -> Factory:
@@ -225,10 +251,13 @@ def _maker(kind: Any) -> Factory:
     return make
 
 
-def _origin(factory: Any) -> tuple[str, str] | None:
-    """Where the class lies that a factory makes."""
-    kind = getattr(factory, "__self__", None)
-    return (kind.__module__, kind.__qualname__) if isinstance(kind, type) else None
+def _origin(factory: Any) -> str:
+    """``module:name`` of what makes a matcher: a class, a function or that text itself."""
+    if isinstance(factory, str):
+        return factory
+    kind = getattr(factory, "__self__", factory)  # of a classmethod
+    kind = kind if hasattr(kind, "__qualname__") else type(kind)
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def missing_weights(name: str) -> list[str]:
@@ -294,13 +323,12 @@ def find(name: str) -> Entry:
         return _entries[name]
     if name in _entry_points():
         point = _entry_points()[name]
-        package = point.dist.name if point.dist is not None else "another package"
-        what = f"The matcher {name} of the package {package}"
+        what = f"The matcher {name} of {_package(point)}"
         kind = own.find_class(point.value, "", what)
         if kind.info.name != name:
             raise InputError(f"{what} is called {kind.info.name} in its info.")
         return _entry_of(kind, point.value)
-    if is_own(name):
+    if is_code(name):
         folder = os.getcwd()
         return _entry_of(own.find_class(name, folder, f"The matcher {name}"), name, folder)
     close = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
@@ -311,19 +339,16 @@ def find(name: str) -> Entry:
     )
 
 
-def is_own(name: str) -> bool:
-    """Whether a name says where a class lies."""
-    return ":" in name
-
-
 def refuse_code(name: str, file: str, flag: str) -> None:
     """Refuse a matcher of a file's choice that is code: only the user may ask for it to be run."""
-    if is_own(name):
+    if is_code(name):
         raise InputError(
             f"{file} was made with the matcher {name}, which is code outside gim-hloc. If you "
             f"trust it, say so: {flag} {name}."
         )
 
 
-for _row in ROWS:
-    _add(Entry(info=_row.info, factory=functools.partial(_make, _row.info.name), own=False))
+_entries |= {
+    name: Entry(info=row.info, factory=functools.partial(_make, name), own=False)
+    for name, row in _rows.items()
+}

@@ -11,16 +11,14 @@ import torch
 from gim_hloc import weights
 from gim_hloc.errors import InputError, WeightsError
 from gim_hloc.geometry.warp import Warp
-from gim_hloc.matchers.common import (
-    resolve_dtype,
-)
+from gim_hloc.matchers.common import resolve_dtype, weight_files
 from gim_hloc.matchers.dense import DenseEncoding, DenseMatcher, DenseOptions, Side
 from gim_hloc.matchers.registry import describe
 from gim_hloc.networks.dense import count_modules, resize
 from gim_hloc.networks.dinov2 import HEAD, PATCH, DINOv2
 from gim_hloc.networks.roma import Features, RoMa, RoMaConfig
 from gim_hloc.options import options
-from gim_hloc.types import ImageData, ImageOptions
+from gim_hloc.types import ImageData
 
 DINOV2 = "dinov2_vitl14_pretrain.pth"
 _SMALLEST = 8 * PATCH  # px: fewer than 8 x 8 tokens say nothing about where things are
@@ -139,16 +137,9 @@ class RoMaMatcher(DenseMatcher):
         hashes: dict[str, str] = {}
         if states is None:
             # Find all of them before the first gigabyte is read.
-            paths = {file: weights.locate(file) for file in info.checkpoint}
-            hashes = {file: weights.sha256(path) for file, path in paths.items()}
+            paths, hashes = weight_files(info)
             states = {file: weights.load_state_dict(path) for file, path in paths.items()}
-        super().__init__(
-            info=info,
-            options=options,
-            image_options=ImageOptions(max_size=options.max_size),
-            device=device,
-            weights_hashes=hashes,
-        )
+        super().__init__(info=info, options=options, device=device, weights_hashes=hashes)
         self.authors = name != "gim_roma"  # trained with ImageNet's normalisation
         self.dtype = resolve_dtype(options.precision, device)
         self.hold = self.dtype if options.hold == "auto" else resolve_dtype(options.hold, device)

@@ -14,7 +14,19 @@ from gim_hloc.matchers.nearest import distance, mutual_nearest, rivals
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import encode_network_keypoints
 from gim_hloc.options import Count, options
-from gim_hloc.types import ImageData, ImageOptions, Matches, SparseEncoding
+from gim_hloc.types import ImageData, Matches, SparseEncoding
+
+
+def _opencv_version() -> str:
+    for name in ("opencv-python-headless", "opencv-python", "opencv-contrib-python"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import cv2
+
+    version: str = cv2.__version__
+    return version
 
 
 @options
@@ -52,18 +64,10 @@ class SiftMatcher(MatcherBase[SparseEncoding]):
         "edge_threshold",
         "octave_layers",
     )
+    libraries = {"opencv": _opencv_version()}  # noqa: RUF012 - never changed
 
     def __init__(self, name: str, *, options: Any, device: torch.device) -> None:
-        info = describe(name)
-        super().__init__(
-            info=info,
-            options=options,
-            image_options=ImageOptions(max_size=options.max_size, grayscale=info.colour == "gray"),
-            device=device,
-        )
-
-    def _versions(self) -> dict[str, str]:
-        return {"opencv": _opencv_version()}
+        super().__init__(info=describe(name), options=options, device=device)
 
     def encode(self, image: ImageData) -> SparseEncoding:
         """Detect and describe keypoints of a gray image (1, H, W)."""
@@ -203,15 +207,3 @@ def _encoding(image: ImageData, found: Any, descriptors: np.ndarray | None) -> S
     root = (root / root.sum(1, keepdim=True).clamp(min=1e-12)).sqrt()
     order = scores.argsort(descending=True, stable=True)
     return encode_network_keypoints(image, xy[order], root[order], scores[order])
-
-
-def _opencv_version() -> str:
-    for name in ("opencv-python-headless", "opencv-python", "opencv-contrib-python"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    import cv2
-
-    version: str = cv2.__version__
-    return version

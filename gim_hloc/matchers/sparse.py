@@ -8,22 +8,19 @@ from typing import Any
 
 import torch
 
-from gim_hloc import weights
 from gim_hloc.errors import InputError
-from gim_hloc.matchers.common import MatcherBase
+from gim_hloc.matchers.common import MatcherBase, weight_files
 from gim_hloc.matchers.registry import describe
-from gim_hloc.networks.keypoints import Subpixel
+from gim_hloc.networks.keypoints import Detector, Subpixel
 from gim_hloc.options import Count, options
-from gim_hloc.types import ImageData, ImageOptions, Matches, SparseEncoding, apply_affine
-
-make_encoding = SparseEncoding.make
+from gim_hloc.types import ImageData, Matches, SparseEncoding, apply_affine
 
 
 def encode_network_keypoints(
     image: ImageData, xy: torch.Tensor, descriptors: torch.Tensor, scores: torch.Tensor
 ) -> SparseEncoding:
     """Make an encoding from keypoints (N, 2) in network pixels, hloc's frame."""
-    return make_encoding(
+    return SparseEncoding.make(
         name=image.name,
         size=image.size,
         network_size=image.network_size,
@@ -79,20 +76,11 @@ class DetectorMatcher(MatcherBase[SparseEncoding]):
                 f"{name} has whole-pixel keypoints: subpixel must be 'none', "
                 f"not {options.subpixel!r}."
             )
-        self.paths = {file: weights.locate(file) for file in info.checkpoint}
-        super().__init__(
-            info=info,
-            options=options,
-            image_options=ImageOptions(
-                max_size=options.max_size,
-                upsample=options.upsample,
-                grayscale=info.colour == "gray",
-            ),
-            device=device,
-            weights_hashes={file: weights.sha256(path) for file, path in self.paths.items()},
-        )
+        self.paths, hashes = weight_files(info)
+        super().__init__(info=info, options=options, device=device, weights_hashes=hashes)
         path = self.paths[info.checkpoint[0]]
-        self.extractor: Any = self.load_detector(path).eval().to(device)
+        module: Any = self.load_detector(path).eval().to(device)
+        self.extractor: Detector = module
 
     @staticmethod
     @abstractmethod

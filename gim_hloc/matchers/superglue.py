@@ -14,12 +14,12 @@ from pydantic import Field
 
 from gim_hloc import weights
 from gim_hloc.errors import InputError
-from gim_hloc.matchers.common import MatcherBase
+from gim_hloc.matchers.common import MatcherBase, weight_files
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import encode_network_keypoints, no_matches
 from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.options import Count, options
-from gim_hloc.types import ImageData, ImageOptions, Matches, SparseEncoding
+from gim_hloc.types import ImageData, Matches, SparseEncoding
 
 
 @options
@@ -109,17 +109,11 @@ class SuperGlueMatcher(MatcherBase[SparseEncoding]):
         hashes: dict[str, str] = {}
         if network is None:
             network = make_network(options, name)
-            (file,) = info.checkpoint
-            path = weights.locate(file)
-            hashes[file] = weights.sha256(path)
+            paths, hashes = weight_files(info)
+            (path,) = paths.values()
             weights.load_into(network, weights.load_state_dict(path), path=path)
-        super().__init__(
-            info=info,
-            options=options,
-            image_options=ImageOptions(max_size=options.max_size, grayscale=True),
-            device=device,
-            weights_hashes=hashes,
-        )
+        super().__init__(info=info, options=options, device=device, weights_hashes=hashes)
+        self.libraries = {"transformers": importlib.metadata.version("transformers")}
         self.network = network.eval().requires_grad_(False).to(device)
         self.detector = SuperPoint().eval().requires_grad_(False).to(device)
         state = network.keypoint_detector.state_dict()
@@ -130,9 +124,6 @@ class SuperGlueMatcher(MatcherBase[SparseEncoding]):
                 for part in ("weight", "bias")
             }
         )
-
-    def _versions(self) -> dict[str, str]:
-        return {"transformers": importlib.metadata.version("transformers")}
 
     @torch.inference_mode()
     def encode(self, image: ImageData) -> SparseEncoding:

@@ -133,7 +133,7 @@ _ROMA: Presets = {
 }
 
 _Facts = dict[str, Any]  # of MatcherInfo
-_SPARSE: _Facts = {"kind": "sparse", "descriptor_dim": 128, "colour": "rgb", "default_size": 1024}
+_SPARSE: _Facts = {"kind": "sparse", "descriptor_dim": 128, "colour": "rgb"}
 _CALIBRATED: _Facts = {"min_confidence_sum": {"fast": 35.0, "base": 50.0, "precise": 50.0}}
 _SUPERPOINT: _Facts = {**_SPARSE, "descriptor_dim": 256, "colour": "gray"}
 _OPENCV: _Facts = {**_SPARSE, "rotation_invariant": True, "licence": "Apache-2.0 (OpenCV)"}
@@ -159,7 +159,7 @@ ROWS = (
     _row(
         "xfeat", "xfeat:XFeatMatcher", _XFEAT,
         "XFeat keypoints, mutual nearest neighbours with a ratio test: fastest on a processor",
-        "xfeat.pt", **{**_SPARSE, "descriptor_dim": 64, "default_size": 1600},
+        "xfeat.pt", **{**_SPARSE, "descriptor_dim": 64},
         min_confidence_sum={"fast": 20.0, "base": 20.0, "precise": 30.0},
     ),
     _row(
@@ -171,7 +171,7 @@ ROWS = (
     _row(
         "gim_lightglue", "lightglue:SuperPointLightGlue", _GIM_LIGHTGLUE,
         "SuperPoint keypoints, matched by LightGlue trained on internet videos",
-        "gim_lightglue_100h.ckpt", **{**_SUPERPOINT, "default_size": 1920},
+        "gim_lightglue_100h.ckpt", **_SUPERPOINT,
     ),
     _row(
         "lightglue", "lightglue:SuperPointLightGlue", _LIGHTGLUE,
@@ -189,55 +189,55 @@ ROWS = (
     _row(
         "sift", "sift:SiftMatcher", _SIFT,
         "RootSIFT with mutual nearest neighbours and a ratio test; learns nothing",
-        **{**_OPENCV, "colour": "gray", "default_size": 3200},
+        **{**_OPENCV, "colour": "gray"},
     ),
     _row(
         "root_sift", "sift:RootSiftMatcher", {"fast": {}, "base": {}, "precise": {}},
         "RootSIFT with the numbers of the ZEB benchmark, for comparison with its tables",
-        **{**_OPENCV, "default_size": 1600},
+        **_OPENCV,
     ),
     _row(
         "xfeat_star", "xfeat:XFeatStar", _XFEAT_STAR,
         "XFeat*: semi-dense and without keypoints, fast on a processor",
-        "xfeat.pt", kind="semidense", colour="rgb", default_size=1024,
+        "xfeat.pt", kind="semidense", colour="rgb",
     ),
     _row(
         "gim_loftr", "loftr:LoFTRMatcher", _GIM_LOFTR,
         "LoFTR trained on internet videos: semi-dense, without keypoints",
-        "gim_loftr_50h.ckpt", **_SEMIDENSE, colour="rgb", default_size=1024,
+        "gim_loftr_50h.ckpt", **_SEMIDENSE, colour="rgb",
     ),
     _row(
         "loftr_outdoor", "loftr:LoFTRMatcher", _LOFTR, f"LoFTR {_OUTDOOR}",
-        "loftr_outdoor.ckpt", **_SEMIDENSE, colour="gray", default_size=840,
+        "loftr_outdoor.ckpt", **_SEMIDENSE, colour="gray",
     ),
     _row(
         "loftr_indoor", "loftr:LoFTRMatcher", _LOFTR_INDOOR, f"LoFTR {_INDOOR}",
-        "loftr_indoor_ds_new.ckpt", **_SEMIDENSE, colour="gray", default_size=840,
+        "loftr_indoor_ds_new.ckpt", **_SEMIDENSE, colour="gray",
     ),
     _row(
         "gim_dkm", "dkm:DKMMatcher", _GIM_DKM,
         "DKM trained on internet videos: GIM's default, dense and sub-pixel",
-        "gim_dkm_100h.ckpt", **_DENSE, default_size=896,
+        "gim_dkm_100h.ckpt", **_DENSE,
     ),
     _row(
         "dkm_outdoor", "dkm:DKMMatcher", _DKM, f"DKM {_OUTDOOR}",
-        "DKMv3_outdoor.pth", **_DENSE, default_size=720,
+        "DKMv3_outdoor.pth", **_DENSE,
     ),
     _row(
         "dkm_indoor", "dkm:DKMMatcher", _DKM, f"DKM {_INDOOR}",
-        "DKMv3_indoor.pth", **_DENSE, default_size=720,
+        "DKMv3_indoor.pth", **_DENSE,
     ),
     _row(
         "gim_roma", "roma:RoMaMatcher", _GIM_ROMA,
         "RoMa trained on internet videos: the most robust dense matcher, and the slowest",
-        "gim_roma_100h.ckpt", _DINOV2, **_DENSE, default_size=672,
+        "gim_roma_100h.ckpt", _DINOV2, **_DENSE,
     ),
     _row(
         "roma_outdoor", "roma:RoMaMatcher", _ROMA, f"RoMa {_OUTDOOR}",
-        "roma_outdoor.pth", _DINOV2, **_DENSE, default_size=560,
+        "roma_outdoor.pth", _DINOV2, **_DENSE,
     ),
     _row(
         "roma_indoor", "roma:RoMaMatcher", _ROMA, f"RoMa {_INDOOR}",
-        "roma_indoor.pth", _DINOV2, **_DENSE, default_size=560,
+        "roma_indoor.pth", _DINOV2, **_DENSE,
     ),
 )  # fmt: skip

@@ -10,16 +10,14 @@ import torch
 from pydantic import Field
 
 from gim_hloc import weights
-from gim_hloc.matchers.common import MatcherBase
+from gim_hloc.matchers.common import MatcherBase, weight_files
 from gim_hloc.matchers.lightglue import LightGlueMatcher
 from gim_hloc.matchers.nearest import distance, mutual_nearest, mutual_nearest_but_one
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import DetectorMatcher, DetectorOptions
 from gim_hloc.networks.xfeat import CELL, Cells, XFeat
-from gim_hloc.options import Count, options
-from gim_hloc.types import Encoding, ImageData, ImageOptions, Matches, SparseEncoding, apply_affine
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from gim_hloc.options import Count, Share, options
+from gim_hloc.types import Encoding, ImageData, Matches, SparseEncoding, apply_affine
 
 
 def load_network(path: Path) -> XFeat:
@@ -100,15 +98,9 @@ class XFeatStar(MatcherBase[XFeatStarEncoding]):
 
     def __init__(self, name: str, *, options: XFeatStarOptions, device: torch.device) -> None:
         info = describe(name)
-        (file,) = info.checkpoint
-        path = weights.locate(file)
-        super().__init__(
-            info=info,
-            options=options,
-            image_options=ImageOptions(max_size=options.max_size),
-            device=device,
-            weights_hashes={file: weights.sha256(path)},
-        )
+        paths, hashes = weight_files(info)
+        super().__init__(info=info, options=options, device=device, weights_hashes=hashes)
+        (path,) = paths.values()
         self.network = load_network(path).to(device)
 
     @torch.inference_mode()

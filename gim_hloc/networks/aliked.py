@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gim_hloc.networks.keypoints import Subpixel, refine, select_maxima
+from gim_hloc.networks.keypoints import Detection, Subpixel, refine, select_maxima
 
 _STRIP = 1 << 14  # pixels at once where 32 channels at full resolution pass by
 
@@ -146,20 +146,8 @@ class ALIKED(nn.Module):
         radius: int = 2,
         subpixel: Subpixel = "quadratic",
         mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keypoints of one image, strongest first.
-
-        Args:
-            image: (3, H, W) in [0, 1], of any size.
-            max_keypoints: at most so many, the strongest.
-            threshold: a score must exceed it, in [0, 1).
-            radius: of the suppression window, pixels.
-            subpixel: see ``refine``.
-            mask: (H, W) bool, True where keypoints are allowed.
-
-        Returns:
-            keypoints (N, 2) x, y in pixels (integer = centre), descriptors (N, D), scores (N,).
-        """
+    ) -> Detection:
+        """See ``Detector``; images are RGB, scores in (0, 1)."""
         height, width = image.shape[-2:]
         scales, tables, (left, top) = self._maps(image)
         logits = self.score_logits(scales, tables)[top : top + height, left : left + width]
@@ -171,18 +159,13 @@ class ALIKED(nn.Module):
         )
         xy = refine(logits, index, radius=radius, method=subpixel)
         if len(xy) == 0:
-            return xy, xy.new_empty(0, self.aggregate.shape[1]), xy.new_empty(0)
+            return Detection(xy, xy.new_empty(0, self.aggregate.shape[1]), xy.new_empty(0))
         described = self._describe_all(scales, tables, xy, (width, height), (left, top))
-        return xy, described, logits.flatten()[index].sigmoid()
+        return Detection(xy, described, logits.flatten()[index].sigmoid())
 
     @torch.inference_mode()
     def describe_points(self, image: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
-        """Descriptors (N, D) at given points, as keypoints there would have them.
-
-        Args:
-            image: (3, H, W) in [0, 1], of any size.
-            xy: (N, 2) x, y in pixels, integer = centre.
-        """
+        """See ``Detector``."""
         if len(xy) == 0:
             return xy.new_empty(0, self.aggregate.shape[1])
         height, width = image.shape[-2:]

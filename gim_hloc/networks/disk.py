@@ -13,7 +13,7 @@ import kornia.feature
 import torch
 import torch.nn.functional as F
 
-from gim_hloc.networks.keypoints import Subpixel, refine, select_maxima
+from gim_hloc.networks.keypoints import Detection, Subpixel, refine, select_maxima
 
 
 class DISK(kornia.feature.DISK):
@@ -29,21 +29,8 @@ class DISK(kornia.feature.DISK):
         radius: int = 2,
         subpixel: Subpixel = "quadratic",
         mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keypoints of one image, strongest first.
-
-        Args:
-            image: (3, H, W) in [0, 1].
-            max_keypoints: at most so many, the strongest.
-            threshold: lowest score of a keypoint, a logit of the network.
-            radius: of the suppression window, pixels.
-            subpixel: see ``refine``; the published method is ``none``.
-            mask: (H, W) bool, True where keypoints are allowed.
-
-        Returns:
-            keypoints (N, 2) x, y in pixels (integer = centre), descriptors (N, 128), scores (N,).
-            Descriptors are those of the nearest pixel's maximum.
-        """
+    ) -> Detection:
+        """See ``Detector``; images are RGB, scores logits, descriptors those of whole pixels."""
         height, width = image.shape[-2:]
         values, last = self._before_last(_padded(image))
         scores = F.conv2d(values, last.weight[-1:], last.bias[-1:], padding="same")
@@ -53,16 +40,11 @@ class DISK(kornia.feature.DISK):
         )
         y, x = index.div(width, rounding_mode="floor"), index % width
         xy = refine(scores, index, radius=radius, method=subpixel)
-        return xy, _describe(values, last, x, y), scores[y, x]
+        return Detection(xy, _describe(values, last, x, y), scores[y, x])
 
     @torch.inference_mode()
     def describe_points(self, image: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
-        """Descriptors (N, 128) at given points: those of the nearest pixels.
-
-        Args:
-            image: (3, H, W) in [0, 1].
-            xy: (N, 2) x, y in pixels, integer = centre.
-        """
+        """See ``Detector``; descriptors are those of the nearest pixels."""
         height, width = image.shape[-2:]
         values, last = self._before_last(_padded(image))
         x, y = xy.round().long().unbind(1)

@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 Subpixel = Literal["quadratic", "soft_argmax", "none"]
+
+
+class Detection(NamedTuple):
+    """Keypoints of one image, strongest first."""
+
+    xy: torch.Tensor  # (N, 2) float32 x, y in pixels, integer = centre
+    descriptors: torch.Tensor  # (N, D)
+    scores: torch.Tensor  # (N,)
+
+
+class Detector(Protocol):
+    """A network that finds and describes keypoints; it says itself what its scores are."""
+
+    def detect_and_describe(
+        self,
+        image: torch.Tensor,
+        *,
+        max_keypoints: int,
+        threshold: float,
+        radius: int,
+        subpixel: Subpixel,
+        mask: torch.Tensor | None = None,
+    ) -> Detection:
+        """Find and describe keypoints.
+
+        Args:
+            image: (C, H, W) in [0, 1], of any size.
+            max_keypoints: at most so many, the strongest.
+            threshold: a score must exceed it.
+            radius: of the suppression window, pixels.
+            subpixel: see ``refine``; ``none`` leaves whole pixels.
+            mask: (H, W) bool, True where keypoints are allowed.
+        """
+        ...
+
+    def describe_points(self, image: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
+        """Descriptors (N, D) at points (N, 2) in pixels, integer = centre, as keypoints have."""
+        ...
 
 
 def select_maxima(

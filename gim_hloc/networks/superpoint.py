@@ -7,22 +7,14 @@ convolution pads, so each image gets what it gets alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gim_hloc.networks.keypoints import Detection, Subpixel
+
 Sizes = torch.Tensor
 """(B, 2) int64 (width, height) of the images in a padded batch, pixels."""
-
-
-class Points(NamedTuple):
-    """Keypoints of one image, strongest first."""
-
-    xy: torch.Tensor  # (N, 2) float32 x, y in pixels, integer = centre
-    scores: torch.Tensor  # (N,) in (0, 1]
-    descriptors: torch.Tensor  # (N, 256), unit length
 
 
 class SuperPoint(nn.Module):
@@ -71,8 +63,8 @@ class SuperPoint(nn.Module):
         border: int = 4,
         mask: torch.Tensor | None = None,
         sizes: Sizes | None = None,
-    ) -> list[Points]:
-        """Keypoints of each image.
+    ) -> list[Detection]:
+        """Keypoints of each image; scores are in (0, 1], descriptors of unit length.
 
         Args:
             image: (B, 1, H, W) in [0, 1].
@@ -95,7 +87,8 @@ class SuperPoint(nn.Module):
         descriptors = sample_descriptors(F.normalize(raw.float(), dim=1), xy, sizes)
         # The best come first, so those above the threshold are the first ones.
         counts = (values > max(threshold, 0.0)).sum(1).tolist()
-        return [Points(xy[i, :n], values[i, :n], descriptors[i, :n]) for i, n in enumerate(counts)]
+        parts = (xy, descriptors, values)
+        return [Detection(*(part[i, :n] for part in parts)) for i, n in enumerate(counts)]
 
     def detect_and_describe(
         self,
@@ -104,41 +97,23 @@ class SuperPoint(nn.Module):
         max_keypoints: int,
         threshold: float,
         radius: int,
-        subpixel: str = "none",
+        subpixel: Subpixel = "none",
         mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keypoints of one image, strongest first, as the other detectors give them.
-
-        Args:
-            image: (1, H, W) in [0, 1].
-            max_keypoints: at most so many, the strongest.
-            threshold: lowest score of a keypoint.
-            radius: of the suppression window, pixels.
-            subpixel: ignored: positions are whole pixels, as in the reference.
-            mask: (H, W) bool, True where keypoints are allowed.
-
-        Returns:
-            keypoints (N, 2) x, y in pixels (integer = centre), descriptors (N, 256), scores (N,).
-        """
+    ) -> Detection:
+        """See ``Detector``; images are gray, scores in (0, 1), positions always whole pixels."""
         if min(image.shape[1:]) < 8:
             empty = image.new_empty(0, 256)
-            return empty[:, :2], empty, empty[:, 0]
-        (points,) = self.detect(
+            return Detection(empty[:, :2], empty, empty[:, 0])
+        return self.detect(
             image[None],
             max_keypoints=max_keypoints,
             threshold=threshold,
             radius=radius,
             mask=None if mask is None else mask[None].to(image.device),
-        )
-        return points.xy, points.descriptors, points.scores
+        )[0]
 
     def describe_points(self, image: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
-        """Descriptors (N, 256) at given points, as keypoints there would have them.
-
-        Args:
-            image: (1, H, W) in [0, 1].
-            xy: (N, 2) x, y in pixels, integer = centre.
-        """
+        """See ``Detector``."""
         _, raw = self(image[None])
         return sample_descriptors(F.normalize(raw.float(), dim=1), xy[None])[0]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gim_hloc.networks.keypoints import Subpixel, refine, select_maxima
+from gim_hloc.networks.keypoints import Detection, Subpixel, refine, select_maxima
 
 CELL = 8  # px of the network's image per cell of its maps
 _MULTIPLE = 32  # px: of the sides of the network's image
@@ -130,20 +130,8 @@ class XFeat(nn.Module):
         radius: int = 2,
         subpixel: Subpixel = "quadratic",
         mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keypoints of one image, strongest first.
-
-        Args:
-            image: (C, H, W) in [0, 1], of any size.
-            max_keypoints: at most so many, the strongest.
-            threshold: probability that a keypoint's pixel must exceed, in [0, 1).
-            radius: of the suppression window, pixels.
-            subpixel: see ``refine``; the published method is ``none``.
-            mask: (H, W) bool, True where keypoints are allowed.
-
-        Returns:
-            keypoints (N, 2) x, y in pixels (integer = centre), descriptors (N, 64), scores (N,).
-        """
+    ) -> Detection:
+        """See ``Detector``; scores are in [0, 1], ``threshold`` is of the heat."""
         height, width = image.shape[-2:]
         maps = self(_padded(normalise(image[None])))
         heat = heat_map(maps.logits)[0, 0, :height, :width].contiguous()
@@ -153,16 +141,11 @@ class XFeat(nn.Module):
         best = scores.sort(descending=True, stable=True).indices[:max_keypoints]
         # The root makes peaks rounder: epipolar errors are a twentieth smaller than with the heat.
         xy = refine(heat.sqrt(), index[best], radius=radius, method=subpixel)
-        return xy, describe(maps, whole[best]), scores[best]
+        return Detection(xy, describe(maps, whole[best]), scores[best])
 
     @torch.inference_mode()
     def describe_points(self, image: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
-        """Descriptors (N, 64) at given points: those of the nearest pixels.
-
-        Args:
-            image: (C, H, W) in [0, 1], of any size.
-            xy: (N, 2) x, y in pixels, integer = centre.
-        """
+        """See ``Detector``; descriptors are those of the nearest pixels."""
         return describe(self(_padded(normalise(image[None]))), xy.round())
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from gim_hloc.networks import superpoint
+from gim_hloc.networks.keypoints import Detection
 from gim_hloc.networks.lightglue import LightGlue, Side, Start
 from gim_hloc.weights import load_into, strip_prefixes
 
@@ -92,7 +93,7 @@ def _superpoint(golden: Golden, detector: superpoint.SuperPoint) -> dict[str, An
 
 def _points(
     image: torch.Tensor, detector: superpoint.SuperPoint, config: dict[str, Any]
-) -> superpoint.Points:
+) -> Detection:
     return detector.detect(
         image,
         max_keypoints=config["max_num_keypoints"],

@@ -16,6 +16,7 @@ from gim_hloc.options import (
     CountOrNone,
     FrameFileOptions,
     FramesOptions,
+    MatcherName,
     NotNegative,
     Positive,
     Quality,
@@ -52,14 +53,14 @@ class VideoFramesOptions(FramesOptions, SourceOptions):
 class LabellerOptions:
     """What labels pairs of near frames."""
 
-    labellers: tuple[str, ...] = ()
+    labellers: tuple[MatcherName, ...] = ()
     """Names of matchers. Default: gim_dkm gim_loftr gim_lightglue sift where their weights are
     here, else aliked_lightglue disk_lightglue sift."""
     quality: Quality = "base"
     """Operating point of the labellers."""
     zoom: bool = True
     """Also match crops of what both frames show, enlarged alike."""
-    zoom_base: str | None = None
+    zoom_base: MatcherName | None = None
     """Labeller whose plain labels say what to crop; the first by default."""
     zoom_box: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] | None = None
     """Height and width in pixels that crops are enlarged to; 900 1600 (SIFT: the frame)."""
