@@ -230,7 +230,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def spoils_the_rest(error: BaseException) -> bool:
+def is_of_the_device(error: BaseException) -> bool:
     """Whether an error is no fault of the image or pair in work, and others would fail likewise.
 
     Memory ran out, or CUDA reported an error: most of these last until the process ends.

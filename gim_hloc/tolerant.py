@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from gim_hloc.engine import spoils_the_rest
+from gim_hloc.engine import is_of_the_device
 from gim_hloc.types import Encoding, ImageData, Matcher, Matches
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class TolerantMatcher:
 
     def _reason(self, what: str, error: Exception) -> str:
         """Say what failed; raise what others would fail of too."""
-        if spoils_the_rest(error):
+        if is_of_the_device(error):
             raise error
         logger.debug("%s", what, exc_info=error)
         words = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")

@@ -389,7 +389,7 @@ class _LoadedMap:
         self.map_features = MapFeatures(self.map.features, self.map.views)
         width = self.map_features.descriptors(next(iter(self.map.views))).shape[1]
         if self.detector is None:  # only to find similar images
-            name = self.options.anchors or self._describer()
+            name = self.options.anchors or self._described_by()
             count = made.get("max_keypoints")
             self.detector_loader = matchers.Loader(
                 name, self.quality, {} if count is None else {"max_keypoints": count}
@@ -413,7 +413,7 @@ class _LoadedMap:
                 f"{', '.join(differing)} differ."
             )
 
-    def _describer(self) -> str:
+    def _described_by(self) -> str:
         """Name of the matcher that made the keypoints and descriptors of the map's images."""
         made = self.map.options
         theirs = made.get("matcher") or "auto"

@@ -40,7 +40,7 @@ class Setup:
         self, pairs: list[tuple[str, str]], output: Path, **options: Any
     ) -> tuple[dict[str, Arrays], dict[str, Arrays]]:
         output.mkdir(exist_ok=True)
-        options = {"describer": "none", "anchored": GRID, "progress": False} | options
+        options = {"anchors": "none", "anchored": GRID, "progress": False} | options
         found = match_dense.main(
             options.pop("conf", self.conf),
             self.pairs(output / "pairs.txt", pairs),
@@ -358,7 +358,7 @@ def test_a_stopped_run_goes_on(
 
 def test_a_detector_gives_anchors(setup: Setup, tmp_path: Path) -> None:
     options = AnchoredOptions(grid_px=0)
-    features, _ = setup.run(ALL[:1], tmp_path, describer="sift", anchored=options)
+    features, _ = setup.run(ALL[:1], tmp_path, anchors="sift", anchored=options)
     assert all(len(features[name]["keypoints"]) > 50 for name in ALL[0])
 
 
@@ -400,7 +400,7 @@ def test_the_command_takes_hlocs_arguments(
     monkeypatch.setitem(confs.MATCH_DENSE, "known", setup.conf)
     pairs = setup.pairs(tmp_path / "few.txt", ALL[:1])
     common = ["--pairs", str(pairs), "--image_dir", str(setup.folder / "images"), "--conf", "known"]
-    assert match_dense.command([*common, "--export_dir", str(tmp_path), "--describer", "none"]) == 0
+    assert match_dense.command([*common, "--export_dir", str(tmp_path), "--anchors", "none"]) == 0
     assert set(read(tmp_path / "feats_matches-known.h5")) == set(ALL[0])
     assert set(read(tmp_path / "matches-known_few.h5")) == {"/".join(ALL[0])}
     paths = ["--features", str(tmp_path / "f.h5"), "--matches", str(tmp_path / "m.h5")]

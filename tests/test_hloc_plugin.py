@@ -393,7 +393,7 @@ def test_the_drop_in_runs_hlocs_own_models(hloc_folder: Path, tmp_path: Path) ->
     for kind in ("quantized", "anchored"):
         _, matches = match_dense.main(
             conf, tmp_path / "pairs.txt", tmp_path, tmp_path / kind,
-            tracks=kind, describer="none", progress=False,  # type: ignore[arg-type]
+            tracks=kind, anchors="none", progress=False,  # type: ignore[arg-type]
         )  # fmt: skip
         with h5py.File(matches) as file:
             group = file["a.png/b.png"]

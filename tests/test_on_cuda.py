@@ -154,10 +154,10 @@ def test_many_errors_mean_that_memory_ran_out(error) -> None:
 
 def test_a_device_that_failed_is_no_fault_of_the_pair() -> None:
     """Otherwise a benchmark goes on, and counts all pairs left as ones that cannot be matched."""
-    assert engine.spoils_the_rest(RuntimeError("CUDA error: an illegal memory access"))
-    assert engine.spoils_the_rest(torch.cuda.OutOfMemoryError("CUDA out of memory"))
-    assert not engine.spoils_the_rest(RuntimeError("shape mismatch"))
-    assert not engine.spoils_the_rest(ValueError("CUDA error"))
+    assert engine.is_of_the_device(RuntimeError("CUDA error: an illegal memory access"))
+    assert engine.is_of_the_device(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    assert not engine.is_of_the_device(RuntimeError("shape mismatch"))
+    assert not engine.is_of_the_device(ValueError("CUDA error"))
 
 
 def test_encodings_wait_in_main_memory_and_come_back() -> None:

@@ -193,7 +193,7 @@ def test_in_hlocs_scripts(own: str, tmp_path: Path) -> None:
             "model": {"name": "gim_hloc_dense", "matcher": own},
         }  # fmt: skip
         _, found = match_dense.main(
-            conf, tmp_path / "pairs.txt", Path("photos"), tmp_path, describer="none", progress=False
+            conf, tmp_path / "pairs.txt", Path("photos"), tmp_path, anchors="none", progress=False
         )
         with h5py.File(found) as file:
             assert (file["0.png/1.png/matches0"][:] >= 0).sum() > 50

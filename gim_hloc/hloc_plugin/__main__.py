@@ -82,11 +82,9 @@ def _modules() -> list[str]:
 
 
 def _run_command_line(module: ModuleType) -> None:
-    """Run what a module does when it is started with ``python -m``.
-
-    Started that way it would be a second module with configurations of its own. Its last block is
-    run among the names of the imported module instead, which has ours.
-    """
+    """Run what a module does when it is started with ``python -m``."""
+    # Started that way it would be a second module with configurations of its own. Its last block is
+    # run among the names of the imported module instead, which has ours.
     file = module.__file__ or ""
     block = _guarded(Path(file).read_text(encoding="utf-8"), file) if file else []
     if not block:

@@ -76,7 +76,7 @@ def main(
     overwrite: bool = False,
     *,
     tracks: Kind = "anchored",
-    describer: str = "auto",
+    anchors: str = "auto",
     anchored: AnchoredOptions | None = None,
     batch_size: int | None = None,
     cache_gb: float | None = None,
@@ -99,7 +99,7 @@ def main(
         overwrite: match pairs again and find keypoints of images in ``features`` again, but those
             that other pairs than these use.
         tracks: how matches become keypoints.
-        describer: sparse matcher whose keypoints are anchors; ``auto`` takes ``aliked_lightglue``
+        anchors: sparse matcher whose keypoints are anchors; ``auto`` takes ``aliked_lightglue``
             where its weights are, else ``sift``; ``none`` leaves anchors to the grid.
         anchored: numbers of anchored tracks; ``max_kps`` counts.
         batch_size: pairs a network call; 16 on a GPU, else 1.
@@ -168,7 +168,7 @@ def main(
         else linker_for(matcher, tracks, anchored=job.anchored)
     )
     with cache.Cache(match_path.with_name(f"{match_path.name}.cache")) as found:
-        points = job.points(describer) if tracks == "anchored" else []
+        points = job.points(anchors) if tracks == "anchored" else []
         arrays = job.match(linker, points, found, batch_size, cache_gb)
         job.write(feature_path, match_path, linker, job.link(linker, arrays), arrays)
     remove_cache(found.path)
@@ -374,7 +374,7 @@ class _Job:
 
         return stored
 
-    def points(self, describer: str) -> list[ImagePoints]:
+    def points(self, anchors: str) -> list[ImagePoints]:
         """Keypoints of all images: those that are fixed, else a detector's and room for a grid."""
         joint = {name for pair in self.pairs if pair not in self.free for name in pair}
         todo = joint - self.fixed.keys()
@@ -387,8 +387,8 @@ class _Job:
             )
             for name, record in self.records.items()
         }
-        if todo and describer != "none":
-            detector = matchers.load_sparse(matchers.choose_detector(describer))
+        if todo and anchors != "none":
+            detector = matchers.load_sparse(matchers.choose_detector(anchors))
             with self._bar(len(todo), "Anchors", "images") as bar:
                 for name, encoding in engine.encode(
                     detector,
@@ -520,7 +520,8 @@ def command(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_kps", type=int, default=8192, help="an image; 0: all")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--tracks", choices=get_args(Kind), default="anchored")
-    parser.add_argument("--describer", default="auto", help="matcher that gives anchors, or none")
+    # --describer: in 0.1
+    parser.add_argument("--anchors", "--describer", default="auto", help="their matcher, or none")
     parser.add_argument("--batch_size", type=int, help="pairs a network call")
     parser.add_argument("--cache_gb", type=float, help="memory for encodings")
     arguments = parser.parse_args(argv)

@@ -243,11 +243,11 @@ class LoFTRMatcher(MatcherBase[LoFTREncoding]):
 
     def _features(self, encoding: LoFTREncoding) -> Features:
         width, height = encoding.network_size
-        held = {key: value.to(self.device) for key, value in encoding.features.items()}
-        cells = held.get("cells")
-        fine = held["fine"] if self.hold is None else held["fine"].to(self.dtype)
+        features = {key: value.to(self.device) for key, value in encoding.features.items()}
+        cells = features.get("cells")
+        fine = features["fine"] if self.hold is None else features["fine"].to(self.dtype)
         return Features(
-            held["tokens"][None],
+            features["tokens"][None],
             fine[None],
             (height // CELL, width // CELL),
             None if cells is None else cells[None],

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gim_hloc.engine import spoils_the_rest
+from gim_hloc.engine import is_of_the_device
 from gim_hloc.errors import GimError, InputError
 from gim_hloc.types import Matcher, MatcherInfo
 
@@ -130,7 +130,7 @@ def _guarded(method: Callable[..., Any], name: str, where: str) -> Callable[...,
         except GimError:
             raise
         except Exception as error:
-            if spoils_the_rest(error):
+            if is_of_the_device(error):
                 raise
             raise GimError(
                 f"The matcher {name} stopped {where}: {describe_error(error)}."

@@ -174,13 +174,9 @@ def _places(keypoints: torch.Tensor) -> torch.Tensor:
 
 
 def _to_gray(image: torch.Tensor, *, truncate: bool) -> np.ndarray:
-    """(H, W) uint8 from a float image (1 or 3, H, W) in [0, 1].
-
-    Args:
-        image: gray or RGB.
-        truncate: drop the fraction, as the benchmark does. A byte can then lose one, because
-            255 * (v / 255) may lie below v in float32.
-    """
+    """(H, W) uint8 of a gray or RGB image (1 or 3, H, W) in [0, 1]."""
+    # The benchmark drops the fraction. A byte can then lose one, because 255 * (v / 255) may lie
+    # below v in float32.
     import cv2
 
     scaled = image.detach().cpu().numpy() * np.float32(255)

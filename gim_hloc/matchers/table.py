@@ -107,7 +107,7 @@ _LOFTR: Presets = {
     "base": {"max_size": 840},
     "precise": {"max_size": 1200},
 }
-# These weights were trained after the slip in the positional encoding had been mended.
+# These weights were trained after the mistake in the positional encoding had been mended.
 _LOFTR_INDOOR: Presets = {p: {**sizes, "positional": "corrected"} for p, sizes in _LOFTR.items()}
 _GIM_DKM: Presets = {
     "fast": {"size": (480, 640), "upsample_size": (720, 960)},

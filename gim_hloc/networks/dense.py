@@ -56,12 +56,11 @@ def attenuated_certainty(certainty: torch.Tensor, coarse: torch.Tensor) -> torch
 
 
 class _Windows:
-    """Windows of (2 r + 2)^2 whole pixels of a map around fractional positions.
+    """Windows of (2 r + 2)^2 whole pixels of a map around fractional positions."""
 
-    All places of a correlation window differ from its centre by whole pixels and share one
-    fraction, so that (2 r + 2)^2 products per position, blended afterwards, replace (2 r + 1)^2
-    interpolated samples.
-    """
+    # All places of a correlation window differ from its centre by whole pixels and share one
+    # fraction, so that (2 r + 2)^2 products per position, blended afterwards, replace (2 r + 1)^2
+    # interpolated samples.
 
     def __init__(self, b: torch.Tensor, flow: torch.Tensor, radius: int) -> None:
         batch, channels, height, width = b.shape
@@ -491,11 +490,9 @@ def refine(
 
 
 def _run_blocks(x: torch.Tensor, blocks: tuple[_Block, ...]) -> torch.Tensor:
-    """Blocks of a refiner, (B, H, W, P) -> same; on a processor with two rows of zeros around H.
-
-    On a processor ``x`` is overwritten: new memory of this size costs as much as a third of the
-    arithmetic, so that blocks write into two buffers in turn.
-    """
+    """Blocks of a refiner, (B, H, W, P) -> same; on a processor with two rows of zeros around H."""
+    # On a processor ``x`` is overwritten: new memory of this size costs as much as a third of the
+    # arithmetic, so that blocks write into two buffers in turn.
     if x.device.type != "cpu":
         for block in blocks:
             x = _whole(x, block)

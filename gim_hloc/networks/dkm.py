@@ -220,26 +220,26 @@ class DKM(nn.Module):
             size: (height, width) of the first pass.
             upsample_size: of the second pass, or None to leave it out.
             dtype: of the encoder and of features at strides 1 to 8. Strides 16 and 32, which the
-                Gaussian process compares, are held in float32.
+                Gaussian process compares, are kept in float32.
 
         Returns:
             See ``Features``.
         """
         images = self._normalised(images)
-        held: dict[str, torch.Tensor] = {}
+        features: dict[str, torch.Tensor] = {}
         autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
         with autocast:
             pyramid = self.encoder(resize(images, size))
             for stride in (32, 16):
                 projected = self.decoder.proj[str(stride)](pyramid.pop(stride)).float()
-                held[f"0/{stride}"] = projected
-                held[f"gp/{stride}"] = self.decoder.gps[str(stride)].factor(projected)
-            self._hold(held, 0, pyramid, dtype)
+                features[f"0/{stride}"] = projected
+                features[f"gp/{stride}"] = self.decoder.gps[str(stride)].factor(projected)
+            self._hold(features, 0, pyramid, dtype)
             if upsample_size is not None:
                 # Its deeper half is not used: strides 16 and 32 keep the first pass' answer.
                 pyramid = self.encoder(resize(images, upsample_size), layers=2)
-                self._hold(held, 1, pyramid, dtype)
-        return held
+                self._hold(features, 1, pyramid, dtype)
+        return features
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         images = images.float()
@@ -250,13 +250,13 @@ class DKM(nn.Module):
 
     @staticmethod
     def _hold(
-        held: dict[str, torch.Tensor],
+        features: dict[str, torch.Tensor],
         number: int,
         pyramid: dict[int, torch.Tensor],
         dtype: torch.dtype,
     ) -> None:
         for stride in (8, 4, 2, 1):
-            held[f"{number}/{stride}"] = pyramid[stride].to(dtype)
+            features[f"{number}/{stride}"] = pyramid[stride].to(dtype)
 
     def match(
         self, a: Features, b: Features, *, shared_factor: bool = False
@@ -338,14 +338,8 @@ class DKM(nn.Module):
     def _coarse(
         self, read: Read, factor: Callable[[int], torch.Tensor]
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Flow and certainty logits of the coarse decoder.
-
-        The answer at stride 32 depends on features alone; stride 16 replaces its flow.
-
-        Args:
-            read: features by stride.
-            factor: what the other images contribute to the Gaussian process, by stride.
-        """
+        """Flow and certainty logits of the coarse decoder, by features and Gaussian factors."""
+        # The answer at stride 32 depends on features alone; stride 16 replaces its flow.
         answers = {}
         for stride in (32, 16):
             here, there = read(stride)

@@ -90,11 +90,9 @@ def select_maxima(
 
 
 def _highest(scores: torch.Tensor, radius: int) -> torch.Tensor:
-    """Maximum of the window around each pixel, without the border of ``radius`` pixels.
-
-    Maxima of shifted copies, one axis after the other: pooling a single channel is several times
-    slower on a processor.
-    """
+    """Maximum of the window around each pixel, without the border of ``radius`` pixels."""
+    # Maxima of shifted copies, one axis after the other: pooling a single channel is several times
+    # slower on a processor.
     for axis in (0, 1):
         length = scores.shape[axis] - 2 * radius
         highest = scores.narrow(axis, 0, length)

@@ -156,8 +156,8 @@ def positions(
     Args:
         height: rows of cells; any number, there is no table that could be too small.
         width: columns of cells.
-        kind: the frequencies. ``published``: exp(-2 m), a slip in the original code that published
-            weights were trained with (an integer division that was meant to be a real one);
+        kind: the frequencies. ``published``: exp(-2 m), a mistake in the original code that
+            published weights were trained with (an integer division meant to be a real one);
             ``corrected``: 10000^(-2 m / 128), which GIM's training code uses.
         device: where to make it.
         channels: a multiple of 4; 128 above stands for their half.

@@ -218,11 +218,9 @@ def _clear(x: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
 
 
 def _window_max(x: torch.Tensor, radius: int) -> torch.Tensor:
-    """Maximum (logical or) of the window around each pixel of (B, H, W).
-
-    Maxima of shifted copies, the shift doubling as long as it may: pooling a single channel is
-    several times slower on a processor.
-    """
+    """Maximum (logical or) of the window around each pixel of (B, H, W)."""
+    # Maxima of shifted copies, the shift doubling as long as it may: pooling a single channel is
+    # several times slower on a processor.
     side = 2 * radius + 1
     if x.dtype == torch.bool:
         x = F.pad(x, (radius,) * 4, value=False)

@@ -515,7 +515,7 @@ def _tabulate(
     index = {name: i for i, name in enumerate(names)}
     count = np.array([len(anchors[name]) if name in anchors else 0 for name in names], np.int64)
     start = np.concatenate([[0], np.cumsum(count)])
-    held = [anchors[name] for name in names if name in anchors]
+    present = [anchors[name] for name in names if name in anchors]
     source, into, target, certainty = [], [], [], []
     for pair, reading in given:
         ends = [index[name] for name in pair]
@@ -532,8 +532,8 @@ def _tabulate(
             certainty.append(certain)
     return _Table(
         image=np.repeat(np.arange(len(names), dtype=np.int32), count),
-        xy=_joined([a.xy_px for a in held], (0, 2), np.float32),
-        tier=_joined([a.tier for a in held], (0,), np.uint8),
+        xy=_joined([a.xy_px for a in present], (0, 2), np.float32),
+        tier=_joined([a.tier for a in present], (0,), np.uint8),
         start=start,
         source=_joined(source, (0,), np.int32),
         into=_joined(into, (0,), np.int32),
@@ -729,11 +729,9 @@ def _nearest(key: np.ndarray, distance: np.ndarray) -> np.ndarray:
 
 
 def _conflict_free(edges: np.ndarray, strength: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Label (N,) of each anchor's track: components of the edges with one anchor an image.
-
-    Where a component has two anchors in an image, its edges are taken again, the surest first,
-    leaving out those that would join two anchors of an image.
-    """
+    """Label (N,) of each anchor's track: components of the edges with one anchor an image."""
+    # Where a component has two anchors in an image, its edges are taken again, the surest first,
+    # leaving out those that would join two anchors of an image.
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -781,12 +779,10 @@ def _average(
     rows: np.ndarray,
     options: AnchoredOptions,
 ) -> _Observations:
-    """Observations of keypoint tracks: members, and the places their readings agree on.
-
-    In an image where the detector found the point, its position and the readings of the other
-    members are averaged, weighted by how much each scatters in this scene. In an image where it
-    did not, the readings alone give the position.
-    """
+    """Observations of keypoint tracks: members, and the places their readings agree on."""
+    # In an image where the detector found the point, its position and the readings of the other
+    # members are averaged, weighted by how much each scatters in this scene. In an image where it
+    # did not, the readings alone give the position.
     views = len(table.unit)
     track, into = track_of[table.source[rows]], table.into[rows].astype(np.int64)
     key = track * views + into
@@ -859,12 +855,10 @@ def _reading_share(
     agreeing: np.ndarray,
     has_own: np.ndarray,
 ) -> float:
-    """Weight of one reading against a detector's position of weight 1.
-
-    Readings of a point scatter around each other by the warp's noise and that of the keypoints
-    they start from; they scatter around the detector's position by its noise in addition. The
-    difference is what the detector's position is worth.
-    """
+    """Weight of one reading against a detector's position of weight 1."""
+    # Readings of a point scatter around each other by the warp's noise and that of the keypoints
+    # they start from; they scatter around the detector's position by its noise in addition. The
+    # difference is what the detector's position is worth.
     usable = good & has_own[group] & (agreeing[group] >= 3)
     if usable.sum() < 30:
         return 0.0
@@ -917,11 +911,9 @@ def _stars(table: _Table, near: _Near, taken: np.ndarray, first_track: int) -> _
 
 
 def _greedy(a: np.ndarray, b: np.ndarray, rank: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Choose nodes by rank, the smallest first, each taking out the nodes joined to it.
-
-    All nodes that come before everything they are joined to are chosen at once, until none is
-    left: the result of going one by one, in a few passes.
-    """
+    """Choose nodes by rank, the smallest first, each taking out the nodes joined to it."""
+    # All nodes that come before everything they are joined to are chosen at once, until none is
+    # left: the result of going one by one, in a few passes.
     chosen = np.zeros(len(wanted), dtype=bool)
     waiting = wanted.copy()
     last = len(rank)
@@ -962,22 +954,22 @@ def _write(
     track = number[observations.track]
     order = np.lexsort((track, observations.image))
     bounds = np.searchsorted(observations.image[order], np.arange(views + 1))
-    held = {name: order[bounds[index] : bounds[index + 1]] for index, name in enumerate(ordered)}
+    rows_of = {name: order[bounds[index] : bounds[index + 1]] for index, name in enumerate(ordered)}
     matches, scores = {}, {}
     for a, b in pairs:
         _, rows0, rows1 = np.intersect1d(
-            track[held[a]], track[held[b]], assume_unique=True, return_indices=True
+            track[rows_of[a]], track[rows_of[b]], assume_unique=True, return_indices=True
         )
         matches[a, b] = np.stack([rows0, rows1], 1).astype(np.int64)
         scores[a, b] = np.minimum(
-            observations.score[held[a][rows0]], observations.score[held[b][rows1]]
+            observations.score[rows_of[a][rows0]], observations.score[rows_of[b][rows1]]
         )
     return Tracks(
-        keypoints={name: observations.xy[held[name]] for name in names},
+        keypoints={name: observations.xy[rows_of[name]] for name in names},
         matches=matches,
         scores=scores,
         keypoint_scores={
-            name: (length[held[name]] + observations.score[held[name]]).astype(np.float32)
+            name: (length[rows_of[name]] + observations.score[rows_of[name]]).astype(np.float32)
             for name in names
         },
         lengths=np.bincount(track).astype(np.int64) if len(track) else np.zeros(0, np.int64),
@@ -985,12 +977,10 @@ def _write(
 
 
 def _limited(observations: _Observations, limit: int, views: int) -> _Observations:
-    """The best tracks that fit into ``limit`` keypoints an image.
-
-    Tracks are taken by worth, some at a time. One that would lose more than half of its images to
-    the limit, or all but two, is left out as a whole: cutting each image on its own would leave
-    many stumps.
-    """
+    """The best tracks that fit into ``limit`` keypoints an image."""
+    # Tracks are taken by worth, some at a time. One that would lose more than half of its images to
+    # the limit, or all but two, is left out as a whole: cutting each image on its own would leave
+    # many stumps.
     if not len(observations.track) or np.bincount(observations.image).max() <= limit:
         return observations
     order = _by_worth(observations)

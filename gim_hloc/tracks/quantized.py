@@ -293,11 +293,9 @@ def _one_to_one(
 
 
 def _best_of_each(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Whether each match (M,) is the best of those with its id.
-
-    Of equally good ones it is the first in the order that numpy's default sort leaves them in,
-    which is hloc's choice.
-    """
+    """Whether each match (M,) is the best of those with its id."""
+    # Of equally good ones it is the first in the order that numpy's default sort leaves them in,
+    # which is hloc's choice.
     order = np.argsort(ids)
     winner = np.zeros(len(ids), dtype=bool)
     winner[order[_first_best(ids[order], scores[order])]] = True
