@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
+import itertools
 import os
 import pickle
 import shutil
@@ -18,6 +20,7 @@ import cv2
 import h5py
 import numpy as np
 import pytest
+import test_hloc_real
 import torch
 from PIL import Image
 from video_files import write_video
@@ -32,6 +35,7 @@ from gim_hloc.matchers import check, registry
 from gim_hloc.pipelines.localize import Localizer, format_poses
 from gim_hloc.store import read_encoding
 
+hloc = test_hloc_real.hloc  # the fixture
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, FOCAL = 320, 240, 220.0
 STEP = 9.0  # px that the far plane moves from one image to the next; the near one moves twice it
@@ -210,6 +214,90 @@ def test_in_hlocs_scripts(own: str, tmp_path: Path) -> None:
     assert (matcher._forward(data)["matches0"] >= 0).sum() > 50
 
 
+def same_matches(one: Path, two: Path) -> None:
+    with h5py.File(one / "matches.h5") as a, h5py.File(two / "matches.h5") as b:
+        for i, j in itertools.combinations(range(5), 2):
+            key = f"{i}.png/{j}.png/matches0"
+            np.testing.assert_array_equal(a[key][()], b[key][()])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_on_ray(scene: Path, own: str) -> None:
+    flags = [*CAMERA, "--anchors", "own_matcher:Orb", "--engine", "ray", *TWO]
+    out = f"{scene}-ray"
+    try:
+        command = ["photos", out, "--matcher", own, *flags, "--stop-after", "link"]
+        assert reconstruct.main(command) == 0
+    finally:
+        sys.modules["ray"].shutdown()
+    same_matches(scene, Path(out))
+
+
+@pytest.mark.slow
+def test_in_shards(scene: Path, own: str) -> None:
+    out = f"{scene}-shards"
+    command = ["photos", out, "--matcher", own, *CAMERA, "--anchors", "own_matcher:Orb"]
+    for step in ("encode", "match"):
+        for part in ("0/2", "1/2"):
+            assert reconstruct.main([*command, "--step", step, "--shard", part]) == 0
+        if step == "encode":
+            assert reconstruct.main([*command, "--stop-after", "pairs"]) == 0
+    assert reconstruct.main([*command, "--stop-after", "link"]) == 0
+    same_matches(scene, Path(out))
+
+
+MINI = HERE.parents[1] / "shared" / "data" / "zeb-mini"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("place")
+@pytest.mark.skipif(not MINI.is_dir(), reason="needs ../shared/data/zeb-mini")
+def test_on_the_miniature_zeb(own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"zeb-{own.split(':')[1]}"
+    command = ["run", str(MINI), "--out", out, "--matchers", own, "--sets", "KITTI", "GL3D"]
+    assert zeb.main([*command, *TWO]) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"{own.split(':')[1].lower()} on ") == 2
+    assert len(list(Path(out).rglob("*.txt"))) == 2
+
+
+HLOC = """
+import sys
+from pathlib import Path
+from hloc import extract_features, match_dense, match_features, pairs_from_exhaustive
+import gim_hloc.hloc_plugin
+photos, out = Path("photos"), Path(sys.argv[1])
+sys.path.append(".")
+pairs = out / "pairs.txt"
+pairs_from_exhaustive.main(pairs, image_list=sorted(path.name for path in photos.iterdir()))
+orb = {"name": "gim_hloc_sparse", "matcher": "own_matcher:Orb"}
+conf = {"output": "orb", "model": orb, "preprocessing": {"grayscale": True, "resize_max": 640}}
+features = extract_features.main(conf, photos, feature_path=out / "features.h5")
+model = {"name": "gim_hloc_lightglue", "matcher": "own_matcher:Orb"}
+conf = {"output": "orb", "model": model}
+match_features.main(conf, pairs, features, matches=out / "matches.h5")
+model = {"name": "gim_hloc_dense", "matcher": "flow_matcher.py:Flow"}
+conf = {"output": "flow", "model": model, "max_error": 2, "cell_size": 8,
+        "preprocessing": {"grayscale": False, "resize_max": 640, "dfactor": 8}}
+match_dense.main(conf, pairs, photos, features=out / "flow.h5", matches=out / "dense.h5")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.hloc
+def test_in_the_real_hloc(hloc: Any, place: Path) -> None:
+    """Both in hloc's own scripts; of neighbours each finds many matches."""
+    script, out = place / "in_hloc.py", place / "hloc"
+    script.write_text(HLOC)
+    out.mkdir()
+    hloc.run(script, out)
+    for name in ("matches.h5", "dense.h5"):
+        with h5py.File(out / name) as file:
+            for i in range(4):
+                assert (file[f"{i}.png/{i + 1}.png/matches0"][()] >= 0).sum() > 50
+
+
 @pytest.mark.usefixtures("place")
 def test_the_check(own: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([own]) == 0
@@ -237,7 +325,8 @@ BROKEN = {
         "match          failed: match must return Matc",
     ),
     "numpy": (
-        "def match(self, a, b): return Matches(*3 * [np.ones(9)])",
+        "def match(self, a, b):\n"
+        "        return Matches(keypoints0=np.ones(9), keypoints1=1, scores=2)",
         "match          failed: the matches' keypoints0 must be a tensor in main memory, not nd",
     ),
     "batch": (
