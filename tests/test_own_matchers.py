@@ -227,7 +227,7 @@ def test_on_ray(scene: Path, own: str) -> None:
     flags = [*CAMERA, "--anchors", "own_matcher:Orb", "--engine", "ray", *TWO]
     out = f"{scene}-ray"
     try:
-        command = ["photos", out, "--matcher", own, *flags, "--stop-after", "link"]
+        command = ["photos", out, "--matcher", own, *flags, "--stop-after", "verify"]
         assert reconstruct.main(command) == 0
     finally:
         sys.modules["ray"].shutdown()
@@ -243,7 +243,7 @@ def test_in_shards(scene: Path, own: str) -> None:
             assert reconstruct.main([*command, "--step", step, "--shard", part]) == 0
         if step == "encode":
             assert reconstruct.main([*command, "--stop-after", "pairs"]) == 0
-    assert reconstruct.main([*command, "--stop-after", "link"]) == 0
+    assert reconstruct.main([*command, "--stop-after", "verify"]) == 0
     same_matches(scene, Path(out))
 
 
