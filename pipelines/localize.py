@@ -74,7 +74,7 @@ from gim_hloc.types import ImageData, ImageOptions, Matcher, Quality, SparseEnco
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import CameraSpec, Located, MapView
-    from gim_hloc.images import ImageLike, ImageRecord
+    from gim_hloc.images import ImageLike
 
 logger = logging.getLogger(__name__)
 
