@@ -420,7 +420,8 @@ class VerifyOptions:
     min_confidence_sum: NotNegative | None = None
     min_inlier_ratio: Share = 0.1  # share assumed by RANSAC's stopping rule
     confidence: Share = 0.999  # of having drawn one outlier-free sample
-    max_num_trials: Count = 20000  # RANSAC iterations at most
+    min_num_trials: Count = 30  # RANSAC iterations at least (COLMAP: 100)
+    max_num_trials: Count = 20000  # and at most
 
 
 @options(section="map")

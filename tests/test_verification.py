@@ -113,7 +113,13 @@ def test_kept_results_give_the_database_that_colmap_writes(kind: str, tmp_path: 
     nothing = {"inliers": np.zeros((0, 2)), "confidence": np.nan, "doubtful": False}
     write(tmp_path / "direct.db", work, scene, [(*e[:3], nothing) for e in entries])
     options = pycolmap.TwoViewGeometryOptions()
-    for name in ("max_error", "min_inlier_ratio", "confidence", "max_num_trials"):
+    for name in (
+        "max_error",
+        "min_inlier_ratio",
+        "confidence",
+        "min_num_trials",
+        "max_num_trials",
+    ):
         setattr(options.ransac, name, getattr(work.options, name))
     with pycolmap.Database.open(tmp_path / "direct.db") as db:
         for a, b, rows, _ in entries:

@@ -149,6 +149,7 @@ class Verification:
         options.ransac.max_error = self.options.max_error * 2 / sum(self._scales(names))
         options.ransac.min_inlier_ratio = self.options.min_inlier_ratio
         options.ransac.confidence = self.options.confidence
+        options.ransac.min_num_trials = self.options.min_num_trials
         options.ransac.max_num_trials = self.options.max_num_trials
         options.ransac.random_seed = pair_seed(self.seed, *names) % (2**31 - 1)
         camera0, camera1 = self._ends(names)
