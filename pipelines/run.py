@@ -309,10 +309,14 @@ class RunFolder:
             return None
         for name in entry["files"]:
             size, crc = self.files.get(name) or (None, None)
-            if size is None or _fingerprint(self.path / name, crc is not None) != [size, crc]:
+            path = self.path / name  # a link that leads nowhere is as good as gone
+            if (
+                size is None
+                or not path.exists()
+                or _fingerprint(path, crc is not None) != [size, crc]
+            ):
                 logger.warning(
-                    "%s is missing or changed since it was made; it is made again.",
-                    self.path / name,
+                    "%s is missing or changed since it was made; it is made again.", path
                 )
                 return None
         facts: dict[str, Any] = entry["facts"]
