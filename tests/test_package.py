@@ -25,6 +25,7 @@ COMMANDS = (
     "gim-localize",
     "gim-pairs",
     "gim-eval-sfm",
+    "gim-export",
     "gim-weights",
     "gim-match",
     "gim-merge",
