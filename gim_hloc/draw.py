@@ -106,6 +106,14 @@ def place_colours(xy: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.rint(top * (1 - v) + bottom * v).astype(np.uint8)
 
 
+def shade(picture: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """A picture with what a mask (h, w), bool, does not allow in dark red."""
+    mask = cv2.resize(allowed.astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_AREA)
+    shaded = picture.copy()
+    shaded[mask == 0] = picture[mask == 0] * 0.3 + np.array([110, 20, 20])
+    return shaded
+
+
 def heat(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Values (h, w) in [0, 1] as a picture of ``size`` (width, height), white to dark."""
     return np.asarray(cv2.resize(_ramp(_HEAT, values), size, interpolation=cv2.INTER_NEAREST))

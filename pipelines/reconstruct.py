@@ -299,6 +299,7 @@ class _Reconstruction:
         report["summary"] = {"seconds": seconds, "seconds_of_all_runs": seconds + earlier}
         report["timings"] = dict(self.inputs.folder.timings)
         self.report = complete_report(report)
+        masks = self.inputs.photographs.masks
         try:
             write_report(
                 self.report,
@@ -308,6 +309,7 @@ class _Reconstruction:
                 ),
                 scene=scene_view(loaded[0]) if loaded else None,
                 pair_matches=self._pair_matches,
+                masks=(lambda name: masks.load(self.inputs.records[name])) if masks else None,
             )
         except Exception as error:  # the model is worth more than its report
             logger.warning("The report could not be written: %s", error)

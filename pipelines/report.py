@@ -34,6 +34,7 @@ __all__ = ["CameraView", "SceneView", "complete_report", "write_report"]
 logger = logging.getLogger(__name__)
 
 ImageReader = Callable[[str], np.ndarray]
+MaskReader = Callable[[str], np.ndarray | None]
 PairMatches = Callable[[Sequence[Pair]], Iterable[Ends]]
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ _ONE_FOCAL = (0, 0, 1, 2)
 _TWO_FOCALS = (0, 1, 2, 3)
 _FISHEYE = ("FISHEYE", "FOV", "EUCM", "DIVISION")
 _MAX_MISSING_PICTURES = 48
+_MAX_MASKS = 8
 _PAIR_SIZE = (640, 480)  # pixels within which a pair is drawn
 _MAX_LINES = {"inlier": 100, "outlier": 60}
 
@@ -162,6 +164,7 @@ def write_report(
     images: ImageReader | None = None,
     scene: SceneView | None = None,
     pair_matches: PairMatches | None = None,
+    masks: MaskReader | None = None,
 ) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.json`` into a folder, each atomically.
 
@@ -175,6 +178,7 @@ def write_report(
         images: reads an image by name as RGB uint8, ``(H, W, 3)``, EXIF orientation not applied.
         scene: points and cameras of the largest model; without it there is no 3D view.
         pair_matches: reads the matches of pairs.
+        masks: reads the mask of an image, (H, W) bool, False where it is ignored, or None.
 
     Returns:
         Paths of the HTML and the JSON file.
@@ -185,7 +189,7 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     html_path, json_path = output / "report.html", output / "report.json"
     write_atomic(json_path, _json_text(report))
-    write_atomic(html_path, _render(report, _Pictures(report, images, pair_matches), scene))
+    write_atomic(html_path, _render(report, _Pictures(report, images, pair_matches, masks), scene))
     return html_path, json_path
 
 
@@ -387,9 +391,13 @@ class _Pictures:
     """Thumbnails and drawn pairs; every image is read once and kept small."""
 
     def __init__(
-        self, full: dict[str, Any], read: ImageReader | None, matches: PairMatches | None
+        self,
+        full: dict[str, Any],
+        read: ImageReader | None,
+        matches: PairMatches | None,
+        masks: MaskReader | None,
     ) -> None:
-        self._full, self._read, self._matches = full, read, matches
+        self._full, self._read, self._matches, self._masks = full, read, matches, masks
         self._sizes = {row["name"]: (row.get("width"), row.get("height")) for row in full["images"]}
         self._small: dict[str, tuple[np.ndarray, tuple[int, int]] | None] = {}
         self._best, self._worst = figures.choose_pairs(full["pairs"])
@@ -443,6 +451,17 @@ class _Pictures:
 
         pairs = sorted(self._full["pairs"], key=interest)
         return embed(names, pairs, self._sizes, self._picture, self._matches)
+
+    def masked(self, names: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+        """Figures of some images, evenly spread, with what their masks ignore."""
+        if self._masks is None or not names:
+            return
+        count = min(_MAX_MASKS, len(names))
+        for k in np.linspace(0, len(names) - 1, count).round().astype(int):
+            mask, picture = self._masks(names[k]), self._picture(names[k])
+            if mask is not None and picture is not None:
+                text = f"{1 - mask.mean():.0%} ignored"
+                yield draw.data_url(draw.shade(picture, mask)), "", [names[k], text]
 
     def _picture(self, name: str) -> np.ndarray | None:
         known = self._open(name)
@@ -511,6 +530,7 @@ def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) 
         summary=summary,
         missing=_guarded("missing images", lambda: list(_missing(full, pictures))) or [],
         pair_figures=_guarded("pairs", lambda: list(pictures.pairs())) or [],
+        masked=_guarded("masks", lambda: list(pictures.masked(usable))) or [],
         pair_data=_guarded("all pairs", lambda: pictures.all_pairs(usable)),
         packed=packed,
         max_graph_images=figures.MAX_GRAPH_IMAGES,

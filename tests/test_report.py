@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gim_hloc import pair_viewer
+from gim_hloc import draw, pair_viewer
 from gim_hloc.pipelines import _report_figures as figures
 from gim_hloc.pipelines.outcome import PLAN_SIZE, plan_places
 from gim_hloc.pipelines.report import (
@@ -332,6 +332,19 @@ def test_a_status_without_advice_is_told_too(tmp_path: Path) -> None:
     page = Page(write(make_report(missing=missing), tmp_path)[0])
     assert "2 images are missing (1 without pairs, 1 eaten by dog): see why below." in page.text
     assert page.text.index("In no pair") < page.text.index("Eaten by dog")
+
+
+def test_masks_are_shown_on_some_images(tmp_path: Path) -> None:
+    names = [f"{i}.jpg" for i in range(20)]
+    mask = np.ones((480, 640), bool)
+    mask[:, :160] = False
+    parts = {"images": read_image, "masks": lambda name: None if name == "0.jpg" else mask}
+    page = Page(write(make_report(names), tmp_path, **parts)[0])
+    assert page.tags.count("img") == 7
+    assert page.text.count("25% ignored") == 7
+    picture = draw.shade(read_image("1.jpg"), mask)
+    assert (picture[:, 16:] == 90).all()
+    assert (picture[:, :16] == (137, 47, 47)).all()
 
 
 def test_parts_that_fail_do_not_cost_the_page(
