@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import os
 import re
 from configparser import ConfigParser
@@ -23,7 +24,8 @@ SUBCOMMANDS = {
     "gim-zeb": ("data", "run", "make", "check", "table", "worst", "pairs"),
     "gim-video": ("frames", "label", "propagate", "show", "run"),
 }
-_WIDE = {"COLUMNS": "200", "NO_COLOR": "1"}
+_TERMINAL = {"COLUMNS": "79", "NO_COLOR": "1"}  # one column of options
+_RULE = re.compile(r" -{40,} *$")
 
 
 def commands() -> list[str]:
@@ -44,40 +46,45 @@ def help_of(program: str, subcommand: str = "") -> str:
     everything = "--help-all" if program in ("gim-reconstruct", "gim-localize") else "--help"
     arguments = [*([subcommand] if subcommand else []), everything]
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+    terminal = mock.patch.dict(os.environ, _TERMINAL)
+    with terminal, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         getattr(loaded, "command", loaded.main)(arguments)
     return out.getvalue()
 
 
 def reference(program: str, subcommand: str = "") -> str:
-    """Markdown of a command: what it does, and a table an options group."""
-    with mock.patch.dict(os.environ, _WIDE):
-        text = help_of(program, subcommand)
-    lines = text.splitlines()
-    boxes = next((n for n, line in enumerate(lines) if line.startswith("╭")), len(lines))
-    about = "\n".join(lines[:boxes]).strip()
-    page = ["```text", about, "```", ""]
-    for title, rows in _groups(lines[boxes:]):
-        page += [f"**{title}**", "", "| Option | |", "|---|---|"]
+    """Markdown of a command: what it does, and a table a group of options."""
+    lines = help_of(program, subcommand).splitlines()
+    first = next((n for n, line in enumerate(lines) if _RULE.match(line)), len(lines) + 1) - 1
+    page = ["```text", "\n".join(lines[:first]).strip(), "```", ""]
+    if program in SUBCOMMANDS and not subcommand:
+        return "\n".join(page)
+    for title, about, rows in _groups(lines[first:]):
+        page += [f"**{title.capitalize()}**{': ' if about else ''}{_cell(about)}", ""]
+        page += ["| Option | |", "|---|---|"]
         page += [f"| {_cell(option, code=True)} | {_cell(effect)} |" for option, effect in rows]
         page.append("")
     return "\n".join(page)
 
 
-def _groups(lines: list[str]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Title and rows of each box of a help: an option, and what is said about it."""
-    found: list[tuple[str, list[tuple[str, str]]]] = []
-    for line in lines:
-        if line.startswith("╭"):
-            found.append((line.strip("╭─╮ "), []))
-        elif line.startswith("│ ") and found:
-            text, rows = line[2:].rstrip("│ "), found[-1][1]
-            option, _, effect = re.sub(r"\s{2,}", "\0", text, count=1).partition("\0")
-            if option:
-                rows.append((option, effect))
-            elif rows:
-                rows[-1] = (rows[-1][0], f"{rows[-1][1]} {effect}".strip())
-    return [(title, rows) for title, rows in found if rows]
+def _groups(lines: list[str]) -> list[tuple[str, str, list[list[str]]]]:
+    """Each group of a help: its title, what is said of it, its options with their effects."""
+    found: list[tuple[str, str, list[list[str]]]] = []
+    for line, after in itertools.pairwise([*lines, ""]):
+        if _RULE.match(after):
+            found.append((line.strip(), "", []))
+        elif _RULE.match(line) or not line.strip():
+            continue
+        elif set(line.strip()) == {"-"}:  # what stands above it is about the group
+            title, _, above = found.pop()
+            found.append((title, " ".join(" ".join(row).strip() for row in above), []))
+        elif re.match(r" {2}\S", line):
+            option, _, effect = re.sub(r"\s{2,}", "\0", line.strip(), count=1).partition("\0")
+            found[-1][2].append([option, effect])
+        else:
+            row = found[-1][2][-1]
+            row[1] = f"{row[1]} {line.strip()}".strip()
+    return [group for group in found if group[2]]
 
 
 def _cell(text: str, code: bool = False) -> str:
@@ -86,7 +93,7 @@ def _cell(text: str, code: bool = False) -> str:
 
 
 def on_startup(**_: Any) -> None:
-    """Lay out the package as it is installed, where docstrings are read (setup.cfg: package_dir)."""
+    """Lay out the package as it is installed (package_dir), where docstrings are read."""
     layout = REPOSITORY / "build/api/gim_hloc"
     layout.mkdir(parents=True, exist_ok=True)
     rooms = ("pairs", "pipelines", "evaluation", "training")
@@ -120,7 +127,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if "<!-- reasons -->" in markdown:
         report = importlib.import_module("gim_hloc.pipelines.report")
         rows = [f"| {a.title} | {_cell(a.todo)} |" for a in report.ADVICE.values()]
-        table = "\n".join(["| The report says | What it means, and what helps |", "|---|---|", *rows])
+        table = "\n".join(
+            ["| The report says | What it means, and what helps |", "|---|---|", *rows]
+        )
         markdown = markdown.replace("<!-- reasons -->", table)
     outside = re.compile(r"\[([^\]]+)\]\(\.\./([^)#\s]+)(?:#[^)]*)?\)")
     return outside.sub(lambda m: f"{m[1]} (`{m[2]}`)", markdown)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import io
+import importlib.util
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,12 +26,23 @@ PAGES = tuple(
         *sorted(f"docs/{page.name}" for page in (REPOSITORY / "docs").glob("*.md")),
     )
 )
-SUBCOMMANDS = {
-    "gim-weights": ("list", "download", "path", "verify"),
-    "gim-zeb": ("data", "run", "make", "check", "table", "worst", "pairs"),
-    "gim-video": ("frames", "label", "propagate", "show", "run"),
-    "gim-train": ("",),  # its help is the same with and without "presets"
-}
+NOTEBOOKS = REPOSITORY / "examples" / "notebooks"
+
+
+def load_hook() -> Any:
+    """The hook of the site, docs/site_hook.py, which knows the commands and their help."""
+    spec = importlib.util.spec_from_file_location("site_hook", REPOSITORY / "docs/site_hook.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hook = load_hook()
+# The help of gim-train is the same with and without "presets".
+SUBCOMMANDS: dict[str, tuple[str, ...]] = {**hook.SUBCOMMANDS, "gim-train": ("",)}
+help_of = hook.help_of
 OTHER_PARSERS = (
     "gim_hloc.hloc_plugin.match_dense",
     *(
@@ -54,6 +68,10 @@ FOREIGN = {
     "--depths",
     "--ignore-mask-label",
     *("--strict", "--repository"),  # of twine
+    "--config-settings",
+    # Of GIM's scripts (docs/gim-users.md).
+    *("--model", "--scene_name", "--method", "--skip", "--wid", "--git", "--dir", "--verbose"),
+    "--nnodes",
 }
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))
@@ -89,21 +107,6 @@ def invocations(text: str) -> Iterator[tuple[str, str, list[str]]]:
         known = SUBCOMMANDS.get(program, ("",))
         subcommand = words[0] if words and words[0] in known else ""
         yield program, subcommand, words
-
-
-@functools.cache
-def help_of(program: str, subcommand: str) -> str:
-    """The help of a command, from its own parser."""
-    module = program
-    if program.startswith("gim-"):
-        module = "gim_hloc.cli." + program.removeprefix("gim-").replace("-", "_")
-    everything = "--help-all" if program in ("gim-reconstruct", "gim-localize") else "--help"
-    arguments = [*([subcommand] if subcommand else []), everything]
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        loaded = importlib.import_module(module)
-        getattr(loaded, "command", loaded.main)(arguments)
-    return out.getvalue()
 
 
 def options_of(program: str, subcommand: str) -> set[str]:
@@ -211,6 +214,69 @@ def test_the_tests_that_prove_reliability_exist() -> None:
     known = {n for f in files for n in re.findall(r"^def (test_\w+)\(", f.read_text("utf-8"), re.M)}
     assert len(named) > 50
     assert sorted(set(named) - known) == []
+
+
+def test_readme_is_one_screen() -> None:
+    assert len((REPOSITORY / "README.md").read_text("utf-8").split()) <= 900
+
+
+def test_reference_has_every_option() -> None:
+    for program in hook.commands():
+        for subcommand in SUBCOMMANDS.get(program, ("",)):
+            page = hook.reference(program, subcommand)
+            told = set(re.findall(r"--[a-z][a-z0-9_.-]*", page))
+            assert options_of(program, subcommand) <= told
+            assert "| <code>-h, --help</code> | show this help" in page or program == "gim-video"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_python_blocks_are_python(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+        compile(block, page.name, "exec")
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    """Links, anchors and docstrings of the site: mkdocs is strict."""
+    pytest.importorskip("mkdocstrings", reason="the extra docs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page, words in {
+        "reference/gim-reconstruct": "--camera-mode",
+        "reference/gim-zeb": "gim-zeb worst",
+        "python": "ReconstructOptions",
+        "concepts": "Verified, but not registered",
+    }.items():
+        assert words in (tmp_path / page / "index.html").read_text("utf-8")
+
+
+def code_of(notebook: Path) -> list[dict[str, Any]]:
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_notebooks_hold_no_outputs() -> None:
+    assert all(not cell["outputs"] for file in NOTEBOOKS.glob("*.ipynb") for cell in code_of(file))
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("match", r"room_003.jpg \d{2,} inliers"),
+        ("reconstruct", r"8 of 8 images registered"),
+        ("localize", r"(\d+) points agree with the pose\n0\.[45]\d+\n0\.[45]\d+"),
+    ],
+)
+def test_notebooks_run(name: str, told: str) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    place = {"metadata": {"path": str(NOTEBOOKS)}}
+    nbclient.NotebookClient(notebook, timeout=900, resources=place).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert re.search(told, "".join(output.get("text", "") for output in outputs))
 
 
 def resolves(dotted: str) -> bool:

@@ -24,6 +24,7 @@ COMMANDS = (
     "gim-reconstruct",
     "gim-localize",
     "gim-pairs",
+    "gim-export",
     "gim-eval-sfm",
     "gim-export",
     "gim-weights",
