@@ -56,6 +56,7 @@ OTHER_PARSERS = (
 FOREIGN = {
     *(
         "--no-deps",
+        "--config-settings",
         "--sfm_dir",
         "--views",
         "--matchers",
