@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 DEMO_OUTPUT ?= demo-output
 PYTEST_ARGS ?=
-# Processes of the default tests; slow ones run one by one, some of them want 9 GB.
+# Processes of the tests; some of the slow ones want 9 GB.
 TEST_JOBS ?= 2
 
 .PHONY: demo test test-slow gpu-check gpu-bundle lint format docs dist clean
@@ -33,12 +33,13 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py examples/room $(DEMO_OUTPUT)
 
 # One thread each: two processes with two threads each get in each other's way on two cores.
+# worksteal keeps files in one process: fixtures are made once, networks of a gigabyte held once.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # Longer cases: whole runs on real photographs, killed runs, the built wheel.
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # At most 8 minutes on an H200; GPU_CHECK_ARGS=--dry-run on a processor.
 gpu-check: $(VENV)/.installed-test

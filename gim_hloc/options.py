@@ -526,7 +526,7 @@ class Where:
         InputError: devices for Ray, or Ray without a number of workers.
     """
 
-    devices: tuple[str, ...] = ()  # one spawned process a device ("cpu", "cuda:0", ...)
+    devices: tuple[str, ...] = ()  # one process a device ("cpu", "cuda:0", ...)
     engine: Literal["local", "ray"] = "local"
     workers: int = 0  # Ray's actors
     device: str = "auto"  # of Ray's actors and of this process

@@ -20,7 +20,7 @@ from gim_hloc import matchers
 from gim_hloc.types import ImageData, ImageOptions, MatcherInfo, Matches, SparseEncoding
 
 NAME = "fake"
-SCENE = make_scene(images=8, points=300)
+SCENE = make_scene(images=7, points=150)
 
 
 @dataclass(frozen=True, kw_only=True)

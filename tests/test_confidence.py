@@ -208,9 +208,9 @@ def test_the_matchers_own_number_holds_unless_the_user_sets_one(
     second = json.loads((tmp_path / "o" / "report.json").read_text())
     kept = [p for p in second["pairs"] if p["inliers"]]
     assert kept == [p for p in first["pairs"] if p["name1"] != SCENE.names[-1]]
-    assert second["confidence_sums"]["doubtful_pairs"] == 7
+    assert second["confidence_sums"]["doubtful_pairs"] == 6
     (note,) = [n for n in second["notes"] if "too little confidence" in n]
-    assert note.startswith("7 of 28 pairs")
+    assert note.startswith("6 of 21 pairs")
     page = (tmp_path / "o" / "report.html").read_text()
     assert html.escape(note) in page
     assert "at least 100" in page

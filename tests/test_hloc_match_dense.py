@@ -211,8 +211,9 @@ def test_overwriting_starts_over(
         np.testing.assert_array_equal(arrays["matches0"], anchored[2][group]["matches0"])
 
 
-@pytest.mark.parametrize("kind", ["anchored", "quantized"])
-@pytest.mark.parametrize("own_match_file", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "own_match_file"), [("anchored", False), ("anchored", True), ("quantized", False)]
+)
 def test_overwriting_keeps_what_a_map_uses(
     setup: Setup, tmp_path: Path, kind: str, own_match_file: bool
 ) -> None:

@@ -15,8 +15,9 @@ import fake_matcher
 import h5py
 import numpy as np
 import pytest
+import synthetic
 import test_hloc_interop
-from fake_matcher import SCENE, FakeMatcher, write_images
+from fake_matcher import FakeMatcher, write_images
 from PIL import Image
 from scipy.spatial.transform import Rotation
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH
@@ -40,6 +41,7 @@ from gim_hloc.tracks.anchored import AnchoredOptions
 fake_matcher.register()
 synthetic_dense.register()
 hloc = test_hloc_interop.hloc  # the fixture
+SCENE = synthetic.make_scene(images=8, points=300)
 QUERIES = [SCENE.names[2], SCENE.names[5]]
 MAPPED = [name for name in SCENE.names if name not in QUERIES]
 
@@ -65,11 +67,19 @@ def error(found: Pose, true: Pose) -> tuple[float, float]:
     return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), float(np.linalg.norm(shift))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _more_points() -> Iterator[None]:
+    """For statistics; the matcher that knows the answer knows this scene."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_matcher, "SCENE", SCENE)
+        yield
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(_more_points: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``all``: pictures of the scene, ``old`` and ``new``: parts, ``map``: a run on ``old``."""
     root = tmp_path_factory.mktemp("place")
-    write_images(root / "all")
+    write_images(root / "all", SCENE)
     for folder, names in (("old", MAPPED), ("new", QUERIES)):
         (root / folder).mkdir()
         for name in names:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SHARED
 from parity.filled import fill_state_dict
+from tiny_models import TINY
 from torch import nn
 
 from gim_hloc import matchers
@@ -20,10 +21,11 @@ from gim_hloc.matchers import ImageData
 from gim_hloc.matchers.dense import padding_to_aspect
 from gim_hloc.matchers.dkm import DKMMatcher, DKMOptions, load_dkm
 from gim_hloc.matchers.registry import operating_point
-from gim_hloc.networks.dkm import DKM, both_factors
+from gim_hloc.networks.dkm import DKM, DKMConfig, both_factors
 from gim_hloc.types import apply_affine
 
 IDENTITY = np.eye(2, 3)
+WIDTHS = DKMConfig(**{**TINY["gim_dkm"], "hidden": 1})
 SMALL = {"size": (96, 128), "upsample_size": (120, 160), "num_matches": 700}
 
 
@@ -74,7 +76,7 @@ def picture(width: int, height: int, to_original: np.ndarray = IDENTITY, **field
 def network() -> DKM:
     """Made-up weights under which numbers stay apart and flow stays inside."""
     with torch.device("meta"):
-        layout = DKM().state_dict()
+        layout = DKM(WIDTHS).state_dict()
     keys = {
         f"model.{name}": [list(value.shape), str(value.dtype).removeprefix("torch.")]
         for name, value in layout.items()
@@ -190,12 +192,12 @@ def test_features_are_tensors_of_what_the_pair_needs(network) -> None:
     features = make(network).encode(picture(160, 120)).features
     shapes = {name: tuple(value.shape) for name, value in features.items()}
     assert shapes == {
-        "0/32": (1, 512, 3, 4),
-        "gp/32": (1, 12, 256),
-        "0/16": (1, 512, 6, 8),
-        "gp/16": (1, 48, 256),
-        **{f"0/{s}": (1, c, 96 // s, 128 // s) for s, c in ((8, 512), (4, 256), (2, 64), (1, 3))},
-        **{f"1/{s}": (1, c, 120 // s, 160 // s) for s, c in ((8, 512), (4, 256), (2, 64), (1, 3))},
+        "0/32": (1, 64, 3, 4),
+        "gp/32": (1, 12, 64),
+        "0/16": (1, 64, 6, 8),
+        "gp/16": (1, 48, 64),
+        **{f"0/{s}": (1, c, 96 // s, 128 // s) for s, c in ((8, 128), (4, 64), (2, 16), (1, 3))},
+        **{f"1/{s}": (1, c, 120 // s, 160 // s) for s, c in ((8, 128), (4, 64), (2, 16), (1, 3))},
     }
     # Kept for many images: a view of something larger would keep that alive.
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in features.values())
@@ -243,7 +245,7 @@ def test_only_the_authors_weights_want_normalised_colours(network) -> None:
     images = picture(160, 120).image[None]
     plain = network.encode(images, size=(64, 96), upsample_size=(120, 160))["1/1"]
     torch.testing.assert_close(plain, images)
-    normalised = DKM(normalise=True)
+    normalised = DKM(WIDTHS, normalise=True)
     normalised.load_state_dict(network.state_dict())
     with torch.inference_mode():
         found = normalised.eval().encode(images, size=(64, 96), upsample_size=(120, 160))["1/1"]
@@ -252,7 +254,7 @@ def test_only_the_authors_weights_want_normalised_colours(network) -> None:
 
 
 def test_network_can_be_trained(network) -> None:
-    model = DKM()
+    model = DKM(WIDTHS)
     model.load_state_dict(network.state_dict())
     model.train()
     images = torch.stack([picture(64, 64).image, picture(64, 64).image.flip(-1)])

@@ -158,7 +158,7 @@ def test_a_batch_of_pairs_gives_what_each_pair_gives() -> None:
 
 @torch.inference_mode()
 def test_half_precision_agrees_roughly_and_is_kept_in_half_precision() -> None:
-    options = {"size": (112, 112), "upsample_size": (160, 160)}
+    options = {"size": (112, 112), "upsample_size": (112, 112)}
     warps = {}
     for precision in ("float32", "bfloat16"):
         matcher = make(Tiny, precision=precision, **options)

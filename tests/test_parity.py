@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ TRAINED = ("xfeat", "lighterglue")  # recorded with the trained weights
 GOLDEN = [path for path in sorted(PARITY.glob("*.npz")) if golden.is_known(path)]
 
 needs_parity = pytest.mark.skipif(not GOLDEN, reason="../shared/parity is not there")
+# By default each network sees made-up pictures, and one the photographs and frames of the demo.
+SLOW = {p.stem for p in GOLDEN if p.stem.endswith(("_full", "_real"))} - {
+    "dkm_real", "lighterglue_real", "xfeat_star_real",
+}  # fmt: skip
 limits = functools.cache(functools.partial(golden.tolerances, PARITY))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks_of_gigabytes() -> Iterator[None]:
+    yield
+    golden._networks.cache_clear()
 
 
 @needs_parity
@@ -31,7 +42,7 @@ limits = functools.cache(functools.partial(golden.tolerances, PARITY))
         pytest.param(
             path,
             id=path.stem,
-            marks=[pytest.mark.slow] * path.stem.endswith("_full")
+            marks=[pytest.mark.slow] * (path.stem in SLOW)
             + [pytest.mark.weights] * path.stem.startswith(TRAINED),
         )
         for path in GOLDEN

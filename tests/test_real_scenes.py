@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import csv
-import random
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import gim_hloc
-from gim_hloc import colmap
 from gim_hloc.evaluation.sfm import evaluate
 from gim_hloc.pairs.select import PairOptions
 
@@ -105,39 +99,6 @@ def test_nasty_files_among_good_ones(data: Path, tmp_path: Path) -> None:
     suffixes = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".heic")
     pictures = [n for n in listed if n.lower().endswith(suffixes) and "/._" not in n]
     assert sorted(set(pictures) - set(rows)) == []
-
-
-def logged(output: Path) -> Counter[str]:
-    path = output / "log.txt"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return Counter(re.findall(r" matched (.+ \| .+): \d+ matches", text))
-
-
-def test_killed_at_random_moments(data: Path, tmp_path: Path) -> None:
-    images = data / "Herz-Jesus-P8" / "images"
-    command = [
-        sys.executable, "-m", "gim_hloc.cli.reconstruct", str(images), str(tmp_path / "killed"),
-        "--quality", "fast", "--quiet", "--deterministic",
-    ]  # fmt: skip
-    rng = random.Random(1)
-    for _ in range(5):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        goal = sum(logged(tmp_path / "killed").values()) + rng.randint(0, 4)
-        while process.poll() is None and sum(logged(tmp_path / "killed").values()) <= goal:
-            time.sleep(0.05)
-        time.sleep(rng.random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, check=True, capture_output=True)
-    counts = logged(tmp_path / "killed")
-    assert len(counts) == 28
-    assert set(counts.values()) == {1}
-    whole = gim_hloc.reconstruct(
-        images, tmp_path / "whole", quality="fast", deterministic=True, progress=False
-    )
-    killed, uninterrupted = (colmap.model_cameras(p) for p in (tmp_path / "killed", whole.output))
-    assert sorted(killed) == sorted(uninterrupted)
-    assert all((killed[n][1] == uninterrupted[n][1]).all() for n in killed)  # to the last digit
 
 
 def test_demo_scene(room: Path, tmp_path: Path) -> None:

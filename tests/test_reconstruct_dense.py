@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +73,19 @@ if SEMIDENSE not in matchers.names():
     )
 
 
-@pytest.fixture(scope="session")
+VIEWS, WIDTH, HEIGHT = 6, 320, 240
+
+
+@pytest.fixture(scope="module")
 def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scene")
-    write_scene(make_scene(SceneOptions(views=8, size=(640, 480))), folder)
+    write_scene(make_scene(SceneOptions(views=VIEWS, size=(WIDTH, HEIGHT))), folder)
     return folder
+
+
+def numbers(folder: Path, *more: str, noise_px: float = 0.25) -> tuple[str, ...]:
+    """Options of the synthetic matchers."""
+    return (f"scene={folder / 'scene.json'}", "size=[120, 160]", f"noise_px={noise_px}", *more)
 
 
 def run(folder: Path, output: Path, **options: Any) -> ReconstructResult:
@@ -86,19 +96,19 @@ def run(folder: Path, output: Path, **options: Any) -> ReconstructResult:
         "rescue": "none",
         "pairs": "exhaustive",
         "camera_mode": "single",
-        "intrinsics": "SIMPLE_PINHOLE,560,320,240",
+        "intrinsics": f"SIMPLE_PINHOLE,{1400 * WIDTH / 1600},{WIDTH / 2},{HEIGHT / 2}",
         "deterministic": True,
         "refine_keypoints": False,
         "max_keypoints": 600,
-        "anchored": AnchoredOptions(grid_px=40),
-        "matcher_options": (f"scene={folder / 'scene.json'}", "size=[240, 320]"),
+        "anchored": AnchoredOptions(grid_px=20),
+        "matcher_options": numbers(folder),
         **options,
     }
     return gim_hloc.reconstruct(folder / "images", output, progress=False, **settings)
 
 
-@pytest.fixture
-def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture(scope="module")
+def encodings() -> Iterator[list[str]]:
     """Names of the images that a synthetic matcher encodes."""
     seen: list[str] = []
     plain = SyntheticDense.encode
@@ -107,85 +117,87 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(image.name)
         return plain(self, image)
 
-    monkeypatch.setattr(SyntheticDense, "encode", encode)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SyntheticDense, "encode", encode)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def whole(
+    scene_folder: Path, tmp_path_factory: pytest.TempPathFactory, encodings: list[str]
+) -> ReconstructResult:
+    """A run that tests go on from in copies of its folder."""
+    encodings.clear()
+    result = run(scene_folder, tmp_path_factory.mktemp("whole") / "out")
+    assert Counter(encodings) == Counter(path.name for path in (scene_folder / "images").iterdir())
+    return result
+
+
+@pytest.fixture
+def copied(whole: ReconstructResult, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole.output, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("matcher", ["synthetic_dense", SEMIDENSE])
 def test_anchored_run_gives_true_poses(
-    matcher: str, scene_folder: Path, tmp_path: Path, encodings: list[str]
+    matcher: str, scene_folder: Path, tmp_path: Path, whole: ReconstructResult
 ) -> None:
-    result = run(scene_folder, tmp_path / "out", matcher=matcher)
+    result = whole
+    if matcher == SEMIDENSE:
+        result = run(scene_folder, tmp_path / "out", matcher=matcher)
+    output = result.output
     scene = synthetic_dense.load_scene(scene_folder / "scene.json")
     assert result.registered == len(scene.names)
-    assert Counter(encodings) == Counter(scene.names)  # once each
-    rotation, centre = camera_errors(colmap.model_cameras(tmp_path / "out"), scene.poses)
+    rotation, centre = camera_errors(colmap.model_cameras(output), scene.poses)
     assert rotation < 0.15
     assert centre < 2e-3
     statistics = colmap.model_statistics(result.models[0])
     assert statistics["mean_track_length"] > 3
     for name in ("anchors.h5", "raw_matches.h5", "features.h5", "matches.h5", "report.html"):
-        assert (tmp_path / "out" / name).is_file(), name
+        assert (output / name).is_file(), name
     # hloc's layout, so that any hloc script can join here
-    with h5py.File(tmp_path / "out/features.h5") as file:
+    with h5py.File(output / "features.h5") as file:
         keypoints = file[scene.names[0]]["keypoints"][()]
         assert keypoints.dtype == np.float32
         assert (keypoints != np.round(keypoints)).any(), "never rounded"
-    with h5py.File(tmp_path / "out/matches.h5") as file:
+    with h5py.File(output / "matches.h5") as file:
         matches0 = file[scene.names[0]][scene.names[1]]["matches0"][()]
         assert len(matches0) == len(keypoints)
         assert (matches0 > -1).sum() > 100
 
 
 def test_the_same_command_again_computes_nothing(
-    scene_folder: Path, tmp_path: Path, encodings: list[str]
+    scene_folder: Path, whole: ReconstructResult, copied: Path, encodings: list[str]
 ) -> None:
-    first = run(scene_folder, tmp_path / "out")
     encodings.clear()
-    second = run(scene_folder, tmp_path / "out")
+    second = run(scene_folder, copied)
     assert encodings == []
-    assert second.report["summary"]["points"] == first.report["summary"]["points"]
+    assert second.report["summary"]["points"] == whole.report["summary"]["points"]
     # Other numbers of the matcher: its pairs are matched again, the anchors stay.
-    third = run(
-        scene_folder,
-        tmp_path / "out",
-        matcher_options=(
-            f"scene={scene_folder / 'scene.json'}",
-            "size=[240, 320]",
-            "noise_px=1.0",
-        ),
-    )
-    assert len(encodings) == 8
+    third = run(scene_folder, copied, matcher_options=numbers(scene_folder, noise_px=0.5))
+    assert len(encodings) == VIEWS
     assert third.report["counts"]["images_encoded_now"] == 0
-    assert third.report["counts"]["dense_encodings_now"] == 8
+    assert third.report["counts"]["dense_encodings_now"] == VIEWS
 
 
 def test_little_memory_gives_the_same_model(
-    scene_folder: Path, tmp_path: Path, encodings: list[str]
+    scene_folder: Path, tmp_path: Path, whole: ReconstructResult, encodings: list[str]
 ) -> None:
-    first = run(scene_folder, tmp_path / "a")
     encodings.clear()
-    second = run(scene_folder, tmp_path / "b", cache_gb=0.012)
-    assert len(encodings) > 8
-    with h5py.File(tmp_path / "a/features.h5") as a, h5py.File(tmp_path / "b/features.h5") as b:
+    second = run(scene_folder, tmp_path / "b", cache_gb=0.002)
+    assert len(encodings) > VIEWS
+    files = (whole.output / "features.h5", tmp_path / "b/features.h5")
+    with h5py.File(files[0]) as a, h5py.File(files[1]) as b:
         assert sorted(a) == sorted(b)
         for name in a:
             assert np.array_equal(a[name]["keypoints"][()], b[name]["keypoints"][()])
-    assert second.report["summary"]["points"] == first.report["summary"]["points"]
+    assert second.report["summary"]["points"] == whole.report["summary"]["points"]
 
 
 def test_quantized_tracks_through_the_pipeline(scene_folder: Path, tmp_path: Path) -> None:
-    result = run(
-        scene_folder,
-        tmp_path / "out",
-        tracks="quantized",
-        matcher_options=(
-            f"scene={scene_folder / 'scene.json'}",
-            "size=[240, 320]",
-            "num_matches=1500",
-        ),
-    )
-    assert result.registered == 8
+    options = numbers(scene_folder, "num_matches=1500")
+    result = run(scene_folder, tmp_path / "out", tracks="quantized", matcher_options=options)
+    assert result.registered == VIEWS
     with h5py.File(tmp_path / "out/features.h5") as file:
         keypoints = file["/"][next(iter(file))]["keypoints"][()]
     # hloc's lattice of int(max_error) = 2 px
@@ -196,18 +208,18 @@ def test_masked_pixels_get_neither_anchors_nor_targets(scene_folder: Path, tmp_p
     masks = tmp_path / "masks"
     masks.mkdir()
     names = sorted(path.name for path in (scene_folder / "images").iterdir())
-    keep = np.full((480, 640), 255, np.uint8)
-    keep[:, 320:] = 0
+    keep = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    keep[:, WIDTH // 2 :] = 0
     for name in names:
         Image.fromarray(keep).save(masks / f"{name}.png")
     result = run(scene_folder, tmp_path / "out", masks=masks, mask_erode=0)
-    assert result.registered >= 6
+    assert result.registered >= VIEWS - 2
     with h5py.File(tmp_path / "out/features.h5") as file:
         for name in names:
             keypoints = file[name]["keypoints"][()]
             assert len(keypoints) > 100
             # One cell of the warp's grid is two pixels wide.
-            assert keypoints[:, 0].max() < 320 + 2
+            assert keypoints[:, 0].max() < WIDTH // 2 + 2
 
 
 def test_anchors_default_to_what_works_here(
@@ -222,7 +234,11 @@ def test_anchors_default_to_what_works_here(
     monkeypatch.setattr(weights, "locate", missing)
     assert choose_detector("auto") == "sift"
     assert choose_detector("disk_lightglue") == "disk_lightglue"
-    result = run(scene_folder, tmp_path / "out", anchors="auto")
+    few = tmp_path / "images"
+    few.mkdir()
+    for path in sorted((scene_folder / "images").iterdir())[:3]:
+        shutil.copy(path, few)
+    result = run(tmp_path, tmp_path / "out", anchors="auto", matcher_options=numbers(scene_folder))
     assert any("anchors are sift's" in note for note in result.report["notes"])
 
 
@@ -242,21 +258,22 @@ def test_dense_anchors_are_refused(scene_folder: Path, tmp_path: Path, capsys: A
 
 def test_dry_run_estimates_and_writes_nothing(scene_folder: Path, tmp_path: Path) -> None:
     result = run(scene_folder, tmp_path / "out", dry_run=True)
-    assert result.estimate["pairs"] == 28
+    assert result.estimate["pairs"] == VIEWS * (VIEWS - 1) // 2
     assert result.estimate["seconds_per_pair"] > 0
     assert not (tmp_path / "out").exists()
 
 
-def test_warps_read_again_lengthen_tracks(scene_folder: Path, tmp_path: Path) -> None:
-    plain = run(scene_folder, tmp_path / "out")
-    before = colmap.model_statistics(plain.models[0])
-    again = run(scene_folder, tmp_path / "out", refine_warps=True)
+def test_warps_read_again_lengthen_tracks(
+    scene_folder: Path, whole: ReconstructResult, copied: Path
+) -> None:
+    before = colmap.model_statistics(whole.models[0])
+    again = run(scene_folder, copied, refine_warps=True)
     after = colmap.model_statistics(again.models[0])
     assert after["mean_track_length"] > before["mean_track_length"]
     assert again.report["counts"]["pairs_matched_now"] == 0  # matching itself was reused
-    assert again.report["counts"]["dense_encodings_now"] == 8
+    assert again.report["counts"]["dense_encodings_now"] == VIEWS
     scene = synthetic_dense.load_scene(scene_folder / "scene.json")
-    rotation, centre = camera_errors(colmap.model_cameras(tmp_path / "out"), scene.poses)
+    rotation, centre = camera_errors(colmap.model_cameras(copied), scene.poses)
     assert rotation < 0.15
     assert centre < 2e-3
     assert any("refined by the warps" in note for note in again.report["notes"])
@@ -293,10 +310,10 @@ def test_gim_dkm_without_its_weights_says_what_to_fetch(
 def test_made_up_weights_run_to_an_honest_end(
     scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from made_up import write_checkpoint
+    from made_up import write_small_checkpoint
 
     file = "gim_dkm_100h.ckpt"
-    write_checkpoint(file, tmp_path / "weights" / file)
+    write_small_checkpoint(file, tmp_path / "weights" / file)
     monkeypatch.setenv("GIM_HLOC_WEIGHTS", str(tmp_path / "weights"))
     images = tmp_path / "images"
     images.mkdir()
@@ -308,7 +325,6 @@ def test_made_up_weights_run_to_an_honest_end(
             "--matcher-options", "size=[128, 160]", "upsample_size=null", "--rescue", "none",
         ]
     )  # fmt: skip
-    (tmp_path / "weights" / file).unlink()  # 281 MB
     assert code == 4
     assert "Nothing matched: no pair of images passed the verification (3 tried" in (
         capsys.readouterr().err

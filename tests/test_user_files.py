@@ -13,8 +13,7 @@ import h5py
 import numpy as np
 import pycolmap
 import pytest
-from fake_matcher import SCENE
-from synthetic import HEIGHT, WIDTH
+from synthetic import HEIGHT, WIDTH, make_scene
 from test_known_poses import PARAMS, assert_poses, write_colmap, write_nerfstudio, write_tum
 
 from gim_hloc import colmap, matchers
@@ -32,6 +31,7 @@ from gim_hloc.store import H5Store, read_matches
 from gim_hloc.training.data.depth_maps import read_depth
 from gim_hloc.training.data.zeromatch import read_labels
 
+SCENE = make_scene(points=20)
 NAMES = SCENE.names
 COMPOSED, SPLIT = (unicodedata.normalize(form, "für.jpg") for form in ("NFC", "NFD"))
 
