@@ -40,9 +40,21 @@ NAMES = SCENE.names
 PAIRS = len(NAMES) * (len(NAMES) - 1) // 2
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> ReconstructResult:
+    """A run of ``images`` beside its output, that tests go on from in copies."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(write_images(folder / "images"), folder / "out")
+
+
 @pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return write_images(tmp_path / "images")
+def images(whole: ReconstructResult, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole.output.with_name("images"), tmp_path / "images"))
+
+
+@pytest.fixture
+def finished(whole: ReconstructResult, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole.output, tmp_path / "out", symlinks=True))
 
 
 def run(images: Path, output: Path, **options: Any) -> ReconstructResult:
@@ -156,9 +168,9 @@ def test_whole_run_gives_true_poses_and_all_files(images: Path, tmp_path: Path) 
 
 
 def test_report_counts_observations_and_says_which_cameras_moved(
-    images: Path, tmp_path: Path
+    whole: ReconstructResult, images: Path, finished: Path
 ) -> None:
-    result = run(images, tmp_path / "out")
+    result = whole
     errors = result.report["reprojection_errors"]
     assert sum(errors["counts"]) == result.model().compute_num_observations()
     mean = np.dot(errors["counts"], np.add(errors["edges"][1:], errors["edges"][:-1]) / 2)
@@ -169,26 +181,26 @@ def test_report_counts_observations_and_says_which_cameras_moved(
     assert mean / sum(errors["counts"]) == pytest.approx(truth, abs=0.05)  # half a column
     (camera,) = result.report["models"][0]["cameras"]
     assert camera["refined"] is False  # its intrinsics are given
-    moved = run(images, tmp_path / "out", refine_intrinsics="all")
+    moved = run(images, finished, refine_intrinsics="all")
     (camera,) = moved.report["models"][0]["cameras"]
     assert camera["refined"] is True
 
 
-def test_same_command_again_computes_nothing(images: Path, tmp_path: Path) -> None:
-    first = run(images, tmp_path / "out")
-    before = (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns
-    second = run(images, tmp_path / "out")
+def test_same_command_again_computes_nothing(
+    whole: ReconstructResult, images: Path, finished: Path
+) -> None:
+    before = (finished / "sparse/0/images.bin").stat().st_mtime_ns
+    second = run(images, finished)
     assert FakeMatcher.calls == []
-    assert (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns == before
+    assert (finished / "sparse/0/images.bin").stat().st_mtime_ns == before
     for key in ("registered", "points", "pairs_verified", "mean_reprojection_error_px"):
-        assert second.report["summary"][key] == first.report["summary"][key]
-    assert second.report["pairs"] == first.report["pairs"]
+        assert second.report["summary"][key] == whole.report["summary"][key]
+    assert second.report["pairs"] == whole.report["pairs"]
 
 
-def test_changed_image_redoes_only_what_depends_on_it(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path / "out")
+def test_changed_image_redoes_only_what_depends_on_it(images: Path, finished: Path) -> None:
     Image.new("RGB", (800, 600), (3, 4, 5)).save(images / NAMES[2])
-    result = run(images, tmp_path / "out")
+    result = run(images, finished)
     assert encoded() == [NAMES[2]]
     assert len(matched()) == len(NAMES) - 1
     assert all(NAMES[2] in pair for pair in matched())
@@ -207,22 +219,20 @@ def test_added_image_keeps_the_rest(images: Path, tmp_path: Path) -> None:
 
 
 def test_changed_settings_reuse_nothing(
-    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    images: Path, finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(images, tmp_path / "out")
     caplog.set_level("INFO", "gim_hloc")
-    run(images, tmp_path / "out", matcher_options=("version=1",))
+    run(images, finished, matcher_options=("version=1",))
     assert encoded() == NAMES
     assert len(matched()) == PAIRS
     assert "encode.version changed" in caplog.text
 
 
-def test_mapping_options_redo_mapping_only(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path / "out")
-    before = (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns
-    run(images, tmp_path / "out", map=MapOptions(init_min_tri_angle=8.0))
+def test_mapping_options_redo_mapping_only(images: Path, finished: Path) -> None:
+    before = (finished / "sparse/0/images.bin").stat().st_mtime_ns
+    run(images, finished, map=MapOptions(init_min_tri_angle=8.0))
     assert FakeMatcher.calls == []
-    assert (tmp_path / "out/sparse/0/images.bin").stat().st_mtime_ns != before
+    assert (finished / "sparse/0/images.bin").stat().st_mtime_ns != before
 
 
 def test_notes_of_a_reused_model_are_told_again(tmp_path: Path, monkeypatch) -> None:
@@ -235,15 +245,14 @@ def test_notes_of_a_reused_model_are_told_again(tmp_path: Path, monkeypatch) -> 
         assert sum("relaxed" in note for note in result.report["notes"]) == 1
 
 
-def test_overwrite_starts_over_and_keeps_other_files(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path / "out")
-    (tmp_path / "out/notes of mine.txt").write_text("keep")
-    run(images, tmp_path / "out", overwrite=True)
-    log = (tmp_path / "out/log.txt").read_text()
+def test_overwrite_starts_over_and_keeps_other_files(images: Path, finished: Path) -> None:
+    (finished / "notes of mine.txt").write_text("keep")
+    run(images, finished, overwrite=True)
+    log = (finished / "log.txt").read_text()
     assert log.count("run started") == 1
     assert NAMES[0] in log
     assert encoded() == NAMES
-    assert (tmp_path / "out/notes of mine.txt").read_text() == "keep"
+    assert (finished / "notes of mine.txt").read_text() == "keep"
 
 
 def test_deterministic_runs_are_equal(images: Path, tmp_path: Path) -> None:
@@ -280,9 +289,8 @@ def test_images_without_the_intrinsics_that_others_have_are_named(
     assert f"names no camera for {len(NAMES) - 1} of {len(NAMES)} images" in caplog.text
 
 
-def test_run_yaml_records_settings(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path / "out")
-    recorded = yaml.safe_load((tmp_path / "out/run.yaml").read_text())
+def test_run_yaml_records_settings(whole: ReconstructResult) -> None:
+    recorded = yaml.safe_load((whole.output / "run.yaml").read_text())
     assert recorded["options"]["matcher"] == "fake"
     assert recorded["versions"]["pycolmap"] == colmap.version()
     assert recorded["timings"]["match"] >= 0
@@ -312,14 +320,13 @@ def test_bad_images_are_named_with_their_reason(images: Path, tmp_path: Path) ->
     assert "40" in reasons["tiny.png"]
 
 
-def test_fewer_than_two_images_write_nothing_over(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path / "out")
-    before = {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*"))}
+def test_fewer_than_two_images_write_nothing_over(images: Path, finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in sorted(finished.rglob("*"))}
     for name in NAMES[1:]:
         (images / name).write_bytes(b"")
     with pytest.raises(InputError, match="empty"):
-        run(images, tmp_path / "out", overwrite=True)
-    assert {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*"))} == before
+        run(images, finished, overwrite=True)
+    assert {p: p.stat().st_mtime_ns for p in sorted(finished.rglob("*"))} == before
 
 
 def test_images_without_pairs_or_matches_say_so(images: Path, tmp_path: Path) -> None:
