@@ -86,6 +86,10 @@ class ReconstructKeywords(RunKeywords, total=False):
     ref_model: Path | str | None
     crs: Literal["enu", "utm"]
     dense: bool
+    depth_from: Literal["auto", "images", "warps", "colmap"]
+    depth_size: int
+    depth_neighbours: int
+    mesh: bool
     dry_run: bool
     refine_intrinsics: RefineIntrinsics
     cameras: CameraOptions

@@ -499,6 +499,21 @@ class PhotometricOptions:
     )
 
 
+@options
+class DepthOptions:
+    """Depth maps, the dense cloud and its mesh."""
+
+    depth_from: Literal["auto", "images", "warps", "colmap"] = "auto"
+    """images: grey values compared (plane sweep, PatchMatch); warps: those of the run's dense
+    matcher; colmap: its PatchMatch stereo, with CUDA. auto: warps, else colmap, else images."""
+    depth_size: CountOrNone = 0
+    """Long side of depth maps in pixels; 0: 640, 1000 or 1600 by the run's --quality."""
+    depth_neighbours: Count = 6
+    """Images that an image is compared with at most."""
+    mesh: bool = False
+    """Also lay a surface through the dense cloud: dense/mesh.ply and mesh.glb."""
+
+
 @options(section="fit")
 class FitOptions:
     """Thresholds of the robust fits (USAC with MAGSAC); the numbers are those of GIM's demo.
@@ -609,7 +624,7 @@ class TuningOptions:
 # export.
 StepName = Literal[
     "frames", "encode", "pairs", "match", "rotations", "link", "cascade", "verify", "map", "rescue",
-    "refine", "export",
+    "refine", "dense", "export",
     "locate", "model", "report",
 ]  # fmt: skip
 

@@ -262,20 +262,10 @@ def export(
     output = as_path(output, "output")
     if not options.to:
         raise InputError(f"Say what is wanted: --to and some of {', '.join(FORMATS)}.")
-    state = read_state(output)
-    if state is None or state.get("command", "reconstruct") != "reconstruct":
-        raise InputError(f"{output} is no output of gim-reconstruct: there is no run.yaml of it.")
-    folder = RunFolder(
-        output,
-        "reconstruct",
-        makes=[f"export/[0-9]*/{name}" for kind in options.to for name in FORMATS[kind].files],
-    )
-    folder.timings = dict(state.get("timings", {}))
+    makes = [f"export/[0-9]*/{name}" for kind in options.to for name in FORMATS[kind].files]
+    folder, state = folder_of_run(output, makes=makes)
     with folder, timed(folder.timings, "export"):
-        if "refine" not in folder.steps:
-            raise InputError(
-                f"{output} has no finished model: repeat the command of gim-reconstruct first."
-            )
+        require_model(folder)
         root = _images(folder, state, options)
         exports = Exports(
             folder=folder,
@@ -299,6 +289,31 @@ def export(
         notes=list(dict.fromkeys(folder.notes)),
         metres=folder.steps.get("export geo", {}).get("facts", {}).get("metres", []),
     )
+
+
+def folder_of_run(
+    output: Path, *, makes: Sequence[str], writes: Sequence[str] = ()
+) -> tuple[RunFolder, dict[str, Any]]:
+    """The folder of a run of ``reconstruct``, for another command, and what its run.yaml says.
+
+    Raises:
+        InputError: it is none.
+        OutputError: files that no run made are in the way.
+    """
+    state = read_state(output)
+    if state is None or state.get("command", "reconstruct") != "reconstruct":
+        raise InputError(f"{output} is no output of gim-reconstruct: there is no run.yaml of it.")
+    folder = RunFolder(output, "reconstruct", makes=makes, writes=writes)
+    folder.timings = dict(state.get("timings", {}))
+    return folder, state
+
+
+def require_model(folder: RunFolder) -> None:
+    """Refuse a run that has not come to its models."""
+    if "refine" not in folder.steps:
+        raise InputError(
+            f"{folder.path} has no finished model: repeat the command of gim-reconstruct first."
+        )
 
 
 def _number(path: Path) -> int:

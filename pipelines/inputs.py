@@ -166,7 +166,7 @@ class Inputs:
             writes=[
                 *("features.h5", "matches.h5", "anchors.h5", "raw_matches.h5"),
                 *("features.cache", "matches.cache", "anchors.cache", "raw_matches.cache"),
-                *("database.cache", "report.html", "report.json"),
+                *("database.cache", "depth.cache", "report.html", "report.json"),
             ],
             overwrite=self.options.overwrite,
             part=self.part,

@@ -16,15 +16,10 @@ import numpy as np
 from gim_hloc import colmap, engine
 from gim_hloc import images as image_module
 from gim_hloc.errors import GimError, InputError, MappingError, some
-from gim_hloc.options import TargetOptions, select
+from gim_hloc.options import DepthOptions, TargetOptions, select
 from gim_hloc.pipelines.cascade import Rescue
-from gim_hloc.pipelines.exports import (
-    Exports,
-    Product,
-    masks_in,
-    product_key,
-    stale_products,
-)
+from gim_hloc.pipelines.densify import Densification
+from gim_hloc.pipelines.exports import Exports, masks_in, product_key, stale_products
 from gim_hloc.pipelines.inputs import Inputs
 from gim_hloc.pipelines.layers import Layers
 from gim_hloc.pipelines.run import HIDDEN, Made, Step
@@ -41,7 +36,7 @@ logger = logging.getLogger(__name__)
 Pair = tuple[str, str]
 
 # Steps that make something of the models: another model takes it away.
-OF_MODEL = ("export",)
+OF_MODEL = ("export", "dense")
 
 _GREY_BYTES = 2**29  # of grey values kept between the rounds of refinement; beyond, files are read
 
@@ -545,11 +540,34 @@ class Modelling:
             bar.refresh()
         return refined
 
-    # ------------------------------------------------------------------------- export and report
+    # ------------------------------------------------------------------ dense, export and report
+
+    def densify(self) -> None:
+        """The dense model of the largest model."""
+        if not self.models:
+            return
+        try:
+            work = Densification(
+                folder=self.folder,
+                model_key=product_key(self.folder),
+                images=self.inputs.root,
+                photographs=self.photographs,
+                options=select(DepthOptions, self.options),
+                quality=self.options.quality,
+                loader=self.method.loader if self.method.matcher.info.has_warps else None,
+                where=self.inputs.where,
+                cache_gb=self.options.cache_gb,
+                prune=self.options.prune,
+                show=self.inputs.show,
+            )
+            for step in work.steps():
+                step.run()
+        except GimError as error:  # the report and what else is wanted come first
+            self.failure = error
 
     def export(self) -> None:
-        """The models in other formats, and what is dense. A format that fails leaves no old one."""
-        if self.failure is not None:
+        """The models in other formats. A format that fails leaves no old one."""
+        if not self.models:
             return
         exports = Exports(
             folder=self.folder,
@@ -560,20 +578,7 @@ class Modelling:
             options=select(TargetOptions, self.options),
             show=self.inputs.show,
         )
-        dense = Product("export dense", product_key(self.folder), self._export_dense, large=True)
-        wanted = [dense] if self.options.dense else []  # first: other formats hand it on
-        self.failure = exports.make(wanted)
         self.failure = exports.make(exports.of(self.options.export)) or self.failure
-
-    def _export_dense(self, folder: Path) -> dict[str, Any]:
-        notes = colmap.run_dense(
-            self.inputs.root,
-            colmap.read_model(self.models[0]),
-            folder / "dense",
-            log_dir=self.folder.hidden("logs"),
-            progress=self.inputs.show,
-        )
-        return {"notes": notes}
 
     def masked(self) -> dict[str, str]:
         """Images of which their masks leave nothing, and the sentence that says so."""

@@ -16,6 +16,7 @@ from gim_hloc.options import (
     CameraOptions,
     Count,
     CountOrNone,
+    DepthOptions,
     Export,
     MapOptions,
     Mapper,
@@ -126,7 +127,7 @@ class ExportOptions:
     """Formats written to export/ for every model, beside COLMAP's binary one in sparse/: see
     docs/handover.md. gim-export writes them afterwards."""
     dense: bool = False
-    """Also undistort, and run PatchMatch stereo and fusion where pycolmap has CUDA."""
+    """Also find depth maps, and fuse them into a dense cloud (see gim-densify)."""
     dry_run: bool = False
     """Stop after the estimate of time and disk space; writes nothing."""
 
@@ -134,6 +135,11 @@ class ExportOptions:
 @options(rare=True)
 class ExportTargetOptions(TargetOptions):
     """What exports hold, as in gim-export."""
+
+
+@options(rare=True)
+class RunDepthOptions(DepthOptions):
+    """Depth maps, the dense cloud and its mesh, with --dense."""
 
 
 @options
@@ -144,6 +150,7 @@ class ReconstructOptions(
     ModelOptions,
     ExportOptions,
     ExportTargetOptions,
+    RunDepthOptions,
     RunOptions,
     TuningOptions,
     StepOptions,
@@ -174,6 +181,19 @@ class WantedOptions:
 @options
 class HandoverOptions(WantedOptions, TargetOptions):
     """Everything that gim-export can be told."""
+
+
+@options
+class DenseInputOptions:
+    """What it is made of."""
+
+    images: Path | None = None
+    """Folder of the images, if they are not where they were."""
+
+
+@options
+class DensifyOptions(DenseInputOptions, DepthOptions, RunOptions):
+    """Everything that gim-densify can be told."""
 
 
 @options

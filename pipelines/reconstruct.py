@@ -196,6 +196,7 @@ class _Reconstruction:
             Step("map", modelling.map),  # writes the database anew where cameras were parted
             Step("rescue", modelling.look_for_lost),  # another pass if it joins images
             Step("refine", modelling.refine),
+            *([Step("dense", modelling.densify)] if self.inputs.options.dense else []),
             Step("export", modelling.export),
             Step("report", self._report),
         ]

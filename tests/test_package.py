@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "gim-reconstruct",
     "gim-localize",
+    "gim-densify",
     "gim-pairs",
     "gim-export",
     "gim-eval-sfm",

@@ -96,12 +96,11 @@ def test_an_image_that_is_gone_when_it_is_exported_costs_the_export_only(
     assert any(NAMES[0] in note for note in report["notes"])
     monkeypatch.undo()
     (tmp_path / "away").rename(images / NAMES[0])
-    assert run(images, tmp_path / "out", export=("3dgs",), dense=True).registered == len(NAMES)
+    assert run(images, tmp_path / "out", export=("3dgs",)).registered == len(NAMES)
     assert FakeMatcher.calls == []
     written = tmp_path / "out" / "export" / "0" / "3dgs"
     assert len(list((written / "images").iterdir())) == len(NAMES)
     assert colmap.read_model(written / "sparse" / "0").num_reg_images() == len(NAMES)
-    assert colmap.read_model(tmp_path / "out" / "dense" / "sparse").num_reg_images() == len(NAMES)
     assert colmap.read_model(tmp_path / "out" / "sparse" / "0").num_reg_images() == len(NAMES)
 
 
@@ -543,9 +542,13 @@ def test_cli_flags_reach_the_options(
     assert (tmp_path / "out/export/0/nerfstudio/transforms.json").exists()
 
 
-def test_dense_without_cuda_says_what_is_missing(images: Path, tmp_path: Path) -> None:
-    if colmap.has_cuda():
-        pytest.skip("this pycolmap has CUDA")
-    result = run(images, tmp_path / "out", dense=True)
-    assert (tmp_path / "out/dense/images").is_dir()
-    assert any("no CUDA" in note for note in result.report["notes"])
+def test_dense_model_goes_with_its_model(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = run(images, output, dense=True, depth_size=64)
+    assert "dense" in result.report["timings"]
+    maps = output / "dense/stereo/depth_maps"
+    assert len(list(maps.glob("*.geometric.bin"))) == len(NAMES)
+    assert not any("dense" in note for note in result.report["notes"])
+    (images / NAMES[0]).unlink()
+    run(images, output)
+    assert not (output / "dense").exists()

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from gim_hloc import colmap, images
+from gim_hloc.colmap import dense
 from gim_hloc.colmap.export import export_model
 from gim_hloc.errors import InputError
 from gim_hloc.images import read_rgb
@@ -210,15 +211,11 @@ def test_names_that_leave_the_image_root_are_refused(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("formats", ["3dgs", "dense"])
-def test_missing_images_are_an_error(tmp_path, formats, monkeypatch):
+def test_missing_images_are_an_error(tmp_path, monkeypatch):
     made = make(tmp_path / "in", "SIMPLE_RADIAL", ("a.png", "b.png"))
 
     def write() -> None:
-        if formats == "dense":
-            colmap.run_dense(tmp_path / "in", made, tmp_path / "out")
-        else:
-            export_model(made, tmp_path / "out", formats=("3dgs",), images=tmp_path / "in")
+        export_model(made, tmp_path / "out", formats=("3dgs",), images=tmp_path / "in")
 
     (tmp_path / "in/b.png").unlink()
     with pytest.raises(InputError, match=r"b\.png"):
@@ -241,15 +238,14 @@ def test_missing_images_are_an_error(tmp_path, formats, monkeypatch):
 
 def test_dense_workspace_of_colmap(tmp_path):
     made = make(tmp_path / "in", "SIMPLE_RADIAL", ("a.webp", "cam/b.jpg"))
-    said = colmap.run_dense(tmp_path / "in", made, tmp_path / "out")
+    flat, said = colmap.undistort(tmp_path / "in", made, tmp_path / "out" / "images")
+    dense.write_workspace(flat, tmp_path / "out", neighbours=6)
     names = ["a.jpg", "cam/b.jpg"]
     result = pycolmap.Reconstruction(tmp_path / "out" / "sparse")
     assert sorted(result.image(i).name for i in result.reg_image_ids()) == names
     check_written(result, tmp_path / "out" / "images")
     stereo = tmp_path / "out" / "stereo"
     assert (stereo / "fusion.cfg").read_text().split() == names
-    sources = "".join(f"{name}\n__auto__, 20\n" for name in names)
-    assert (stereo / "patch-match.cfg").read_text() == sources
     assert (stereo / "depth_maps" / "cam").is_dir()
     assert any("1 images have other names there, 1 of them converted" in s for s in said)
 

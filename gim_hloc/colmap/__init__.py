@@ -98,7 +98,7 @@ from gim_hloc.colmap.model import (
     write_models,
 )
 from gim_hloc.colmap.uncertainty import PoseError, pose_errors
-from gim_hloc.colmap.undistort import pinhole, resample, run_dense, undistort
+from gim_hloc.colmap.undistort import pinhole, resample, undistort
 from gim_hloc.colmap.verification import Verification
 
 # pycolmap's import puts a stack trace in the place of whatever SIGTERM was to do: ending at once,
@@ -175,7 +175,6 @@ __all__ = [
     "refine_tracks",
     "resample",
     "resolve_mapper",
-    "run_dense",
     "run_mapping",
     "set_seed",
     "settle",

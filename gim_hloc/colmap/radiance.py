@@ -233,7 +233,7 @@ def _add_dense_points(result: Any, target: Target) -> None:
     if path is None or not path.is_file():
         raise InputError(
             "--dense-points wants the dense cloud of the run, and it has none: make it first "
-            "(gim-reconstruct --dense)."
+            "(gim-densify OUTPUT)."
         )
     cloud = pycolmap.Reconstruction()
     cloud.import_PLY(str(path))

@@ -15,7 +15,6 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, camera_spec, project, unproject
-from gim_hloc.colmap.model import colmap_log, has_cuda
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.images import check_names, map_in_threads, read_stored
 
@@ -220,58 +219,3 @@ def _notes(
                 f"to {camera.width} x {camera.height} pixels there."
             )
     return notes
-
-
-def run_dense(
-    images: Path,
-    model: Any,
-    output: Path,
-    *,
-    log_dir: Path | None = None,
-    progress: bool = False,
-) -> list[str]:
-    """Undistort, and with CUDA run PatchMatch stereo and fusion.
-
-    Args:
-        images: image root.
-        model: ``pycolmap.Reconstruction``.
-        output: COLMAP's workspace to write: ``images/``, ``sparse/``, ``stereo/``, ``dense.ply``.
-        log_dir: where COLMAP's own log goes.
-        progress: show a progress bar.
-
-    Returns:
-        Sentences for the user.
-
-    Raises:
-        InputError: see ``undistort``.
-        OutputError: see ``undistort``.
-    """
-    with colmap_log(log_dir):
-        result, notes = undistort(images, model, output / "images", progress=progress)
-        notes = [f"{output}: {note}" for note in notes]
-        _write_workspace(result, output)
-        if not has_cuda():
-            return [
-                *notes,
-                f"Undistorted images are in {output}, but this pycolmap has no CUDA, which "
-                "PatchMatch stereo needs: run 'colmap patch_match_stereo --workspace_path "
-                f"{output}' and 'colmap stereo_fusion' with a CUDA build of COLMAP.",
-            ]
-        pycolmap.patch_match_stereo(output)
-        pycolmap.stereo_fusion(output / "dense.ply", output, output_type="PLY")
-    return [*notes, f"Dense cloud: {output / 'dense.ply'}"]
-
-
-def _write_workspace(model: Any, output: Path) -> None:
-    """Write what COLMAP's MVS expects beside the images."""
-    names = sorted(model.image(i).name for i in model.reg_image_ids())
-    stereo = output / "stereo"
-    (output / "sparse").mkdir(parents=True, exist_ok=True)
-    model.write_binary(output / "sparse")
-    for folder in ("depth_maps", "normal_maps", "consistency_graphs"):
-        for name in names:
-            (stereo / folder / name).parent.mkdir(parents=True, exist_ok=True)
-    sources = "".join(f"{name}\n__auto__, 20\n" for name in names)
-    (stereo / "patch-match.cfg").write_text(sources, encoding="utf-8")
-    fused = "".join(f"{name}\n" for name in names)
-    (stereo / "fusion.cfg").write_text(fused, encoding="utf-8")
