@@ -408,13 +408,14 @@ class Densification:
         """A surface through the cloud."""
 
         def write(folder: Path) -> dict[str, Any]:
-            dense.mesh(
+            notes = dense.mesh(
                 self.workspace / "dense.ply", folder / "mesh.ply",
                 log_dir=self.folder.hidden("logs"),
             )  # fmt: skip
-            return {}
+            return {"notes": notes}
 
-        self._made("mesh", digest([self.cloud_key, "mesh"]), write)
+        for note in self._made("mesh", digest([self.cloud_key, "mesh"]), write)["notes"]:
+            self.folder.note(note)
         logger.info("Mesh: %s", self.workspace / "mesh.ply")
 
     def _made(self, what: str, key: str, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

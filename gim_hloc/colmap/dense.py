@@ -21,6 +21,7 @@ from gim_hloc.geometry.depth import Pinhole
 
 _BEST_ANGLE_DEG = 12.0  # between the rays to a point: below it, depth is inexact
 _WIDEST_ANGLE_DEG = 45.0  # beyond, views hardly look alike
+_POISSON_DEPTH = 10  # of the octree: cells of 1/1024 of the scene
 _MARGIN = 1.5  # by which surfaces may be nearer or farther than the sparse points
 
 
@@ -219,28 +220,34 @@ def fuse(workspace: Path, output: Path, *, min_views: int, log_dir: Path | None 
     return int(cloud.num_points3D())
 
 
-def mesh(cloud: Path, output: Path, *, log_dir: Path | None = None) -> None:
-    """Poisson's surface through a cloud, trimmed where there are no points, and simplified.
+def mesh(cloud: Path, output: Path, *, log_dir: Path | None = None) -> list[str]:
+    """Poisson's surface through a cloud, with its colours, trimmed where there are no points.
 
     Args:
         cloud: PLY file with normals.
-        output: PLY file.
+        output: PLY file; with trimesh, a binary glTF file of the same name is written beside it.
         log_dir: where COLMAP's log goes.
+
+    Returns:
+        Sentences for the user.
 
     Raises:
         OutputError: no surface came out.
     """
     options = pycolmap.PoissonMeshingOptions()
-    options.depth, options.trim = 10, 7.0
-    simplify = pycolmap.MeshSimplificationOptions()
-    simplify.target_face_ratio = 0.25
-    whole = output.with_suffix(".whole.ply")
+    options.depth, options.trim = _POISSON_DEPTH, 7.0
     with colmap_log(log_dir):
-        pycolmap.poisson_meshing(cloud, whole, options)
-        if not whole.is_file():
-            raise OutputError(f"No surface could be laid through {cloud}: too few points.")
-        pycolmap.simplify_mesh(whole, output, simplify)
-    whole.unlink()
+        pycolmap.poisson_meshing(cloud, output, options)
+    if not output.is_file():
+        raise OutputError(f"No surface could be laid through {cloud}: too few points.")
+    try:
+        import trimesh
+    except ImportError:
+        return ["mesh.glb needs trimesh: pip install gim-hloc[dense]. mesh.ply is there."]
+    surface: Any = trimesh.load(output)
+    surface.apply_transform(np.diag([1.0, -1.0, -1.0, 1.0]))  # glTF has y up
+    surface.export(output.with_suffix(".glb"))
+    return []
 
 
 def patch_match(workspace: Path, output: Path, *, scratch: Path) -> None:
