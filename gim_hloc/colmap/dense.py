@@ -235,10 +235,11 @@ def mesh(cloud: Path, output: Path, *, log_dir: Path | None = None) -> list[str]
         OutputError: no surface came out.
     """
     options = pycolmap.PoissonMeshingOptions()
-    options.depth, options.trim = _POISSON_DEPTH, 7.0
+    # Trimmed where samples are farther apart than some cells: COLMAP's own depth less trim.
+    options.depth, options.trim = _POISSON_DEPTH, _POISSON_DEPTH - 3.0
     with colmap_log(log_dir):
         pycolmap.poisson_meshing(cloud, output, options)
-    if not output.is_file():
+    if not output.is_file() or b"element face 0\n" in output.read_bytes()[:1000]:
         raise OutputError(f"No surface could be laid through {cloud}: too few points.")
     try:
         import trimesh
