@@ -20,6 +20,8 @@ from scipy.spatial.transform import Rotation
 from synthetic import make_scene
 from test_undistort import photograph, pixels, psnr, save, seen
 
+from gim_hloc import colmap
+from gim_hloc.colmap.dense import write_workspace
 from gim_hloc.colmap.export import export_model
 from gim_hloc.errors import InputError
 from gim_hloc.options import TargetOptions
@@ -409,9 +411,8 @@ def test_dense_maps_and_points_go_with_3dgs(tmp_path: Path) -> None:
             options=TargetOptions(dense_points=1000),
         )  # fmt: skip
     # The dense model as COLMAP leaves it: a plane z = 5 in front of every camera.
-    from gim_hloc.colmap import run_dense
-
-    run_dense(images, made, dense)
+    flat, _ = colmap.undistort(images, made, dense / "images")
+    write_workspace(flat, dense, neighbours=6)
     workspace = pycolmap.Reconstruction(dense / "sparse")
     views = [workspace.image(i) for i in sorted(workspace.reg_image_ids())]
     for number, view in enumerate(views[:-1]):
