@@ -162,7 +162,7 @@ def write_workspace(model: Any, output: Path, *, neighbours: int) -> None:
     stereo = output / "stereo"
     (output / "sparse").mkdir(parents=True, exist_ok=True)
     model.write_binary(output / "sparse")
-    for folder in ("depth_maps", "normal_maps", "consistency_graphs"):
+    for folder in ("depth_maps", "normal_maps"):
         for name in names:
             (stereo / folder / name).parent.mkdir(parents=True, exist_ok=True)
     chosen = {
