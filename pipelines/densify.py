@@ -136,7 +136,7 @@ class WarpTask:
             found = []
             for warp, (a, b) in zip(matcher.warp_batch(pairs), pairs, strict=True):
                 one, two = sources[a.name], sources[b.name]
-                arrays = {}
+                arrays: Arrays = {}
                 for side, (flow, here, there) in enumerate(
                     ((warp, one, two), (warp.swapped(), two, one))
                 ):
