@@ -303,9 +303,7 @@ def folder_of_run(
     state = read_state(output)
     if state is None or state.get("command", "reconstruct") != "reconstruct":
         raise InputError(f"{output} is no output of gim-reconstruct: there is no run.yaml of it.")
-    folder = RunFolder(output, "reconstruct", makes=makes, writes=writes)
-    folder.timings = dict(state.get("timings", {}))
-    return folder, state
+    return RunFolder(output, "reconstruct", makes=makes, writes=writes), state
 
 
 def require_model(folder: RunFolder) -> None:
