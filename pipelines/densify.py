@@ -49,7 +49,7 @@ FORMAT = 1  # raised when the search changes, so that depth of before is not reu
 
 # Score from which a depth counts where two other views agree, and where one does: correlation of
 # grey values; or trust in warps, which two others have agreed on already.
-TRUST = {"images": (0.3, 0.6), "warps": (0.1, 0.1)}
+TRUST = {"images": (0.2, 0.3), "warps": (0.1, 0.1)}
 _TOLERANCE = 0.01  # relative difference of depths that agree
 _EPIPOLAR_PX = 1.5  # of a map: places of warps farther from the epipolar line are not used
 _CYCLE_CELLS = 1.0  # after which a place of a warp counts half
