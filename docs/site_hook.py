@@ -56,12 +56,12 @@ def reference(program: str, subcommand: str = "") -> str:
     """Markdown of a command: what it does, and a table a group of options."""
     lines = help_of(program, subcommand).splitlines()
     first = next((n for n, line in enumerate(lines) if _RULE.match(line)), len(lines) + 1) - 1
-    page = ["```text", "\n".join(lines[:first]).strip(), "```", ""]
+    page = ["``` { .text .help }", "\n".join(lines[:first]).strip(), "```", ""]
     if program in SUBCOMMANDS and not subcommand:
         return "\n".join(page)
     for title, about, rows in _groups(lines[first:]):
         page += [f"**{title.capitalize()}**{': ' if about else ''}{_cell(about)}", ""]
-        page += ["| Option | |", "|---|---|"]
+        page += ["| Option | What it does |", "|---|---|"]
         page += [f"| {_cell(option, code=True)} | {_cell(effect)} |" for option, effect in rows]
         page.append("")
     return "\n".join(page)
@@ -100,6 +100,14 @@ def on_startup(**_: Any) -> None:
     for part in (*(REPOSITORY / "gim_hloc").iterdir(), *(REPOSITORY / room for room in rooms)):
         if not (layout / part.name).is_symlink():
             (layout / part.name).symlink_to(part)
+
+
+def on_config(config: Any) -> Any:
+    """Put the commands' pages into the menu."""
+    reference = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
+    pages = [{program: f"reference/{program}.md"} for program in commands()]
+    reference[0] = {"Commands": [reference[0]["Commands"], *pages]}
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
