@@ -91,6 +91,7 @@ class ReconstructKeywords(RunKeywords, total=False):
     depth_neighbours: int
     mesh: bool
     dry_run: bool
+    rig: Path | str | None
     refine_intrinsics: RefineIntrinsics
     cameras: CameraOptions
     video: VideoOptions

@@ -333,6 +333,9 @@ class CameraOptions:
     intrinsics: str | None = None
     """"PINHOLE,fx,fy,cx,cy" (pixels, COLMAP's corner origin), COLMAP's cameras.txt or cameras.bin
     or the folder of one, or a text file of lines "GLOB MODEL width height params..."."""
+    rig: Path | None = None
+    """COLMAP's rig configuration (JSON): cameras that are fixed to each other, by the prefixes of
+    their images' names; images of one name after the prefix are of one moment."""
     refine_intrinsics: RefineIntrinsics = "auto"
     """auto: refine what was guessed, keep what was given; none: keep all; all: refine all."""
 

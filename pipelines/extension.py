@@ -86,6 +86,9 @@ class Extension:
                     f"{value}, and its images are not computed again."
                 )
             values[name] = value
+        rig = self.map.options.get("cameras", {}).get("rig")
+        if rig is not None and given.cameras.rig is None:
+            values["cameras"] = dataclasses.replace(given.cameras, rig=Path(rig))
         return dataclasses.replace(given, **values)
 
     def images(self, new: ImageSet) -> tuple[ImageSet, list[str]]:

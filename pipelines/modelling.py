@@ -109,7 +109,7 @@ class Modelling:
         self._tell_doubtful()
 
     def _database_key(self, keys: Sequence[Mapping[Pair, str]]) -> str:
-        cameras = [dataclasses.asdict(spec) for spec in self.inputs.cameras]
+        cameras = [spec.to_facts() for spec in self.inputs.cameras]
         listed = [key for own in keys for key in own.values()]
         return digest([listed, cameras, self.inputs.poses_key()])
 
@@ -167,10 +167,7 @@ class Modelling:
                 self.failure = error
                 return None
         self.map_notes = facts["notes"]
-        parted = [
-            colmap.CameraSpec(**{**spec, "params": tuple(spec["params"])})
-            for spec in facts["cameras"]
-        ]
+        parted = [colmap.CameraSpec.of_facts(spec) for spec in facts["cameras"]]
         self.cameras = parted
         if parted == self.inputs.cameras:
             return None
@@ -216,13 +213,14 @@ class Modelling:
                 mapped = colmap.triangulate_known(job)
                 cameras, models, notes = self.cameras, mapped.models, mapped.notes
             else:
-                split = self.options.cameras.camera_mode == "auto"
+                rigs = any(spec.rig is not None for spec in self.cameras)
+                split = self.options.cameras.camera_mode == "auto" and not rigs
                 grouped = colmap.map_scene(job, split=split, start=self.before)
                 cameras, models, notes = list(grouped.cameras), grouped.models, grouped.notes
                 notes = [*self.map_notes, *notes]
             colmap.write_models(models, made.path / HIDDEN / "mapped")
             database.unlink()
-            made.facts = {"notes": notes, "cameras": [dataclasses.asdict(c) for c in cameras]}
+            made.facts = {"notes": notes, "cameras": [spec.to_facts() for spec in cameras]}
         return made.facts
 
     # ------------------------------------------------------------------------------------ rescue
@@ -254,7 +252,7 @@ class Modelling:
 
     def _write_cameras(self) -> None:
         """The database with the cameras that mapping found it to have."""
-        key = digest([self.map_key, [dataclasses.asdict(spec) for spec in self.cameras]])
+        key = digest([self.map_key, [spec.to_facts() for spec in self.cameras]])
         if self.folder.facts("cameras", key) is None:
             with self.folder.making("cameras", key) as made:
                 colmap.copy_with_cameras(

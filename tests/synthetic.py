@@ -103,6 +103,37 @@ def make_scene(
     return scene
 
 
+def make_rig_scene(moments: int = 6, *, seed: int = 0) -> tuple[Scene, list[dict[str, object]]]:
+    """Two cameras side by side, 0.5 apart and 8 degrees off, and COLMAP's configuration of them."""
+    left = make_scene(
+        images=moments, points=500, seed=seed, names=[f"left/{n}.jpg" for n in range(moments)]
+    )
+    turn = Rotation.from_euler("y", 8, degrees=True).as_matrix()
+    shift = np.array([-0.5, 0.02, 0.01])
+    xyz = np.random.default_rng(seed).uniform(-1.5, 1.5, (500, 3))  # those of ``make_scene``
+    for n in range(moments):
+        rotation, translation = left.poses[f"left/{n}.jpg"]
+        pose = turn @ rotation, turn @ translation + shift
+        camera = xyz @ pose[0].T + pose[1]
+        xy = camera[:, :2] / camera[:, 2:] * FOCAL + [WIDTH / 2, HEIGHT / 2]
+        inside = np.flatnonzero((xy > 0).all(1) & (xy < [WIDTH, HEIGHT]).all(1))
+        name = f"right/{n}.jpg"
+        left.names.append(name)
+        left.poses[name] = pose
+        left.keypoints[name] = (xy[inside] - 0.5).astype(np.float32)
+        left.points[name] = inside
+    x, y, z, w = Rotation.from_matrix(turn).as_quat()
+    cameras: list[dict[str, object]] = [
+        {"image_prefix": "left/", "ref_sensor": True},
+        {
+            "image_prefix": "right/",
+            "cam_from_rig_rotation": [w, x, y, z],
+            "cam_from_rig_translation": shift.tolist(),
+        },
+    ]
+    return left, [{"cameras": cameras}]
+
+
 def camera_errors(
     model: dict[str, tuple[np.ndarray, np.ndarray]], truth: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> tuple[float, float]:

@@ -16,6 +16,7 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.model_files import binary_cameras, image_cameras
+from gim_hloc.colmap.rigs import RigCamera, RigSensor, read_rigs, rig_cameras
 from gim_hloc.errors import InputError, some
 from gim_hloc.files import by_unicode_form, read_text
 from gim_hloc.images import doubtful_focal, focal_prior
@@ -36,6 +37,23 @@ class CameraSpec:
     prior: bool  # whether the focal length is known (given or EXIF) rather than guessed
     given: bool  # whether the user gave the intrinsics
     names: list[str] = field(default_factory=list)
+    rig: RigSensor | None = None  # its place, if it is of a rig
+
+    def to_facts(self) -> dict[str, Any]:
+        """What JSON holds, and what keys of steps are made of."""
+        facts = dataclasses.asdict(self)
+        if self.rig is None:
+            del facts["rig"]  # as of runs before there were rigs
+        return facts
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> CameraSpec:
+        """The inverse of ``to_facts``."""
+        rig = facts.get("rig")
+        if rig is not None:
+            place = rig["cam_from_rig"] and tuple(rig["cam_from_rig"])
+            rig = RigSensor(**{**rig, "cam_from_rig": place})
+        return cls(**{**facts, "params": tuple(facts["params"]), "rig": rig})
 
 
 def camera_param_count(model: str) -> int:
@@ -143,24 +161,48 @@ def assign_cameras(
                     f"image is {record.width}x{record.height}. Intrinsics belong to one image size."
                 )
             given[record.name] = dataclasses.replace(one, names=[])
+    rigged = {}
+    if options.rig is not None:
+        rigged = rig_cameras(images, read_rigs(options.rig), options.rig)
+        for record in images:
+            if record.name in rigged and record.name not in given:
+                given |= _of_configuration(record, rigged[record.name], options.rig)
     groups: dict[tuple[Any, ...], CameraSpec] = {}
     for record in images:
         spec = given.get(record.name)
         key = _group_key(record, spec, options.camera_mode)
+        sensor = rigged[record.name].sensor if record.name in rigged else None
+        if sensor is not None:
+            key = ("rig", sensor.prefix)
         if key not in groups:
-            groups[key] = spec or _guessed_camera(record, options.camera_model)
+            spec = spec or _guessed_camera(record, options.camera_model)
+            groups[key] = dataclasses.replace(spec, rig=sensor)
         group = groups[key]
         if (group.width, group.height) != (record.width, record.height):
             raise InputError(
-                f"--camera-mode {options.camera_mode}: {group.names[0]} is "
+                f"{f'--camera-mode {options.camera_mode}' if sensor is None else '--rig'}: "
+                f"{group.names[0]} is "
                 f"{group.width}x{group.height} but {record.name} is "
-                f"{record.width}x{record.height}. Images of one camera have one size; use "
-                "--camera-mode auto."
+                f"{record.width}x{record.height}. Images of one camera have one size"
+                f"{'; use --camera-mode auto' if sensor is None else ''}."
             )
         group.names.append(record.name)
     return list(groups.values()), notes + _doubts(
         [record for record in images if record.name not in given]
     )
+
+
+def _of_configuration(record: ImageRecord, camera: RigCamera, path: Path) -> dict[str, CameraSpec]:
+    """The camera of an image, if the rig configuration has its intrinsics."""
+    if camera.intrinsics is None:
+        return {}
+    model, params = camera.intrinsics
+    check_params(model, params, f"{path}, {camera.sensor.prefix}", record.size)
+    spec = CameraSpec(
+        model=model, width=record.width, height=record.height, params=params, prior=True,
+        given=True,
+    )  # fmt: skip
+    return {record.name: spec}
 
 
 def _doubts(images: Sequence[ImageRecord]) -> list[str]:
@@ -207,7 +249,7 @@ def _guessed_camera(record: ImageRecord, model: str) -> CameraSpec:
 def guessed_again(spec: CameraSpec) -> CameraSpec:
     """The same camera with its focal length guessed instead of known."""
     guessed = _camera_of_focal(spec.model, spec.width, spec.height, None)
-    return dataclasses.replace(guessed, names=spec.names)
+    return dataclasses.replace(guessed, names=spec.names, rig=spec.rig)
 
 
 def _camera_of_focal(model: str, width: int, height: int, focal: float | None) -> CameraSpec:

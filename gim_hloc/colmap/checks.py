@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,15 +67,26 @@ def check_models(models: Sequence[Any], *, min_model_size: int = 3, turns: bool 
 
 
 def _drop_unsupported(model: Any, checked: Checked) -> None:
-    """Take images with too few points out, until none is left."""
-    while lost := [i for i, points in _points_seen(model).items() if len(points) < MIN_POINTS]:
+    """Take images with too few points out, until none is left; images of a rig together."""
+    while frames := [
+        f for f, points in _points_of_frames(model).items() if len(points) < MIN_POINTS
+    ]:
+        lost = [i for i in model.reg_image_ids() if model.image(i).frame_id in frames]
         for image_id in lost:
             image = model.image(image_id)
             seen = image.num_points3D
             checked.reasons[image.name] = (
                 f"placed, but only {seen} points of the model support it ({MIN_POINTS} are needed)"
             )
-        deregister(model, lost)
+        deregister(model, frames)
+
+
+def _points_of_frames(model: Any) -> dict[int, set[int]]:
+    """Points that the images of each registered frame (a single image, or a rig's) see."""
+    seen: dict[int, set[int]] = {}
+    for image_id, points in _points_seen(model).items():
+        seen.setdefault(int(model.image(image_id).frame_id), set()).update(points)
+    return dict(sorted(seen.items()))
 
 
 def _points_seen(model: Any) -> dict[int, set[int]]:
@@ -86,10 +97,10 @@ def _points_seen(model: Any) -> dict[int, set[int]]:
     }
 
 
-def deregister(model: Any, image_ids: Sequence[int]) -> None:
-    """Take images out of a model, with their observations."""
+def deregister(model: Any, frame_ids: Sequence[int]) -> None:
+    """Take frames out of a model, with their images and what these observe."""
     manager = pycolmap.ObservationManager(model)
-    for frame_id in {model.image(i).frame_id for i in image_ids}:
+    for frame_id in frame_ids:
         manager.deregister_frame(frame_id)
 
 
@@ -100,7 +111,10 @@ def num_supported(model: Any) -> int:
 
 def shared_points(model: Any) -> tuple[list[int], np.ndarray]:
     """Ids of the registered images, and (N, N) the number of points that two of them share."""
-    seen = _points_seen(model)
+    return _shared(_points_seen(model))
+
+
+def _shared(seen: Mapping[int, set[int]]) -> tuple[list[int], np.ndarray]:
     ids = list(seen)
     points = sorted(set().union(*seen.values()))
     column = {point: k for k, point in enumerate(points)}
@@ -120,9 +134,9 @@ def split_at_weak_joints(model: Any, notes: list[str]) -> list[Any]:
     The joint is the weakest edge of the maximum spanning tree of shared points. An image alone on
     its side is no place of its own, and stays.
     """
-    if model.num_reg_images() < 4:
+    if model.num_reg_frames() < 4:
         return [model]
-    ids, shared = shared_points(model)
+    ids, shared = _shared(_points_of_frames(model))
     with np.errstate(divide="ignore"):
         tree = -scipy.sparse.csgraph.minimum_spanning_tree(
             scipy.sparse.coo_matrix(np.where(shared > 0, -shared, 0))

@@ -236,25 +236,45 @@ def _write_prior(database: Any, image_id: int, centre: np.ndarray, stddev: float
 def _write_images(
     database: Any, cameras: Sequence[CameraSpec], names: Sequence[str]
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """Write cameras with one-sensor rigs, and images with one-image frames, as COLMAP's import."""
+    """Write cameras, rigs, images and frames.
+
+    A camera that is of no rig has one of its own, and its images have a frame each, as COLMAP's
+    import writes them. A rig has the id of its reference camera.
+    """
     camera_of: dict[str, Any] = {}
+    spec_of: dict[str, CameraSpec] = {}
     rig_of: dict[str, int] = {}
+    groups: dict[Any, list[tuple[CameraSpec, Any]]] = {}
     for spec in cameras:
         camera = colmap_camera(spec)
         camera.camera_id = database.write_camera(camera)
+        alone = ("alone", camera.camera_id)
+        groups.setdefault(alone if spec.rig is None else spec.rig.rig, []).append((spec, camera))
+        camera_of |= dict.fromkeys(spec.names, camera)
+        spec_of |= dict.fromkeys(spec.names, spec)
+    for members in groups.values():
         rig = pycolmap.Rig()
-        rig.add_ref_sensor(camera.sensor_id)
-        rig_id = database.write_rig(rig)
-        for name in spec.names:
-            camera_of[name] = camera
-            rig_of[name] = rig_id
+        for spec, camera in members:
+            if spec.rig is None or spec.rig.cam_from_rig is None:
+                rig.rig_id = camera.camera_id
+                rig.add_ref_sensor(camera.sensor_id)
+        for spec, camera in members:
+            if spec.rig is not None and spec.rig.cam_from_rig is not None:
+                w, x, y, z, *shift = spec.rig.cam_from_rig
+                turn = pycolmap.Rotation3d(np.array([x, y, z, w]))
+                rig.add_sensor(camera.sensor_id, pycolmap.Rigid3d(turn, np.array(shift)))
+            rig_of |= dict.fromkeys(spec.names, rig.rig_id)
+        database.write_rig(rig, use_rig_id=True)
     ids: dict[str, int] = {}
+    frames: dict[Any, Any] = {}
     for name in names:
         image = pycolmap.Image(name=name, camera_id=camera_of[name].camera_id)
         image.image_id = ids[name] = database.write_image(image)
-        frame = pycolmap.Frame()
+        place = spec_of[name].rig
+        frame = frames.setdefault(name if place is None else place.frame(name), pycolmap.Frame())
         frame.rig_id = rig_of[name]
         frame.add_data_id(image.data_id)
+    for frame in frames.values():
         database.write_frame(frame)
     return ids, camera_of
 

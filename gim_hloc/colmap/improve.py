@@ -53,6 +53,7 @@ def adjuster(
     """The adjustment of ``bundle_adjust``, to be solved; with principal points free or not."""
     options = pycolmap.BundleAdjustmentOptions()
     options.refine_principal_point = principal_point
+    options.refine_sensor_from_rig = False  # rigs are of known geometry
     options.print_summary = False
     options.ceres.solver_options.num_threads = threads
     if robust_px is not None:

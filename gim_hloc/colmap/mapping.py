@@ -311,6 +311,7 @@ def _incremental_options(job: MapJob, *, relaxed: bool = False) -> Any:
     pipeline.constant_cameras = job.fixed
     if job.num_images <= _ADJUSTED_ANYWAY:
         pipeline.ba_local_max_num_iterations = _LOCAL_ITERATIONS
+    pipeline.ba_refine_sensor_from_rig = False  # rigs are of known geometry
     if job.all_fixed:
         pipeline.ba_refine_focal_length = False
         pipeline.ba_refine_extra_params = False
@@ -356,6 +357,7 @@ def _global_options(job: MapJob) -> Any:
         pipeline.multiple_models = job.options.multiple_models
     adjustment = pipeline.mapper.bundle_adjustment
     adjustment.refine_principal_point = job.options.ba_refine_principal_point
+    adjustment.refine_sensor_from_rig = False
     if job.all_fixed:
         adjustment.refine_focal_length = False
         adjustment.refine_extra_params = False
@@ -379,7 +381,8 @@ def extend_models(job: MapJob, models: Sequence[Any]) -> Mapped:
     """
     first = copy.deepcopy(models[0])
     kept = well_supported(first)  # what hangs on little may be placed wrongly: it is placed anew
-    deregister(first, [i for i in first.reg_image_ids() if first.image(i).name not in kept])
+    held = {first.image(i).frame_id for i in first.reg_image_ids() if first.image(i).name in kept}
+    deregister(first, [frame for frame in first.reg_frame_ids() if frame not in held])
     _append_keypoints(first, job.database)
     pipeline = _incremental_options(job)
     pipeline.multiple_models = False
@@ -492,18 +495,38 @@ def _posed_model(database: Path, poses: Mapping[str, Pose]) -> Any:
     model = pycolmap.Reconstruction()
     with open_database(database) as db:
         for camera in db.read_all_cameras():
-            model.add_camera_with_trivial_rig(camera)
-        for image in db.read_all_images():
-            if image.name in poses:
-                model.add_image_with_trivial_frame(image, rigid(poses[image.name]))
+            model.add_camera(camera)
+        for rig in db.read_all_rigs():
+            model.add_rig(rig)
+        images = {image.image_id: image for image in db.read_all_images()}
+        for frame in db.read_all_frames():
+            # The reference camera's pose, where it is known, is that of the rig.
+            own = sorted((images[data.id] for data in frame.data_ids), key=_first_in(model, frame))
+            if not any(image.name in poses for image in own):
+                continue
+            model.add_frame(frame)
+            for image in own:
+                image.frame_id = frame.frame_id
+                model.add_image(image)
+            known = next(image for image in own if image.name in poses)
+            model.frame(frame.frame_id).set_cam_from_world(
+                known.camera_id, rigid(poses[known.name])
+            )
+            model.register_frame(frame.frame_id)
     return model
+
+
+def _first_in(model: Any, frame: Any) -> Callable[[Any], bool]:
+    """Sort key of the images of a frame: that of the reference camera first."""
+    reference = model.rig(frame.rig_id).ref_sensor_id
+    return lambda image: image.camera_id != reference.id
 
 
 def _put_poses(model: Any, poses: Mapping[str, Pose]) -> None:
     """Undo what rounding did to poses that were held."""
     for image_id in model.reg_image_ids():
         image = model.image(image_id)
-        if image.name in poses:
+        if image.name in poses and model.rig(model.frame(image.frame_id).rig_id).num_sensors() == 1:
             model.frame(image.frame_id).set_cam_from_world(
                 image.camera_id, rigid(poses[image.name])
             )
