@@ -16,6 +16,7 @@ from gim_hloc.options import (
     MapOptions,
     Mapper,
     PairOptions,
+    PanoramaUse,
     PhotometricOptions,
     PoseUse,
     Quality,
@@ -92,6 +93,7 @@ class ReconstructKeywords(RunKeywords, total=False):
     mesh: bool
     dry_run: bool
     rig: Path | str | None
+    panorama: PanoramaUse
     refine_intrinsics: RefineIntrinsics
     cameras: CameraOptions
     video: VideoOptions

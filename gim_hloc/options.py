@@ -294,6 +294,7 @@ RefineIntrinsics = Literal["auto", "none", "all"]
 Mapper = Literal["auto", "incremental", "global", "hierarchical"]
 PoseUse = Literal["fixed", "refine", "prior"]
 ImageFormat = Literal["jpg", "png"]
+PanoramaUse = Literal["auto", "all", "none"]
 Export = Literal[
     "txt", "ply", "glb", "nvm", "bundler", "openmvs", "metashape", "realityscan", "nerfstudio",
     "3dgs", "geo",
@@ -336,6 +337,9 @@ class CameraOptions:
     rig: Path | None = None
     """COLMAP's rig configuration (JSON): cameras that are fixed to each other, by the prefixes of
     their images' names; images of one name after the prefix are of one moment."""
+    panorama: PanoramaUse = "auto"
+    """Images and frames twice as wide as high that are taken apart into views of a rig. auto: those
+    whose XMP calls them equirectangular (GPano); all; none."""
     refine_intrinsics: RefineIntrinsics = "auto"
     """auto: refine what was guessed, keep what was given; none: keep all; all: refine all."""
 

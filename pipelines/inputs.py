@@ -23,6 +23,7 @@ from gim_hloc.colmap.export import FORMATS
 from gim_hloc.errors import InputError, some
 from gim_hloc.masks import MaskFolder
 from gim_hloc.options import PoseUse, Quality, replace, to_mapping
+from gim_hloc.page import plural
 from gim_hloc.pairs.files import read_pairs
 from gim_hloc.pairs.retrieval import Lazy
 from gim_hloc.pairs.select import Selection, plan, select
@@ -39,6 +40,8 @@ from gim_hloc.pipelines.methods import (
 )
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.outcome import versions
+from gim_hloc.pipelines.panoramas import LIST as PANORAMAS
+from gim_hloc.pipelines.panoramas import NUM_VIEWS, Panoramas, rigs_of_views
 from gim_hloc.pipelines.run import (
     MODEL_FILES,
     RunFolder,
@@ -156,6 +159,7 @@ class Inputs:
                 *("pairs.txt", "database.db"),
                 *(f"sparse/[0-9]*/{name}" for name in MODEL_FILES),
                 *("sparse/[0-9]*/cameras.txt", "sparse/[0-9]*/images.txt"),
+                f"sparse/[0-9]*/{PANORAMAS}",
                 *(
                     f"export/[0-9]*/{name}"
                     for kind in self.options.export
@@ -189,6 +193,7 @@ class Inputs:
         with timed(self.folder.timings, "scan"):
             self.image_set = self._photographs()
         self._read_videos()
+        self._take_panoramas_apart()
         with timed(self.folder.timings, "scan"):
             if self.base is not None:
                 image_module.require_usable(self.image_set, 1)
@@ -196,7 +201,7 @@ class Inputs:
             image_module.require_usable(self.image_set)
         for rejected in self.image_set.rejected:
             logger.warning("Left out: %s (%s: %s)", rejected.name, rejected.reason, rejected.detail)
-        if not self.videos.found:
+        if not self.videos.found and not self.panoramas.found:
             refuse_other_images(self.image_set, self.output, overwrite=options.overwrite)
         self._take_images()
 
@@ -225,31 +230,56 @@ class Inputs:
             exclude=self._not_searched(),
             show=self.show,
         )
-        root = self.output / FRAMES
         if not self.videos.found:
             rejected = (*self.image_set.rejected, *self.videos.rejected)
             self.image_set = dataclasses.replace(self.image_set, rejected=rejected)
             return
-        if root.resolve() in (self.source.resolve(), *self.source.resolve().parents):
-            raise InputError(
-                f"Frames of the videos go to {root}, where {self.source} is: choose another output "
-                "folder."
-            )
-        if not self.videos.known(self.folder):
-            refuse_other_images(self.image_set, self.output, overwrite=options.overwrite)
+        self._make_root(known=self.videos.known(self.folder))
         if options.dry_run:
-            self._scratch = TemporaryDirectory(prefix="gim-hloc-")
-            root = Path(self._scratch.name)
-            self.videos.write(root)
+            self.videos.write(self.root)
         else:
             self.videos.pick(self.folder, again=options.again("frames") or options.overwrite)
-        self.root = root
         self.image_set = self.videos.images(
-            root, min_size=options.min_image_size, known=scanned(self.output)
+            self.root, min_size=options.min_image_size, known=scanned(self.output)
         )
         for note in self.videos.notes():
             logger.info("%s", note)
             self.folder.notes.append(note)
+
+    def _make_root(self, *, known: bool) -> None:
+        """Take OUTPUT/images, or for a dry run a folder of no one, for the images' root."""
+        root = self.output / FRAMES
+        if root.resolve() in (self.source.resolve(), *self.source.resolve().parents):
+            raise InputError(
+                f"Frames of videos and views of panoramas go to {root}, where {self.source} is: "
+                "choose another output folder."
+            )
+        if not known:
+            refuse_other_images(self.image_set, self.output, overwrite=self.options.overwrite)
+        if self.options.dry_run:
+            self._scratch = TemporaryDirectory(prefix="gim-hloc-")
+            root = Path(self._scratch.name)
+        self.root = root
+
+    def _take_panoramas_apart(self) -> None:
+        """Put views in the place of panoramas."""
+        options = self.options
+        self.panoramas = Panoramas(self.image_set, options.cameras.panorama)
+        if not self.panoramas.found:
+            return
+        if not self.videos.found:
+            self._make_root(known=not self.folder.steps.keys().isdisjoint(self.panoramas.steps))
+        if options.dry_run:
+            self.panoramas.write(self.root)
+        else:
+            again = options.again("frames") or options.overwrite
+            self.panoramas.render(self.folder, again=again)
+        self.image_set = self.panoramas.images(self.root, known=scanned(self.output))
+        self.folder.notes.append(
+            f"{plural(len(self.panoramas.found), 'equirectangular panorama')} taken apart into "
+            f"{NUM_VIEWS} views each, a rig; poses of the panoramas: sparse/N/{PANORAMAS}."
+        )
+        logger.info("%s", self.folder.notes[-1])
 
     def _take_images(self) -> None:
         self.records = {record.name: record for record in self.image_set.images}
@@ -375,7 +405,7 @@ class Inputs:
         ):
             known = self.known.cameras
         self.cameras, notes = colmap.assign_cameras(
-            list(self.records.values()), self.options.cameras, known
+            list(self.records.values()), self.options.cameras, known, rigs_of_views(self.names)
         )
         guessed = [spec for spec in self.cameras if not spec.given]
         if self.known is not None and guessed and self.options.poses == "fixed":
@@ -531,9 +561,11 @@ class Inputs:
         """Keep the scan, and put what an extension starts from in its place."""
         if self.part is None:
             keep_scan(self.folder, self.image_set)
-            self.videos.drop_others(self.folder)
+            self.videos.drop_others(self.folder, *self.panoramas.steps)
         extends = self.base is not None and self.base.map.images != self.root
-        if self.part is None and (extends or len(self.frames) not in (0, len(self.names))):
+        made = self.root == self.output / FRAMES  # holds some of the images; links make it all
+        outside = any(self.root not in record.path.parents for record in self.records.values())
+        if self.part is None and (extends or (made and outside)):
             self.root = self.output / FRAMES
             self.folder.own(*(f"{FRAMES}/{name}" for name in self.names))
             self.folder.save()

@@ -22,6 +22,8 @@ from gim_hloc.pipelines.densify import Densification
 from gim_hloc.pipelines.exports import Exports, masks_in, product_key, stale_products
 from gim_hloc.pipelines.inputs import Inputs
 from gim_hloc.pipelines.layers import Layers
+from gim_hloc.pipelines.panoramas import LIST as PANORAMAS
+from gim_hloc.pipelines.panoramas import poses_text
 from gim_hloc.pipelines.run import HIDDEN, Made, Step
 from gim_hloc.pipelines.verifying import Verifier
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
@@ -355,7 +357,11 @@ class Modelling:
                         f"{len(unread)} images could not be read any more for the colours of the "
                         f"points: {some(unread)}. Repeat the command when they are back."
                     )
-            colmap.write_models(models, made.path / "sparse")
+            for model, path in zip(
+                models, colmap.write_models(models, made.path / "sparse"), strict=True
+            ):
+                if text := poses_text(colmap.poses_of(model)):
+                    (path / PANORAMAS).write_text(text, encoding="utf-8")
             errors = [self._pose_errors(*one) for one in zip(models, intrinsics, strict=True)]
             made.facts = {
                 "notes": notes,

@@ -126,7 +126,7 @@ def reconstruct(
     inputs = Inputs(folder, output, options, show=progress)
     if options.dry_run:
         return ReconstructResult(output=inputs.output, estimate=inputs.estimate())
-    if options.stop_after == "frames" and inputs.videos.found:
+    if options.stop_after == "frames" and (inputs.videos.found or inputs.panoramas.found):
         return ReconstructResult(output=inputs.output)
     with inputs.folder, _seeded(options):
         run = _Reconstruction(inputs, start)
@@ -213,7 +213,8 @@ class _Reconstruction:
             return ReconstructResult(output=inputs.output)
         steps = self.steps()
         # Frames of videos are images like others from here on.
-        redone = options.start == "frames" and bool(inputs.videos.found)
+        made = inputs.videos.found or inputs.panoramas.found
+        redone = options.start == "frames" and bool(made)
         again = steps[0].name if redone else options.start
         inputs.folder.go(steps, again=again, until=options.stop_after)
         if options.stop_after is None:  # else much is not asked for yet

@@ -176,11 +176,11 @@ class Videos:
             "remarks": remarks,
         }
 
-    def drop_others(self, folder: RunFolder) -> None:
-        """Remove the frames of videos that are here no more."""
-        ours = {video.step for video in self.found}
-        steps = [name for name in folder.steps if name.startswith("frames ")]
-        folder.drop(*(name for name in steps if name not in ours))
+    def drop_others(self, folder: RunFolder, *steps: str) -> None:
+        """Remove what steps of the videos that are here no more made, but for other ``steps``."""
+        ours = {*(video.step for video in self.found), *steps}
+        stale = [name for name in folder.steps if name.startswith("frames ") and name not in ours]
+        folder.drop(*stale)
 
     # ---------------------------------------------------------------------------------- images
 

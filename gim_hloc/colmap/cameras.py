@@ -128,6 +128,7 @@ def assign_cameras(
     images: Sequence[ImageRecord],
     options: CameraOptions,
     known: Mapping[str, CameraSpec] | None = None,
+    rigs: Sequence[RigCamera] = (),
 ) -> tuple[list[CameraSpec], list[str]]:
     """Decide which images share a camera and what is known about it.
 
@@ -136,6 +137,7 @@ def assign_cameras(
         options: see ``CameraOptions``.
         known: name -> camera that is known from elsewhere (a model); ``options.intrinsics`` is for
             the other images only. Their ``names`` are not looked at.
+        rigs: cameras of rigs besides those of ``options.rig``.
 
     Returns:
         Cameras in the order of their first image, and notes for the report.
@@ -161,12 +163,12 @@ def assign_cameras(
                     f"image is {record.width}x{record.height}. Intrinsics belong to one image size."
                 )
             given[record.name] = dataclasses.replace(one, names=[])
-    rigged = {}
+    rigged = rig_cameras(images, rigs, "rig")
     if options.rig is not None:
-        rigged = rig_cameras(images, read_rigs(options.rig), options.rig)
-        for record in images:
-            if record.name in rigged and record.name not in given:
-                given |= _of_configuration(record, rigged[record.name], options.rig)
+        rigged |= rig_cameras(images, read_rigs(options.rig), options.rig)
+    for record in images:
+        if record.name in rigged and record.name not in given:
+            given |= _of_configuration(record, rigged[record.name])
     groups: dict[tuple[Any, ...], CameraSpec] = {}
     for record in images:
         spec = given.get(record.name)
@@ -192,12 +194,12 @@ def assign_cameras(
     )
 
 
-def _of_configuration(record: ImageRecord, camera: RigCamera, path: Path) -> dict[str, CameraSpec]:
+def _of_configuration(record: ImageRecord, camera: RigCamera) -> dict[str, CameraSpec]:
     """The camera of an image, if the rig configuration has its intrinsics."""
     if camera.intrinsics is None:
         return {}
     model, params = camera.intrinsics
-    check_params(model, params, f"{path}, {camera.sensor.prefix}", record.size)
+    check_params(model, params, f"The rig's {camera.sensor.prefix}", record.size)
     spec = CameraSpec(
         model=model, width=record.width, height=record.height, params=params, prior=True,
         given=True,

@@ -96,7 +96,7 @@ def _camera(rig: int, camera: Mapping[str, Any]) -> RigCamera:
 
 
 def rig_cameras(
-    images: Sequence[ImageRecord], rigs: Sequence[RigCamera], path: Path
+    images: Sequence[ImageRecord], rigs: Sequence[RigCamera], path: Path | str
 ) -> dict[str, RigCamera]:
     """The camera of each image that is of a rig, by name.
 
@@ -118,7 +118,11 @@ def rig_cameras(
             "relative to the image folder."
         )
     moments = Counter(camera.sensor.frame(name) for name, camera in found.items())
-    if len(rigs) > len({camera.sensor.rig for camera in rigs}) and max(moments.values()) < 2:
+    if (
+        found
+        and len(rigs) > len({camera.sensor.rig for camera in rigs})
+        and max(moments.values()) < 2
+    ):
         raise InputError(
             f"{path}: no two images are of one moment; their names must be the same after the "
             "image_prefix, such as left/001.jpg and right/001.jpg."
