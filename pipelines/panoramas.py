@@ -39,8 +39,11 @@ def is_panorama(record: ImageRecord, mode: PanoramaUse) -> bool:
         return False
     if mode == "all":
         return True
-    with record.path.open("rb") as file:
-        head = file.read(_HEAD)
+    try:
+        with record.path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise InputError(f"{record.path} cannot be read: {error.strerror}.") from None
     return b"GPano" in head and b"equirectangular" in head
 
 
