@@ -383,8 +383,8 @@ class Modelling:
         return metres.notes
 
     def _pose_errors(self, model: Any, intrinsics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        if self._held():
-            return {}
+        if self._held() or any(spec.rig is not None for spec in self.cameras):
+            return {}  # images of a rig have no poses of their own
         known = {int(camera) for camera, row in intrinsics.items() if not row["refined"]}
         threads = 1 if self.options.deterministic else -1
         found = colmap.pose_errors(model, known, threads)
