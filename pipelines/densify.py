@@ -22,9 +22,10 @@ from gim_hloc import images as image_module
 from gim_hloc.cache import Cache
 from gim_hloc.colmap import dense
 from gim_hloc.colmap.dense import DenseView
-from gim_hloc.errors import InputError
+from gim_hloc.errors import InputError, some
 from gim_hloc.files import as_path
 from gim_hloc.geometry import depth, stereo
+from gim_hloc.images import ImageRecord
 from gim_hloc.masks import MaskFolder
 from gim_hloc.matchers.common import parse_matcher_options, resolve_device
 from gim_hloc.options import DepthOptions, Where, build, given, select
@@ -261,6 +262,9 @@ class Densification:
         self.views = {view.name: view for view in listed}
         if not self.views:
             raise InputError(f"No two images of {self.folder.path} share points: nothing to match.")
+        gone = [v.source for v in listed if v.source not in self.photographs.records]
+        if gone:
+            raise InputError(f"{some(gone)}: not among the images in {self.images} any more.")
         keys = {name: self._key(name) for name in self.views}
         self.depth_key = digest([self.images_key, sorted(keys.values()), TRUST])
 
@@ -525,7 +529,7 @@ def _of_run(
         photographs=Photographs(
             {
                 name: dataclasses.replace(record, path=scene.images / name)
-                for name, record in scanned(output).items()
+                for name, record in (scanned(output) or _found(scene.images, output)).items()
             },
             MaskFolder(masks, erode_px=settings.mask_erode, image_root=Path(state["images"]))
             if masks
@@ -539,6 +543,11 @@ def _of_run(
         prune=options.prune,
         show=show,
     )
+
+
+def _found(root: Path, output: Path) -> dict[str, ImageRecord]:
+    """Images of a run that did not keep what it found of them."""
+    return {r.name: r for r in image_module.scan(root, exclude=[output], progress=False)}
 
 
 def _dense_matcher(settings: ReconstructOptions) -> matchers.Loader | None:
