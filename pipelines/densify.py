@@ -451,7 +451,7 @@ class DensifyResult:
         mesh: the surface, if one was asked for.
         views: images with a depth map.
         points: of the cloud.
-        timings: seconds of each step.
+        timings: seconds of each step in this run.
         notes: what else to know.
     """
 
@@ -503,7 +503,10 @@ def densify(
             mesh=work.workspace / "mesh.ply" if options.mesh else None,
             views=len(work.views),
             points=work.points,
-            timings={step.name: folder.timings[step.name] for step in work.steps()},
+            timings={
+                step.name: folder.timings[step.name] - folder.earlier.get(step.name, 0.0)
+                for step in work.steps()
+            },
             notes=list(dict.fromkeys(folder.notes)),
         )
 
