@@ -27,7 +27,6 @@ COMMANDS = (
     "gim-pairs",
     "gim-export",
     "gim-eval-sfm",
-    "gim-export",
     "gim-weights",
     "gim-match",
     "gim-merge",
