@@ -24,7 +24,7 @@ from gim_hloc.pipelines.inputs import Inputs
 from gim_hloc.pipelines.layers import Layers
 from gim_hloc.pipelines.panoramas import LIST as PANORAMAS
 from gim_hloc.pipelines.panoramas import poses_text
-from gim_hloc.pipelines.run import HIDDEN, Made, Step
+from gim_hloc.pipelines.run import HIDDEN, SNAPSHOTS, Made, Step
 from gim_hloc.pipelines.verifying import Verifier
 from gim_hloc.schedule import EncodingPool, encoding_bytes, memory_budget, order_pairs
 from gim_hloc.store import digest
@@ -262,6 +262,7 @@ class Modelling:
                 )
 
     def _job(self) -> MapJob:
+        snapshots = self.output / SNAPSHOTS
         return colmap.MapJob(
             database=self.output / "database.db",
             cameras=self.cameras,
@@ -273,6 +274,7 @@ class Modelling:
             seed=self.options.seed,
             threads=1 if self.options.deterministic else -1,
             log_dir=self.folder.hidden("logs"),
+            snapshots=snapshots if snapshots.is_dir() else None,
             # COLMAP takes one bound for all images: sizes that differ meet in the middle.
             stored_px=float(np.exp(-np.mean(np.log(list(self.inputs.scale().values()))))),
         )

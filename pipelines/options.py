@@ -5,9 +5,11 @@ The base classes are the groups of ``--help``. Nothing here imports torch or pyc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
 from pydantic import Field
 
 from gim_hloc.options import (
@@ -276,3 +278,21 @@ class LocalizeOptions(
     StepOptions,
 ):
     """Everything localisation can be told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """Look at a model in the browser: points, cameras, matches, dense clouds and meshes."""
+
+    model: tyro.conf.Positional[Path]
+    """Output folder of gim-reconstruct, which may still be at work, or a COLMAP model."""
+    compare: Path | None = None
+    """Another run or model of the same images, laid over the first."""
+    images: Path | None = None
+    """Folder of the photographs, where MODEL is no run of ours or they were moved."""
+    host: str = "127.0.0.1"
+    """Address to listen at. On a server keep it, and forward the port (ssh -L)."""
+    port: int = 8080
+    """Port of the page; the next free one if it is taken."""
+    record: Path | None = None
+    """Write a turntable video (.mp4) and end; needs Chromium."""

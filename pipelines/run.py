@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "run.yaml"
 HIDDEN = ".run"  # folder of what no user needs: copies, staged files, parts of array jobs
+SNAPSHOTS = f"{HIDDEN}/snapshots"  # the mapper writes there if the folder exists: gim-view makes it
 _RENAMED = {"readings.h5": "raw_matches.h5"}  # files of 0.1
 _GONE = ("turns.json",)  # of 0.1; now in run.yaml
 MODEL_FILES = [f"{part}.bin" for part in ("cameras", "images", "points3D", "rigs", "frames")]

@@ -30,6 +30,7 @@ COMMANDS = (
     "gim-weights",
     "gim-match",
     "gim-merge",
+    "gim-view",
     "gim-masks",
     "gim-zeb",
     "gim-video",

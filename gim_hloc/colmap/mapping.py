@@ -40,6 +40,7 @@ _ADJUSTED_ANYWAY = 40
 _LOCAL_ITERATIONS = 5  # COLMAP: 25
 # Points that COLMAP registers an image on.
 _REGISTERS_ON = 30
+_SNAPSHOT_IMAGES = 5  # registered from one snapshot of a growing model to the next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class MapJob:
         progress: called with (index of the model, images registered in it).
         stored_px: stored pixels for one that the matcher saw, COLMAP's bounds being in stored ones.
         images: to be mapped alone; empty: all.
+        snapshots: folder that models are written to while they grow.
     """
 
     database: Path
@@ -76,6 +78,7 @@ class MapJob:
     progress: Callable[[int, int], None] = lambda model, images: None
     stored_px: float = 1.0
     images: Collection[str] = ()
+    snapshots: Path | None = None
 
     @property
     def num_images(self) -> int:
@@ -312,6 +315,9 @@ def _incremental_options(job: MapJob, *, relaxed: bool = False) -> Any:
     if job.num_images <= _ADJUSTED_ANYWAY:
         pipeline.ba_local_max_num_iterations = _LOCAL_ITERATIONS
     pipeline.ba_refine_sensor_from_rig = False  # rigs are of known geometry
+    if job.snapshots is not None:
+        pipeline.snapshot_path = job.snapshots
+        pipeline.snapshot_frames_freq = _SNAPSHOT_IMAGES
     if job.all_fixed:
         pipeline.ba_refine_focal_length = False
         pipeline.ba_refine_extra_params = False

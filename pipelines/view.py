@@ -1,0 +1,570 @@
+"""A model in the browser: points, cameras, matches, dense clouds; a second model laid over it.
+
+A model is read into arrays once (``Scene``); ``Viewer`` puts them on a page of viser and answers
+its controls. A folder of a run is watched: what the mapper writes appears while it maps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from gim_hloc import colmap, draw, images
+from gim_hloc.colmap import MapView
+from gim_hloc.errors import GimError, InputError
+from gim_hloc.pipelines.options import ViewOptions
+from gim_hloc.pipelines.run import HIDDEN, SNAPSHOTS, read_state, scanned
+
+if TYPE_CHECKING:
+    import viser
+
+    from gim_hloc.images import ImageRecord
+
+logger = logging.getLogger(__name__)
+
+_THUMBNAIL, _PICTURE = 320, 1000  # px, longest sides of images at cameras and in the panel
+_NEIGHBOURS = 8  # of a camera in the panel
+_LINES = 300  # matches drawn between two images
+_EVERY_S = 2.0  # between looks at a folder that is watched
+_GREY, _OTHER, _CHOSEN = (90, 96, 104), (200, 90, 20), (20, 160, 220)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A model as arrays.
+
+    Attributes:
+        ids: (M,) of the points, sorted.
+        xyz: (M, 3) points.
+        rgb: (M, 3) uint8.
+        lengths: (M,) views of each point.
+        errors: (M,) mean reprojection errors, px.
+        views: registered images by name.
+    """
+
+    ids: np.ndarray
+    xyz: np.ndarray
+    rgb: np.ndarray
+    lengths: np.ndarray
+    errors: np.ndarray
+    views: Mapping[str, MapView]
+
+    def centre(self, name: str) -> np.ndarray:
+        """Where a camera stands, (3,)."""
+        rotation, translation = self.views[name].pose
+        return np.asarray(-rotation.T @ translation)
+
+    @property
+    def centres(self) -> np.ndarray:
+        """Where the cameras stand, (N, 3)."""
+        return np.array([self.centre(name) for name in self.views]).reshape(-1, 3)
+
+    @property
+    def up(self) -> np.ndarray:
+        """The direction that is up in most images, (3,)."""
+        up = np.mean([-pose.pose[0][1] for pose in self.views.values()], axis=0)
+        return np.asarray(up / max(np.linalg.norm(up), 1e-12))
+
+    @property
+    def size(self) -> float:
+        """Of the scene: the median distance of points and cameras from their middle."""
+        places = np.concatenate([self.xyz, self.centres])
+        middle = np.median(places, axis=0)
+        return float(np.median(np.linalg.norm(places - middle, axis=1))) or 1.0
+
+    def colours(self, kind: str) -> np.ndarray:
+        """RGB (M, 3) of the points: their own, by reprojection error or by track length."""
+        if kind == "error":
+            return draw.error_colours(self.errors, 0.25, 2.0)
+        if kind == "track length":
+            return draw.error_colours(1 / np.maximum(self.lengths, 1), 1 / 10, 1 / 2)
+        return self.rgb
+
+    def neighbours(self, name: str) -> list[tuple[str, int]]:
+        """Images that share most points with one, and how many, most first."""
+        own = self.views[name].points
+        shared = Counter(
+            {
+                other: len(np.intersect1d(own[own >= 0], view.points))
+                for other, view in self.views.items()
+                if other != name
+            }
+        )
+        return [(other, count) for other, count in shared.most_common(_NEIGHBOURS) if count]
+
+
+def read_scene(model: Any) -> Scene:
+    """Arrays of a ``pycolmap.Reconstruction``."""
+    xyz, rgb, lengths, errors = colmap.points(model)
+    ids, _ = colmap.point_positions(model)
+    views = colmap.map_views(model)
+    return Scene(ids=ids, xyz=xyz, rgb=rgb, lengths=lengths, errors=errors, views=views)
+
+
+def newest_model(path: Path) -> Path:
+    """The model of a folder; of a run that still maps, its newest snapshot.
+
+    Raises:
+        InputError: there is none yet.
+    """
+    with contextlib.suppress(InputError):
+        return colmap.find_model(path)
+    taken = sorted(path.glob(f"{SNAPSHOTS}/*"), key=lambda folder: folder.stat().st_mtime)
+    for folder in reversed(taken):
+        with contextlib.suppress(InputError):
+            return colmap.find_model(folder)
+    raise InputError(
+        f"{path} holds no COLMAP model yet: give a folder with cameras, images and points3D, or "
+        "the output folder of gim-reconstruct."
+    )
+
+
+def picture_of(record: ImageRecord, view: MapView, errors: np.ndarray | None = None) -> np.ndarray:
+    """An image, reduced, with its keypoints: those of points by error, the others grey."""
+    rgb = images.read_rgb(record, upright=False, max_size=_PICTURE).copy()
+    size = view.camera.width, view.camera.height
+    xy = draw.scale_points(view.xy_px, size, rgb)
+    seen = view.points >= 0
+    draw.draw_points(rgb, xy[~seen], draw.UNKNOWN, radius=1)
+    colours = draw.INLIER if errors is None else draw.error_colours(errors, 0.25, 2.0)
+    draw.draw_points(rgb, xy[seen], colours, radius=2)
+    return rgb
+
+
+def picture_of_matches(pair: Sequence[ImageRecord], views: tuple[MapView, MapView]) -> np.ndarray:
+    """Two images side by side with lines between the points that both see."""
+    pictures = [images.read_rgb(r, upright=False, max_size=_PICTURE // 2) for r in pair]
+    _, rows0, rows1 = np.intersect1d(views[0].points, views[1].points, return_indices=True)
+    shared = views[0].points[rows0] >= 0
+    points = [
+        draw.scale_points(v.xy_px[rows[shared]], (v.camera.width, v.camera.height), p)
+        for v, rows, p in zip(views, (rows0, rows1), pictures, strict=True)
+    ]
+    picture = draw.draw_matches(pictures, points, lines=_LINES, radius=2)
+    return draw.caption(picture, [f"{int(shared.sum())} points in both"])
+
+
+def nearest_to_ray(xyz: np.ndarray, origin: np.ndarray, direction: np.ndarray) -> int | None:
+    """Row of the point under a click: the nearest to the ray by angle, and to the eye among such.
+
+    None: no point within a degree.
+    """
+    offset = xyz - origin
+    along = offset @ direction
+    across = np.linalg.norm(offset - along[:, None] * direction, axis=1)
+    angle = np.where(along > 0, np.arctan2(across, along), np.inf)
+    if not len(angle) or angle.min() > np.radians(1):
+        return None
+    near = np.flatnonzero(angle <= max(2 * angle.min(), np.radians(0.1)))
+    return int(near[np.argmin(along[near])])
+
+
+@dataclass
+class _Shown:
+    """A model on the page."""
+
+    scene: Scene
+    points: Any = None
+    frusta: dict[str, Any] = field(default_factory=dict)
+
+
+class Viewer:
+    """A page with one model, or two, the second moved onto the first by the images of both.
+
+    Args:
+        options: see ``ViewOptions``.
+
+    Raises:
+        InputError: no model, or viser is not installed.
+        OutputError: the port is taken.
+    """
+
+    def __init__(self, options: ViewOptions) -> None:
+        try:
+            import viser
+        except ImportError:
+            raise InputError(
+                'gim-view needs viser: pip install "gim-hloc[view]" (or pip install viser).'
+            ) from None
+        self.options = options
+        self.stamp = 0.0
+        self.chosen: str | None = None
+        self.measured: list[np.ndarray] = []
+        self.boxes: dict[str, Any] = {}  # layer -> whether it is shown
+        self.shown: list[_Shown] = []
+        self.records = self._records()
+        self.lock = threading.Lock()
+        if (options.model / HIDDEN).is_dir():
+            (options.model / SNAPSHOTS).mkdir(exist_ok=True)
+        scenes = self._read()
+        # A browser that leaves in the middle of a handshake is no error of ours.
+        logging.getLogger("websockets").setLevel(logging.CRITICAL)
+        self.server: viser.ViserServer = viser.ViserServer(
+            host=options.host, port=options.port, label="gim-view", verbose=False
+        )
+        self._controls()
+        self._show(scenes)
+        self.server.on_client_connect(self._start_view)
+
+    @property
+    def address(self) -> str:
+        """Where a browser finds the page."""
+        return f"http://{self.server.get_host()}:{self.server.get_port()}"
+
+    # ------------------------------------------------------------------------------------- reading
+
+    def _records(self) -> dict[str, ImageRecord]:
+        """The photographs: where they are said to be, or where the run found them."""
+        run = self.options.model
+        root = self.options.images or (read_state(run, tell=False) or {}).get("images")
+        if root is None:
+            return {}
+        try:
+            found = images.scan(Path(root), known=scanned(run)).images
+        except InputError as error:
+            logger.warning("No photographs are shown: %s", error)
+            return {}
+        return {record.name: record for record in found}
+
+    def _read(self) -> list[Scene]:
+        paths = [newest_model(self.options.model)]
+        self.stamp = _stamp(paths[0])
+        models = [colmap.read_model(paths[0])]
+        if self.options.compare is not None:
+            models.append(colmap.read_model(newest_model(self.options.compare)))
+            poses = colmap.poses_of(models[0])
+            if len(poses.keys() & colmap.poses_of(models[1]).keys()) < 3:
+                raise InputError(
+                    f"{self.options.compare} and {self.options.model} have fewer than three images "
+                    "of the same name: they cannot be laid over each other."
+                )
+            colmap.align(models[1], poses)
+        return [read_scene(model) for model in models]
+
+    def follow(self) -> None:
+        """Show the model again whenever it changes, until the program is ended."""
+        while True:
+            time.sleep(_EVERY_S)
+            with contextlib.suppress(GimError, OSError):  # half written: the next look reads it
+                self.refresh()
+
+    def refresh(self) -> bool:
+        """Show the model again if it changed since; whether it did."""
+        if _stamp(newest_model(self.options.model)) == self.stamp:
+            return False
+        scenes = self._read()
+        self.records = self.records or self._records()
+        self._show(scenes)
+        return True
+
+    # ------------------------------------------------------------------------------------ controls
+
+    def _controls(self) -> None:
+        gui = self.server.gui
+        self.facts = gui.add_markdown("")
+        with gui.add_folder("Points"):
+            self.colour = gui.add_dropdown("colour", ("colour", "error", "track length"))
+            self.point_size = gui.add_slider("size", 0.1, 5.0, 0.1, 1.0)
+            self.least = gui.add_slider("least views", 2, 10, 1, 2)
+            self.clips = [
+                gui.add_multi_slider(f"clip {axis}", 0, 100, 1, (0, 100), hint="% of the points")
+                for axis in "xyz"
+            ]
+        with gui.add_folder("Cameras"):
+            self.camera_size = gui.add_slider("size", 0.0, 5.0, 0.1, 1.0)
+            self.thumbnails = gui.add_checkbox("thumbnails", True)
+        self.layers = gui.add_folder("Layers")
+        with gui.add_folder("Camera"):
+            self.about = gui.add_markdown("Click on a camera.")
+            self.neighbour = gui.add_dropdown("matches to", ("",))
+            self.panel = gui.add_image(np.full((8, 8, 3), 255, np.uint8), visible=False)
+            self.matches = gui.add_image(np.full((8, 8, 3), 255, np.uint8), visible=False)
+        with gui.add_folder("Measure", expand_by_default=False):
+            self.measure = gui.add_checkbox("click two points", False)
+            self.distance = gui.add_markdown("")
+        screenshot = gui.add_button("Screenshot")
+        for control in (self.colour, self.point_size, self.least, *self.clips):
+            control.on_update(lambda _: self._points())
+        for control in (self.camera_size, self.thumbnails):
+            control.on_update(lambda _: self._cameras())
+        self.neighbour.on_update(lambda _: self._show_matches())
+        self.measure.on_update(lambda _: self._listen())
+        screenshot.on_click(self._screenshot)
+
+    def _show(self, scenes: Sequence[Scene]) -> None:
+        with self.lock:
+            for shown in self.shown:
+                for handle in (shown.points, *shown.frusta.values()):
+                    handle.remove()
+            self.shown = [_Shown(scene) for scene in scenes]
+        first = scenes[0]
+        self.server.scene.set_up_direction(tuple(first.up))
+        names = (str(self.options.model), str(self.options.compare))
+        self.facts.content = "\n\n".join(
+            f"**{name}**: {len(scene.views)} images, {len(scene.ids):,} points, "
+            f"{np.mean(scene.errors) if len(scene.ids) else 0:.2f} px"
+            for name, scene in zip(names, scenes, strict=False)
+        )
+        self._points()
+        self._cameras()
+        self._dense()
+
+    def _points(self) -> None:
+        with self.lock:
+            for number, shown in enumerate(self.shown):
+                scene = shown.scene
+                kept = scene.lengths >= self.least.value
+                for axis, clip in enumerate(self.clips):
+                    if len(scene.xyz) and clip.value != (0, 100):
+                        low, high = np.percentile(scene.xyz[:, axis], clip.value)
+                        kept &= (scene.xyz[:, axis] >= low) & (scene.xyz[:, axis] <= high)
+                colours = scene.colours(self.colour.value)
+                if number and self.colour.value == "colour":
+                    colours = np.broadcast_to(np.array(_OTHER, np.uint8), colours.shape)
+                shown.points = self.server.scene.add_point_cloud(
+                    f"/points/{number}",
+                    scene.xyz[kept].astype(np.float32),
+                    colours[kept],
+                    point_size=self.point_size.value * self.shown[0].scene.size / 200,
+                    point_shape="circle",
+                    precision="float32",
+                )
+
+    def _cameras(self) -> None:
+        with self.lock:
+            size = self.camera_size.value * self.shown[0].scene.size / 25
+            for number, shown in enumerate(self.shown):
+                for name, view in shown.scene.views.items():
+                    colour = _CHOSEN if name == self.chosen else _OTHER if number else _GREY
+                    shown.frusta[name] = self._frustum(number, name, view, size, colour)
+
+    def _frustum(
+        self, number: int, name: str, view: MapView, size: float, colour: tuple[int, int, int]
+    ) -> Any:
+        camera, (rotation, translation) = view.camera, view.pose
+        handle = self.server.scene.add_camera_frustum(
+            f"/cameras/{number}/{name}",
+            fov=2 * float(np.arctan2(camera.height / 2, camera.params[0])),
+            aspect=camera.width / camera.height,
+            scale=max(size, 1e-6),
+            color=colour,
+            image=self._thumbnail(name) if self.thumbnails.value and not number else None,
+            wxyz=_wxyz(rotation.T),
+            position=-rotation.T @ translation,
+            visible=self.camera_size.value > 0,
+        )
+        if not number:
+            handle.on_click(lambda _: self.choose(name))
+        return handle
+
+    def _thumbnail(self, name: str) -> np.ndarray | None:
+        record = self.records.get(name)
+        if record is None:
+            return None
+        with contextlib.suppress(GimError):
+            return images.read_rgb(record, upright=False, max_size=_THUMBNAIL)
+        return None
+
+    def _dense(self) -> None:
+        """Layers of what gim-densify made: each with a box to show it."""
+        for path in sorted((self.options.model / "dense").glob("*.ply")):
+            layer = f"/{path.stem}"
+            if layer in self.boxes:
+                continue
+            with self.layers:
+                box = self.boxes[layer] = self.server.gui.add_checkbox(path.name, False)
+            box.on_update(lambda _, path=path, layer=layer, box=box: self._layer(path, layer, box))
+
+    def _layer(self, path: Path, layer: str, box: Any) -> None:
+        import trimesh
+
+        if not box.value:
+            self.server.scene.remove_by_name(layer)
+            return
+        loaded = trimesh.load(path)
+        if isinstance(loaded, trimesh.Trimesh):
+            self.server.scene.add_mesh_trimesh(layer, loaded)
+            return
+        rgb = np.asarray(loaded.colors)[:, :3] if len(loaded.colors) else _GREY
+        size = self.point_size.value * self.shown[0].scene.size / 400
+        self.server.scene.add_point_cloud(layer, loaded.vertices, rgb, point_size=size)
+
+    # --------------------------------------------------------------------------------- one camera
+
+    def choose(self, name: str) -> None:
+        """Show an image with its keypoints and its neighbours in the panel."""
+        scene = self.shown[0].scene
+        self.chosen = name
+        view, near = scene.views[name], scene.neighbours(name)
+        seen = view.points[view.points >= 0]
+        errors = scene.errors[np.searchsorted(scene.ids, seen)]
+        mean = f", {np.mean(errors):.2f} px" if len(errors) else ""
+        self.about.content = (
+            f"**{name}**: {len(seen)} of {len(view.points)} keypoints are points of the model"
+            f"{mean}."
+        )
+        record = self.records.get(name)
+        self.panel.visible = record is not None
+        if record is not None:
+            self.panel.image = picture_of(record, view, errors)
+        else:
+            self.about.content += " Its photograph was not found: give --images FOLDER."
+        self.neighbour.options = tuple(f"{other} ({count})" for other, count in near) or ("",)
+        self.neighbour.value = self.neighbour.options[0]
+        self._show_matches()
+        self._cameras()
+
+    def _show_matches(self) -> None:
+        other = self.neighbour.value.rpartition(" (")[0]
+        views = self.shown[0].scene.views
+        pair = [self.records.get(name) for name in (self.chosen or "", other)]
+        self.matches.visible = all(pair) and other in views
+        if self.matches.visible and self.chosen is not None:
+            found = [record for record in pair if record is not None]
+            self.matches.image = picture_of_matches(found, (views[self.chosen], views[other]))
+
+    # ------------------------------------------------------------------------------------- measure
+
+    def _listen(self) -> None:
+        self.server.scene.remove_click_callback()
+        self.measured = []
+        if self.measure.value:
+            self.server.scene.on_click()(
+                lambda event: self.mark(np.array(event.ray_origin), np.array(event.ray_direction))
+            )
+
+    def mark(self, origin: np.ndarray, direction: np.ndarray) -> None:
+        """Take the point under a click; with two, show how far they are from each other."""
+        scene = self.shown[0].scene
+        row = nearest_to_ray(scene.xyz, origin, direction / np.linalg.norm(direction))
+        if row is None:
+            return
+        self.measured = [*self.measured[-1:], scene.xyz[row]]
+        if len(self.measured) < 2:
+            return
+        a, b = self.measured
+        self.server.scene.add_line_segments(
+            "/measured", np.array([[a, b]]), _CHOSEN, thickness=scene.size / 200
+        )
+        places = " ".join(",".join(f"{value:.4f}" for value in place) for place in (a, b))
+        self.distance.content = (
+            f"**{np.linalg.norm(a - b):.4f}** units of the model. If you know it in metres:\n\n"
+            f"`gim-export {self.options.model} --to geo --scale {places} METRES`"
+        )
+
+    # ------------------------------------------------------------------------------------ pictures
+
+    def _start_view(self, client: viser.ClientHandle) -> None:
+        scene = self.shown[0].scene
+        target, eye = _overview(scene)
+        client.camera.up_direction = tuple(scene.up)
+        client.camera.position, client.camera.look_at = tuple(eye), tuple(target)
+
+    def _screenshot(self, event: Any) -> None:
+        client = event.client
+        picture = client.get_render(height=1080, width=1920)
+        client.send_file_download("gim-view.png", draw.encode(picture[..., :3], ".png"))
+
+    def record(self, path: Path, *, frames: int = 120, size: tuple[int, int] = (1280, 720)) -> None:
+        """Write a turntable video, drawn by a browser that is started for it.
+
+        Raises:
+            InputError: there is no Chromium, or it cannot draw.
+        """
+        browser = shutil.which("chromium") or shutil.which("google-chrome")
+        if browser is None:
+            raise InputError("--record needs Chromium or Chrome on the PATH.")
+        with _browser(browser, self.address):
+            client = self._client()
+            writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 30, size)
+            try:
+                for eye, wxyz in _turntable(self.shown[0].scene, frames):
+                    picture = client.get_render(
+                        height=size[1], width=size[0], wxyz=wxyz, position=eye, fov=np.radians(50)
+                    )
+                    writer.write(np.ascontiguousarray(picture[..., 2::-1]))
+            finally:
+                writer.release()
+        logger.info("Turntable: %s", path)
+
+    def _client(self) -> viser.ClientHandle:
+        for _ in range(300):
+            clients = self.server.get_clients()
+            if clients:
+                return next(iter(clients.values()))
+            time.sleep(0.1)
+        raise InputError("The browser did not open the page within 30 s.")
+
+
+def view(options: ViewOptions) -> Viewer:
+    """Open the page; with ``record``, only write the video."""
+    viewer = Viewer(options)
+    if options.record is not None:
+        try:
+            viewer.record(options.record)
+        finally:
+            viewer.server.stop()
+    return viewer
+
+
+def _stamp(model: Path) -> float:
+    """When a model was written last."""
+    return max(path.stat().st_mtime for path in model.iterdir() if path.is_file())
+
+
+def _wxyz(rotation: np.ndarray) -> np.ndarray:
+    """Quaternion (4,), w first, of a rotation matrix."""
+    from scipy.spatial.transform import Rotation
+
+    return np.asarray(Rotation.from_matrix(rotation).as_quat(scalar_first=True))
+
+
+def _overview(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """The middle of the scene, and a place that sees all of it."""
+    places = np.concatenate([scene.xyz, scene.centres])
+    target = np.median(places, axis=0)
+    forward = next(iter(scene.views.values())).pose[0][2]
+    return target, target - 2.5 * scene.size * forward + 1.5 * scene.size * scene.up
+
+
+def _turntable(scene: Scene, frames: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions (3,) and orientations (4,), w first, of cameras on a circle round the scene."""
+    target, eye = _overview(scene)
+    offset, up = eye - target, scene.up
+    height = up * (offset @ up)
+    side = np.cross(up, offset - height)
+    for angle in np.linspace(0, 2 * np.pi, frames, endpoint=False):
+        place = target + height + np.cos(angle) * (offset - height) + np.sin(angle) * side
+        forward = (target - place) / np.linalg.norm(target - place)
+        right = np.cross(forward, up)
+        right /= np.linalg.norm(right)
+        yield place, _wxyz(np.stack([right, np.cross(forward, right), forward], axis=1))
+
+
+@contextlib.contextmanager
+def _browser(program: str, address: str) -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="gim-view-", ignore_cleanup_errors=True) as profile:
+        flags = ["--headless=new", "--no-sandbox", "--enable-unsafe-swiftshader", "--no-first-run"]
+        process = subprocess.Popen(
+            [program, *flags, f"--user-data-dir={profile}", address],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait()
