@@ -296,3 +296,29 @@ class ViewOptions:
     """Port of the page; the next free one if it is taken."""
     record: Path | None = None
     """Write a turntable video (.mp4) and end; needs Chromium."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppOptions:
+    """Serve a web page that matches images and reconstructs scenes."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for all, behind a proxy that asks for a password."""
+    port: int = 7860
+    """Port of the page."""
+    root_path: str | None = None
+    """Path under which a reverse proxy shows it, such as /gim."""
+    share: bool = False
+    """Let Gradio tunnel it to a public address for a week."""
+    device: str = "auto"
+    """Where matchers run."""
+    examples: Path | None = None
+    """Folder of images to offer as examples."""
+    max_files: int = 300
+    """Files of one upload."""
+    max_mb: int = 1000
+    """Bytes of one upload, in millions."""
+    max_megapixels: float = 60.0
+    """Pixels of one image, in millions."""
+    max_minutes: float = 30.0
+    """A reconstruction is stopped after so many."""
