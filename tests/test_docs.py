@@ -52,7 +52,7 @@ OTHER_PARSERS = (
         )
     ),
 )  # fmt: skip
-# Options of pip, of hloc's own commands, of sbatch, and of programs of an earlier commit.
+# Options of pip, of docker, of hloc's own commands, of sbatch, and of programs of an earlier commit.
 FOREIGN = {
     *(
         "--no-deps",
@@ -63,6 +63,7 @@ FOREIGN = {
         "--count",
         "--hloc",
         "--compare-precision",
+        "--build-arg",
     ),
     "--dependency",
     # Of INRIA's 3DGS and of OpenMVS.
@@ -124,8 +125,7 @@ def choices_of(program: str, subcommand: str, option: str) -> set[str] | None:
 
 @functools.cache
 def all_options() -> set[str]:
-    simple = ("reconstruct", "localize", "export", "pairs", "eval-sfm", "match", "masks")
-    programs = [*(f"gim-{name}" for name in simple), *OTHER_PARSERS]
+    programs = [*(name for name in hook.commands() if name not in SUBCOMMANDS), *OTHER_PARSERS]
     found = set().union(*(options_of(program, "") for program in programs))
     for program, subcommands in SUBCOMMANDS.items():
         found |= set().union(*(options_of(program, name) for name in subcommands))

@@ -31,6 +31,7 @@ COMMANDS = (
     "gim-match",
     "gim-merge",
     "gim-view",
+    "gim-app",
     "gim-masks",
     "gim-zeb",
     "gim-video",
