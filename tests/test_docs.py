@@ -52,7 +52,7 @@ OTHER_PARSERS = (
         )
     ),
 )  # fmt: skip
-# Options of pip, of docker, of hloc's own commands, of sbatch, and of programs of an earlier commit.
+# Options of pip, docker, sbatch, hloc's own commands, and of programs of an earlier commit.
 FOREIGN = {
     *(
         "--no-deps",
