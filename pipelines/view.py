@@ -7,6 +7,7 @@ its controls. A folder of a run is watched: what the mapper writes appears while
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import subprocess
@@ -289,16 +290,18 @@ class Viewer:
         self.layers = gui.add_folder("Layers")
         with gui.add_folder("Camera"):
             self.about = gui.add_markdown("Click on a camera.")
-            self.neighbour = gui.add_dropdown("matches to", ("",))
+            self.neighbour: Any = gui.add_dropdown("matches to", ("",))
             self.panel = gui.add_image(np.full((8, 8, 3), 255, np.uint8), visible=False)
             self.matches = gui.add_image(np.full((8, 8, 3), 255, np.uint8), visible=False)
         with gui.add_folder("Measure", expand_by_default=False):
             self.measure = gui.add_checkbox("click two points", False)
             self.distance = gui.add_markdown("")
         screenshot = gui.add_button("Screenshot")
-        for control in (self.colour, self.point_size, self.least, *self.clips):
+        of_points: list[Any] = [self.colour, self.point_size, self.least, *self.clips]
+        of_cameras: list[Any] = [self.camera_size, self.thumbnails]
+        for control in of_points:
             control.on_update(lambda _: self._points())
-        for control in (self.camera_size, self.thumbnails):
+        for control in of_cameras:
             control.on_update(lambda _: self._cameras())
         self.neighbour.on_update(lambda _: self._show_matches())
         self.measure.on_update(lambda _: self._listen())
@@ -386,15 +389,15 @@ class Viewer:
                 continue
             with self.layers:
                 box = self.boxes[layer] = self.server.gui.add_checkbox(path.name, False)
-            box.on_update(lambda _, path=path, layer=layer, box=box: self._layer(path, layer, box))
+            box.on_update(functools.partial(self._layer, path, layer))
 
-    def _layer(self, path: Path, layer: str, box: Any) -> None:
+    def _layer(self, path: Path, layer: str, event: Any) -> None:
         import trimesh
 
-        if not box.value:
+        if not event.target.value:
             self.server.scene.remove_by_name(layer)
             return
-        loaded = trimesh.load(path)
+        loaded: Any = trimesh.load(path)
         if isinstance(loaded, trimesh.Trimesh):
             self.server.scene.add_mesh_trimesh(layer, loaded)
             return
