@@ -382,6 +382,7 @@ def build(work: Work) -> gradio.Blocks:
                 [log, report, model, packed],
                 concurrency_limit=1,
                 concurrency_id="device",
+                trigger_mode="multiple",  # once cancelled, the next may be asked for at once
                 api_name="reconstruct",
             )
             end.click(work.cancel, [session], [log], queue=False, api_name="cancel")
