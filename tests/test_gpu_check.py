@@ -108,7 +108,7 @@ def test_an_error_and_a_lack_of_time_cost_their_own_rows(
     results = tmp_path / "rows.jsonl"
     monkeypatch.setenv(one_by_one.START, str(time.time()))
     tasks = [("a", "wrong"), ("a", "long"), ("a", "late"), ("b", "right"), ("b", "spoils")]
-    code = one_by_one.work(do, [*tasks, ("b", "next")], results, {"a": 1, "b": 60})
+    code = one_by_one.work(do, [*tasks, ("b", "next")], results, {"a": 3, "b": 60})
     assert code == one_by_one.RESTART
     lines = one_by_one.read(results)
     assert [line["row"]["found"] for line in lines if "row" in line] == [

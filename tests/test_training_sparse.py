@@ -310,9 +310,7 @@ def test_labels_compete_with_all_cells_and_labels() -> None:
     whole[:, 3 + 3] = -1e9
     p = (whole.softmax(0) * whole.softmax(1)).diagonal()[:3].clamp(1e-6, 1 - 1e-6)
     expected = (-0.25 * (1 - p) ** 2 * p.log()).mean()
-    found = loftr_model._coarse_by_labels(
-        (tokens0, tokens1), {"mask0": None, "mask1": mask1}, xy0, xy1, grid
-    )
+    found = loftr_model._coarse_by_labels((tokens0, tokens1), (None, mask1), xy0, xy1, grid)
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
