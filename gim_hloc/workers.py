@@ -271,9 +271,9 @@ def _threads(workers: int) -> int:
 
 
 class _Process:
-    """Forked from a server that has loaded our modules, once for all workers of this process.
+    """Not forked: CUDA and the threads of PyTorch do not survive that.
 
-    Not from this process: CUDA and the threads of PyTorch do not survive a fork.
+    Nor forked from a server: Ctrl-C then hung now and then, where workers had just started.
     """
 
     def __init__(self, task: bytes, device: str, threads: int) -> None:
@@ -286,14 +286,9 @@ class _Process:
 
     def give(self, chunk: _Chunk[Any]) -> None:
         if self._process is None:
-            # Elsewhere system libraries may not outlive a fork.
-            method = "forkserver" if sys.platform == "linux" else "spawn"
-            context: Any = multiprocessing.get_context(method)
-            ours = [name for name in list(sys.modules) if name.partition(".")[0] == "gim_hloc"]
-            context.set_forkserver_preload(ours)
+            context = multiprocessing.get_context("spawn")
             self.connection, theirs = context.Pipe()
-            environment = dict(os.environ)  # the server's is that of its start
-            self._process = context.Process(target=_serve, args=(theirs, environment, *self._start))
+            self._process = context.Process(target=_serve, args=(theirs, *self._start))
             # Ctrl-C reaches all processes of a terminal: the caller alone acts on it.
             resource_tracker.ensure_running()  # which would lift the mask
             before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -339,14 +334,11 @@ def _wait_for_processes(workers: Sequence[_Process]) -> list[_Process]:
 
 def _serve(
     connection: multiprocessing.connection.Connection,
-    environment: dict[str, str],
     packed: bytes,
     device: str,
     threads: int,
 ) -> None:
     """Body of a process."""
-    os.environ.clear()
-    os.environ.update(environment)
     try:
         task = pickle.loads(packed)
     except Exception as error:
