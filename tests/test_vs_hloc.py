@@ -161,7 +161,10 @@ def test_peers_are_judged_by_the_truth(tmp_path: Path, capsys: pytest.CaptureFix
     worse["3.jpg"][1][:] += 0.1
     write_cameras(sfm_poses(), scene / "gt")
     write_cameras(worse, tmp_path / "worse")
-    copy = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2] + '/sparse')"
+    copy = (
+        "import shutil, sys; out = sys.argv[2]; shutil.copytree(sys.argv[1], out + '/sparse'); "
+        f"shutil.copytree({str(tmp_path / 'worse')!r}, out + '/.run/mapped')"  # not its result
+    )
     base = f"{sys.executable} -S -c {shlex.quote(copy)}"
     result = tmp_path / "result.json"
     peers = (f"right={base} {scene}/gt {{out}}", f"wrong={base} {tmp_path}/worse {{out}}")

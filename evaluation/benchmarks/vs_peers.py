@@ -127,8 +127,13 @@ def judged(out: Path, images: Path, truth: Path | None) -> dict[str, float]:
     records = image_module.scan(images).images
     total = len(records)
     models = sorted(
-        {path.parent for path in out.rglob("images.*") if path.suffix in (".bin", ".txt")},
-        key=lambda path: -colmap.model_statistics(path)["images"],
+        {
+            path.parent
+            for path in out.rglob("images.*")
+            # Hidden folders hold what a program had before it was done, like our mapped models.
+            if path.suffix in (".bin", ".txt") and path.relative_to(out).parts[0][0] != "."
+        },
+        key=lambda path: (-colmap.model_statistics(path)["images"], path),
     )
     if not models:
         return {"total": total, "registered": 0}
