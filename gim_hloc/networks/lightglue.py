@@ -19,6 +19,7 @@ channels per head.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def _feed_forward(dim: int) -> nn.Sequential:
     )
 
 
-class _Attention(nn.Module):
+class _Attention(nn.Module, ABC):
     """What self and cross attention share: one product before the attention, the update after."""
 
     ffn: Any
@@ -119,9 +120,9 @@ class _Attention(nn.Module):
         self.num_heads = heads
         self.folded: tuple[_Weights, _Weights] | None = None
 
+    @abstractmethod
     def products(self) -> tuple[_Weights, _Weights]:
         """Weights of the projection to queries, keys, values (rows), and of the update's start."""
-        raise NotImplementedError
 
     def _folded_into_ffn(self, output: nn.Linear) -> _Weights:
         """The first layer of ``ffn`` on [state, attended values]: ``output`` is part of it."""
