@@ -102,8 +102,12 @@ def run(
     context.set_forkserver_preload(ours)
     process = context.Process(target=_work, args=(arguments, step, number, limit, log))
     process.start()
-    process.join(300)
-    if process.exitcode is None:
+    try:
+        process.join(300)
+        code = process.exitcode
+    finally:  # Ctrl-C included: pytest would wait for it at its own end
         process.kill()
+        process.join()
+    if code is None:
         raise TimeoutError
-    return process.exitcode, log.read_text() if log.exists() else ""
+    return code, log.read_text() if log.exists() else ""
