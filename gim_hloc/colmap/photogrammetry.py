@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,8 +27,8 @@ from gim_hloc.colmap.target import (
 from gim_hloc.colmap.undistort import plain_names, undistort
 from gim_hloc.files import write_atomic
 
-# Radial terms that Bundler and NVM can hold, as positions in the parameters.
 _NOTED_PX = 0.01
+# Radial terms that Bundler and NVM can hold, as positions in the parameters.
 _RADIAL: dict[str, tuple[int, ...]] = {
     "SIMPLE_PINHOLE": (),
     "PINHOLE": (),
@@ -98,6 +98,18 @@ def _radial(camera: Any) -> tuple[float, float]:
     return k1, k2
 
 
+def _measurements(
+    model: Any, point: Any, index: Mapping[int, int]
+) -> Iterator[tuple[int, int, float, float]]:
+    """Image by ``index``, keypoint, and x and y from the principal point, y down, of a track."""
+    for element in point.track.elements:
+        if element.image_id not in index:
+            continue
+        image = model.image(element.image_id)
+        x, y = image.point2D(element.point2D_idx).xy - principal(model.camera(image.camera_id))
+        yield index[element.image_id], element.point2D_idx, x, y
+
+
 def write_nvm(model: Any, target: Target) -> list[str]:
     """Write VisualSFM's NVM_V3, ``model.nvm``; measurements are from the principal point, y down.
 
@@ -123,13 +135,8 @@ def write_nvm(model: Any, target: Target) -> list[str]:
     for point_id in sorted(model.point3D_ids()):
         point = model.points3D[point_id]
         parts = [f"{v:.10g}" for v in point.xyz] + [str(int(v)) for v in point.color]
-        elements = [e for e in point.track.elements if e.image_id in index]
-        parts.append(str(len(elements)))
-        for element in elements:
-            image = model.image(element.image_id)
-            xy = image.point2D(element.point2D_idx).xy - principal(model.camera(image.camera_id))
-            parts.append(f"{index[element.image_id]} {element.point2D_idx} {xy[0]:.6f} {xy[1]:.6f}")
-        lines.append(" ".join(parts))
+        views = [f"{i} {j} {x:.6f} {y:.6f}" for i, j, x, y in _measurements(model, point, index)]
+        lines.append(" ".join([*parts, str(len(views)), *views]))
     lines += ["", "0", ""]
     write_atomic(path, "\n".join(lines))
     return _lost(model, path.name, terms=1)
@@ -156,14 +163,8 @@ def write_bundler(model: Any, target: Target) -> list[str]:
         point = model.points3D[point_id]
         lines.append(" ".join(f"{v:.10g}" for v in point.xyz))
         lines.append(" ".join(str(int(v)) for v in point.color))
-        views = []
-        for element in point.track.elements:
-            image = model.image(element.image_id)
-            xy = image.point2D(element.point2D_idx).xy - principal(model.camera(image.camera_id))
-            views.append(
-                f"{index[element.image_id]} {element.point2D_idx} {xy[0]:.6f} {-xy[1]:.6f}"
-            )
-        lines.append(f"{len(views)} " + " ".join(views))
+        views = [f"{i} {j} {x:.6f} {-y:.6f}" for i, j, x, y in _measurements(model, point, index)]
+        lines.append(" ".join([str(len(views)), *views]))
     write_atomic(path, "\n".join(lines) + "\n")
     write_atomic(path.with_name("list.txt"), "".join(f"{image.name}\n" for image in images))
     return _lost(model, path.name, terms=2)
