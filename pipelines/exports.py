@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,24 +29,6 @@ from gim_hloc.surveys import read_control_points, read_positions
 logger = logging.getLogger(__name__)
 
 DENSE = "dense"  # folder of the dense model in OUTPUT, COLMAP's workspace
-
-
-@dataclass(frozen=True)
-class Product:
-    """What a step makes of the models.
-
-    Attributes:
-        name: of the step.
-        key: what it is done for.
-        write: makes its files below a folder that stands for OUTPUT, and gives facts, JSON-able:
-            "notes" for the user, and what else is to be kept.
-        large: files are later known by their sizes alone.
-    """
-
-    name: str
-    key: str
-    write: Callable[[Path], dict[str, Any]]
-    large: bool = False
 
 
 def product_key(folder: RunFolder) -> str:
@@ -109,40 +90,29 @@ class Exports:
     options: TargetOptions
     show: bool
 
-    def of(self, kinds: Iterable[str]) -> list[Product]:
-        """Products of some formats."""
-        return [
-            Product(
-                f"export {k}", self._key(k), functools.partial(self._write, k), FORMATS[k].large
-            )
-            for k in kinds
-        ]
-
-    def make(self, products: Iterable[Product]) -> GimError | None:
+    def make(self, kinds: Iterable[str]) -> GimError | None:
         """Make what is not there yet, and tell its notes. What fails leaves no old one behind.
 
         Returns:
-            The error of the last one that failed: what else is wanted comes first.
+            The error of the last format that failed, or of what says a metre: a caller has more to
+            do than exports.
         """
+        try:
+            keys = {kind: self._key(kind) for kind in kinds}
+        except GimError as error:
+            return error
         failure = None
-        for product in products:
-            facts = self.folder.facts(product.name, product.key)
+        for kind, key in keys.items():
+            step = f"export {kind}"
+            facts = self.folder.facts(step, key)
             try:
                 if facts is None:
-                    with self.folder.making(product.name, product.key, large=product.large) as made:
-                        found = product.write(made.path)
-                        notes = [
-                            s.replace(f"{made.path}", f"{self.folder.path}") for s in found["notes"]
-                        ]
-                        made.facts = {
-                            **found,
-                            "notes": notes,
-                            "model": product_key(self.folder),
-                        }
+                    with self.folder.making(step, key, large=FORMATS[kind].large) as made:
+                        made.facts = self._write(kind, made.path)
                     facts = made.facts
             except GimError as error:
                 failure = error
-                self.folder.drop(product.name)
+                self.folder.drop(step)
                 continue
             for sentence in facts["notes"]:
                 if sentence not in self.folder.notes:  # what is said of several formats
@@ -214,7 +184,8 @@ class Exports:
                 progress=self.show, options=self.options, mask=self._mask if self.masks else None,
                 dense=dense if index == 0 and dense.is_dir() else None, metres=metres,
             )  # fmt: skip
-        return {"notes": notes, "metres": described}
+        notes = [note.replace(f"{folder}", f"{self.folder.path}") for note in notes]
+        return {"notes": notes, "metres": described, "model": product_key(self.folder)}
 
     def _mask(self, name: str) -> Any:
         assert self.masks is not None
@@ -278,14 +249,13 @@ def export(
             options=select(TargetOptions, options),
             show=progress,
         )
-        products = exports.of(options.to)
-        failure = exports.make(products)
+        failure = exports.make(options.to)
         folder.save()
     if failure is not None:
         raise failure
     return ExportResult(
         output=output,
-        files=[name for product in products for name in folder.steps[product.name]["files"]],
+        files=[name for kind in options.to for name in folder.steps[f"export {kind}"]["files"]],
         notes=list(dict.fromkeys(folder.notes)),
         metres=folder.steps.get("export geo", {}).get("facts", {}).get("metres", []),
     )

@@ -584,7 +584,7 @@ class Modelling:
             options=select(TargetOptions, self.options),
             show=self.inputs.show,
         )
-        self.failure = exports.make(exports.of(self.options.export)) or self.failure
+        self.failure = exports.make(self.options.export) or self.failure
 
     def masked(self) -> dict[str, str]:
         """Images of which their masks leave nothing, and the sentence that says so."""

@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,17 +93,27 @@ class Scene:
             return draw.error_colours(1 / np.maximum(self.lengths, 1), 1 / 10, 1 / 2)
         return self.rgb
 
+    @functools.cached_property
+    def seen(self) -> Any:
+        """Which image (row) sees which point (column), as a sparse matrix (N, M)."""
+        from scipy import sparse
+
+        views = [view.points[view.points >= 0] for view in self.views.values()]
+        rows = np.repeat(np.arange(len(views)), [len(points) for points in views])
+        columns = np.searchsorted(self.ids, np.concatenate(views))
+        size = (len(views), len(self.ids))
+        table = sparse.csr_array((np.ones(len(rows), np.int64), (rows, columns)), shape=size)
+        table.data[:] = 1  # a point with two keypoints in an image counts once
+        return table
+
     def neighbours(self, name: str) -> list[tuple[str, int]]:
         """Images that share most points with one, and how many, most first."""
-        own = self.views[name].points
-        shared = Counter(
-            {
-                other: len(np.intersect1d(own[own >= 0], view.points))
-                for other, view in self.views.items()
-                if other != name
-            }
-        )
-        return [(other, count) for other, count in shared.most_common(_NEIGHBOURS) if count]
+        names = list(self.views)
+        own = names.index(name)
+        shared = self.seen @ self.seen[[own]].toarray()[0]
+        shared[own] = 0
+        best = np.argsort(-shared, kind="stable")[:_NEIGHBOURS]
+        return [(names[row], int(shared[row])) for row in best if shared[row]]
 
 
 def read_scene(model: Any) -> Scene:
@@ -207,6 +216,7 @@ class Viewer:
         self.boxes: dict[str, Any] = {}  # layer -> whether it is shown
         self.shown: list[_Shown] = []
         self.records = self._records()
+        self.small: dict[str, np.ndarray | None] = {}  # photographs as they stand at the cameras
         self.lock = threading.Lock()
         if (options.model / HIDDEN).is_dir():
             (options.model / SNAPSHOTS).mkdir(exist_ok=True)
@@ -374,12 +384,13 @@ class Viewer:
         return handle
 
     def _thumbnail(self, name: str) -> np.ndarray | None:
+        """A photograph, reduced; read once, None where there is none."""
         record = self.records.get(name)
-        if record is None:
-            return None
-        with contextlib.suppress(GimError):
-            return images.read_rgb(record, upright=False, max_size=_THUMBNAIL)
-        return None
+        if record is not None and name not in self.small:
+            self.small[name] = None
+            with contextlib.suppress(GimError):
+                self.small[name] = images.read_rgb(record, upright=False, max_size=_THUMBNAIL)
+        return self.small.get(name)
 
     def _dense(self) -> None:
         """Layers of what gim-densify made: each with a box to show it."""
@@ -410,7 +421,12 @@ class Viewer:
     def choose(self, name: str) -> None:
         """Show an image with its keypoints and its neighbours in the panel."""
         scene = self.shown[0].scene
-        self.chosen = name
+        before, self.chosen = self.chosen, name
+        with self.lock:
+            for shown, usual in zip(self.shown, (_GREY, _OTHER), strict=False):
+                for camera, colour in ((before, usual), (name, _CHOSEN)):
+                    if camera in shown.frusta:
+                        shown.frusta[camera].color = colour
         view, near = scene.views[name], scene.neighbours(name)
         seen = view.points[view.points >= 0]
         errors = scene.errors[np.searchsorted(scene.ids, seen)]
@@ -428,7 +444,6 @@ class Viewer:
         self.neighbour.options = tuple(f"{other} ({count})" for other, count in near) or ("",)
         self.neighbour.value = self.neighbour.options[0]
         self._show_matches()
-        self._cameras()
 
     def _show_matches(self) -> None:
         other = self.neighbour.value.rpartition(" (")[0]

@@ -103,7 +103,11 @@ def test_localisation_and_extension_keep_rigs(rig: Path, tmp_path: Path) -> None
 def test_known_poses_become_frames(rig: Path, tmp_path: Path) -> None:
     images = fake_matcher.write_images(tmp_path / "images", SCENE)
     known = write_cameras(SCENE.poses, tmp_path / "known")
-    check(run(images, tmp_path / "out", rig=rig, model=known).model(), 6)
+    model = run(images, tmp_path / "out", rig=rig, model=known).model()
+    check(model, 6)
+    for image in model.images.values():  # the poses are the given ones, not just alike
+        true = np.column_stack(SCENE.poses[image.name])
+        np.testing.assert_allclose(image.cam_from_world().matrix(), true, atol=1e-6)
 
 
 def test_cameras_of_a_rig_are_its_prefixes(rig: Path, tmp_path: Path) -> None:

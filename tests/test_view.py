@@ -81,6 +81,14 @@ def test_a_camera_and_a_distance_are_shown(viewer: Viewer) -> None:
     assert viewer.panel.visible
     assert viewer.matches.visible
     assert len(viewer.neighbour.options) == IMAGES - 1
+    frusta = viewer.shown[0].frusta
+    first, second = frusta[name], frusta[list(scene.views)[1]]
+    chosen, usual = np.array(first.color), np.array(second.color)
+    assert not np.array_equal(chosen, usual)
+    viewer.choose(list(scene.views)[1])
+    np.testing.assert_array_equal(first.color, usual)
+    np.testing.assert_array_equal(second.color, chosen)
+    assert frusta[name] is first, "frusta are made anew, thumbnails and all"
     for row in (3, 7):
         origin = scene.xyz[row] + np.array([0.0, 0.0, 1e-3])
         viewer.mark(origin, scene.xyz[row] - origin)

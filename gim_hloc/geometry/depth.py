@@ -131,7 +131,6 @@ def agreement(
         same = (here * depth_ratio / inverse.clamp_min(1e-12) - 1).abs() < tolerance
         same &= ahead & inside[0] & (known[0, 0] > 0.999) & (inverse > 0)
         # The other view's point, seen from here.
-        start, shift = bases(other, [view], inverse.device)
         linear, move = other.towards(view)
         row = torch.from_numpy(linear[2]).float().to(inverse.device)
         back = row[0] * xy[0] + row[1] * xy[1] + row[2] + here * float(move[2])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from gim_hloc.geometry.depth import Pinhole, bases, median, read_map, slopes
+from gim_hloc.geometry.depth import Pinhole, bases, median, read_map, slopes, speed
 
 MASKED = -255.0  # in the place of a grey value
 
@@ -133,10 +133,9 @@ class _Search:
         own = torch.stack([self.gray, self.gray * self.gray])
         self.mean, square = _box(own, sweep.radius)
         self.variance = (square - self.mean**2).clamp_min(0) + _NOISE
-        middle = (self.low * self.high) ** 0.5
-        ends = [self._places(self.gray.new_tensor(middle * f))[0] for f in (1.0, 1.001)]
-        speed = (ends[1] - ends[0]).norm(dim=1).flatten(1).median(1).values / (0.001 * middle)
-        self.step = 1 / float(speed.median().clamp_min(1e-12))  # inverse depth that moves 1 px
+        middle = torch.full_like(self.gray, (self.low * self.high) ** 0.5)
+        moved = torch.stack([speed(view.camera, camera, middle).median() for camera in cameras])
+        self.step = 1 / float(moved.median().clamp_min(1e-12))  # inverse depth that moves 1 px
 
     def _places(self, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels (S, 2, H, W) in the other views, and whether they are before the cameras."""
