@@ -119,6 +119,18 @@ def heat(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(cv2.resize(_ramp(_HEAT, values), size, interpolation=cv2.INTER_NEAREST))
 
 
+def depths(values: np.ndarray) -> np.ndarray:
+    """Depths (H, W) as a picture, near yellow and far dark, grey where there is none (0)."""
+    known = values > 0
+    inverse = np.divide(1, values, out=np.zeros(values.shape, np.float32), where=known)
+    low, high = np.quantile(inverse[known], (0.02, 0.98)) if known.any() else (0.0, 1.0)
+    share = np.clip((inverse - low) / max(high - low, 1e-12), 0, 1)
+    picture = cv2.applyColorMap((255 * share).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
+    picture[~known] = UNKNOWN
+    picture[known] = picture[known][:, ::-1]
+    return picture
+
+
 # ----------------------------------------------------------------------------------------- drawing
 
 
@@ -175,6 +187,17 @@ def draw_points(
             cv2.rectangle(canvas, *corners, colour, -1, cv2.LINE_AA, _SHIFT)
         else:
             cv2.circle(canvas, (x, y), half, colour, -1, cv2.LINE_AA, _SHIFT)
+
+
+def draw_cloud(canvas: np.ndarray, xy: np.ndarray, depth: np.ndarray, rgb: np.ndarray) -> None:
+    """Draw points (M, 2) in front of a camera as single pixels, near ones over far ones."""
+    height, width = canvas.shape[:2]
+    with np.errstate(invalid="ignore"):
+        inside = (depth > 0) & (xy > -0.5).all(1) & (xy < (width - 0.5, height - 0.5)).all(1)
+    rows = np.flatnonzero(inside)
+    rows = rows[np.argsort(-depth[rows], kind="stable")]
+    x, y = np.rint(xy[rows]).astype(int).T
+    canvas[y, x] = rgb[rows]
 
 
 def draw_matches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ MAX_GRAPH_IMAGES = 1500
 _MAX_LABELS = 40  # images whose names stand beside the match graph
 _LONGEST_BAR = 20  # track length; longer ones are one bar
 _ACCENT, _WARN, _NONE = "#1f918c", "#c98a1b", "#d9836c"  # on light and on dark paper
+_GREY, _BAD = "#8a939b", "#d2493f"
 _FEW_TO_MANY = ("#bfe0db", "#1f918c", "#0a4a55")
 
 
@@ -454,3 +456,89 @@ def _frusta(
         # One stroke over the eight edges; three are drawn twice.
         frusta[row, :11] = [apex, a, b, apex, c, d, apex, a, d, c, b]
     return frusta.reshape(-1, 3)
+
+
+# ----------------------------------------------------------------------------------------- metres
+
+
+def plan_in_metres(described: Mapping[str, Any], centres: Mapping[str, np.ndarray]) -> go.Figure:
+    """Cameras from above, and how far they are from what was measured.
+
+    Args:
+        described: of ``colmap.Metres.described``.
+        centres: of the cameras, in its metres.
+    """
+    cameras = np.array(list(centres.values())).reshape(-1, 3)
+    axes = [0, 1]
+    if described["by"] == "known poses":  # in axes of their own: from where they spread most
+        axes = sorted(np.argsort(-np.ptp(cameras, axis=0))[:2].tolist())
+    residuals, marked = described.get("residuals_m", {}), described.get("places_m")
+    wrong = described.get("wrong", ())
+    figure = go.Figure()
+
+    def show(places: np.ndarray, names: Sequence[str], title: str, **marker: Any) -> None:
+        figure.add_scatter(
+            x=places[:, 0],
+            y=places[:, 1],
+            text=[page.plain(name) for name in names],
+            name=title,
+            mode="markers",
+            marker=marker,
+            hovertemplate="%{text}<br>%{x:.2f}, %{y:.2f} m<extra></extra>",
+        )
+
+    show(cameras[:, axes], list(centres), "cameras", color=_ACCENT, size=7)
+    shown = cameras[:, axes]
+    kinds = (("measured", False, _GREY), ("measured, not used", True, _BAD))
+    for title, are_wrong, colour in kinds:
+        names = [n for n in residuals if (n in wrong) == are_wrong]
+        if not names:
+            continue
+        off = np.array([[residuals[n][axis] for axis in axes] for n in names])
+        if marked is None:
+            found = np.array([centres[n] for n in names])[:, axes]
+            places = found + off
+        else:
+            places = np.array([marked[n] for n in names])[:, axes]
+            found = places - off
+        ends = np.stack([found, places, np.full_like(found, np.nan)], axis=1).reshape(-1, 2)
+        strokes = ends.astype(object)
+        strokes[np.isnan(ends)] = None
+        figure.add_scatter(
+            x=strokes[:, 0],
+            y=strokes[:, 1],
+            mode="lines",
+            line={"color": colour, "width": 1.5},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+        symbol = "circle-open" if marked is None else "triangle-up-open"
+        show(places, names, title, color=colour, size=8, symbol=symbol)
+        if are_wrong:
+            figure.add_scatter(
+                x=found[:, 0],
+                y=found[:, 1],
+                text=[page.plain(name) for name in names],
+                mode="text",
+                textposition="bottom center",
+                hoverinfo="skip",
+                showlegend=False,
+            )
+        else:
+            shown = np.concatenate([shown, places])
+    # What is far off leads out of the picture instead of shrinking it.
+    low, high = shown.min(0), shown.max(0)
+    margin = 0.15 * max(high - low)
+    east = described["crs"] != "local"
+    titles = ["east (m)", "north (m)"] if east else [f"{'xyz'[axis]} (m)" for axis in axes]
+    figure.update_xaxes(title_text=titles[0], range=[low[0] - margin, high[0] + margin])
+    figure.update_yaxes(
+        title_text=titles[1], range=[low[1] - margin, high[1] + margin], scaleanchor="x"
+    )
+    figure.update_layout(
+        height=460,
+        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        dragmode="pan",
+    )
+    return figure

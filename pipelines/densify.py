@@ -29,6 +29,7 @@ from gim_hloc.images import ImageRecord
 from gim_hloc.masks import MaskFolder
 from gim_hloc.matchers.common import parse_matcher_options, resolve_device
 from gim_hloc.options import DepthOptions, Where, build, given, select
+from gim_hloc.pipelines import previews
 from gim_hloc.pipelines.exports import folder_of_run, product_key, require_model
 from gim_hloc.pipelines.maps import open_map
 from gim_hloc.pipelines.matching import Pair, Photographs, spread
@@ -232,6 +233,7 @@ class Densification:
             Step("depth", self.depth),
             Step("fuse", self.fuse),
             *mesh,
+            Step("preview", self.preview),
         ]
 
     @property
@@ -422,6 +424,17 @@ class Densification:
             self.folder.note(note)
         logger.info("Mesh: %s", self.workspace / "mesh.ply")
 
+    def preview(self) -> None:
+        """A page to look at."""
+
+        def write(folder: Path) -> dict[str, Any]:
+            facts = previews.dense_facts(self.folder.steps)
+            assert facts is not None
+            previews.write_dense_page(self.workspace, folder, facts)
+            return {}
+
+        self._made("page", digest([self.cloud_key, "page"]), write)
+
     def _made(self, what: str, key: str, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Facts of a step of the dense model; ``write`` makes its files in a folder for dense/."""
         facts = self.folder.facts(f"dense {what}", key)
@@ -572,4 +585,5 @@ def summary_text(result: DensifyResult) -> str:
     lines = [f"{result.points} points of {result.views} images, {seconds:.1f} s an image"]
     lines += [f"Cloud:  {result.cloud}"]
     lines += [f"Mesh:   {result.mesh}"] if result.mesh else []
+    lines += [f"Page:   {result.workspace / previews.DENSE_PAGE}"]
     return "\n".join(lines)

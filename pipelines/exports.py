@@ -16,11 +16,12 @@ from gim_hloc import colmap
 from gim_hloc.clock import timed
 from gim_hloc.colmap.export import FORMATS, export_model
 from gim_hloc.errors import GimError, InputError
-from gim_hloc.files import as_path, read_text
+from gim_hloc.files import as_path, json_value, read_text
 from gim_hloc.images import ImageRecord, turned
 from gim_hloc.masks import MaskFolder
 from gim_hloc.options import TargetOptions, given, select, to_mapping
 from gim_hloc.pipelines.options import HandoverOptions
+from gim_hloc.pipelines.previews import write_metres_page
 from gim_hloc.pipelines.run import RunFolder, read_state, scanned
 from gim_hloc.poses import match_names, read_poses
 from gim_hloc.store import digest
@@ -184,6 +185,10 @@ class Exports:
                 progress=self.show, options=self.options, mask=self._mask if self.masks else None,
                 dense=dense if index == 0 and dense.is_dir() else None, metres=metres,
             )  # fmt: skip
+            if kind == "geo" and metres is not None:
+                centres = {n: -r.T @ t for n, (r, t) in colmap.poses_of(model).items()}
+                place = folder / "export" / str(index) / "geo"
+                write_metres_page(place, json_value(metres.described()), centres)
         notes = [note.replace(f"{folder}", f"{self.folder.path}") for note in notes]
         return {"notes": notes, "metres": described, "model": product_key(self.folder)}
 

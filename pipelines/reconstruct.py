@@ -28,6 +28,7 @@ from gim_hloc.page import plural
 from gim_hloc.pair_viewer import Ends
 from gim_hloc.pipelines.cascade import Cascade
 from gim_hloc.pipelines.correspondences import Correspondences
+from gim_hloc.pipelines.exports import DENSE
 from gim_hloc.pipelines.inputs import Inputs
 from gim_hloc.pipelines.layers import Layers
 from gim_hloc.pipelines.matching import take_parts, tell_kept
@@ -40,6 +41,7 @@ from gim_hloc.pipelines.outcome import (
     scene_view,
     versions,
 )
+from gim_hloc.pipelines.previews import dense_facts
 from gim_hloc.pipelines.report import complete_report, write_report
 from gim_hloc.pipelines.run import Step
 from gim_hloc.pipelines.verifying import Verifier
@@ -264,9 +266,11 @@ class _Reconstruction:
                 f"few points, were matched anew with {rescued['matcher']} and are in the largest "
                 f"model: {some(rescued['images'])}."
             )
-        geo = self.inputs.folder.steps.get("export geo")
-        if geo is not None and "geo" in self.inputs.options.export:
-            report["metres"] = geo["facts"]["metres"]
+        steps = self.inputs.folder.steps  # also what gim-export and gim-densify made of this model
+        if loaded and "export geo" in steps:
+            report["metres"] = steps["export geo"]["facts"]["metres"]
+        if loaded and (dense := dense_facts(steps)):
+            report["dense"] = dense
         masked = self.modelling.masked()
         for row in report["images"]:
             if row["name"] in self.inputs.photographs.turns:
@@ -312,6 +316,7 @@ class _Reconstruction:
                 scene=scene_view(loaded[0]) if loaded else None,
                 pair_matches=self._pair_matches,
                 masks=(lambda name: masks.load(self.inputs.records[name])) if masks else None,
+                dense=self.inputs.output / DENSE if "dense" in report else None,
             )
         except Exception as error:  # the model is worth more than its report
             logger.warning("The report could not be written: %s", error)

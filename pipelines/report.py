@@ -23,6 +23,7 @@ from gim_hloc.files import json_value, write_atomic
 from gim_hloc.page import plural
 from gim_hloc.pair_viewer import Ends, Pair, embed
 from gim_hloc.pipelines import _report_figures as figures
+from gim_hloc.pipelines import previews
 from gim_hloc.pipelines._report_figures import CameraView, SceneView
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def write_report(
     scene: SceneView | None = None,
     pair_matches: PairMatches | None = None,
     masks: MaskReader | None = None,
+    dense: Path | None = None,
 ) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.json`` into a folder, each atomically.
 
@@ -179,6 +181,7 @@ def write_report(
         scene: points and cameras of the largest model; without it there is no 3D view.
         pair_matches: reads the matches of pairs.
         masks: reads the mask of an image, (H, W) bool, False where it is ignored, or None.
+        dense: workspace of the dense model that ``report["dense"]`` is about.
 
     Returns:
         Paths of the HTML and the JSON file.
@@ -189,7 +192,8 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     html_path, json_path = output / "report.html", output / "report.json"
     write_atomic(json_path, _json_text(report))
-    write_atomic(html_path, _render(report, _Pictures(report, images, pair_matches, masks), scene))
+    pictures = _Pictures(report, images, pair_matches, masks)
+    write_atomic(html_path, _render(report, pictures, scene, dense))
     return html_path, json_path
 
 
@@ -503,10 +507,13 @@ def draw_pair(
     return draw.draw_matches(pictures, ends, colours, lines=len(shown), radius=2)
 
 
-def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) -> str:
+def _render(
+    full: dict[str, Any], pictures: _Pictures, scene: SceneView | None, dense: Path | None
+) -> str:
     summary = full["summary"]
     usable = [image["name"] for image in full["images"] if image["status"] not in UNUSABLE]
     before = full.get("before_refinement")
+    metres = next(iter(full.get("metres") or []), None)
     packed = _guarded("scene", lambda: figures.pack_scene(scene) if scene else None)
     charts = {
         "tracks": lambda: figures.track_lengths(full.get("track_lengths") or {}),
@@ -515,6 +522,11 @@ def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) 
         ),
         "graph": lambda: figures.match_graph(usable, full["pairs"]),
         "scene": lambda: figures.scene_figure(packed) if packed else None,
+        "metres": lambda: (
+            figures.plan_in_metres(metres, previews.in_metres(metres, scene))
+            if metres and scene
+            else None
+        ),
     }
     timings = {stage: full["timings"][stage] for stage in sorted(full["timings"], key=_stage_order)}
     resumed = summary["seconds_of_all_runs"] > summary["seconds"]
@@ -533,6 +545,10 @@ def _render(full: dict[str, Any], pictures: _Pictures, scene: SceneView | None) 
         masked=_guarded("masks", lambda: list(pictures.masked(usable))) or [],
         pair_data=_guarded("all pairs", lambda: pictures.all_pairs(usable)),
         packed=packed,
+        dense=full.get("dense"),
+        dense_views=_guarded("dense", lambda: list(previews.dense_views(dense)) if dense else []),
+        metres=metres,
+        metres_rows=previews.metres_rows(metres) if metres else [],
         max_graph_images=figures.MAX_GRAPH_IMAGES,
         status_words={status: advice.short for status, advice in ADVICE.items()},
         columns=[

@@ -15,9 +15,10 @@ import torch
 import yaml
 from PIL import Image
 
-from gim_hloc import colmap, images
+from gim_hloc import colmap, draw, images
 from gim_hloc.cli import densify as command
 from gim_hloc.colmap import dense
+from gim_hloc.colmap.target import read_ply
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.evaluation.benchmarks.dense import judge, scene_truth
 from gim_hloc.evaluation.benchmarks.scene import (
@@ -31,6 +32,7 @@ from gim_hloc.evaluation.benchmarks.scene import (
 from gim_hloc.geometry import depth, stereo
 from gim_hloc.options import to_mapping
 from gim_hloc.pipelines import densify as pipeline
+from gim_hloc.pipelines import previews
 from gim_hloc.pipelines.densify import densify
 from gim_hloc.pipelines.options import ReconstructOptions
 from gim_hloc.pipelines.run import RunFolder, keep_scan
@@ -248,6 +250,27 @@ def test_workspace_is_colmaps(done: Path) -> None:
     assert "dense/dense.ply" in state["files"]
     assert state["options"]["matcher"] == "xfeat"  # what the run said of itself stays
     assert state["images"]
+
+
+def test_a_page_shows_views_and_the_cloud(done: Path) -> None:
+    text = (done / "dense/dense.html").read_text()
+    assert all(name in text for name in names_of(done))
+    assert text.count("<img") == 3 * 4
+    facts = previews.dense_facts(yaml.safe_load((done / "run.yaml").read_text())["steps"])
+    assert facts is not None
+    assert facts["views"] == 4
+    assert f"{facts['points']:,} points of 4 depth maps" in text
+    # A camera sees of the cloud what its photograph shows.
+    xyz, rgb = read_ply(done / "dense/dense.ply")
+    assert len(xyz) == facts["points"]
+    name = names_of(done)[1]
+    view = dense.pinholes(done / "dense", max(SIZE))[name]
+    cloud = np.zeros((*SIZE[::-1], 3), np.uint8)
+    draw.draw_cloud(cloud, *view.project(xyz), rgb)
+    photograph = images.read_rgb(done / "dense/images" / name, upright=False)
+    drawn = cloud.any(axis=2)
+    assert drawn.mean() > 0.2
+    assert np.median(np.abs(cloud[drawn].astype(int) - photograph[drawn])) < 10
 
 
 def count_searches(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[float]:

@@ -71,6 +71,20 @@ def test_errors_go_from_green_to_red() -> None:
     assert draw.error_colours(np.zeros(0), 0.5, 8).shape == (0, 3)
 
 
+def test_depths_and_clouds_show_what_is_near() -> None:
+    near, far, unknown = draw.depths(np.array([[1.0, 4.0, 0.0]], np.float32))[0].astype(int)
+    assert near[0] > 200 > near[2]  # yellow
+    assert far.max() < 100
+    assert tuple(unknown) == draw.UNKNOWN
+    canvas = blank(3, 2)
+    xy = np.array([[1, 1], [1, 1], [1, 1], [0, 0], [7, 0], [np.nan, 0]], float)
+    depth = np.array([2.0, 1.0, 3.0, -1.0, 1.0, 1.0])
+    draw.draw_cloud(canvas, xy, depth, np.arange(18, dtype=np.uint8).reshape(6, 3))
+    assert tuple(canvas[1, 1]) == (3, 4, 5)
+    canvas[1, 1] = GREY
+    assert (canvas == GREY).all()
+
+
 def test_lines_are_spread_over_the_image() -> None:
     generator = np.random.default_rng(1)
     crowd = generator.uniform(0, 8, (5000, 2))

@@ -122,6 +122,9 @@ def test_everything_can_be_in_metres(out: Path) -> None:
     assert told.metres[0]["rms_across_m"] < 0.05
     assert told.metres[0]["up_std_deg"] < 5
     (metric,) = {p.parent.parent for p in (out / "export/0/geo").rglob("images.bin")}
+    page = (out / "export/0/geo/geo.html").read_text()
+    assert "Metres by GPS positions of images" in page
+    assert all(name in page for name in NAMES)
     poses = colmap.model_cameras(metric / "0")
     truth = {n: (r, t * METRES) for n, (r, t) in SCENE.poses.items() if n in NAMES}
     scale, rotation, _ = similarity(poses, truth) or (0, np.eye(3), 0)

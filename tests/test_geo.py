@@ -16,6 +16,8 @@ from test_handover import build, observed
 from gim_hloc import colmap
 from gim_hloc.colmap.export import export_model
 from gim_hloc.errors import InputError
+from gim_hloc.pipelines._report_figures import plan_in_metres
+from gim_hloc.pipelines.previews import metres_rows
 from gim_hloc.surveys import read_control_points, read_positions
 
 pyproj = pytest.importorskip("pyproj", reason="pyproj is not installed")
@@ -127,6 +129,34 @@ def test_heights_may_be_missing() -> None:
     assert metres.facts["rms_height_m"] is None
 
 
+def traces(figure: Any) -> dict[str, np.ndarray]:
+    """Places (N, 2) by the titles of the legend."""
+    return {t.name: np.column_stack([t.x, t.y]) for t in figure.data if t.name}
+
+
+def test_a_plan_shows_cameras_and_what_was_measured() -> None:
+    flight = Flight(0)
+    metres = colmap.metres_by_gps(flight.model, flight.fixes, {})
+    metres.apply(flight.model)
+    centres = {n: -r.T @ t for n, (r, t) in colmap.poses_of(flight.model).items()}
+    figure = plan_in_metres(metres.described(), centres)
+    found = traces(figure)
+    np.testing.assert_allclose(found["cameras"], np.array(list(centres.values()))[:, :2])
+    assert len(found["measured"]) == 37
+    assert len(found["measured, not used"]) == 3
+    fixes = {n: flight.fixes[n] for n in flight.wrong}
+    away = pycolmap.GPSTransform().ellipsoid_to_enu(
+        np.array(list(fixes.values())), *metres.described()["origin"]
+    )
+    np.testing.assert_allclose(found["measured, not used"], np.asarray(away)[:, :2], atol=1e-3)
+    (named,) = (trace.text for trace in figure.data if trace.mode == "text")
+    assert sorted(named) == flight.wrong
+    rows = metres_rows(metres.described())
+    assert sorted(row[0] for row in rows[:3]) == flight.wrong
+    assert rows[0][2] > 40
+    assert all(row[1] == "used" for row in rows[3:])
+
+
 @pytest.mark.parametrize("crs", ["enu", "utm"])
 def test_geo_is_read_back_by_pyproj(crs: Any, tmp_path: Path) -> None:
     flight = Flight(2)
@@ -193,6 +223,12 @@ def test_control_points_of_opendronemap(tmp_path: Path) -> None:
     assert up < 0.1
     good = [np.linalg.norm(r) for n, r in metres.facts["residuals_m"].items() if n != "gcp5"]
     assert max(good) < 0.15
+    found = traces(plan_in_metres(metres.described(), {"a.jpg": np.zeros(3)}))
+    utm_places = found["measured"] + metres.offset[:2]
+    np.testing.assert_allclose(utm_places, np.delete(np.column_stack([x, y]), 5, axis=0), atol=1e-3)
+    np.testing.assert_allclose(
+        found["measured, not used"][0] + metres.offset[:2], (x[5] + 10, y[5]), atol=1e-3
+    )
     for point in points[2:]:
         point.marks.clear()
     with pytest.raises(InputError, match="2 of 8 control points are marked"):

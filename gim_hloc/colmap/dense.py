@@ -115,6 +115,13 @@ def dense_views(model: Any, workspace: Path, *, size: int, neighbours: int) -> l
     return [view for view in with_others if view.neighbours]
 
 
+def pinholes(workspace: Path, size: int) -> dict[str, Pinhole]:
+    """The views of a workspace by name, with a long side of ``size`` pixels if they are larger."""
+    model = pycolmap.Reconstruction(workspace / "sparse")
+    cameras = {image.name: model.camera(image.camera_id) for image in model.images.values()}
+    return {n: _pinhole(cameras[n], *pose, size) for n, pose in sorted(poses_of(model).items())}
+
+
 def _pinhole(camera: Any, rotation: np.ndarray, translation: np.ndarray, size: int) -> Pinhole:
     fx, fy, cx, cy = camera.params
     whole = Pinhole(
@@ -192,9 +199,14 @@ def write_maps(workspace: Path, name: str, depth: np.ndarray, normals: np.ndarra
         path.write_bytes(header + np.ascontiguousarray(values, "<f4").tobytes())
 
 
+def depth_path(workspace: Path, name: str) -> Path:
+    """The depth map of a view of the workspace."""
+    return workspace / "stereo" / "depth_maps" / f"{name}.geometric.bin"
+
+
 def read_depth(workspace: Path, name: str) -> np.ndarray:
     """(H, W) float32 depth of a view of the workspace, 0 where there is none."""
-    data = (workspace / "stereo" / "depth_maps" / f"{name}.geometric.bin").read_bytes()
+    data = depth_path(workspace, name).read_bytes()
     width, height, _, values = data.split(b"&", 3)
     return np.frombuffer(values, "<f4").reshape(int(height), int(width)).copy()
 

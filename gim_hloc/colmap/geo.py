@@ -256,6 +256,7 @@ def metres_by_control_points(model: Any, crs: str, points: Sequence[ControlPoint
         similarity=found, crs=crs, offset=offset, origin=origin,  # type: ignore[arg-type]
         facts={
             "by": "control points", "rms_m": rms, "wrong": wrong,
+            "places_m": dict(zip(placed, (positions - offset).tolist(), strict=True)),
             "residuals_m": dict(zip(placed, residuals.tolist(), strict=True)),
             "marks_px": {name: error for name, (_, _, error) in placed.items()},
         },

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gim_hloc.errors import InputError
 from gim_hloc.files import write_atomic
 from gim_hloc.options import TargetOptions
 
@@ -107,6 +108,25 @@ def write_ply(path: Path, xyz: np.ndarray, rgb: np.ndarray, *, normals: bool = F
         ]
     )
     write_atomic(path, header.encode() + vertices.tobytes())
+
+
+def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (M, 3) float32 and colours (M, 3) uint8 of a binary PLY file with both.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    data = path.read_bytes()
+    header, end, _ = data.partition(b"end_header\n")
+    lines = [line.split() for line in header.decode("ascii", "replace").splitlines()]
+    counts = [int(line[2]) for line in lines if line[:2] == ["element", "vertex"]]
+    kinds = {"float": "<f4", "double": "<f8", "uchar": "u1"}
+    layout = np.dtype([(line[2], kinds[line[1]]) for line in lines if line[:1] == ["property"]])
+    if not (end and counts and ["format", "binary_little_endian", "1.0"] in lines):
+        raise InputError(f"{path} is no binary PLY file of points.")
+    vertices = np.frombuffer(data, layout, counts[0], len(header) + len(end))
+    xyz = np.stack([vertices[axis] for axis in "xyz"], axis=1).astype(np.float32)
+    return xyz, np.stack([vertices[channel] for channel in ("red", "green", "blue")], axis=1)
 
 
 def distortion(camera: Any) -> dict[str, float] | None:
