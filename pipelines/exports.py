@@ -91,7 +91,7 @@ class Exports:
     options: TargetOptions
     show: bool
 
-    def make(self, kinds: Iterable[str]) -> GimError | None:
+    def make(self, kinds: Iterable[str]) -> Exception | None:
         """Make what is not there yet, and tell its notes. What fails leaves no old one behind.
 
         Returns:
@@ -102,7 +102,7 @@ class Exports:
             keys = {kind: self._key(kind) for kind in kinds}
         except GimError as error:
             return error
-        failure = None
+        failure: Exception | None = None
         for kind, key in keys.items():
             step = f"export {kind}"
             facts = self.folder.facts(step, key)
@@ -111,7 +111,7 @@ class Exports:
                     with self.folder.making(step, key, large=FORMATS[kind].large) as made:
                         made.facts = self._write(kind, made.path)
                     facts = made.facts
-            except GimError as error:
+            except Exception as error:
                 failure = error
                 self.folder.drop(step)
                 continue

@@ -15,7 +15,7 @@ import numpy as np
 
 from gim_hloc import colmap, engine
 from gim_hloc import images as image_module
-from gim_hloc.errors import GimError, InputError, MappingError, some
+from gim_hloc.errors import InputError, MappingError, some
 from gim_hloc.options import DepthOptions, TargetOptions, select
 from gim_hloc.pipelines.cascade import Rescue
 from gim_hloc.pipelines.densify import Densification
@@ -53,7 +53,7 @@ class Modelling:
         left_model: image -> why it left a model.
         intrinsics: of each model's cameras, by their ids.
         pose_errors: of each model's images, by their names.
-        failure: why there is no model, or a format was not written.
+        failure: why there is no model, no dense model, or a format was not written.
     """
 
     def __init__(self, inputs: Inputs, layers: Layers, verifier: Verifier) -> None:
@@ -69,7 +69,7 @@ class Modelling:
         self.left_model: dict[str, str] = {}
         self.intrinsics: list[dict[str, dict[str, Any]]] = []
         self.pose_errors: list[dict[str, dict[str, Any]]] = []
-        self.failure: GimError | None = None
+        self.failure: Exception | None = None
         self.before: list[Any] = []  # models that images are to be registered into
 
     # ------------------------------------------------------------------------------------ verify
@@ -568,7 +568,7 @@ class Modelling:
             )
             for step in work.steps():
                 step.run()
-        except GimError as error:  # the report and what else is wanted come first
+        except Exception as error:  # the report and what else is wanted come first
             self.failure = error
 
     def export(self) -> None:

@@ -223,6 +223,8 @@ class _Reconstruction:
             kept = [store.kept() for layer in self.layers.all for store in layer.stores()]
             tell_kept([*kept, (self.verifier.cache, self.verifier.used)], prune=options.prune)
         if self.modelling.failure is not None:
+            if self.modelling.models:
+                logger.warning("All else is done: %s", inputs.output / "report.html")
             raise self.modelling.failure
         return ReconstructResult(
             output=inputs.output, models=self.modelling.models, report=self.report
@@ -237,7 +239,9 @@ class _Reconstruction:
         """What happened to each image and pair, in numbers and to look at."""
         loaded = [colmap.read_model(path) for path in self.modelling.models]
         if self.modelling.failure is not None:
-            self.inputs.folder.notes.append(str(self.modelling.failure))
+            self.inputs.folder.notes.append(
+                str(self.modelling.failure) or type(self.modelling.failure).__name__
+            )
             if not loaded and "refine" in self.inputs.folder.steps:
                 self.inputs.folder.note("sparse/ still holds the model of the run before.")
         for note in self.inputs.folder.notes:

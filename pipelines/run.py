@@ -238,6 +238,13 @@ class RunFolder:
             for path in self.path.glob(pattern)
             if path.is_symlink() or not path.is_dir() or not pattern.endswith("*")
         }
+        parents = {str(p) for pattern in patterns for p in PurePosixPath(pattern).parents}
+        found |= {
+            str(PurePosixPath(path.relative_to(self.path)))
+            for parent in parents - {"."}
+            for path in self.path.glob(parent)
+            if not path.is_dir()
+        }
         self._refuse(sorted(found - self.files.keys() - self._moved()))
 
     def _moved(self) -> set[str]:
@@ -407,6 +414,9 @@ class RunFolder:
     def drop(self, *steps: str) -> None:
         """Forget steps and remove their files."""
         for step in steps:
+            if self.pending is not None and self.pending["step"] == step:  # it found no place
+                self.pending = None
+                shutil.rmtree(self.path / HIDDEN / f"{step}.new", ignore_errors=True)
             entry = self.steps.pop(step, None)
             used = {name for other in self.steps.values() for name in other["files"]}
             self.remove([name for name in (entry or {}).get("files", []) if name not in used])

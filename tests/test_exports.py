@@ -159,6 +159,12 @@ def test_what_is_refused(place: Path, out: Path, tmp_path: Path, capsys: Any) ->
     assert main([str(out), "--to", "ply", "--images", str(tmp_path / "gone")]) == 2
     with FolderLock(out):
         assert main([str(out), "--to", "ply"]) == 3
+    mine = out / "export"
+    mine.write_text("mine")
+    for _ in range(2):
+        assert main([str(out), "--to", "ply"]) == 2
+        assert "holds export, which no run made" in capsys.readouterr().err
+    mine.unlink()
     mine = out / "export/0/cameras.xml"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")

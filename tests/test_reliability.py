@@ -322,9 +322,16 @@ def test_out_of_memory_costs_the_refinement_only(
     assert not any("Memory ran out" in note for note in result.report["notes"])
 
 
-@pytest.mark.parametrize("error", [InputError("no"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (InputError("no"), "no"),
+        (OSError(28, "No space left on device"), "No space left"),
+        (RuntimeError("[model.cc:1] Check failed"), "Check failed"),
+    ],
+)
 def test_an_export_that_fails_leaves_no_old_one(
-    error: Exception, out: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, said: str, out: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*given: Any, formats: Any, **options: Any) -> Any:
         if formats == ("ply",):
@@ -332,9 +339,10 @@ def test_an_export_that_fails_leaves_no_old_one(
         return export_model(*given, formats=formats, **options)
 
     monkeypatch.setattr(exports, "export_model", fail)
-    with pytest.raises(GimError):
+    with pytest.raises((GimError, RuntimeError), match=said):
         run(place / "images", out, map={"min_model_size": 4})
     assert not (out / "export/0/points.ply").exists()
+    assert "All else is done" in (out / "log.txt").read_text()
     assert (out / "export/0/nerfstudio/transforms.json").is_file()
     assert (out / "report.html").is_file()
     monkeypatch.undo()
