@@ -31,7 +31,6 @@ from gim_hloc.store import digest
 
 if TYPE_CHECKING:
     from gim_hloc.colmap import MapJob, PairVerification, Refined
-    from gim_hloc.options import PhotometricOptions
 
 logger = logging.getLogger(__name__)
 
@@ -304,7 +303,9 @@ class Modelling:
         self.model_key = digest(
             {
                 "map": self.map_key,
-                "refine": dataclasses.asdict(self._patches()) if options.refine_keypoints else None,
+                "refine": {**dataclasses.asdict(options.refine), "rounds": self._rounds()}
+                if options.refine_keypoints
+                else None,
                 "warps": dataclasses.asdict(options.warps) if options.refine_warps else None,
             }
         )
@@ -511,10 +512,9 @@ class Modelling:
             self.layers.first.dense_encodings += len(pool.encoded)
         return sentence
 
-    def _patches(self) -> PhotometricOptions:
-        refine = self.options.refine
-        rounds = refine.rounds or (1 if self.options.quality == "fast" else 2)
-        return dataclasses.replace(refine, rounds=rounds)
+    def _rounds(self) -> int:
+        """Of refinement by patches."""
+        return self.options.refine.rounds or (1 if self.options.quality == "fast" else 2)
 
     def _refine_by_patches(self, model: Any, fixed: set[int]) -> Refined:
         import cv2
@@ -529,13 +529,13 @@ class Modelling:
         def gray(name: str) -> np.ndarray:
             return stored(name).astype(np.float32)
 
-        patches = self._patches()
-        total = 2 * (patches.rounds or 0) * model.num_reg_images()
+        total = 2 * self._rounds() * model.num_reg_images()
         with self.inputs.bar(total, "Refine", "views") as bar:
             refined = colmap.refine_tracks(
                 model,
                 gray,
-                options=patches,
+                rounds=self._rounds(),
+                options=self.options.refine,
                 fixed=fixed,
                 threads=1 if self.options.deterministic else -1,
                 progress=bar.update,

@@ -232,7 +232,12 @@ def test_refinement_improves_a_whole_model(plane, tmp_path: Path) -> None:
     model = colmap.read_model(path)
     before = camera_errors(colmap.model_cameras(path), scene.poses)
     refined = colmap.refine_tracks(
-        model, pictures.__getitem__, options=PhotometricOptions(), fixed={1}, threads=1
+        model,
+        pictures.__getitem__,
+        rounds=2,
+        options=PhotometricOptions(),
+        fixed={1},
+        threads=1,
     )
     assert refined.sentence.startswith("refined")
     model.write(tmp_path)
@@ -280,6 +285,7 @@ def test_pictures_that_confirm_nothing_leave_the_model_alone(
     refined = colmap.refine_tracks(
         model,
         lambda name: rng.normal(128, 40, pictures[name].shape).astype(np.float32),
+        rounds=2,
         options=PhotometricOptions(min_confirmed=0, min_share=min_share),
         fixed={1},
         threads=1,

@@ -106,6 +106,7 @@ def refine_tracks(
     model: Any,
     gray: Callable[[str], np.ndarray],
     *,
+    rounds: int,
     options: PhotometricOptions,
     fixed: set[int],
     threads: int = -1,
@@ -124,7 +125,8 @@ def refine_tracks(
     Args:
         model: ``pycolmap.Reconstruction``, changed in place.
         gray: name -> (H, W) float32 grey values of the stored image.
-        options: see ``gim_hloc.tracks.photometric``.
+        rounds: of comparing patches and adjusting, in turn.
+        options: see ``gim_hloc.tracks.photometric``; its ``rounds`` are the caller's.
         fixed: ids of the cameras whose intrinsics must not move.
         threads: of the bundle adjustment, and images at a time; -1 takes all cores.
         progress: called after each image of each round.
@@ -155,7 +157,7 @@ def refine_tracks(
         )
         return reference, xy_px, confirmed
 
-    for round_ in range(options.rounds or 2):
+    for round_ in range(rounds):
         if not model.num_points3D():
             break  # nothing was confirmed: the original is put back below
         ids = np.array(sorted(model.point3D_ids()))
