@@ -32,10 +32,10 @@ from gim_hloc.options import DepthOptions, Where, build, given, select
 from gim_hloc.pipelines import previews
 from gim_hloc.pipelines.exports import folder_of_run, product_key, require_model
 from gim_hloc.pipelines.maps import open_map
-from gim_hloc.pipelines.matching import Pair, Photographs, spread
+from gim_hloc.pipelines.matching import Pair, Photographs, spread, take_parts
 from gim_hloc.pipelines.methods import CASCADES
 from gim_hloc.pipelines.options import DensifyOptions, ReconstructOptions
-from gim_hloc.pipelines.run import RunFolder, Step, progress_bar, scanned
+from gim_hloc.pipelines.run import RunFolder, Step, part_of, progress_bar, scanned
 from gim_hloc.store import digest
 from gim_hloc.types import Warp
 
@@ -215,6 +215,9 @@ class Densification:
 
     def __post_init__(self) -> None:
         self.workspace = self.folder.path / "dense"
+        self.views: dict[str, DenseView] = {}
+        self.points = 0  # of the cloud
+        self.made: dict[str, Path] = {}  # the cloud and the mesh
         self.source = self.options.depth_from
         if self.source == "auto":
             self.source = "warps" if self.loader else "colmap" if colmap.has_cuda() else "images"
@@ -252,6 +255,13 @@ class Densification:
             dense.write_workspace(model, folder, neighbours=self.options.depth_neighbours)
             return {"notes": [f"{self.workspace}: {note}" for note in notes]}
 
+        if self.folder.part is not None:
+            if self.folder.facts("dense images", self.images_key) is None:
+                raise InputError(
+                    "--shard works on undistorted images, which are not there yet: run the same "
+                    "command with --stop-after undistort instead of --shard first."
+                )
+            return
         for note in self._made("images", self.images_key, write)["notes"]:
             self.folder.note(note)
 
@@ -269,12 +279,17 @@ class Densification:
             raise InputError(f"{some(gone)}: not among the images in {self.images} any more.")
         keys = {name: self._key(name) for name in self.views}
         self.depth_key = digest([self.images_key, sorted(keys.values()), TRUST])
+        if self.folder.part is not None:
+            with Cache(self.folder.cache_file(CACHE)) as cache:
+                self._search(cache, {name: keys[name] for name in self.folder.share(list(keys))})
+            return
 
         def write(folder: Path) -> dict[str, Any]:
             if self.source == "colmap":
                 dense.patch_match(self.workspace, folder, scratch=self.folder.hidden("stereo"))
                 return {"given": None}
-            with Cache(self.folder.path / CACHE) as cache:
+            with Cache(self.folder.cache_file(CACHE)) as cache:
+                take_parts(self.folder, {Path(CACHE).stem: cache})
                 self._search(cache, keys)
                 given = self._agree(cache, keys, folder)
                 if self.prune:
@@ -309,7 +324,7 @@ class Densification:
 
     def _search(self, cache: Cache, keys: Mapping[str, str]) -> None:
         """Depth of the views that the cache lacks."""
-        todo = [name for name in self.views if keys[name] not in cache]
+        todo = [name for name in keys if keys[name] not in cache]
         with self._bar(len(keys), "Depth", "views", len(keys) - len(todo)) as bar:
             if self.source == "warps":
                 for name, arrays in self._by_warps(todo):
@@ -338,7 +353,8 @@ class Densification:
             sources = [self.photographs.source(view.source) for view in views]
             return digest([settings, *sources, *(view.camera.width for view in views)])
 
-        path = self.folder.hidden("warps.cache")
+        part = self.folder.part
+        path = self.folder.hidden(f"{part.name}.warps.cache" if part else "warps.cache")
         with Cache(path) as cache:
             todo = [pair for pair in pairs if key(pair) not in cache]
             matcher = self.loader.load(self._device)
@@ -408,7 +424,8 @@ class Densification:
             return {"points": count}
 
         self.points = self._made("cloud", self.cloud_key, write)["points"]
-        logger.info("Dense cloud: %d points, %s", self.points, self.workspace / "dense.ply")
+        self.made["cloud"] = self.workspace / "dense.ply"
+        logger.info("Dense cloud: %d points, %s", self.points, self.made["cloud"])
 
     def mesh(self) -> None:
         """A surface through the cloud."""
@@ -422,7 +439,8 @@ class Densification:
 
         for note in self._made("mesh", digest([self.cloud_key, "mesh"]), write)["notes"]:
             self.folder.note(note)
-        logger.info("Mesh: %s", self.workspace / "mesh.ply")
+        self.made["mesh"] = self.workspace / "mesh.ply"
+        logger.info("Mesh: %s", self.made["mesh"])
 
     def preview(self) -> None:
         """A page to look at."""
@@ -460,8 +478,8 @@ class DensifyResult:
     Attributes:
         output: folder of the run.
         workspace: COLMAP's dense workspace in it.
-        cloud: the fused cloud.
-        mesh: the surface, if one was asked for.
+        cloud: the fused cloud; None where the run was to stop before it.
+        mesh: the surface, if one was asked for and made.
         views: images with a depth map.
         points: of the cloud.
         timings: seconds of each step in this run.
@@ -470,7 +488,7 @@ class DensifyResult:
 
     output: Path
     workspace: Path
-    cloud: Path
+    cloud: Path | None
     mesh: Path | None
     views: int
     points: int
@@ -501,23 +519,24 @@ def densify(
     """
     options = given(DensifyOptions, options, overrides)
     output = as_path(output, "output")
-    folder, state = folder_of_run(output, makes=FILES, writes=[CACHE])
+    part = part_of("depth" if options.shard else None, options.shard)
+    folder, state = folder_of_run(output, makes=FILES, writes=[CACHE], part=part)
     with folder:
         require_model(folder)
-        if options.overwrite:
+        if options.overwrite and part is None:
             folder.drop(*(name for name in folder.steps if name.startswith("dense ")))
             (output / CACHE).unlink(missing_ok=True)
         work = _of_run(folder, state, options, show=progress)
-        folder.go(work.steps())
+        folder.go(work.steps(), until="depth" if part else options.stop_after)
         return DensifyResult(
             output=output,
             workspace=work.workspace,
-            cloud=work.workspace / "dense.ply",
-            mesh=work.workspace / "mesh.ply" if options.mesh else None,
+            cloud=work.made.get("cloud"),
+            mesh=work.made.get("mesh"),
             views=len(work.views),
             points=work.points,
             timings={
-                step.name: folder.timings[step.name] - folder.earlier.get(step.name, 0.0)
+                step.name: folder.timings.get(step.name, 0.0) - folder.earlier.get(step.name, 0.0)
                 for step in work.steps()
             },
             notes=list(dict.fromkeys(folder.notes)),
@@ -581,6 +600,8 @@ def _dense_matcher(settings: ReconstructOptions) -> matchers.Loader | None:
 
 def summary_text(result: DensifyResult) -> str:
     """The last lines of a run, for the terminal."""
+    if result.cloud is None:
+        return f"Stopped as asked. What is finished is kept in {result.output}."
     seconds = result.timings["depth"] / max(1, result.views)
     lines = [f"{result.points} points of {result.views} images, {seconds:.1f} s an image"]
     lines += [f"Cloud:  {result.cloud}"]

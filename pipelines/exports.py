@@ -22,7 +22,7 @@ from gim_hloc.masks import MaskFolder
 from gim_hloc.options import TargetOptions, given, select, to_mapping
 from gim_hloc.pipelines.options import HandoverOptions
 from gim_hloc.pipelines.previews import write_metres_page
-from gim_hloc.pipelines.run import RunFolder, read_state, scanned
+from gim_hloc.pipelines.run import Part, RunFolder, read_state, scanned
 from gim_hloc.poses import match_names, read_poses
 from gim_hloc.store import digest
 from gim_hloc.surveys import read_control_points, read_positions
@@ -267,7 +267,7 @@ def export(
 
 
 def folder_of_run(
-    output: Path, *, makes: Sequence[str], writes: Sequence[str] = ()
+    output: Path, *, makes: Sequence[str], writes: Sequence[str] = (), part: Part | None = None
 ) -> tuple[RunFolder, dict[str, Any]]:
     """The folder of a run of ``reconstruct``, for another command, and what its run.yaml says.
 
@@ -278,7 +278,7 @@ def folder_of_run(
     state = read_state(output)
     if state is None or state.get("command", "reconstruct") != "reconstruct":
         raise InputError(f"{output} is no output of gim-reconstruct: there is no run.yaml of it.")
-    return RunFolder(output, "reconstruct", makes=makes, writes=writes), state
+    return RunFolder(output, "reconstruct", makes=makes, writes=writes, part=part), state
 
 
 def require_model(folder: RunFolder) -> None:

@@ -6,8 +6,8 @@ photographs by their records.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from gim_hloc.images import ImageRecord
 from gim_hloc.masks import MaskFolder
 from gim_hloc.options import AnchoredOptions, QuantizedOptions
 from gim_hloc.pipelines.run import RunFolder
-from gim_hloc.store import H5Store, digest, read_encoding, scored_rows
+from gim_hloc.store import H5Store, digest, read_encoding, remove_cache, scored_rows
 from gim_hloc.tracks.linker import ImagePoints, Kind, linker_for
 from gim_hloc.types import ImageData, ImageOptions, SparseEncoding
 
@@ -242,7 +242,9 @@ def take_parts(folder: RunFolder, stores: Mapping[str, H5Store | Cache]) -> None
         for name, store in stores.items():
             path = part / f"{name}.cache"
             taken += store.merge(path) if path.exists() else 0
-        shutil.rmtree(part)
+            remove_cache(path)
+        with contextlib.suppress(OSError):  # another command's caches are in it
+            part.rmdir()
     if taken:
         logger.info("Took over %d results of parts of the run", taken)
 

@@ -193,8 +193,19 @@ class DenseInputOptions:
     """Folder of the images, if they are not where they were."""
 
 
+@options(rare=True)
+class DensePartOptions:
+    """Parts of a run, for arrays of jobs in a batch system."""
+
+    shard: str | None = None
+    """i/N: the depth of part i of N of the images, from 0. A run without --shard takes over what
+    such jobs did, and does what is left."""
+    stop_after: Literal["undistort", "depth", "fuse"] | None = None
+    """Stop after this step."""
+
+
 @options
-class DensifyOptions(DenseInputOptions, DepthOptions, RunOptions):
+class DensifyOptions(DenseInputOptions, DepthOptions, RunOptions, DensePartOptions):
     """Everything that gim-densify can be told."""
 
 

@@ -324,6 +324,27 @@ def test_a_stopped_run_goes_on_with_the_views_that_are_missing(
     assert dense.read_depth(output / "dense", names_of(output)[0]).shape == (60, 80)
 
 
+def test_shards_are_one_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = write_run(place, tmp_path / "out")
+    with pytest.raises(InputError, match="--stop-after undistort instead of --shard first"):
+        densify(output, progress=False, depth_size=80, shard="0/2")
+    densify(output, progress=False, depth_size=80, stop_after="undistort")
+    seen = count_searches(monkeypatch)
+    for number in range(2):
+        result = densify(output, progress=False, depth_size=80, shard=f"{number}/2")
+        assert result.cloud is None
+        assert len(seen) == 2 * (number + 1)
+    densify(output, progress=False, depth_size=80)
+    assert len(seen) == 4
+    assert not list((output / ".run").glob("*-of-*/*"))
+    whole = write_run(place, tmp_path / "whole")
+    densify(whole, progress=False, depth_size=80)
+    for name in names_of(output):
+        one, other = (dense.read_depth(out / "dense", name) for out in (output, whole))
+        assert np.array_equal(one, other)
+        assert (one > 0).any()
+
+
 def test_masks_leave_no_depth(place: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()

@@ -1,8 +1,8 @@
-"""Depth maps against exact depth: the example room by grey values, a synthetic scene by warps.
+"""Depth maps against exact depth: the example room and synthetic scenes.
 
-    python -m gim_hloc.evaluation.benchmarks.dense [room synthetic] [--work FOLDER --views N]
+    python -m gim_hloc.evaluation.benchmarks.dense [room relief faint synthetic] [--work FOLDER]
 
-Both are reconstructed and densified as users do. Accuracy is the share of given pixels whose depth
+All are reconstructed and densified as users do. Accuracy is the share of given pixels whose depth
 is within 1 % of the true one; completeness the share of pixels with true depth in two views (what
 they show is seen by another image, too) that are given. Models are in a unit of their own: the one
 that takes their camera centres to the true ones makes depths comparable.
@@ -10,16 +10,18 @@ that takes their camera centres to the true ones makes depths comparable.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 
 from gim_hloc import colmap
 from gim_hloc.cli import common
@@ -37,6 +39,12 @@ ROOM = Path(__file__).resolve().parents[2] / "examples" / "room"
 _NEAR = 0.01  # relative error of a depth that is right
 _SEEN = 0.02  # relative difference below which another view sees the same
 
+SceneName = Literal["room", "relief", "faint", "synthetic"]
+_SCENES: tuple[SceneName, ...] = get_args(SceneName)
+
+# Of the images of faint: grey values are kept, drawn to the middle and made noisy.
+_CONTRAST, _NOISE = 0.25, 2.0
+
 Truth = Callable[[str, np.ndarray], np.ndarray]
 """Name of an image, pixels (H, W, 2) of it as it is stored, hloc's frame -> depth (H, W)."""
 
@@ -45,15 +53,17 @@ Truth = Callable[[str, np.ndarray], np.ndarray]
 class DenseBenchmark:
     """Compare depth maps with the truth."""
 
-    scenes: tyro.conf.Positional[tuple[Literal["room", "synthetic"], ...]] = ("room", "synthetic")
-    """room: examples/room by the bundled matcher and grey values; synthetic: warps of a matcher
-    that knows the scene, spoilt as those of networks are."""
+    scenes: tyro.conf.Positional[tuple[SceneName, ...]] = _SCENES
+    """room: examples/room by the bundled matcher and grey values; relief: the same of a rendered
+    surface with boxes, another one than the thresholds were chosen on; faint: its images with a
+    quarter of their contrast, and noise; synthetic: warps of a matcher that knows the scene, spoilt
+    as those of networks are."""
     room: Path = ROOM
     """Folder of the example room."""
     quality: Quality = "fast"
     """Operating point, and size of the depth maps."""
     views: int = 10
-    """Images of the synthetic scene."""
+    """Images of each synthetic scene."""
     work: Path | None = None
     """Folder for the runs, which are reused; a temporary one by default."""
 
@@ -120,7 +130,6 @@ def _names(workspace: Path) -> list[str]:
 
 def room_truth(room: Path) -> Truth:
     """Depth of the example room: PNG files in millimetres."""
-    from PIL import Image
 
     def read(name: str, xy: np.ndarray) -> np.ndarray:
         with Image.open((room / "depth" / name).with_suffix(".png")) as image:
@@ -153,13 +162,49 @@ def of_room(options: DenseBenchmark, work: Path) -> Judgement:
     return _judged(output, room_truth(options.room), poses)
 
 
+def of_relief(options: DenseBenchmark, work: Path, *, faint: bool = False) -> Judgement:
+    """A rendered surface with boxes by the bundled matcher; other seed, size and baselines."""
+    name = "faint" if faint else "relief"
+    numbers = synthetic.SceneOptions(views=options.views, size=(960, 720), spread_deg=30, seed=1)
+    scene, folder = _scene(numbers, work / f"scene-{name}", faint=faint)
+    output = work / name
+    reconstruct(folder / "images", output, quality=options.quality, progress=False)
+    return _judged(output, scene_truth(scene), scene.poses)
+
+
+def _scene(
+    numbers: synthetic.SceneOptions, folder: Path, *, faint: bool = False
+) -> tuple[synthetic.Scene, Path]:
+    """A scene, and its folder, written where it is not there."""
+    scene = synthetic.make_scene(numbers)
+    if not (folder / "scene.json").is_file():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            synthetic.write_scene(scene, Path(temporary) / "scene")
+            if faint:
+                _fade(Path(temporary) / "scene" / "images")
+            os.replace(Path(temporary) / "scene", folder)
+    return scene, folder
+
+
+def _fade(images: Path) -> None:
+    rng = np.random.default_rng(0)
+    for path in sorted(images.iterdir()):
+        with Image.open(path) as image:
+            values = np.asarray(image, dtype=np.float32)
+        values = 128 + _CONTRAST * (values - 128) + rng.normal(0, _NOISE, values.shape)
+        Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8)).save(path)
+
+
+def of_faint(options: DenseBenchmark, work: Path) -> Judgement:
+    """The same with a quarter of the contrast, and noise."""
+    return of_relief(options, work, faint=True)
+
+
 def of_synthetic(options: DenseBenchmark, work: Path) -> Judgement:
     """A synthetic scene by the warps of a matcher that knows it."""
     synthetic.register()
-    folder, output = work / "scene", work / "synthetic"
-    scene = synthetic.make_scene(synthetic.SceneOptions(views=options.views))
-    if not (folder / "scene.json").is_file():
-        synthetic.write_scene(scene, folder)
+    output = work / "synthetic"
+    scene, folder = _scene(synthetic.SceneOptions(views=options.views), work / "scene")
     reconstruct(
         folder / "images", output, quality=options.quality, progress=False,
         matcher=synthetic.NAME, matcher_options=(f"scene={folder / 'scene.json'}",),
@@ -185,7 +230,7 @@ def table(rows: Sequence[tuple[str, Judgement]]) -> Iterator[str]:
     yield "| Scene | Depth from | Accuracy | Completeness | Seconds a view | Views | Points |"
     yield "|---|---|---|---|---|---|---|"
     for name, row in rows:
-        source = {"room": "grey values", "synthetic": "warps"}[name]
+        source = "warps" if name == "synthetic" else "grey values"
         yield (
             f"| {name} | {source} | {row.accuracy:.1%} | {row.completeness:.1%} | "
             f"{row.seconds:.1f} | {row.views} | {row.points} |"
@@ -202,10 +247,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: DenseBenchmark) -> int:
     with tempfile.TemporaryDirectory(prefix="gim-dense-") as temporary:
         work = options.work or Path(temporary)
-        ways = {"room": of_room, "synthetic": of_synthetic}
+        work.mkdir(parents=True, exist_ok=True)
+        ways = {"room": of_room, "relief": of_relief, "faint": of_faint, "synthetic": of_synthetic}
         rows = [(name, ways[name](options, work)) for name in options.scenes]
     used = versions(["torch", "pycolmap"])
-    sys.stdout.write("\n".join([*table(rows), "", f"{now()}; {machine()}; {used}", ""]))
+    about = ["", now(), f"machine: {machine()}", f"versions: {used}", ""]
+    sys.stdout.write("\n".join([*table(rows), *about]))
     return 0
 
 
