@@ -193,7 +193,7 @@ class DenseInputOptions:
     """Folder of the images, if they are not where they were."""
 
 
-@options(rare=True)
+@options
 class DensePartOptions:
     """Parts of a run, for arrays of jobs in a batch system."""
 
