@@ -190,9 +190,9 @@ def _fade(images: Path) -> None:
     rng = np.random.default_rng(0)
     for path in sorted(images.iterdir()):
         with Image.open(path) as image:
-            values = np.asarray(image, dtype=np.float32)
-        values = 128 + _CONTRAST * (values - 128) + rng.normal(0, _NOISE, values.shape)
-        Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8)).save(path)
+            values = np.asarray(image, dtype=float)
+        faint = 128 + _CONTRAST * (values - 128) + rng.normal(0, _NOISE, values.shape)
+        Image.fromarray(np.clip(np.round(faint), 0, 255).astype(np.uint8)).save(path)
 
 
 def of_faint(options: DenseBenchmark, work: Path) -> Judgement:
