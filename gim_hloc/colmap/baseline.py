@@ -9,7 +9,6 @@ from typing import Any
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec
-from gim_hloc.colmap.mapping import MapJob, run_mapping
 from gim_hloc.colmap.model import colmap_log
 
 
@@ -57,6 +56,12 @@ def sift_baseline(
             extraction_options=extraction,
         )
         pycolmap.match_exhaustive(database, matching_options=matching)
-    return run_mapping(
-        MapJob(database=database, cameras=cameras, seed=seed, log_dir=log_dir)
-    ).models
+        mapping = pycolmap.IncrementalPipelineOptions()
+        mapping.random_seed = seed
+        if given:
+            mapping.ba_refine_focal_length = False
+            mapping.ba_refine_extra_params = False
+            mapping.mapper.abs_pose_refine_focal_length = False
+            mapping.mapper.abs_pose_refine_extra_params = False
+        models = pycolmap.incremental_mapping(database, images, output, options=mapping)
+    return sorted(models.values(), key=lambda model: -model.num_reg_images())

@@ -20,6 +20,7 @@ from gim_hloc.colmap.checks import deregister, num_supported, split_at_weak_join
 from gim_hloc.colmap.database import open_database, verified_components
 from gim_hloc.colmap.improve import bundle_adjust
 from gim_hloc.colmap.model import align, colmap_log, poses_of, rigid, version
+from gim_hloc.colmap.thinning import complete, thin
 from gim_hloc.errors import InputError, MappingError, some
 from gim_hloc.options import MapOptions, Mapper, PoseUse, RefineIntrinsics
 
@@ -40,6 +41,8 @@ _ADJUSTED_ANYWAY = 40
 _LOCAL_ITERATIONS = 5  # COLMAP: 25
 # Points that COLMAP registers an image on.
 _REGISTERS_ON = 30
+# COLMAP reads images only for colours, which we extract ourselves (any format, any EXIF).
+_NOWHERE = Path(".")
 _SNAPSHOT_IMAGES = 5  # registered from one snapshot of a growing model to the next
 
 
@@ -246,55 +249,62 @@ def _pin_cameras(model: Any, job: MapJob) -> None:
 
 def _map_once(job: MapJob, *, relaxed: bool) -> list[Any]:
     mapper = resolve_mapper(job.mapper, job.num_images)
-    # COLMAP reads the images only for colours, which we extract ourselves (any format, any EXIF).
-    images = Path(".")
     with _scratch(job) as folder:
         if mapper == "global":
             models = _non_empty(
-                pycolmap.global_mapping(job.database, images, folder, _global_options(job))
+                pycolmap.global_mapping(job.database, _NOWHERE, folder, _global_options(job))
             )
             for model in models:
                 _pin_cameras(model, job)
             return models
-        incremental = _incremental_options(job, relaxed=relaxed)
-        if job.pose_use == "prior" and job.poses is not None:
-            incremental.use_prior_position = True
+        options = _incremental_options(job, relaxed=relaxed)
+        prior = job.pose_use == "prior" and job.poses is not None
+        if prior:
+            options.use_prior_position = True
             # One wrong prior must not bend all.
-            incremental.use_robust_loss_on_prior_position = True
-        if mapper == "hierarchical":
-            if not hasattr(pycolmap, "HierarchicalPipelineOptions"):
-                raise InputError(
-                    f"--mapper hierarchical needs pycolmap 4.1 or newer, this is {version()}."
-                )
-            hierarchical = pycolmap.HierarchicalPipelineOptions()
-            hierarchical.num_threads = job.threads
-            hierarchical.incremental_options = incremental
-            return _non_empty(
-                pycolmap.hierarchical_mapping(job.database, images, folder, hierarchical)
+            options.use_robust_loss_on_prior_position = True
+        part = folder / "part.db"
+        thinned = not prior and thin(job.database, part)  # priors hold in mapping alone
+        models = _incremental(job, mapper, part if thinned else job.database, folder, options)
+        for model in models if thinned else ():
+            complete(model, job.database, options)
+        return models
+
+
+def _incremental(job: MapJob, mapper: str, database: Path, folder: Path, options: Any) -> list[Any]:
+    """Models of COLMAP's incremental or hierarchical mapper."""
+    if mapper == "hierarchical":
+        if not hasattr(pycolmap, "HierarchicalPipelineOptions"):
+            raise InputError(
+                f"--mapper hierarchical needs pycolmap 4.1 or newer, this is {version()}."
             )
+        hierarchical = pycolmap.HierarchicalPipelineOptions()
+        hierarchical.num_threads = job.threads
+        hierarchical.incremental_options = options
+        return _non_empty(pycolmap.hierarchical_mapping(database, _NOWHERE, folder, hierarchical))
 
-        model, registered = -1, 0
+    model, registered = -1, 0
 
-        def first_pair() -> None:
-            nonlocal model, registered
-            model, registered = model + 1, 2
-            job.progress(model, registered)
+    def first_pair() -> None:
+        nonlocal model, registered
+        model, registered = model + 1, 2
+        job.progress(model, registered)
 
-        def next_image() -> None:
-            nonlocal registered
-            registered += 1
-            job.progress(max(model, 0), registered)
+    def next_image() -> None:
+        nonlocal registered
+        registered += 1
+        job.progress(max(model, 0), registered)
 
-        return _non_empty(
-            pycolmap.incremental_mapping(
-                job.database,
-                images,
-                folder,
-                options=incremental,
-                initial_image_pair_callback=first_pair,
-                next_image_callback=next_image,
-            )
+    return _non_empty(
+        pycolmap.incremental_mapping(
+            database,
+            _NOWHERE,
+            folder,
+            options=options,
+            initial_image_pair_callback=first_pair,
+            next_image_callback=next_image,
         )
+    )
 
 
 def _non_empty(models: Mapping[int, Any]) -> list[Any]:
@@ -401,11 +411,11 @@ def extend_models(job: MapJob, models: Sequence[Any]) -> Mapped:
 
     with _scratch(job) as folder:
         first = pycolmap.triangulate_points(
-            first, job.database, Path("."), folder, clear_points=False, options=pipeline
+            first, job.database, _NOWHERE, folder, clear_points=False, options=pipeline
         )
         first.write(folder)
         found = pycolmap.incremental_mapping(
-            job.database, Path("."), folder, options=pipeline, input_path=folder,
+            job.database, _NOWHERE, folder, options=pipeline, input_path=folder,
             next_image_callback=next_image,
         )  # fmt: skip
     first = max([first, *found.values()], key=lambda model: int(model.num_reg_images()))
@@ -453,7 +463,7 @@ def triangulate_known(job: MapJob) -> Mapped:
             pipeline.triangulation.complete_max_reproj_error = bound
             pipeline.triangulation.merge_max_reproj_error = bound
             model = pycolmap.triangulate_points(
-                model, job.database, Path("."), folder, clear_points=True, options=pipeline
+                model, job.database, _NOWHERE, folder, clear_points=True, options=pipeline
             )
             if adjust and model.num_points3D():
                 bundle_adjust(model, job.fixed, job.threads)
@@ -481,7 +491,7 @@ def triangulate_known(job: MapJob) -> Mapped:
 
             found = pycolmap.incremental_mapping(
                 job.database,
-                Path("."),
+                _NOWHERE,
                 folder,
                 options=pipeline,
                 input_path=folder,
