@@ -14,8 +14,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import scipy  # its packages are loaded when they are used
 from PIL import Image
-from scipy.spatial.transform import Rotation
 
 from gim_hloc import images as image_module
 from gim_hloc.colmap.rigs import RigCamera, RigSensor
@@ -179,7 +179,7 @@ def poses_text(poses: Mapping[str, Pose]) -> str:
     for name, (rotation, shift) in sorted(poses.items()):
         found = _VIEW.match(name)
         if found and found[2] == "0":
-            x, y, z, w = Rotation.from_matrix(rotation).as_quat()
+            x, y, z, w = scipy.spatial.transform.Rotation.from_matrix(rotation).as_quat()
             numbers = " ".join(f"{value:.12g}" for value in (w, x, y, z, *shift))
             lines.append(f"{name[found.end() :]} {numbers}\n")
     return "".join(lines)

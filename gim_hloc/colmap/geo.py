@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pycolmap
-from scipy.optimize import least_squares
+import scipy  # its packages are loaded when they are used
 
 from gim_hloc.colmap.model import poses_of
 from gim_hloc.colmap.target import Target, coloured_points, pose_of, registered, write_ply
@@ -282,7 +282,9 @@ def _triangulated(marks: Sequence[tuple[Any, np.ndarray]]) -> tuple[np.ndarray, 
         )
 
     start = np.linalg.lstsq(normal, target, rcond=None)[0]
-    solved = least_squares(errors, start, loss="soft_l1", f_scale=_MARK_PX, x_scale="jac")
+    solved = scipy.optimize.least_squares(
+        errors, start, loss="soft_l1", f_scale=_MARK_PX, x_scale="jac"
+    )
     return solved.x, float(np.linalg.norm(errors(solved.x).reshape(-1, 2), axis=1).mean())
 
 

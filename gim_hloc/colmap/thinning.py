@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pycolmap
-from scipy import sparse
-from scipy.sparse import csgraph
+import scipy  # its packages are loaded when they are used
 
 from gim_hloc.colmap.database import open_database
 
@@ -57,8 +56,8 @@ def _of_long_tracks(
         np.concatenate([start[pair[k]] + m[:, k] for pair, m in matches.items()]) for k in (0, 1)
     ]
     total = sum(counts.values())
-    graph = sparse.coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(total, total))
-    number, track = csgraph.connected_components(graph, directed=False)
+    graph = scipy.sparse.coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(total, total))
+    number, track = scipy.sparse.csgraph.connected_components(graph, directed=False)
     used = np.unique(np.concatenate(ends))  # sorted, and with it the images
     image = np.repeat(np.arange(len(order)), [counts[i] for i in order])[used]
     seen = np.unique(np.stack([track[used], image]), axis=1)

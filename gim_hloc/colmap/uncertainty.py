@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pycolmap
-from scipy.sparse import coo_matrix
+import scipy  # its packages are loaded when they are used
 
 from gim_hloc.colmap.improve import adjuster
 from gim_hloc.colmap.intrinsics import residual_variance
@@ -107,7 +107,7 @@ def _neighbours(model: Any, ids: list[int]) -> dict[int, int]:
         for element in point.track.elements
     ]
     rows, columns = np.array(seen).T
-    table = coo_matrix((np.ones(len(rows)), (rows, columns))).tocsr()
+    table = scipy.sparse.coo_matrix((np.ones(len(rows)), (rows, columns))).tocsr()
     shared = (table @ table.T).toarray()
     np.fill_diagonal(shared, 0)
     return {ids[i]: ids[int(best)] for i, best in enumerate(shared.argmax(1)) if shared[i, best]}

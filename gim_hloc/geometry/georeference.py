@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import least_squares
-from scipy.spatial.transform import Rotation
+import scipy  # its packages are loaded when they are used
 
 from gim_hloc.geometry.pose import Similarity, fit_similarity, robust_umeyama
 
@@ -102,7 +101,9 @@ def upright(rights: np.ndarray, forwards: np.ndarray) -> np.ndarray:
         up = -forwards.mean(0)
     spread = rights.T @ rights / len(rights)
     found = np.linalg.solve(spread + 0.01 * np.eye(3), up)
-    rotation, _ = Rotation.align_vectors([[0.0, 0, 1]], [found / np.linalg.norm(found)])
+    rotation, _ = scipy.spatial.transform.Rotation.align_vectors(
+        [[0.0, 0, 1]], [found / np.linalg.norm(found)]
+    )
     return np.asarray(rotation.as_matrix())
 
 
@@ -123,7 +124,7 @@ def _rolled(similarity: Similarity, problem: _Problem) -> Similarity:
     ups = np.cross(problem.rights, problem.forwards)
 
     def turned(angle: float) -> Similarity:
-        turn = Rotation.from_rotvec(angle * axis).as_matrix()
+        turn = scipy.spatial.transform.Rotation.from_rotvec(angle * axis).as_matrix()
         return Similarity(
             scale=similarity.scale,
             rotation=turn @ similarity.rotation,
@@ -200,14 +201,16 @@ class _Problem:
         tilts = self._tilts(found, held)
 
         def rows(x: np.ndarray) -> np.ndarray:
-            turn = Rotation.from_rotvec(x[1:4]).as_matrix()
+            turn = scipy.spatial.transform.Rotation.from_rotvec(x[1:4]).as_matrix()
             distances = (wanted - np.exp(x[0]) * offsets @ turn.T - x[4:]) / sigma
             values = np.nan_to_num(distances.ravel())  # 0 where there is no height
             return np.concatenate([values, *(weight * (v @ turn.T)[:, axes].ravel()
                                              for v, axes, weight in tilts)])  # fmt: skip
 
-        solved = least_squares(rows, np.zeros(7), method="trf")
-        turn = Rotation.from_rotvec(solved.x[1:4]).as_matrix() @ found.rotation
+        solved = scipy.optimize.least_squares(rows, np.zeros(7), method="trf")
+        turn = (
+            scipy.spatial.transform.Rotation.from_rotvec(solved.x[1:4]).as_matrix() @ found.rotation
+        )
         scale = float(found.scale * np.exp(solved.x[0]))
         result = Similarity(
             scale=scale,

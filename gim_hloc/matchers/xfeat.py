@@ -19,9 +19,8 @@ from gim_hloc.networks.xfeat import CELL, Cells, XFeat
 from gim_hloc.options import Count, Share, options
 from gim_hloc.types import Encoding, ImageData, Matches, SparseEncoding, apply_affine
 
-
-# Keypoints come strongest first. So few tell that a pair shows nothing in common: a sixteenth of the
-# time (docs/performance.md has how often that is wrong).
+# Keypoints come strongest first. So few tell that a pair shows nothing in common, in a sixteenth of
+# the time (docs/performance.md has how often that is wrong).
 _STRONG = 1024
 
 
