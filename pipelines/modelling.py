@@ -346,9 +346,9 @@ class Modelling:
                 for model in models
             ]
             known = self.inputs.poses_if("refine", "prior")
-            for model in models:
+            for model, rows in zip(models, intrinsics, strict=True):
                 if self.inputs.fixes:
-                    notes += self._lay_on_gps(model)
+                    notes += self._lay_on_gps(model, rows)
                 elif known is not None:
                     colmap.align(model, known)
                 unread = colmap.extract_colours(
@@ -374,15 +374,20 @@ class Modelling:
             }
         return made.facts
 
-    def _lay_on_gps(self, model: Any) -> list[str]:
-        """Put a model into metres, and say how well."""
+    def _lay_on_gps(self, model: Any, intrinsics: Mapping[str, Any]) -> list[str]:
+        """Put a model into metres, adjusted with them, and say how well."""
         records = self.inputs.turned_records()
         orientations = {name: record.exif.orientation for name, record in records.items()}
+        used = {int(model.image(i).camera_id) for i in model.reg_image_ids()}
+        free = colmap.unknown_cameras(model, self._job())
         try:
-            metres = colmap.metres_by_gps(model, self.inputs.fixes, orientations)
+            metres = colmap.lay_on_gps(
+                model, self.inputs.fixes, orientations,
+                fixed=used - free, threads=1 if self.options.deterministic else -1,
+                focal=all(intrinsics[str(camera)]["refined"] for camera in free),
+            )  # fmt: skip
         except InputError as error:  # a small model beside others
             return [f"A model stays in units of its own: {error}"]
-        metres.apply(model)
         return metres.notes
 
     def _pose_errors(self, model: Any, intrinsics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

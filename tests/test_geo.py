@@ -16,6 +16,7 @@ from test_handover import build, observed
 from gim_hloc import colmap
 from gim_hloc.colmap.export import export_model
 from gim_hloc.errors import InputError
+from gim_hloc.geometry.pose import fit_similarity
 from gim_hloc.pipelines._report_figures import plan_in_metres
 from gim_hloc.pipelines.previews import metres_rows
 from gim_hloc.surveys import read_control_points, read_positions
@@ -108,6 +109,72 @@ def test_gps_gives_scale_and_up_and_names_what_is_wrong(seed: int) -> None:
     # The deviations that are told are those that are.
     assert scale < 3 * metres.facts["scale_std"]
     assert up < 3 * metres.facts["up_std_deg"]
+
+
+def bent_flight(length: float, count: int, noise_px: float) -> tuple[Any, np.ndarray, list[str]]:
+    """Two rows at 60 m, looking down, adjusted to keypoints with noise: model, true centres."""
+    rng = np.random.default_rng(0)
+    names = [f"{n:03d}.jpg" for n in range(count)]
+    along, row = np.arange(count) // 2 / (count // 2 - 1) * length, np.arange(count) % 2 * 30.0
+    centres = np.column_stack([along, row, np.full(count, 60.0)]) + rng.normal(0, 0.5, (count, 3))
+    number = int(length * 3)
+    ground = rng.uniform((-40, -40, 0), (length + 40, 70, 4), (number, 3))
+    model = pycolmap.Reconstruction()
+    model.add_camera_with_trivial_rig(
+        pycolmap.Camera(
+            model="SIMPLE_RADIAL", width=800, height=600, params=[720, 400, 300, 0], camera_id=1
+        )
+    )
+    tracks: list[Any] = [pycolmap.Track() for _ in ground]
+    for number, (name, centre) in enumerate(zip(names, centres, strict=True), 1):
+        turn = Rotation.from_euler("xyz", rng.normal(0, 2, 3), degrees=True).as_matrix()
+        rotation = turn @ np.diag([1.0, -1, -1])
+        local = (ground - centre) @ rotation.T
+        uv = local[:, :2] / local[:, 2:]
+        square = (uv**2).sum(1)
+        xy = 700 * uv * (1 - 0.08 * square)[:, None] + (400, 300)
+        xy += rng.normal(0, noise_px, xy.shape)
+        rows = np.flatnonzero((square < 1) & (xy > 0).all(1) & (xy < (800, 600)).all(1))
+        pose = pycolmap.Rigid3d(np.column_stack([rotation, -rotation @ centre]))
+        model.add_image_with_trivial_frame(pycolmap.Image(name, xy[rows], 1, number), pose)
+        for place, point in enumerate(rows):
+            tracks[point].add_element(number, place)
+    for point, track in zip(ground, tracks, strict=True):
+        if track.length() >= 3:
+            model.add_point3D(point, track, np.zeros(3, np.uint8))
+    colmap.bundle_adjust(model, set(), 1)
+    return model, centres, names
+
+
+def bend(names: list[str], found: np.ndarray | Any, centres: np.ndarray) -> float:
+    """By how much heights are off in the middle against both ends, m, after a similarity."""
+    if not isinstance(found, np.ndarray):
+        poses = colmap.poses_of(found)
+        own = np.array([-poses[n][0].T @ poses[n][1] for n in names])
+        found = fit_similarity(own, centres)(own)
+    x = centres[:, 0] / centres[:, 0].max() * 2 - 1
+    terms = np.column_stack([np.ones(len(x)), x, x**2, centres[:, 1]])
+    return float(np.linalg.lstsq(terms, (found - centres)[:, 2], rcond=None)[0][2])
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "noise_px", "before_m", "after_m"),
+    [(800, 80, 0.5, (5, 15), 0), (240, 30, 0.1, (0, 0.2), 0.2)],
+)
+def test_gps_straightens_what_bends_and_bends_nothing(
+    length: float, count: int, noise_px: float, before_m: tuple[float, float], after_m: float
+) -> None:
+    model, centres, names = bent_flight(length, count, noise_px)
+    rng = np.random.default_rng(1)
+    tags = centres + rng.normal(0, 1, centres.shape) * (2, 2, 4)
+    of_tags = abs(bend(names, tags, centres))
+    wrong = names[5], names[count // 2]
+    tags[[5, count // 2]] += (30, 40, 0)
+    fixes = {name: (*place,) for name, place in zip(names, wgs84(tags).tolist(), strict=True)}
+    assert before_m[0] <= abs(bend(names, model, centres)) < before_m[1]
+    metres = colmap.lay_on_gps(model, fixes, {}, fixed=set(), threads=1, focal=False)
+    assert sorted(metres.facts["wrong"]) == sorted(wrong)
+    assert abs(bend(names, model, centres)) < (after_m or of_tags + 0.5)
 
 
 def test_a_straight_line_leaves_the_roll_open_and_says_so() -> None:

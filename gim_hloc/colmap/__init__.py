@@ -57,6 +57,7 @@ from gim_hloc.colmap.intrinsics import (
     hold_undetermined,
     map_scene,
     settle,
+    unknown_cameras,
 )
 from gim_hloc.colmap.localization import Located, locate, shared_focal
 from gim_hloc.colmap.mapping import (
@@ -97,6 +98,7 @@ from gim_hloc.colmap.model import (
     write_model,
     write_models,
 )
+from gim_hloc.colmap.priors import lay_on_gps
 from gim_hloc.colmap.uncertainty import PoseError, pose_errors
 from gim_hloc.colmap.undistort import pinhole, resample, undistort
 from gim_hloc.colmap.verification import Verification
@@ -149,6 +151,7 @@ __all__ = [
     "hold_undetermined",
     "image_statistics",
     "inlier_matches",
+    "lay_on_gps",
     "locate",
     "map_scene",
     "map_views",
@@ -184,6 +187,7 @@ __all__ = [
     "statistics",
     "triangulate_known",
     "undistort",
+    "unknown_cameras",
     "version",
     "well_supported",
     "write_database",

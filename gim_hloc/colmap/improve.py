@@ -48,11 +48,18 @@ def adjuster(
     robust_px: float | None = None,
     *,
     principal_point: bool = False,
+    focal: bool = True,
+    priors: Sequence[Any] = (),
     gauge: Any = pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD,
 ) -> Any:
-    """The adjustment of ``bundle_adjust``, to be solved; with principal points free or not."""
+    """The adjustment of ``bundle_adjust``, to be solved.
+
+    Principal points and focal lengths are free or not; ``priors`` (``pycolmap.PosePrior``) of
+    positions hold the world in place.
+    """
     options = pycolmap.BundleAdjustmentOptions()
     options.refine_principal_point = principal_point
+    options.refine_focal_length = focal
     options.refine_sensor_from_rig = False  # rigs are of known geometry
     options.print_summary = False
     options.ceres.solver_options.num_threads = threads
@@ -71,6 +78,9 @@ def adjuster(
             config.set_constant_rig_from_world_pose(image.frame_id)
     for camera_id in fixed & used:
         config.set_constant_cam_intrinsics(camera_id)
+    if priors:
+        how = pycolmap.PosePriorBundleAdjustmentOptions()
+        return pycolmap.create_pose_prior_bundle_adjuster(options, how, config, priors, model)
     if config.num_constant_rig_from_world_poses() < 2:  # the world is not held in place otherwise
         config.fix_gauge(gauge)
     return pycolmap.create_default_ceres_bundle_adjuster(options, config, model)
