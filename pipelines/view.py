@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from gim_hloc import colmap, draw, images
-from gim_hloc.colmap import MapView
+from gim_hloc.colmap import MapView, PointTable
 from gim_hloc.errors import GimError, InputError
 from gim_hloc.pipelines.options import ViewOptions
 from gim_hloc.pipelines.run import HIDDEN, SNAPSHOTS, read_state, scanned
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _THUMBNAIL, _PICTURE = 320, 1000  # px, longest sides of images at cameras and in the panel
 _NEIGHBOURS = 8  # of a camera in the panel
-_LINES = 300  # matches drawn between two images
+_LINES, _DOTS = 300, 3000  # matches drawn between two images
 _EVERY_S = 2.0  # between looks at a folder that is watched
 _GREY, _OTHER, _CHOSEN = (90, 96, 104), (200, 90, 20), (20, 160, 220)
 
@@ -47,20 +47,17 @@ class Scene:
     """A model as arrays.
 
     Attributes:
-        ids: (M,) of the points, sorted.
-        xyz: (M, 3) points.
-        rgb: (M, 3) uint8.
-        lengths: (M,) views of each point.
-        errors: (M,) mean reprojection errors, px.
+        points: of the model.
         views: registered images by name.
     """
 
-    ids: np.ndarray
-    xyz: np.ndarray
-    rgb: np.ndarray
-    lengths: np.ndarray
-    errors: np.ndarray
+    points: PointTable
     views: Mapping[str, MapView]
+
+    @property
+    def xyz(self) -> np.ndarray:
+        """(M, 3) points."""
+        return self.points.xyz
 
     def centre(self, name: str) -> np.ndarray:
         """Where a camera stands, (3,)."""
@@ -72,26 +69,30 @@ class Scene:
         """Where the cameras stand, (N, 3)."""
         return np.array([self.centre(name) for name in self.views]).reshape(-1, 3)
 
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        """Where points and cameras are, (M + N, 3)."""
+        return np.concatenate([self.xyz, self.centres])
+
     @property
     def up(self) -> np.ndarray:
         """The direction that is up in most images, (3,)."""
         up = np.mean([-pose.pose[0][1] for pose in self.views.values()], axis=0)
         return np.asarray(up / max(np.linalg.norm(up), 1e-12))
 
-    @property
+    @functools.cached_property
     def size(self) -> float:
         """Of the scene: the median distance of points and cameras from their middle."""
-        places = np.concatenate([self.xyz, self.centres])
-        middle = np.median(places, axis=0)
-        return float(np.median(np.linalg.norm(places - middle, axis=1))) or 1.0
+        middle = np.median(self.places, axis=0)
+        return float(np.median(np.linalg.norm(self.places - middle, axis=1))) or 1.0
 
     def colours(self, kind: str) -> np.ndarray:
         """RGB (M, 3) of the points: their own, by reprojection error or by track length."""
         if kind == "error":
-            return draw.error_colours(self.errors, 0.25, 2.0)
+            return draw.error_colours(self.points.errors, 0.25, 2.0)
         if kind == "track length":
-            return draw.error_colours(1 / np.maximum(self.lengths, 1), 1 / 10, 1 / 2)
-        return self.rgb
+            return draw.error_colours(1 / np.maximum(self.points.lengths, 1), 1 / 10, 1 / 2)
+        return self.points.rgb
 
     @functools.cached_property
     def seen(self) -> Any:
@@ -100,8 +101,8 @@ class Scene:
 
         views = [view.points[view.points >= 0] for view in self.views.values()]
         rows = np.repeat(np.arange(len(views)), [len(points) for points in views])
-        columns = np.searchsorted(self.ids, np.concatenate(views))
-        size = (len(views), len(self.ids))
+        columns = np.searchsorted(self.points.ids, np.concatenate(views))
+        size = (len(views), len(self.points.ids))
         table = sparse.csr_array((np.ones(len(rows), np.int64), (rows, columns)), shape=size)
         table.data[:] = 1  # a point with two keypoints in an image counts once
         return table
@@ -118,10 +119,8 @@ class Scene:
 
 def read_scene(model: Any) -> Scene:
     """Arrays of a ``pycolmap.Reconstruction``."""
-    xyz, rgb, lengths, errors = colmap.points(model)
-    ids, _ = colmap.point_positions(model)
-    views = colmap.map_views(model)
-    return Scene(ids=ids, xyz=xyz, rgb=rgb, lengths=lengths, errors=errors, views=views)
+    points, views = colmap.tables(model)
+    return Scene(points=points, views=views)
 
 
 def newest_model(path: Path) -> Path:
@@ -163,7 +162,8 @@ def picture_of_matches(pair: Sequence[ImageRecord], views: tuple[MapView, MapVie
         draw.scale_points(v.xy_px[rows[shared]], (v.camera.width, v.camera.height), p)
         for v, rows, p in zip(views, (rows0, rows1), pictures, strict=True)
     ]
-    picture = draw.draw_matches(pictures, points, lines=_LINES, radius=2)
+    rows = draw.spread(points[0], _DOTS, pictures[0].shape[1::-1])
+    picture = draw.draw_matches(pictures, [xy[rows] for xy in points], lines=_LINES, radius=2)
     return draw.caption(picture, [f"{int(shared.sum())} points in both"])
 
 
@@ -187,6 +187,7 @@ class _Shown:
     """A model on the page."""
 
     scene: Scene
+    kept: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     points: Any = None
     frusta: dict[str, Any] = field(default_factory=dict)
 
@@ -286,6 +287,11 @@ class Viewer:
     def _controls(self) -> None:
         gui = self.server.gui
         self.facts = gui.add_markdown("")
+        self.second: Any = None  # what the second model hangs on
+        if self.options.compare is not None:
+            self.second = self.server.scene.add_frame("/1", show_axes=False)
+            self.beside = gui.add_checkbox("side by side", False)
+            self.beside.on_update(lambda _: self._place())
         with gui.add_folder("Points"):
             self.colour = gui.add_dropdown("colour", ("colour", "error", "track length"))
             self.point_size = gui.add_slider("size", 0.1, 5.0, 0.1, 1.0)
@@ -297,7 +303,7 @@ class Viewer:
         with gui.add_folder("Cameras"):
             self.camera_size = gui.add_slider("size", 0.0, 5.0, 0.1, 1.0)
             self.thumbnails = gui.add_checkbox("thumbnails", True)
-        self.layers = gui.add_folder("Layers")
+        self.layers = gui.add_folder("Layers", visible=False)
         with gui.add_folder("Camera"):
             self.about = gui.add_markdown("Click on a camera.")
             self.neighbour: Any = gui.add_dropdown("matches to", ("",))
@@ -307,13 +313,15 @@ class Viewer:
             self.measure = gui.add_checkbox("click two points", False)
             self.distance = gui.add_markdown("")
         screenshot = gui.add_button("Screenshot")
-        of_points: list[Any] = [self.colour, self.point_size, self.least, *self.clips]
+        self.colour.on_update(lambda _: self._recolour())
+        self.point_size.on_update(lambda _: self._resize())
+        of_points: list[Any] = [self.least, *self.clips]
         of_cameras: list[Any] = [self.camera_size, self.thumbnails]
         for control in of_points:
             control.on_update(lambda _: self._points())
         for control in of_cameras:
             control.on_update(lambda _: self._cameras())
-        self.neighbour.on_update(lambda _: self._show_matches())
+        self.neighbour.on_update(self._another)
         self.measure.on_update(lambda _: self._listen())
         screenshot.on_click(self._screenshot)
 
@@ -327,8 +335,8 @@ class Viewer:
         self.server.scene.set_up_direction(tuple(first.up))
         names = (str(self.options.model), str(self.options.compare))
         self.facts.content = "\n\n".join(
-            f"**{name}**: {len(scene.views)} images, {len(scene.ids):,} points, "
-            f"{np.mean(scene.errors) if len(scene.ids) else 0:.2f} px"
+            f"**{name}**: {len(scene.views)} images, {len(scene.points.ids):,} points"
+            + (f", {np.mean(scene.points.errors):.2f} px" if len(scene.points.ids) else "")
             for name, scene in zip(names, scenes, strict=False)
         )
         self._points()
@@ -339,22 +347,51 @@ class Viewer:
         with self.lock:
             for number, shown in enumerate(self.shown):
                 scene = shown.scene
-                kept = scene.lengths >= self.least.value
+                kept = scene.points.lengths >= self.least.value
                 for axis, clip in enumerate(self.clips):
                     if len(scene.xyz) and clip.value != (0, 100):
                         low, high = np.percentile(scene.xyz[:, axis], clip.value)
                         kept &= (scene.xyz[:, axis] >= low) & (scene.xyz[:, axis] <= high)
-                colours = scene.colours(self.colour.value)
-                if number and self.colour.value == "colour":
-                    colours = np.broadcast_to(np.array(_OTHER, np.uint8), colours.shape)
+                shown.kept = kept
                 shown.points = self.server.scene.add_point_cloud(
-                    f"/points/{number}",
+                    f"/{number}/points",
                     scene.xyz[kept].astype(np.float32),
-                    colours[kept],
-                    point_size=self.point_size.value * self.shown[0].scene.size / 200,
+                    self._colours(number),
+                    point_size=self._point_size,
                     point_shape="circle",
                     precision="float32",
                 )
+
+    def _colours(self, number: int) -> np.ndarray:
+        """RGB of the points that are shown; a model over another is in one colour of its own."""
+        shown = self.shown[number]
+        if number and self.colour.value == "colour" and not self.beside.value:
+            return np.tile(np.array(_OTHER, np.uint8), (int(shown.kept.sum()), 1))
+        return shown.scene.colours(self.colour.value)[shown.kept]
+
+    @property
+    def _point_size(self) -> float:
+        return float(self.point_size.value) * self.shown[0].scene.size / 200
+
+    def _recolour(self) -> None:
+        """Send colours alone: places are four times as many bytes."""
+        with self.lock:
+            for number, shown in enumerate(self.shown):
+                shown.points.colors = self._colours(number)
+
+    def _resize(self) -> None:
+        with self.lock:
+            for shown in self.shown:
+                shown.points.point_size = self._point_size
+
+    def _place(self) -> None:
+        """The second model over the first, or to its right."""
+        places, right = self.shown[0].scene.places, _right(self.shown[0].scene)
+        low, high = np.quantile(places @ right, (0.02, 0.98))
+        self.second.position = right * (1.2 * (high - low) * self.beside.value)
+        self._recolour()
+        for client in self.server.get_clients().values():
+            self._start_view(client)
 
     def _cameras(self) -> None:
         with self.lock:
@@ -369,7 +406,7 @@ class Viewer:
     ) -> Any:
         camera, (rotation, translation) = view.camera, view.pose
         handle = self.server.scene.add_camera_frustum(
-            f"/cameras/{number}/{name}",
+            f"/{number}/cameras/{name}",
             fov=2 * float(np.arctan2(camera.height / 2, camera.params[0])),
             aspect=camera.width / camera.height,
             scale=max(size, 1e-6),
@@ -400,6 +437,7 @@ class Viewer:
                 continue
             with self.layers:
                 box = self.boxes[layer] = self.server.gui.add_checkbox(path.name, False)
+            self.layers.visible = True
             box.on_update(functools.partial(self._layer, path, layer))
 
     def _layer(self, path: Path, layer: str, event: Any) -> None:
@@ -429,7 +467,7 @@ class Viewer:
                         shown.frusta[camera].color = colour
         view, near = scene.views[name], scene.neighbours(name)
         seen = view.points[view.points >= 0]
-        errors = scene.errors[np.searchsorted(scene.ids, seen)]
+        errors = scene.points.errors[np.searchsorted(scene.points.ids, seen)]
         mean = f", {np.mean(errors):.2f} px" if len(errors) else ""
         self.about.content = (
             f"**{name}**: {len(seen)} of {len(view.points)} keypoints are points of the model"
@@ -444,6 +482,11 @@ class Viewer:
         self.neighbour.options = tuple(f"{other} ({count})" for other, count in near) or ("",)
         self.neighbour.value = self.neighbour.options[0]
         self._show_matches()
+
+    def _another(self, event: Any) -> None:
+        """Matches to another neighbour, where somebody chose it."""
+        if event.client is not None:
+            self._show_matches()
 
     def _show_matches(self) -> None:
         other = self.neighbour.value.rpartition(" (")[0]
@@ -488,6 +531,10 @@ class Viewer:
     def _start_view(self, client: viser.ClientHandle) -> None:
         scene = self.shown[0].scene
         target, eye = _overview(scene)
+        if self.second is not None:  # so far back that both are seen, if they stand side by side
+            shift = np.asarray(self.second.position)
+            target, eye = target + shift / 2, eye + shift / 2
+            eye += (eye - target) * min(1.0, np.linalg.norm(shift) / scene.size)
         client.camera.up_direction = tuple(scene.up)
         client.camera.position, client.camera.look_at = tuple(eye), tuple(target)
 
@@ -552,10 +599,16 @@ def _wxyz(rotation: np.ndarray) -> np.ndarray:
 
 def _overview(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """The middle of the scene, and a place that sees all of it."""
-    places = np.concatenate([scene.xyz, scene.centres])
-    target = np.median(places, axis=0)
+    target = np.median(scene.places, axis=0)
     forward = next(iter(scene.views.values())).pose[0][2]
     return target, target - 2.5 * scene.size * forward + 1.5 * scene.size * scene.up
+
+
+def _right(scene: Scene) -> np.ndarray:
+    """To the right in the first view of the page, (3,)."""
+    target, eye = _overview(scene)
+    right = np.cross(target - eye, scene.up)
+    return np.asarray(right / max(np.linalg.norm(right), 1e-12))
 
 
 def _turntable(scene: Scene, frames: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -49,7 +49,9 @@ def viewer(model: Path) -> Iterator[Viewer]:
 def test_a_scene_holds_what_the_model_does(model: Path) -> None:
     read = colmap.read_model(model)
     scene = read_scene(read)
-    assert len(scene.ids) == read.num_points3D() == len(scene.xyz) == len(scene.errors)
+    assert (
+        len(scene.points.ids) == read.num_points3D() == len(scene.xyz) == len(scene.points.errors)
+    )
     image = next(iter(read.images.values()))
     np.testing.assert_allclose(scene.centre(image.name), image.projection_center(), atol=1e-9)
     near = scene.neighbours(image.name)
@@ -59,7 +61,7 @@ def test_a_scene_holds_what_the_model_does(model: Path) -> None:
         assert count == len(own & {p.point3D_id for p in other.get_observation_points2D()})
     assert [count for _, count in near] == sorted((c for _, c in near), reverse=True)
     for kind in ("colour", "error", "track length"):
-        assert scene.colours(kind).shape == (len(scene.ids), 3)
+        assert scene.colours(kind).shape == (len(scene.points.ids), 3)
 
 
 def test_a_click_takes_the_point_in_front() -> None:
@@ -89,6 +91,11 @@ def test_a_camera_and_a_distance_are_shown(viewer: Viewer) -> None:
     np.testing.assert_array_equal(first.color, usual)
     np.testing.assert_array_equal(second.color, chosen)
     assert frusta[name] is first, "frusta are made anew, thumbnails and all"
+    cloud = viewer.shown[0].points
+    viewer.colour.value = "error"
+    viewer._recolour()
+    assert viewer.shown[0].points is cloud, "places are sent anew"
+    np.testing.assert_array_equal(cloud.colors, scene.colours("error"))
     for row in (3, 7):
         origin = scene.xyz[row] + np.array([0.0, 0.0, 1e-3])
         viewer.mark(origin, scene.xyz[row] - origin)
@@ -114,7 +121,7 @@ def test_a_growing_model_is_followed(model: Path, tmp_path: Path) -> None:
         later = (tmp_path / "sparse" / "0" / "points3D.bin").stat().st_mtime + 5
         os.utime(tmp_path / "sparse" / "0" / "points3D.bin", (later, later))
         assert shown.refresh()
-        assert len(shown.shown[0].scene.ids) == read.num_points3D()
+        assert len(shown.shown[0].scene.points.ids) == read.num_points3D()
     finally:
         shown.server.stop()
 
@@ -128,5 +135,12 @@ def test_a_second_model_is_moved_onto_the_first(model: Path, tmp_path: Path) -> 
     try:
         first, second = (one.scene for one in shown.shown)
         np.testing.assert_allclose(second.xyz, first.xyz, atol=1e-6)
+        np.testing.assert_array_equal(shown.second.position, 0)
+        shown.beside.value = True
+        shown._place()
+        moved = second.xyz + shown.second.position
+        right = shown.second.position / np.linalg.norm(shown.second.position)
+        assert np.median(moved @ right) > np.quantile(first.xyz @ right, 0.98)
+        assert abs(right @ first.up) < 1e-6
     finally:
         shown.server.stop()

@@ -14,7 +14,7 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, camera_key, camera_spec, project
-from gim_hloc.colmap.model_files import check_model, image_lines
+from gim_hloc.colmap.model_files import check_model, image_lines, keypoint_rows, point_rows
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.poses import similarity
 
@@ -180,22 +180,22 @@ class ImageStatistics:
 def image_statistics(model: Any) -> dict[str, ImageStatistics]:
     """Per-image figures of a model; errors are measured in this image, not per point."""
     result = {}
-    points = model.points3D
+    with _as_files(model) as folder:
+        points, keypoints = _table(folder), keypoint_rows(folder / "images.bin")
     for image_id in model.reg_image_ids():
         image = model.image(image_id)
         camera = model.camera(image.camera_id)
         pose = np.asarray(image.cam_from_world().matrix())
-        observed = image.get_observation_points2D()
+        observed = keypoints[image_id][keypoints[image_id]["point"] >= 0]
         errors = np.zeros(0)
-        if observed:
-            xyz = np.array([points[p.point3D_id].xyz for p in observed])
-            xy = np.array([p.xy for p in observed])
+        if len(observed):
+            xyz = points.xyz[np.searchsorted(points.ids, observed["point"])]
             projected = project(camera, xyz @ pose[:, :3].T + pose[:, 3])
-            errors = np.linalg.norm(projected - xy, axis=1)
+            errors = np.linalg.norm(projected - observed["xy"], axis=1)
         result[image.name] = ImageStatistics(
             camera_id=int(image.camera_id),
             points=len(observed),
-            mean_reprojection_error_px=float(np.nanmean(errors)) if observed else None,
+            mean_reprojection_error_px=float(np.nanmean(errors)) if len(observed) else None,
             errors_px=errors,
             focal_px=float(camera.mean_focal_length()),
             rotation=pose[:, :3].copy(),
@@ -204,22 +204,50 @@ def image_statistics(model: Any) -> dict[str, ImageStatistics]:
     return result
 
 
+@contextlib.contextmanager
+def _as_files(model: Any) -> Iterator[Path]:
+    """A model as binary files, which hold in rows what pycolmap gives one by one, far slower."""
+    with tempfile.TemporaryDirectory(prefix="gim-hloc-") as temporary:
+        model.write_binary(temporary)
+        yield Path(temporary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointTable:
+    """Points of a model, by id.
+
+    Attributes:
+        ids: (M,) int64, sorted.
+        xyz: (M, 3) float64.
+        rgb: (M, 3) uint8.
+        lengths: (M,) int64, views a track.
+        errors: (M,) reprojection errors, px.
+    """
+
+    ids: np.ndarray
+    xyz: np.ndarray
+    rgb: np.ndarray
+    lengths: np.ndarray
+    errors: np.ndarray
+
+
+def _table(folder: Path) -> PointTable:
+    """Points of the binary model in a folder."""
+    rows = point_rows(folder / "points3D.bin")
+    rows = rows[np.argsort(rows["id"])]
+    columns = (np.ascontiguousarray(rows[n]) for n in ("id", "xyz", "rgb", "length", "error"))
+    return PointTable(**dict(zip(("ids", "xyz", "rgb", "lengths", "errors"), columns, strict=True)))
+
+
 def points(model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Points of a model.
 
     Returns:
         xyz (M, 3) float64, rgb (M, 3) uint8, views a track (M,) int64, reprojection errors (M,) px.
     """
-    known = model.points3D
-    all_points = [known[i] for i in sorted(known.keys())]
-    if not all_points:
-        return np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0, np.int64), np.zeros(0)
-    return (
-        np.array([p.xyz for p in all_points]),
-        np.array([p.color for p in all_points], dtype=np.uint8),
-        np.array([p.track.length() for p in all_points]),
-        np.array([p.error for p in all_points]),
-    )
+    with _as_files(model) as folder:
+        table = _table(folder)
+    return table.xyz, table.rgb, table.lengths, table.errors
 
 
 def positions_of(model: Any, ids: Iterable[int]) -> np.ndarray:
@@ -230,9 +258,9 @@ def positions_of(model: Any, ids: Iterable[int]) -> np.ndarray:
 
 def point_positions(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ids (M,) int64, sorted, and positions (M, 3) of a model's points."""
-    ids = np.array(sorted(model.point3D_ids()), dtype=np.int64)
-    xyz = positions_of(model, ids)
-    return ids, xyz
+    with _as_files(model) as folder:
+        table = _table(folder)
+    return table.ids, table.xyz
 
 
 def cameras_of(model: Any) -> list[dict[str, Any]]:
@@ -273,17 +301,27 @@ class MapView:
 
 def map_views(model: Any) -> dict[str, MapView]:
     """Registered images of a model, by name."""
+    with _as_files(model) as folder:
+        return _views(model, folder)
+
+
+def tables(model: Any) -> tuple[PointTable, dict[str, MapView]]:
+    """Points of a model, and its registered images by name."""
+    with _as_files(model) as folder:
+        return _table(folder), _views(model, folder)
+
+
+def _views(model: Any, folder: Path) -> dict[str, MapView]:
+    """Registered images of a model that is in a folder too, in binary files."""
     poses = poses_of(model)
     check_names(poses, "The model")
+    rows = keypoint_rows(folder / "images.bin")
     views = {}
     for image_id in sorted(model.reg_image_ids()):
-        image = model.image(image_id)
-        rows = image.points2D
+        image, keypoints = model.image(image_id), rows[image_id]
         views[image.name] = MapView(
-            xy_px=np.array([p.xy for p in rows], dtype=np.float64).reshape(-1, 2) - 0.5,
-            points=np.array(
-                [p.point3D_id if p.has_point3D() else -1 for p in rows], dtype=np.int64
-            ),
+            xy_px=keypoints["xy"] - 0.5,
+            points=keypoints["point"].copy(),
             camera=camera_spec(model.camera(image.camera_id)),
             pose=poses[image.name],
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -70,6 +71,7 @@ class _Records:
             raise self.cut()
 
 
+_AT_ONCE = 1 << 16  # points copied
 _COUNT = struct.Struct("<Q")
 _CAMERA = struct.Struct("<IiQQ")  # id, model, width, height
 _IMAGE = struct.Struct("<I7dI")  # id, quaternion w x y z, translation, camera
@@ -111,6 +113,53 @@ def _binary_images(path: Path) -> Iterator[tuple[int, str, int, tuple[float, ...
             name = records.text()
             records.skip(24 * records.count())  # x, y, point of each keypoint
             yield int(image_id), name, int(camera), tuple(pose[:4])
+
+
+def point_rows(path: Path) -> np.ndarray:
+    """Points (M,) of a ``points3D.bin``: ``id``, ``xyz``, ``rgb``, ``error``, ``length``."""
+    layout = [
+        ("id", "<i8"),
+        ("xyz", "<f8", 3),
+        ("rgb", "u1", 3),
+        ("error", "<f8"),
+        ("length", "<i8"),
+    ]
+    with _Records(path) as records:
+        starts = np.array(list(_starts(records)), np.int64)
+        data = np.frombuffer(records.data, np.uint8)
+        rows = np.empty(len(starts), layout)
+        bytes_of = rows.view(np.uint8).reshape(len(rows), rows.itemsize)
+        for first in range(0, len(rows), _AT_ONCE):
+            chunk = starts[first : first + _AT_ONCE, None]
+            bytes_of[first : first + _AT_ONCE] = data[chunk + np.arange(rows.itemsize)]
+        del data  # else the file cannot be closed
+    return rows
+
+
+def _starts(records: _Records) -> Iterator[int]:
+    """Where the points of a ``points3D.bin`` begin."""
+    at = _COUNT.size
+    for _ in range(records.count()):
+        yield at
+        (track,) = _COUNT.unpack_from(records.data, at + _POINT.size)
+        at += _POINT.size + _COUNT.size + 8 * track
+    records.at = 0
+    records.skip(at)
+
+
+def keypoint_rows(path: Path) -> dict[int, np.ndarray]:
+    """Keypoints by image id of an ``images.bin``: (N,) with ``xy`` and ``point``, -1 for none."""
+    layout = np.dtype([("xy", "<f8", 2), ("point", "<i8")])
+    found = {}
+    with _Records(path) as records:
+        for _ in range(records.count()):
+            image_id = int(records.take(_IMAGE)[0])
+            records.text()
+            count = records.count()
+            start = records.at
+            records.skip(layout.itemsize * count)
+            found[image_id] = np.frombuffer(records.data[start : records.at], layout)
+    return found
 
 
 def image_lines(path: Path) -> list[tuple[list[str], str | None]]:
@@ -189,9 +238,4 @@ def check_model(folder: Path) -> None:
                 check_quaternion(pose[:4], f"{frames}, frame {int(frame_id)}")
                 records.skip(16 * int(images))
     with _Records(folder / "points3D.bin") as records:
-        data, at, step = records.data, 8, _POINT.size + _COUNT.size
-        for _ in range(records.count()):
-            (track,) = _COUNT.unpack_from(data, at + _POINT.size)
-            at += step + 8 * track
-        records.at = 0
-        records.skip(at)
+        deque(_starts(records), maxlen=0)
