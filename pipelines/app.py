@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gim_hloc import images, matchers, pair_pictures
+from gim_hloc import draw, images, matchers, pair_pictures
 from gim_hloc.errors import GimError, InputError
 from gim_hloc.matchers import registry
 from gim_hloc.pipelines.match_pair import MatchResult, match
@@ -40,6 +40,7 @@ _COLUMNS = ("matcher", "matches", "inliers", "of the homography", "seconds")
 _COMPARED = ("matcher", "pairs", "median matches", "median inliers", "seconds a pair")
 _EXPORTS = ("3dgs", "nerfstudio", "glb", "ply", "none")
 _TAIL = 14  # lines of a log that are shown
+_KEPT_S = 3600  # of what is uploaded and made
 _LOOK_S = 0.5  # between two looks at a run
 _PAGE_BYTES = 30_000_000  # of a report within the page
 
@@ -99,6 +100,14 @@ class Work:
     loaded: dict[tuple[str, str], Matcher] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def place(self, prefix: str) -> Path:
+        """A folder for a request; those of requests that are long over go."""
+        kept = _KEPT_S + 60 * self.options.max_minutes
+        for old in (*self.folder.glob("match-*"), *self.folder.glob("run-*")):
+            if old.stat().st_mtime < time.time() - kept:
+                shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=self.folder, prefix=prefix))
+
     # -------------------------------------------------------------------------------------- limits
 
     def check(self, files: Sequence[str | None], least: int) -> list[Path]:
@@ -156,26 +165,26 @@ class Work:
         """Two images through several matchers.
 
         Returns:
-            Pictures with captions before and after the robust fit, image 0 with image 1 projected
-            onto it for a slider or None, rows of a table, and the files to download.
+            A picture a matcher with its caption, before the robust fit above after it; image 0 with
+            image 1 projected onto it, for a slider, or None; rows of a table; files to download.
         """
         paths = self.check([first, second], 2)
         self.check_pixels(paths)
         if not names:
             raise InputError("Choose a matcher.")
-        target = Path(tempfile.mkdtemp(dir=self.folder, prefix="match-"))
+        target = self.place("match-")
         pictures: list[tuple[np.ndarray, str]] = []
         slider, rows, files = None, [], []
         for name in names:
             result = self.match(paths, name, quality)
-            for fit, kind, count in (
-                (None, "matches", len(result)),
-                (result.fit, "inliers", int(result.inliers.sum())),
-            ):
-                picture = pair_pictures.draw_inliers(
+            before, after = (
+                pair_pictures.draw_inliers(
                     result.images, result.keypoints0, result.keypoints1, fit, plain=False
                 )
-                pictures.append((picture, f"{name}: {count} {kind}"))
+                for fit in (None, result.fit)
+            )
+            counts = f"{len(result)} matches, {int(result.inliers.sum())} inliers"
+            pictures.append((draw.join([before, after], below=True)[0], f"{name}: {counts}"))
             if slider is None:
                 projected = pair_pictures.draw_projection(
                     result.images, result.keypoints0, result.fit, result.warp
@@ -218,7 +227,7 @@ class Work:
     ) -> Iterator[tuple[str, str, str | None, str | None]]:
         """Reconstruct uploaded images or a video: log, report as HTML, model (.glb) and zip."""
         paths = self.check(files, 1)
-        work = Path(tempfile.mkdtemp(dir=self.folder, prefix="run-"))
+        work = self.place("run-")
         source = work / "images"
         source.mkdir()
         for path in paths:
@@ -322,7 +331,9 @@ def build(work: Work) -> gradio.Blocks:
 
         return call
 
-    with gr.Blocks(title="gim-hloc", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(
+        title="gim-hloc", analytics_enabled=False, delete_cache=(_KEPT_S, _KEPT_S)
+    ) as page:
         gr.Markdown("# gim-hloc\nMatch images and reconstruct scenes.")
         with gr.Tab("Two images"):
             with gr.Row():
@@ -333,11 +344,15 @@ def build(work: Work) -> gradio.Blocks:
                     )
                     for k in (0, 1)
                 ]  # fmt: skip
+            if work.options.examples is not None:
+                shots = [str(r.path) for r in images.scan(work.options.examples).images[:4]]
+                gr.Examples([list(two) for two in itertools.pairwise(shots)], pair)
             chosen, quality = _choice(gr, names, start)
             button = gr.Button("Match", variant="primary", elem_id="match")
             gallery = gr.Gallery(
-                label="before and after the robust fit",
+                label="before (above) and after the robust fit",
                 columns=2,
+                height=680,
                 object_fit="contain",
                 elem_id="matches",
             )
@@ -352,9 +367,6 @@ def build(work: Work) -> gradio.Blocks:
                 concurrency_id="device",
                 api_name="match",
             )
-            if work.options.examples is not None:
-                shots = [str(r.path) for r in images.scan(work.options.examples).images[:4]]
-                gr.Examples([list(two) for two in itertools.pairwise(shots)], pair)
             missing = others()
             if missing:
                 with gr.Accordion("Matchers whose weights are not here", open=False):
@@ -388,10 +400,12 @@ def build(work: Work) -> gradio.Blocks:
             end.click(work.cancel, [session], [log], queue=False, api_name="cancel")
         with gr.Tab("Compare"):
             gr.Markdown("Pairs by name: the first two files, the next two, and so on.")
-            several = gr.File(label="images", file_count="multiple", file_types=["image"])
+            several = gr.File(
+                label="images", file_count="multiple", file_types=["image"], elem_id="several"
+            )
             compared, operating = _choice(gr, names, start)
-            go = gr.Button("Compare", variant="primary")
-            results = gr.Dataframe(headers=list(_COMPARED))
+            go = gr.Button("Compare", variant="primary", elem_id="compare")
+            results = gr.Dataframe(headers=list(_COMPARED), elem_id="compared")
             go.click(
                 streamed(work.compare),
                 [several, compared, operating],

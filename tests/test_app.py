@@ -45,6 +45,17 @@ def test_uploads_are_bounded(work: Work, tmp_path: Path) -> None:
         work.check([str(heavy)], 1)
 
 
+def test_folders_of_requests_go_in_time(work: Work) -> None:
+    first = work.place("run-")
+    (first / "result.zip").write_bytes(b"1")
+    assert work.place("match-").is_dir()
+    assert first.is_dir()
+    long_ago = time.time() - 3600 - 60 * work.options.max_minutes - 1
+    os.utime(first, (long_ago, long_ago))
+    work.place("run-")
+    assert not first.exists()
+
+
 def test_cancelling_ends_the_children_too(tmp_path: Path) -> None:
     child = "import time; time.sleep(600)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
@@ -112,6 +123,11 @@ def test_a_browser_matches_cancels_reconstructs_and_downloads(
             page.wait_for_selector(f"#image{k} img")
         page.click("#match")
         page.wait_for_function("document.querySelector('#numbers').innerText.includes('xfeat')")
+        page.get_by_role("tab", name="Compare").click()
+        page.set_input_files("#several input[type=file]", shots[:4])
+        page.wait_for_function("document.querySelector('#several').innerText.includes('room_004')")
+        page.click("#compare")
+        page.wait_for_function("document.querySelector('#compared').innerText.includes('xfeat')")
         page.get_by_role("tab", name="Reconstruction").click()
         page.set_input_files("#files input[type=file]", shots)
         page.wait_for_function("document.querySelector('#files').innerText.includes('room_008')")
