@@ -22,7 +22,7 @@ from gim_hloc import colmap
 from gim_hloc.errors import GimError, InputError
 from gim_hloc.geometry.pose import camera_centres, umeyama
 from gim_hloc.images import scan
-from gim_hloc.pairs.spatial import earth_centred_m, has_fix
+from gim_hloc.pairs.spatial import has_fix
 from gim_hloc.poses import Pose
 
 Fix = tuple[float, float, float | None]  # latitude and longitude in degrees, altitude in m
@@ -43,23 +43,9 @@ class GpsScores:
 
 
 def positions_m(fixes: Mapping[str, Fix]) -> dict[str, np.ndarray]:
-    """East, north and up in m from the first position of each image with a fix."""
-    known = {name: fix for name, fix in fixes.items() if has_fix(fix)}
-    centred = {n: earth_centred_m(f[0], f[1], f[2] or 0.0) for n, f in known.items()}
-    if not known:
-        return {}
-    first = next(iter(known))
-    latitude, longitude = np.radians(known[first][:2])
-    east = np.array([-np.sin(longitude), np.cos(longitude), 0.0])
-    up = np.array(
-        [
-            np.cos(latitude) * np.cos(longitude),
-            np.cos(latitude) * np.sin(longitude),
-            np.sin(latitude),
-        ]
-    )
-    axes = np.stack([east, np.cross(up, east), up])
-    return {name: axes @ (place - centred[first]) for name, place in centred.items()}
+    """East, north and up in m of each image with a fix; heights that are not known are 0."""
+    known = {n: (*fix[:2], fix[2] or 0.0) for n, fix in fixes.items() if has_fix(fix)}
+    return colmap.positions_enu(known)
 
 
 def evaluate(poses: Mapping[str, Pose], fixes: Mapping[str, Fix]) -> GpsScores:

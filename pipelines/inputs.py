@@ -453,7 +453,7 @@ class Inputs:
             len(self.names),
             len(self.cameras),
             "" if len(self.cameras) == 1 else "s",
-            self.matcher.info.name,
+            ", then ".join([self.matcher.info.name, *self.levels[1:]]),
             options.quality,
             ", ".join(self.where.devices) or self.matcher.device,
         )

@@ -143,7 +143,10 @@ class Check:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stdout[-6000:] + done.stderr[-2000:])
-        yield {"result": done.stdout.strip().splitlines()[-1]}
+        result = done.stdout.strip().splitlines()[-1]
+        if self.cuda and " passed" not in result:  # pytest is content with skipped ones
+            raise RuntimeError(f"No test of a GPU ran: {result}")
+        yield {"result": result}
 
     def matchers(self, name: str) -> Iterator[Row]:
         """A matcher in float32 and in half precision."""

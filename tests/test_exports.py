@@ -79,6 +79,16 @@ def out(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place / "run", tmp_path / "out", symlinks=True))
 
 
+def assert_metric(folder: Path) -> None:
+    """A model is in metres, z up."""
+    poses = colmap.model_cameras(folder)
+    truth = {n: (r, t * METRES) for n, (r, t) in SCENE.poses.items() if n in NAMES}
+    scale, rotation, _ = similarity(poses, truth) or (0, np.eye(3), 0)
+    assert scale == pytest.approx(1, abs=2e-3)
+    np.testing.assert_allclose(rotation @ [0, 0, 1], [0, -1, 0], atol=0.02)
+    assert camera_errors(poses, truth)[0] < 0.05
+
+
 def test_exports_of_a_finished_run(place: Path, out: Path, capsys: Any) -> None:
     before = yaml.safe_load((out / "run.yaml").read_text())
     model = (out / "sparse/0/points3D.bin").read_bytes()
@@ -125,12 +135,7 @@ def test_everything_can_be_in_metres(out: Path) -> None:
     page = (out / "export/0/geo/geo.html").read_text()
     assert "Metres by GPS positions of images" in page
     assert all(name in page for name in NAMES)
-    poses = colmap.model_cameras(metric / "0")
-    truth = {n: (r, t * METRES) for n, (r, t) in SCENE.poses.items() if n in NAMES}
-    scale, rotation, _ = similarity(poses, truth) or (0, np.eye(3), 0)
-    assert scale == pytest.approx(1, abs=2e-3)
-    np.testing.assert_allclose(rotation @ [0, 0, 1], [0, -1, 0], atol=0.02)
-    assert camera_errors(poses, truth)[0] < 0.05
+    assert_metric(metric / "0")
 
     def extent() -> float:
         body = (out / "export/0/points.ply").read_bytes().split(b"end_header\n")[1]
@@ -141,7 +146,7 @@ def test_everything_can_be_in_metres(out: Path) -> None:
     assert export(out, to=("ply",), gps="exif", progress=False).files == ["export/0/points.ply"]
     assert extent() == pytest.approx(3 * METRES, rel=0.05)  # upright: heights
     assert own < METRES
-    a, b = (-truth[n][0].T @ truth[n][1] for n in (NAMES[0], NAMES[-1]))
+    a, b = (-SCENE.poses[n][0].T @ SCENE.poses[n][1] * METRES for n in (NAMES[0], NAMES[-1]))
     length = str(float(np.linalg.norm(a - b)))
     export(out, to=("ply",), scale=(NAMES[0], NAMES[-1], length), progress=False)
     assert extent() == pytest.approx(3 * METRES, rel=0.05)
@@ -182,12 +187,7 @@ def test_what_is_refused(place: Path, out: Path, tmp_path: Path, capsys: Any) ->
 
 def test_gps_as_priors_of_the_mapping_gives_metres(place: Path, tmp_path: Path) -> None:
     result = run(place, tmp_path / "out", poses="prior", export=("geo",))
-    poses = colmap.model_cameras(tmp_path / "out")
-    truth = {n: (r, t * METRES) for n, (r, t) in SCENE.poses.items() if n in NAMES}
-    scale, rotation, _ = similarity(poses, truth) or (0, np.eye(3), 0)
-    assert scale == pytest.approx(1, abs=2e-3)
-    np.testing.assert_allclose(rotation @ [0, 0, 1], [0, -1, 0], atol=0.02)
-    assert camera_errors(poses, truth)[0] < 0.05
+    assert_metric(tmp_path / "out")
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["metres"][0]["residuals_m"].keys() == set(NAMES)
     assert any("Metres by the GPS positions of 5 images" in note for note in report["notes"])

@@ -22,7 +22,13 @@ from gim_hloc.colmap.target import Target, coloured_points, pose_of, registered,
 from gim_hloc.errors import InputError, some
 from gim_hloc.files import write_atomic
 from gim_hloc.geometry.georeference import Georeference, georeference, upright
-from gim_hloc.geometry.pose import Similarity, align_cameras, robust_umeyama, umeyama
+from gim_hloc.geometry.pose import (
+    Similarity,
+    align_cameras,
+    camera_centres,
+    robust_umeyama,
+    umeyama,
+)
 from gim_hloc.images import orientation_affine
 from gim_hloc.poses import Pose
 from gim_hloc.surveys import ControlPoint, Fix
@@ -299,7 +305,8 @@ def metres_by_poses(model: Any, poses: Mapping[str, Pose]) -> Metres:
     if len(names) < 2:
         raise InputError(f"{len(names)} images of the model have a known pose: two give metres.")
     turns, true_turns = (np.stack([p[n][0] for n in names]) for p in (own, poses))
-    centres, true = (np.stack([-p[n][0].T @ p[n][1] for n in names]) for p in (own, poses))
+    shifts, true_shifts = (np.stack([p[n][1] for n in names]) for p in (own, poses))
+    centres, true = camera_centres(turns, shifts), camera_centres(true_turns, true_shifts)
     found = align_cameras(turns, centres, true_turns, true, robust=len(names) >= _ROBUST_FROM)
     residuals = true - found(centres)
     rms = float(np.sqrt((residuals**2).sum(1).mean()))
