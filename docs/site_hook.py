@@ -130,8 +130,17 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def _title(name: str) -> str:
+    """The heading of a page."""
+    with (REPOSITORY / "docs" / f"{name}.md").open(encoding="utf-8") as file:
+        return next(line for line in file if line.startswith("# "))[2:].strip()
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in the reasons, and name files outside docs/, which the site does not have."""
+    """Fill in the reasons; name pages by their titles, and files that the site does not have."""
+    markdown = re.sub(
+        r"\[([\w-]+)\.md\]\(\1\.md", lambda m: f"[{_title(m[1])}]({m[1]}.md", markdown
+    )
     if "<!-- reasons -->" in markdown:
         report = importlib.import_module("gim_hloc.pipelines.report")
         rows = [f"| {a.title} | {_cell(a.todo)} |" for a in report.ADVICE.values()]
