@@ -345,6 +345,20 @@ def test_shards_are_one_run(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert (one > 0).any()
 
 
+def seen_by(cloud: Path, index: int) -> np.ndarray:
+    """Points (N, 3) of a cloud that an image sees."""
+    body = cloud.read_bytes().split(b"end_header\n", 1)[1]
+    xyz = np.frombuffer(body, "3<f4,3<f4,3u1")["f0"]
+    numbers = np.frombuffer(Path(f"{cloud}.vis").read_bytes()[8:], "<u4").tolist()
+    rows, place = [], 0
+    for row in range(len(xyz)):
+        count = numbers[place]
+        if index in numbers[place + 1 : place + 1 + count]:
+            rows.append(row)
+        place += 1 + count
+    return xyz[rows]
+
+
 def test_masks_leave_no_depth(place: Path, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()
@@ -358,6 +372,10 @@ def test_masks_leave_no_depth(place: Path, tmp_path: Path) -> None:
     depths = dense.read_depth(output / "dense", masked)
     assert (depths[:, : SIZE[0] // 2 - 1] == 0).all()
     assert (depths[:, SIZE[0] // 2 + 12 :] > 0).mean() > 0.5
+    seen = seen_by(output / "dense/dense.ply", names_of(output).index(masked))
+    xy, _ = scene.views[masked].project(seen)  # the run has the true poses
+    assert len(xy) > 1000
+    assert xy[:, 0].min() > SIZE[0] // 2 - 3
     accuracy, _ = judged(place, output)
     assert accuracy > 0.9
 
