@@ -10,6 +10,7 @@ import fake_matcher
 import numpy as np
 import pycolmap
 import pytest
+import test_cascade  # its matchers, one of which forgets
 from synthetic import (
     INTRINSICS,
     Scene,
@@ -23,6 +24,7 @@ import gim_hloc
 from gim_hloc import colmap
 from gim_hloc.errors import InputError
 from gim_hloc.options import CameraOptions
+from gim_hloc.pipelines import cascade
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 
 fake_matcher.register()
@@ -72,7 +74,7 @@ def check(model: Any, moments: int) -> None:
     assert centre < 1e-3
 
 
-@pytest.mark.parametrize("mapper", ["incremental", "global"])
+@pytest.mark.parametrize("mapper", ["incremental", "global", "hierarchical"])
 def test_a_rig_is_kept_and_gives_the_scale(rig: Path, tmp_path: Path, mapper: Any) -> None:
     images = fake_matcher.write_images(tmp_path / "images", SCENE)
     result = run(images, tmp_path / "out", rig=rig, mapper=mapper, export=("3dgs", "txt"))
@@ -83,6 +85,18 @@ def test_a_rig_is_kept_and_gives_the_scale(rig: Path, tmp_path: Path, mapper: An
     fake_matcher.FakeMatcher.calls.clear()
     run(images, tmp_path / "out", rig=rig, mapper=mapper, stop_after="map")
     assert fake_matcher.FakeMatcher.calls == []
+
+
+def test_lost_moments_are_rescued_as_frames_of_the_rig(
+    rig: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = ["left/3.jpg", "right/3.jpg"]
+    monkeypatch.setattr(test_cascade, "LOST", lost)
+    monkeypatch.setattr(cascade, "STRONGEST", ("fake_strong",))
+    images = fake_matcher.write_images(tmp_path / "images", SCENE)
+    result = run(images, tmp_path / "out", rig=rig, matcher="fake_forgetful", rescue="auto")
+    assert result.report["rescue"]["images"] == lost
+    check(result.model(), 6)
 
 
 def test_localisation_and_extension_keep_rigs(rig: Path, tmp_path: Path) -> None:
