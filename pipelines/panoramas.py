@@ -7,7 +7,6 @@ panorama, so that its pose is that of the panorama: x to the right, y down, z ah
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +26,8 @@ from gim_hloc.pipelines.videos import FOLDER
 from gim_hloc.poses import Pose
 from gim_hloc.store import digest
 
-NUM_VIEWS = 8  # to all sides, each 90 degrees wide and high: neighbours overlap by half
+_NUM_SIDES = 8  # views to all sides, each 90 degrees wide and high: neighbours overlap by half
+NUM_VIEWS = _NUM_SIDES + 2  # and one straight up, one straight down
 LIST = "panoramas.txt"  # beside a model: their poses
 _VIEW = re.compile(r"views/(\d+)/(\d+)/")  # side in pixels, number
 _HEAD = 2**18  # bytes of a file in which XMP is looked for
@@ -60,7 +60,10 @@ def view_names(record: ImageRecord) -> list[str]:
 
 def turn(number: int) -> np.ndarray:
     """(3, 3) rotation from the panorama's axes to those of a view."""
-    angle = 2 * np.pi * number / NUM_VIEWS
+    if number >= _NUM_SIDES:
+        down = 1 if number > _NUM_SIDES else -1
+        return np.array([[1.0, 0, 0], [0, 0, -down], [0, down, 0]])
+    angle = 2 * np.pi * number / _NUM_SIDES
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]])
 
@@ -80,7 +83,7 @@ def render_view(panorama: np.ndarray, number: int) -> np.ndarray:
     longitude = np.arctan2(rays[..., 0], rays[..., 2])
     latitude = np.arctan2(rays[..., 1], np.hypot(rays[..., 0], rays[..., 2]))
     columns = ((longitude / (2 * np.pi) + 0.5) * width - 0.5).astype(np.float32)
-    rows = ((latitude / np.pi + 0.5) * height - 0.5).astype(np.float32)
+    rows = ((latitude / np.pi + 0.5) * height - 0.5).clip(0, height - 1).astype(np.float32)
     return cv2.remap(panorama, columns, rows, cv2.INTER_CUBIC, borderMode=cv2.BORDER_WRAP)
 
 
@@ -161,11 +164,11 @@ def _write(record: ImageRecord, root: Path) -> None:
 
 def rigs_of_views(names: Iterable[str]) -> list[RigCamera]:
     """The rigs that views of these names belong to, one for each size."""
-    sides = {int(found[1]) for name in names if (found := _VIEW.match(name))}
+    views = {(int(found[1]), int(found[2])) for name in names if (found := _VIEW.match(name))}
     cameras = []
-    for side, number in itertools.product(sorted(sides), range(NUM_VIEWS)):
-        half = np.pi * number / NUM_VIEWS
-        place = (float(np.cos(half)), 0.0, float(-np.sin(half)), 0.0, 0.0, 0.0, 0.0)
+    for side, number in sorted(views):
+        x, y, z, w = scipy.spatial.transform.Rotation.from_matrix(turn(number)).as_quat().tolist()
+        place = (w, x, y, z, 0.0, 0.0, 0.0)
         sensor = RigSensor(
             rig=-side, prefix=_prefix(side, number), cam_from_rig=place if number else None
         )

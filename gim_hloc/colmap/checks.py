@@ -69,7 +69,7 @@ def check_models(models: Sequence[Any], *, min_model_size: int = 3, turns: bool 
 def _drop_unsupported(model: Any, checked: Checked) -> None:
     """Take images with too few points out, until none is left; images of a rig together."""
     while frames := [
-        f for f, points in _points_of_frames(model).items() if len(points) < MIN_POINTS
+        f for f, points in points_of_frames(model).items() if len(points) < MIN_POINTS
     ]:
         lost = [i for i in model.reg_image_ids() if model.image(i).frame_id in frames]
         for image_id in lost:
@@ -81,7 +81,7 @@ def _drop_unsupported(model: Any, checked: Checked) -> None:
         deregister(model, frames)
 
 
-def _points_of_frames(model: Any) -> dict[int, set[int]]:
+def points_of_frames(model: Any) -> dict[int, set[int]]:
     """Points that the images of each registered frame (a single image, or a rig's) see."""
     seen: dict[int, set[int]] = {}
     for image_id, points in _points_seen(model).items():
@@ -136,7 +136,7 @@ def split_at_weak_joints(model: Any, notes: list[str]) -> list[Any]:
     """
     if model.num_reg_frames() < 4:
         return [model]
-    ids, shared = _shared(_points_of_frames(model))
+    ids, shared = _shared(points_of_frames(model))
     with np.errstate(divide="ignore"):
         tree = -scipy.sparse.csgraph.minimum_spanning_tree(
             scipy.sparse.coo_matrix(np.where(shared > 0, -shared, 0))

@@ -16,7 +16,12 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, fixed_cameras
-from gim_hloc.colmap.checks import deregister, num_supported, split_at_weak_joints
+from gim_hloc.colmap.checks import (
+    deregister,
+    num_supported,
+    points_of_frames,
+    split_at_weak_joints,
+)
 from gim_hloc.colmap.database import open_database, verified_components
 from gim_hloc.colmap.improve import bundle_adjust
 from gim_hloc.colmap.model import align, colmap_log, poses_of, rigid, version
@@ -381,11 +386,12 @@ def _global_options(job: MapJob) -> Any:
 
 
 def well_supported(model: Any) -> set[str]:
-    """Names of the images that see enough points to have been registered by them."""
+    """Names of the images that see, with those of their rig, enough points to be registered by."""
+    frames = points_of_frames(model)
     return {
         image.name
         for image in map(model.image, model.reg_image_ids())
-        if image.num_points3D >= _REGISTERS_ON
+        if len(frames[int(image.frame_id)]) >= _REGISTERS_ON
     }
 
 
