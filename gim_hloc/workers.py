@@ -35,6 +35,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _Result_co = TypeVar("_Result_co", covariant=True)
 
+_CONTEXT: multiprocessing.context.BaseContext = multiprocessing.get_context("spawn")
 _AHEAD = 2  # chunks that a worker has at a time: one in work, one waiting
 _DEATHS = 2  # of workers in a row, after which a chunk is not given to another one
 
@@ -286,9 +287,8 @@ class _Process:
 
     def give(self, chunk: _Chunk[Any]) -> None:
         if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self.connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, *self._start))
+            self.connection, theirs = _CONTEXT.Pipe()
+            self._process = _CONTEXT.Process(target=_serve, args=(theirs, *self._start))
             # Ctrl-C reaches all processes of a terminal: the caller alone acts on it.
             resource_tracker.ensure_running()  # which would lift the mask
             before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])

@@ -158,7 +158,8 @@ class RunFolder:
         self.makes, self.writes, self.overwrite = makes, ["log.txt", *writes], overwrite
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; give a folder for the output.")
-        self.about: dict[str, Any] = {}  # settings, for run.yaml
+        self.about: Mapping[str, Any] = {}  # settings, for run.yaml; replaced, never changed
+        self._written: tuple[Mapping[str, Any], str] = ({}, "")  # and what stands there
         self.timings: dict[str, float] = {}  # of this run, and of earlier ones that it goes on with
         self.earlier: dict[str, float] = {}  # of them, of the latter
         self.notes: list[str] = []
@@ -457,19 +458,18 @@ class RunFolder:
         """Write run.yaml and its copy."""
         if self.part is not None:
             return
-        about = {
-            "gim_hloc": __version__,
-            "command": self.command,
-            **self.about,
-            "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()},
-        }
+        if self._written[0] is not self.about:  # the longest part, and always the same
+            about = {"gim_hloc": __version__, "command": self.command, **self.about}
+            self._written = self.about, _yaml(about)
+        timings = {name: round(seconds, 3) for name, seconds in self.timings.items()}
         state = {
             "steps": self.steps,
             "pending": self.pending,
             "files": {STATE: None, **self.files},
         }
         text = _yaml(state)
-        text = f"{_yaml(about)}{text}checksum: {zlib.crc32(text.encode())}\n"
+        about = self._written[1] + _yaml({"timings": timings})
+        text = f"{about}{text}checksum: {zlib.crc32(text.encode())}\n"
         try:
             write_atomic(self.path / STATE, text)
             write_atomic(self.hidden(STATE), text)

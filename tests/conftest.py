@@ -6,10 +6,13 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from gim_hloc import workers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -38,6 +41,37 @@ def memory_goes_back() -> Iterator[None]:
         if int(Path("/proc/self/statm").read_text().split()[1]) * 4096 > 1e9:
             gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """Workers, and runs of ``faults``, are forked from a process that has imported everything.
+
+    A spawned worker imports for four seconds; those of a user are spawned (``spawned_workers``).
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([
+        "gim_hloc.pipelines.reconstruct", "gim_hloc.pipelines.localize",
+        "gim_hloc.evaluation.zeb.run", "gim_hloc.training.video.propagation",
+        "gim_hloc.training.trainer",
+    ])  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "_CONTEXT", server)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_charts() -> Iterator[None]:
+    """For files of many small runs, of whose time the charts of the report take a fifth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gim_hloc.pipelines.report._chart", lambda name, build: None)
+        yield
+
+
+@pytest.fixture
+def spawned_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are started as a user's are."""
+    monkeypatch.setattr(workers, "_CONTEXT", multiprocessing.get_context("spawn"))
 
 
 @pytest.fixture(scope="session")

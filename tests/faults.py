@@ -97,9 +97,6 @@ def run(
 ) -> tuple[int, str]:
     """Exit code and error output of ``reconstruct ARGUMENTS`` or ``localize ARGUMENTS``."""
     context = multiprocessing.get_context("forkserver")
-    # Not this module, which is no installed one: the server does not find it.
-    ours = [name for name in list(sys.modules) if name.partition(".")[0] == "gim_hloc"]
-    context.set_forkserver_preload(ours)
     process = context.Process(target=_work, args=(arguments, step, number, limit, log))
     process.start()
     try:

@@ -25,6 +25,7 @@ from gim_hloc.pipelines.reconstruct import ReconstructResult
 from gim_hloc.types import Matches, SparseEncoding
 
 fake_matcher.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 
 
 def two_places() -> tuple[Scene, list[tuple[str, str, np.ndarray, np.ndarray]]]:

@@ -24,6 +24,7 @@ from gim_hloc.pipelines.reconstruct import ReconstructResult
 from gim_hloc.poses import Pose, match_names, read_poses
 
 fake_matcher.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 NAMES = SCENE.names
 PARAMS = (FOCAL, FOCAL, WIDTH / 2, HEIGHT / 2)
 

@@ -40,6 +40,7 @@ from gim_hloc.tracks.anchored import AnchoredOptions
 
 fake_matcher.register()
 synthetic_dense.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 hloc = test_hloc_interop.hloc  # the fixture
 SCENE = synthetic.make_scene(images=8, points=300)
 QUERIES = [SCENE.names[2], SCENE.names[5]]

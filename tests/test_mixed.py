@@ -18,6 +18,7 @@ from gim_hloc.evaluation.benchmarks import mixed
 from gim_hloc.types import ImageData, Matches, SparseEncoding
 
 fake_matcher.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 
 
 def test_models_that_join_places_and_lost_images_are_counted() -> None:

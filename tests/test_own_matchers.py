@@ -39,6 +39,7 @@ hloc = test_hloc_real.hloc  # the fixture
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, FOCAL = 320, 240, 220.0
 STEP = 9.0  # px that the far plane moves from one image to the next; the near one moves twice it
+EXAMPLE = HERE.parent / "examples" / "own_matcher.py"
 SCENE = check.scene()
 BOTH = ["own_matcher:Orb", "flow_matcher.py:Flow"]
 CAMERA = ["--intrinsics", f"SIMPLE_PINHOLE,{FOCAL},{WIDTH / 2},{HEIGHT / 2}"]
@@ -70,7 +71,8 @@ def view(step: float) -> np.ndarray:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where a user works: his matchers, a folder of images, another one of a query."""
     folder = tmp_path_factory.mktemp("own")
-    shutil.copy(HERE.parent / "examples" / "own_matcher.py", folder)
+    shutil.copy(EXAMPLE, folder / "shipped.py")
+    (folder / "own_matcher.py").write_text(EXAMPLE.read_text().replace("(4000)", "(1000)"))
     shutil.copy(HERE / "own_flow.py", folder / "flow_matcher.py")
     for name, steps in (("photos", range(5)), ("queries", [2.5])):
         (folder / name).mkdir()
@@ -299,8 +301,9 @@ def test_in_the_real_hloc(hloc: Any, place: Path) -> None:
 
 
 @pytest.mark.usefixtures("place")
-def test_the_check(own: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check.main([own]) == 0
+@pytest.mark.parametrize("name", ["shipped:Orb", "flow_matcher.py:Flow"])
+def test_the_check(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([name]) == 0
     assert capsys.readouterr().out.count(" ok\n") == 14
 
 
@@ -591,7 +594,7 @@ def _image() -> Any:
     return images.load(record, matchers.ImageOptions(max_size=None))
 
 
-@pytest.mark.usefixtures("place")
+@pytest.mark.usefixtures("place", "spawned_workers")
 def test_a_stop_in_a_worker_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.py").write_text(MODULE)
     arguments = ["photos", "stopped", "--matcher", "mine.py:Mine", *CAMERA, *TWO]

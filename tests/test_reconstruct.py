@@ -36,6 +36,7 @@ from gim_hloc.pipelines import exports
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 
 fake_matcher.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 NAMES = SCENE.names
 PAIRS = len(NAMES) * (len(NAMES) - 1) // 2
 

@@ -38,6 +38,7 @@ from gim_hloc.pipelines import exports, modelling
 from gim_hloc.pipelines.run import RunFolder
 
 fake_matcher.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 NAMES = SCENE.names[:4]
 PAIRS = 6
 OPTIONS = {

@@ -28,6 +28,7 @@ from gim_hloc.pipelines import cascade
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 
 fake_matcher.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 SCENE, CONFIGURATION = make_rig_scene()
 BASELINE = float(np.linalg.norm(CONFIGURATION[0]["cameras"][1]["cam_from_rig_translation"]))  # type: ignore[index]
 

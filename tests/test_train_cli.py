@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from gim_hloc.cli.train import main
 from gim_hloc.lock import FolderLock
 from gim_hloc.training.config import read_config
 
-COMMAND = Path(sys.executable).with_name("gim-train")
 # LoFTR with few channels: needs no weight file, and its matcher reads any width.
 SMALL = ("encoder=8", "blocks=[1, 1, 1]", "coarse=32", "middle=24", "fine=16", "layers=2")
 
@@ -188,17 +184,10 @@ def test_trains_goes_on_and_its_matcher_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A whole run as users start it; then the same command, and the checkpoint in the matcher."""
+    """A whole run; then the same command, and the checkpoint in the matcher."""
     out = tmp_path / "run"
-    done = subprocess.run(
-        [str(COMMAND), *arguments(scenes, out, "--epochs", "2", "--data.workers", "1")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "done at step 4 of 4: 16 pairs" in done.stderr
+    assert main(arguments(scenes, out, "--epochs", "2", "--data.workers", "1")) == 0
+    assert "done at step 4 of 4: 16 pairs" in capsys.readouterr().err
     config = read_config(out / "config.yaml")
     assert config.model_options["coarse"] == 32
     assert config.data.train[0]["type"] == "rgbd"

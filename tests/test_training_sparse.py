@@ -191,7 +191,7 @@ def test_a_checkpoint_gives_the_matcher_the_same_matches(
 ) -> None:
     model = make(name)
     # Random keypoints tell less.
-    learn_a_little(model, 30 if name == "gim_lightglue" else 8)
+    learn_a_little(model, 15 if name == "gim_lightglue" else 8)
     # Undertrained networks are sure of nothing.
     low = {"threshold": 1e-3} if name == "gim_loftr" else {"filter_threshold": 1e-4}
     if name == "gim_loftr":

@@ -22,6 +22,7 @@ from gim_hloc.errors import GimError, InputError, OutputError, WeightsError
 from gim_hloc.workers import Where, parse_shard, run, shard
 
 PROCESSES = Where(devices=("cpu", "cpu"))
+pytestmark = pytest.mark.usefixtures("spawned_workers")
 RAY = Where(engine="ray", workers=2, device="cpu")
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray (gim-hloc[ray]) is not installed"
@@ -151,8 +152,10 @@ def test_no_items_start_no_worker(where: Where, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_caller(number: signal.Signals, tmp_path: Path) -> None:
     program = (
-        "from pathlib import Path\nfrom gim_hloc.workers import Where, run\n"
+        "import signal\nfrom pathlib import Path\nfrom gim_hloc.workers import Where, run\n"
         "from worker_tasks import Sleeper\nif __name__ == '__main__':\n"
+        # Which is ignored where pytest runs in the background of a shell.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"    run(Sleeper(Path({str(tmp_path)!r})), [1, 2], Where(devices=('cpu', 'cpu')), print)\n"
     )
     script = tmp_path / "program.py"

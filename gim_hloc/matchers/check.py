@@ -8,6 +8,7 @@ Prints a line a check. The exit code is 1 where one failed, 2 where the matcher 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def require(holds: bool, what: str) -> None:
 # ------------------------------------------------------------------------------------ the pictures
 
 
+@functools.cache
 def scene() -> np.ndarray:
     """(H, W, 3) uint8: patches of all sizes, with corners everywhere and no repetition."""
     rng = np.random.default_rng(0)
