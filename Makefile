@@ -33,13 +33,16 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py examples/room $(DEMO_OUTPUT)
 
 # One thread each: two processes with two threads each get in each other's way on two cores.
+# Bytecode is kept whatever the environment says: to compile the tests takes twenty seconds.
 # worksteal keeps files in one process: fixtures are made once, networks of a gigabyte held once.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_JOBS)
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) --dist worksteal $(PYTEST_ARGS)
 
-# Longer cases: whole runs on real photographs, killed runs, the built wheel.
+# Longer cases: whole runs on real photographs, killed runs, the built wheel. Those of one
+# xdist_group share what a fixture takes minutes to make.
 test-slow: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) -m slow --dist loadgroup $(PYTEST_ARGS)
 
 # At most 8 minutes on an H200; GPU_CHECK_ARGS=--dry-run on a processor.
 gpu-check: $(VENV)/.installed-test

@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _Result_co = TypeVar("_Result_co", covariant=True)
 
-_CONTEXT: multiprocessing.context.BaseContext = multiprocessing.get_context("spawn")
+_CONTEXT: Any = multiprocessing.get_context("spawn")
 _AHEAD = 2  # chunks that a worker has at a time: one in work, one waiting
 _DEATHS = 2  # of workers in a row, after which a chunk is not given to another one
 

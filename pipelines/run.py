@@ -468,8 +468,10 @@ class RunFolder:
             "files": {STATE: None, **self.files},
         }
         text = _yaml(state)
-        about = self._written[1] + _yaml({"timings": timings})
-        text = f"{about}{text}checksum: {zlib.crc32(text.encode())}\n"
+        text = (
+            f"{self._written[1]}{_yaml({'timings': timings})}{text}"
+            f"checksum: {zlib.crc32(text.encode())}\n"
+        )
         try:
             write_atomic(self.path / STATE, text)
             write_atomic(self.hidden(STATE), text)

@@ -107,12 +107,3 @@ def write_images(folder: Path, scene: Scene = SCENE) -> Path:
         pixels = np.random.default_rng(i).integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), np.uint8)
         Image.fromarray(pixels).resize((WIDTH, HEIGHT)).save(path)
     return folder
-
-
-if __name__ == "__main__":  # python fake_matcher.py gim-reconstruct arguments...
-    import sys
-
-    from gim_hloc.cli.reconstruct import main
-
-    register()
-    sys.exit(main(sys.argv[1:]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
 import resource
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_matcher
+import forked
 import torch
 
 from gim_hloc import colmap, store
@@ -96,9 +96,7 @@ def run(
     limit: int | None = None,
 ) -> tuple[int, str]:
     """Exit code and error output of ``reconstruct ARGUMENTS`` or ``localize ARGUMENTS``."""
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_work, args=(arguments, step, number, limit, log))
-    process.start()
+    process = forked.start(_work, arguments, step, number, limit, log)
     try:
         process.join(300)
         code = process.exitcode

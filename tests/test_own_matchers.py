@@ -41,7 +41,10 @@ WIDTH, HEIGHT, FOCAL = 320, 240, 220.0
 STEP = 9.0  # px that the far plane moves from one image to the next; the near one moves twice it
 EXAMPLE = HERE.parent / "examples" / "own_matcher.py"
 SCENE = check.scene()
-BOTH = ["own_matcher:Orb", "flow_matcher.py:Flow"]
+BOTH = [
+    pytest.param(name, marks=pytest.mark.xdist_group(name), id=name)
+    for name in ("own_matcher:Orb", "flow_matcher.py:Flow")
+]
 CAMERA = ["--intrinsics", f"SIMPLE_PINHOLE,{FOCAL},{WIDTH / 2},{HEIGHT / 2}"]
 TWO = ["--workers", "2"]
 MODULE = """

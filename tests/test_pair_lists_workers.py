@@ -19,16 +19,11 @@ from gim_hloc.evaluation.pair_lists import PairReport
 NAME = "pair_workers_oracle"
 IMAGES = 6  # 15 pairs
 
-# Matches a pair in 50 ms, so that there is time to kill it between.
-_SLOW = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from zeb_oracle import register
-from gim_hloc.evaluation import pair_lists
-from gim_hloc.evaluation.options import PairOptions
-register(sys.argv[2], delay=0.05)
-pair_lists.evaluate(sys.argv[3], sys.argv[4], PairOptions(matchers=(sys.argv[2],)))
-"""
+
+def slow_run(pair_list: Path, out: Path) -> None:
+    """A pair takes 50 ms, so that there is time to kill it between."""
+    register(NAME, delay=0.05)
+    pair_lists.evaluate(pair_list, out, PairOptions(matchers=(NAME,)))
 
 
 @pytest.fixture(autouse=True)
@@ -115,11 +110,10 @@ def test_processes_give_what_one_run_gives(
     assert written(tmp_path / "two") == written(tmp_path / "one")
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same(pair_list: Path, tmp_path: Path) -> None:
     judged(pair_list, tmp_path / "whole")
     out = tmp_path / "killed"
-    run_and_kill(_SLOW, NAME, str(pair_list), str(out), out=out)
+    run_and_kill(slow_run, pair_list, out, out=out)
     assert not written(out)
     report = judged(pair_list, out)
     assert 0 < report.run.matched < 15  # neither all nor none were done before

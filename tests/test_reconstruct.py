@@ -11,12 +11,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import fake_matcher
+import faults
 import h5py
 import numpy as np
 import pytest
@@ -499,23 +498,16 @@ def test_colliding_names_stay_apart(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- killed, locked, CLI
 
 
-def command(images: Path, output: Path, *more: str) -> list[str]:
-    script = Path(__file__).with_name("fake_matcher.py")
-    return [
-        sys.executable, str(script), str(images), str(output), "--matcher", "fake", "--quiet",
-        "--intrinsics", INTRINSICS, *more,
-    ]  # fmt: skip
-
-
 def test_second_run_on_one_output_stops(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with FolderLock(output):
         with pytest.raises(LockedError, match="Another run"):
             run(images, output)
-        done = subprocess.run(command(images, output), capture_output=True, text=True, check=False)
-    assert done.returncode == 3
-    assert f"process {os.getpid()}" in done.stderr
-    assert "Traceback" not in done.stderr
+        arguments = ["reconstruct", str(images), str(output), "--matcher", "fake"]
+        code, said = faults.run(arguments, tmp_path / "log")
+    assert code == 3
+    assert f"process {os.getpid()}" in said
+    assert "Traceback" not in said
 
 
 def test_cli_errors_have_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ import torch
 
 pytest.importorskip("lightning.fabric")
 
+import forked
 from training_driver import (
     Interrupted,
     Shift,
@@ -63,7 +63,7 @@ def drive(folder: Path, *arguments: str) -> int:
     return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
 
 
-def fork(folder: Path, *arguments: str, processes: int = 1) -> list[int]:
+def fork(folder: Path, *arguments: str, processes: int = 1) -> list[int | None]:
     """Exit codes of processes in the environment that torchrun gives; it starts in ten seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,11 +73,8 @@ def fork(folder: Path, *arguments: str, processes: int = 1) -> list[int]:
     for rank in range(processes):
         environment = {**both, "LOCAL_WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
         texts = {name: str(value) for name, value in environment.items()}
-        process = multiprocessing.get_context("forkserver").Process(
-            target=in_environment, args=(texts if processes > 1 else {}, [str(folder), *arguments])
-        )
-        process.start()
-        started.append(process)
+        given = texts if processes > 1 else {}
+        started.append(forked.start(in_environment, given, [str(folder), *arguments]))
     for process in started:
         process.join()
     return [process.exitcode for process in started]

@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import forked
 import numpy as np
 import pytest
 import torch
@@ -643,21 +642,19 @@ def test_killed_and_resumed_equals_uninterrupted(clip: Path, tmp_path: Path) -> 
     whole = run(clip, tmp_path / "whole", options)
     total = 2 * len(whole.plan.pairs)
     command = [
-        *(sys.executable, "-m", "gim_hloc.cli.video", "label", str(clip), str(tmp_path / "killed")),
+        *("label", str(clip), str(tmp_path / "killed")),
         *("--labellers", "sift", "--gap", "2", "--steps", "2", "4"),
         *("--masks", "none", "--format", "png"),
     ]
     folder = VideoFolder(tmp_path / "killed" / "clip")
     enough = len(whole.plan.pairs) + 3
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = forked.start(main, command)
     give_up = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < give_up:
+    while process.exitcode is None and time.monotonic() < give_up:
         if folder.labels.is_dir() and _count_records(folder) >= enough:
-            process.send_signal(signal.SIGKILL)
-            break
+            process.kill()
         time.sleep(0.01)
-    output = process.communicate()[0].decode()
-    assert process.returncode == -signal.SIGKILL, output
+    assert process.exitcode == -signal.SIGKILL
     before = _count_records(folder)
     assert enough <= before < total
     resumed = run(clip, tmp_path / "killed", options)

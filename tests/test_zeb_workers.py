@@ -24,16 +24,11 @@ MINI = Path(__file__).parents[2] / "shared" / "data" / "zeb-mini"
 SPARSE, DENSE = "zeb_oracle_sparse", "zeb_oracle_dense"
 IMAGES = 6  # 15 pairs
 
-# Matches a pair in 50 ms, so that there is time to kill it between pairs.
-_SLOW = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from zeb_oracle import register
-from gim_hloc.evaluation.options import RunOptions
-from gim_hloc.evaluation.zeb import run
-register(sys.argv[2], delay=0.05)
-run.run(sys.argv[3], sys.argv[4], RunOptions(matchers=(sys.argv[2],), version="v"))
-"""
+
+def slow_run(data: Path, out: Path) -> None:
+    """A pair takes 50 ms, so that there is time to kill it between pairs."""
+    register(SPARSE, delay=0.05)
+    run.run(data, out, RunOptions(matchers=(SPARSE,), version="v"))
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +56,7 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_dump(gl3d: Path, tmp_pat
     whole = run.run(gl3d, tmp_path / "whole", options).results[0].dump
     assert whole is not None
     out = tmp_path / "killed"
-    run_and_kill(_SLOW, SPARSE, str(gl3d), str(out), out=out)
+    run_and_kill(slow_run, gl3d, out, out=out)
     assert not list(out.glob("dump/*/*"))
     report = run.run(gl3d, out, options)
     assert 0 < report.matched < 15  # neither all nor none were done before

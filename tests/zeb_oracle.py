@@ -7,12 +7,12 @@ import math
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import forked
 import numpy as np
 import torch
 from PIL import Image
@@ -160,24 +160,19 @@ def write_set(
     return root
 
 
-def run_and_kill(code: str, *arguments: str, out: Path) -> None:
-    """Run Python code as a process of its own, killed when it has kept the matches of two pairs.
-
-    Args:
-        code: the first argument that it gets is the folder of this module.
-        arguments: further ones.
-        out: folder of its results.
-    """
-    process = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), *arguments])
+def run_and_kill(function: Callable[..., Any], *arguments: Any, out: Path) -> None:
+    """Call a function in a process of its own, killed when it has kept the matches of two pairs."""
+    process = forked.start(function, *arguments)
     try:
         end = time.monotonic() + 120
         while sum(_entries(path) for path in out.glob("predictions/*.db")) < 2:
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert process.exitcode is None, "the run ended before it could be killed"
             assert time.monotonic() < end
             time.sleep(0.005)
     finally:
         process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def _entries(path: Path) -> int:

@@ -128,18 +128,17 @@ class Scene:
 
     def height(self, xy: np.ndarray) -> np.ndarray:
         """Z of the surface at (N, 2)."""
-        total = np.zeros(len(xy))
-        for amplitude, kx, ky, phase in self.waves:
-            total += amplitude * np.sin(kx * xy[:, 0] + ky * xy[:, 1] + phase)
-        return total
+        height: np.ndarray = np.sin(self._phases(xy)) @ self.waves[:, 0]
+        return height
 
     def slope(self, xy: np.ndarray) -> np.ndarray:
         """Gradient (N, 2) of ``height``."""
-        total = np.zeros((len(xy), 2))
-        for amplitude, kx, ky, phase in self.waves:
-            rate = amplitude * np.cos(kx * xy[:, 0] + ky * xy[:, 1] + phase)
-            total += rate[:, None] * [kx, ky]
-        return total
+        slope: np.ndarray = np.cos(self._phases(xy)) @ (self.waves[:, :1] * self.waves[:, 1:3])
+        return slope
+
+    def _phases(self, xy: np.ndarray) -> np.ndarray:
+        phases: np.ndarray = xy @ self.waves[:, 1:3].T + self.waves[:, 3]
+        return phases
 
     def cast(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
         """Distances (N,) along unit rays (N, 3) to what they hit first; infinite for nothing."""

@@ -249,7 +249,7 @@ def _check(command: Check) -> int:
 
 
 def _table(command: Table) -> int:
-    from gim_hloc.evaluation.zeb import plots, table
+    from gim_hloc.evaluation.zeb import table
 
     made = table.make_table(command.dumps, command.table)
     for path in table.write_tables(made, command.out):
@@ -257,6 +257,8 @@ def _table(command: Table) -> int:
     if not command.out:
         sys.stdout.write(table.to_markdown(made) + "\n")
     if command.plots is not None:
+        from gim_hloc.evaluation.zeb import plots
+
         for path in plots.write_plots(made, command.plots):
             sys.stdout.write(f"{path}\n")
     return 1 if made.problems else 0
