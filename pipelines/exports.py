@@ -125,8 +125,9 @@ class Exports:
         if FORMATS[kind].large:
             masks = [self.masks.find(name) for name in self.records] if self.masks else []
             stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in masks if p]
-            dense = {n: f for n, f in self.folder.files.items() if n.startswith(f"{DENSE}/")}
-            parts += [to_mapping(self.options), stamps, dense]
+            parts += [to_mapping(self.options), stamps]
+        if FORMATS[kind].dense:
+            parts += [{n: f for n, f in self.folder.files.items() if n.startswith(f"{DENSE}/")}]
         return digest(parts)
 
     def _reference_key(self, kind: str) -> Any:

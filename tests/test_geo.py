@@ -15,6 +15,7 @@ from test_handover import build, observed
 
 from gim_hloc import colmap
 from gim_hloc.colmap.export import export_model
+from gim_hloc.colmap.target import write_ply
 from gim_hloc.errors import InputError
 from gim_hloc.geometry.pose import fit_similarity
 from gim_hloc.pipelines._report_figures import plan_in_metres
@@ -253,6 +254,24 @@ def test_geo_is_read_back_by_pyproj(crs: Any, tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "geo/cameras.csv").open(newline="")))
     written = np.array([[float(r["latitude"]), float(r["longitude"])] for r in rows])
     np.testing.assert_allclose(written, read[:, :2], atol=2e-8)  # 2 mm
+
+
+def test_the_dense_cloud_is_laz_in_full_coordinates(tmp_path: Path) -> None:
+    laspy = pytest.importorskip("laspy", reason="laspy is not installed")
+    pytest.importorskip("lazrs", reason="lazrs is not installed")
+    flight = Flight(2)
+    xyz = np.random.default_rng(0).normal(size=(50, 3))
+    rgb = np.arange(150, dtype=np.uint8).reshape(50, 3)
+    write_ply(tmp_path / "dense.ply", xyz, rgb, normals=True)  # in the frame of the model
+    metres = colmap.metres_by_gps(flight.model, flight.fixes, {}, "utm")
+    metres.apply(flight.model)
+    export_model(flight.model, tmp_path, formats=("geo",), metres=metres, dense=tmp_path)
+    cloud = laspy.read(tmp_path / "geo/dense.laz")
+    assert cloud.header.are_points_compressed
+    assert cloud.header.parse_crs().to_epsg() == 32633
+    expected = metres.similarity(xyz) + metres.offset
+    np.testing.assert_allclose(cloud.xyz, expected, atol=2e-4 * metres.similarity.scale)
+    assert np.array_equal(np.stack([cloud.red, cloud.green, cloud.blue], 1) // 257, rgb)
 
 
 def test_control_points_of_opendronemap(tmp_path: Path) -> None:

@@ -74,6 +74,6 @@ FORMATS = {
     "metashape": Format(["cameras.xml"], write_metashape),
     "realityscan": Format(["realityscan/**/*"], write_realityscan, large=True),
     "nerfstudio": Format(["nerfstudio/**/*"], write_nerfstudio, large=True),
-    "geo": Format(["geo/**/*"], write_geo),
-    "3dgs": Format(["3dgs/**/*"], write_3dgs, large=True),
+    "geo": Format(["geo/**/*"], write_geo, dense=True),
+    "3dgs": Format(["3dgs/**/*"], write_3dgs, large=True, dense=True),
 }

@@ -6,11 +6,13 @@ programs compute with, loses decimetres in the millions of UTM.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +20,14 @@ import pycolmap
 import scipy  # its packages are loaded when they are used
 
 from gim_hloc.colmap.model import poses_of
-from gim_hloc.colmap.target import Target, coloured_points, pose_of, registered, write_ply
+from gim_hloc.colmap.target import (
+    Target,
+    coloured_points,
+    pose_of,
+    read_ply,
+    registered,
+    write_ply,
+)
 from gim_hloc.errors import InputError, some
 from gim_hloc.files import write_atomic
 from gim_hloc.geometry.georeference import Georeference, georeference, upright
@@ -36,6 +45,7 @@ from gim_hloc.surveys import ControlPoint, Fix
 _ROBUST_FROM = 6  # control points; of fewer any three agree
 _WRONG = 5.0  # robust standard deviations
 _SURVEY_M = 0.05  # nearer points are as good as surveyed ones are
+_LAZ_M = 1e-4  # coordinates of dense.laz are multiples of it
 _MARK_PX = 2.0  # marks farther from where the others put a point count less
 
 
@@ -358,7 +368,8 @@ def write_geo(model: Any, target: Target) -> list[str]:
 
     ``sparse/0`` and ``points.ply`` are less the offset; ``offset.xyz`` has it; ``cameras.csv`` has
     every camera in the system's own coordinates, and in degrees where it is on earth; ``geo.json``
-    has how the metres were found, with the residuals.
+    has how the metres were found, with the residuals. The dense cloud is ``dense.laz``, in full
+    coordinates.
     """
     metres = target.metres
     if metres is None:
@@ -380,6 +391,30 @@ def write_geo(model: Any, target: Target) -> list[str]:
         end = [] if degrees is None else [f"{v:.9f}" for v in degrees[row, :2]]
         table.writerow([view.name, *(f"{v:.4f}" for v in places[row]), *end])
     write_atomic(folder / "cameras.csv", text.getvalue())
+    cloud = None if target.dense is None else target.dense / "dense.ply"
+    return _write_laz(folder / "dense.laz", cloud, metres) if cloud and cloud.is_file() else []
+
+
+def _write_laz(path: Path, cloud: Path, metres: Metres) -> list[str]:
+    """Write a cloud of the model as LAZ; a note where that cannot be."""
+    try:
+        import laspy
+        import lazrs  # noqa: F401 - laspy compresses by it
+    except ImportError:
+        return ["geo/dense.laz needs laspy and lazrs: pip install gim-hloc[dense]."]
+    xyz, rgb = read_ply(cloud)
+    places = metres.similarity(xyz.astype(np.float64)) + metres.offset
+    header = laspy.LasHeader(version="1.4", point_format=7)
+    header.offsets, header.scales = np.floor(places.min(0)), np.full(3, _LAZ_M)
+    if metres.crs.startswith("EPSG:"):
+        with contextlib.suppress(ImportError):
+            import pyproj
+
+            header.add_crs(pyproj.CRS(metres.crs))
+    points = laspy.LasData(header)
+    points.xyz = places
+    points.red, points.green, points.blue = rgb.T.astype(np.uint16) * 257  # of 16 bits
+    points.write(path)
     return []
 
 

@@ -52,11 +52,13 @@ class Format:
         files: that it writes, relative, with ``*`` and ``**``.
         write: writes a ``pycolmap.Reconstruction`` and gives notes about what was left out.
         large: whether it writes images, which are later known by their sizes alone.
+        dense: whether it holds something of the dense model.
     """
 
     files: Sequence[str]
     write: Callable[[Any, Target], list[str]]
     large: bool = False
+    dense: bool = False
 
 
 def registered(model: Any) -> list[Any]:
