@@ -253,10 +253,11 @@ def test_a_disk_that_fails_takes_nothing(
 
 
 def test_a_place_that_cannot_be_written_is_named_and_the_work_is_kept(out: Path) -> None:
-    shutil.rmtree(out / "sparse")
-    (out / "sparse").write_text("a file where a folder belongs")
-    with folder(out) as f, pytest.raises(OutputError, match="cannot be put in its place"):
-        make(f, "refine", NEW, "2")
+    with folder(out) as f:
+        shutil.rmtree(out / "sparse")
+        (out / "sparse").write_text("a file where a folder belongs")  # earlier it is refused
+        with pytest.raises(OutputError, match="cannot be put in its place"):
+            make(f, "refine", NEW, "2")
     (out / "sparse").unlink()
     with folder(out) as f:
         assert f.facts("refine", "2") == {"files": 2}
