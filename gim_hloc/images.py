@@ -362,7 +362,7 @@ def map_in_threads(
             total=len(items),
             desc=title,
             unit="image",
-            disable=not progress,
+            disable=not (progress and items),
         )
         return list(bar)
     finally:
