@@ -258,6 +258,8 @@ def test_a_place_that_cannot_be_written_is_named_and_the_work_is_kept(out: Path)
         (out / "sparse").write_text("a file where a folder belongs")  # earlier it is refused
         with pytest.raises(OutputError, match="cannot be put in its place"):
             make(f, "refine", NEW, "2")
+    with pytest.raises(OutputError, match="holds sparse, which no run made"):
+        folder(out)
     (out / "sparse").unlink()
     with folder(out) as f:
         assert f.facts("refine", "2") == {"files": 2}
