@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ from test_matchers import IDENTITY, as_data, picture, true_fundamental
 
 from gim_hloc import images, matchers
 from gim_hloc.hloc_plugin import confs, models
-from gim_hloc.matchers import nearest, registry
+from gim_hloc.matchers import nearest, registry, xfeat
 
 pytestmark = pytest.mark.weights
 
@@ -81,6 +82,45 @@ def test_the_ratio_holds_in_both_images() -> None:
 def test_a_low_cosine_is_no_match() -> None:
     a, b = unit(50, 7), unit(50, 8)
     assert len(matchers.load("xfeat", device="cpu").match(sparse(a), sparse(b))) == 0
+
+
+def test_all_keypoints_are_compared_where_the_strongest_agree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+    whole = nearest.mutual_nearest_ratios
+    monkeypatch.setattr(
+        xfeat,
+        "mutual_nearest_ratios",
+        lambda *ends: (compared.append(len(ends[0])), whole(*ends))[1],
+    )
+    one, other = unit(3000, 10), unit(3000, 11)
+    again = F.normalize(one + 0.02 * unit(3000, 12))
+    matcher = matchers.load("xfeat", device="cpu")
+    assert len(matcher.match(sparse(one), sparse(other))) < 8
+    assert compared == [1024]
+    assert len(matcher.match(sparse(one), sparse(again))) == 3000
+    assert compared == [1024, 1024, 3000]
+
+
+def test_lightglue_leaves_out_what_has_nothing_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = unit(900, 13, 128), unit(900, 14, 128)
+    again = F.normalize(one + 0.02 * unit(900, 15, 128))
+    matcher = matchers.load("aliked_lightglue", device="cpu")
+    asked = []
+
+    def match(pairs: list) -> list:
+        asked.append(len(pairs))
+        return [(torch.tensor([[0, 0]]), torch.ones(1))] * len(pairs)
+
+    monkeypatch.setattr(matcher.glue, "match", match)
+    assert len(matcher.match(sparse(one), sparse(other))) == 0
+    assert asked == []
+    assert len(matcher.match(sparse(one), sparse(again))) == 1
+    everything = matchers.load("aliked_lightglue", quality="precise", device="cpu")
+    monkeypatch.setattr(everything.glue, "match", match)
+    assert len(everything.match(sparse(one), sparse(other))) == 1
+    assert asked == [1, 1]
 
 
 @pytest.fixture(scope="module")

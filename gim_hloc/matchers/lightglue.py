@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from gim_hloc import weights
 from gim_hloc.matchers.common import Precision, resolve_dtype, resolve_precision
+from gim_hloc.matchers.nearest import mutual_nearest_ratios
 from gim_hloc.matchers.sparse import DetectorMatcher, DetectorOptions, no_matches
 from gim_hloc.networks.lightglue import LightGlue, sizes_of
 from gim_hloc.networks.superpoint import SuperPoint
 from gim_hloc.options import options
 from gim_hloc.types import Matches, SparseEncoding
+
+_STRONG, _DISTINCT = 512, 0.85  # see ``SparseOptions.min_distinct``
 
 
 @options
@@ -28,6 +32,9 @@ class SparseOptions(DetectorOptions):
     depth_confidence: float = 0.95  # stop early when this part of the points is certain; -1: never
     width_confidence: float = 0.99  # drop points that are surely unmatchable; -1: never
     filter_threshold: float = 0.1  # lowest confidence of a match, in [0, 1]
+    # Mutual nearest neighbours with a ratio below 0.85 among the strongest 512 keypoints of both; a
+    # pair with fewer shows nothing in common and is not matched. On a processor only.
+    min_distinct: Annotated[int, Field(ge=0)] = 0
     precision: Precision = "auto"  # of LightGlue; auto: float16 on CUDA, float32 elsewhere
 
 
@@ -93,6 +100,15 @@ class LightGlueMatcher(DetectorMatcher):
         """Match two encodings."""
         return self._match([(a, b)])[0]
 
+    @torch.inference_mode()
+    def _unrelated(self, a: SparseEncoding, b: SparseEncoding) -> bool:
+        """Whether the strongest keypoints of two images have nothing in common."""
+        if not self.options.min_distinct or self.device.type != "cpu":
+            return False
+        ends = (encoding.strongest(_STRONG).descriptors.float() for encoding in (a, b))
+        _, _, ratio = mutual_nearest_ratios(*ends)
+        return int((ratio < _DISTINCT).sum()) < self.options.min_distinct
+
     def match_batch(self, pairs: Sequence[tuple[SparseEncoding, SparseEncoding]]) -> list[Matches]:
         """Match many pairs: at once on a GPU, one by one on a processor (padding costs time)."""
         if self.device.type == "cpu":
@@ -102,7 +118,11 @@ class LightGlueMatcher(DetectorMatcher):
     @torch.inference_mode()
     def _match(self, pairs: Sequence[tuple[SparseEncoding, SparseEncoding]]) -> list[Matches]:
         results = [no_matches(a, b) for a, b in pairs]
-        rows = [row for row, (a, b) in enumerate(pairs) if len(a) and len(b)]
+        rows = [
+            row
+            for row, (a, b) in enumerate(pairs)
+            if len(a) and len(b) and not self._unrelated(a, b)
+        ]
         if rows:
             with self._autocast():
                 found = self.glue.match([[self._start(code) for code in pairs[r]] for r in rows])

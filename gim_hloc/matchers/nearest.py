@@ -56,6 +56,14 @@ def mutual_nearest_but_one(
     return torch.stack([rows, columns], 1), best0[rows], second0[rows].maximum(below[columns])
 
 
+def mutual_nearest_ratios(
+    descriptors0: torch.Tensor, descriptors1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mutual_nearest`` of unit vectors, and (K,) the distance over that of the nearer rival."""
+    index, cosine, rival = mutual_nearest_but_one(descriptors0, descriptors1)
+    return index, cosine, distance(cosine) / distance(rival).clamp(min=1e-6)
+
+
 def rivals(
     descriptors: torch.Tensor,
     others: torch.Tensor,

@@ -51,9 +51,20 @@ _SIFT: Presets = {
     "base": {"max_size": 3200, "max_keypoints": 8192},
     "precise": {"max_size": None, "max_keypoints": 16384, "contrast_threshold": 0.01},
 }
+# Measured (docs/performance.md): no pair that verifies has fewer than 2 distinct ones.
 _ALIKED: Presets = {
-    "fast": {"max_size": 1024, "max_keypoints": 1024, "detection_threshold": 0.2},
-    "base": {"max_size": 1024, "max_keypoints": 2048, "detection_threshold": 0.2},
+    "fast": {
+        "max_size": 1024,
+        "max_keypoints": 1024,
+        "detection_threshold": 0.2,
+        "min_distinct": 2,
+    },
+    "base": {
+        "max_size": 1024,
+        "max_keypoints": 2048,
+        "detection_threshold": 0.2,
+        "min_distinct": 2,
+    },
     "precise": {"max_size": 1600, "max_keypoints": 4096, "detection_threshold": 0.1},
 }
 _DISK: Presets = {

@@ -12,7 +12,7 @@ from pydantic import Field
 from gim_hloc import weights
 from gim_hloc.matchers.common import MatcherBase, weight_files
 from gim_hloc.matchers.lightglue import LightGlueMatcher
-from gim_hloc.matchers.nearest import distance, mutual_nearest, mutual_nearest_but_one
+from gim_hloc.matchers.nearest import mutual_nearest, mutual_nearest_ratios
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import DetectorMatcher, DetectorOptions
 from gim_hloc.networks.xfeat import CELL, Cells, XFeat
@@ -67,11 +67,9 @@ class XFeatMatcher(DetectorMatcher):
 
     def _nearest(self, *ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (K, 2) of mutual nearest neighbours that pass both tests, and their ratios (K,)."""
-        index, cosine, rival = mutual_nearest_but_one(*ends)
-        keep = cosine > self.options.min_cosine
-        index, cosine, rival = index[keep], cosine[keep], rival[keep]
-        ratio = distance(cosine) / distance(rival).clamp(min=1e-6)
+        index, cosine, ratio = mutual_nearest_ratios(*ends)
         keep = ratio < self.options.ratio if self.options.ratio < 1 else ratio <= 1
+        keep &= cosine > self.options.min_cosine
         return index[keep], ratio[keep]
 
 
