@@ -269,6 +269,8 @@ def test_a_weak_but_right_image_stays_and_one_without_support_leaves() -> None:
     assert names == set(scene.names) - {bare}
     assert list(checked.reasons) == [bare]
     assert "only 8 points" in checked.reasons[bare]
+    cameras = {camera["id"] for camera in colmap.cameras_of(checked.models[0])}
+    assert set(colmap.pose_errors(checked.models[0], cameras, 1)) == names
 
 
 def test_images_without_points_do_not_disturb_the_joints() -> None:

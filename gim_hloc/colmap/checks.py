@@ -102,6 +102,7 @@ def deregister(model: Any, frame_ids: Sequence[int]) -> None:
     manager = pycolmap.ObservationManager(model)
     for frame_id in frame_ids:
         manager.deregister_frame(frame_id)
+    model.tear_down()  # COLMAP's covariances stumble over images without a pose
 
 
 def num_supported(model: Any) -> int:

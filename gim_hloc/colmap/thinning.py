@@ -100,6 +100,7 @@ def complete(model: Any, database: Path, options: Any) -> None:
         triangulation,
     )
     mapper.end_reconstruction(False)
+    model.tear_down()  # images of the database that have no pose
 
 
 __all__ = ["complete", "thin"]
