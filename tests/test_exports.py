@@ -25,6 +25,7 @@ from gim_hloc.pipelines.exports import export
 from gim_hloc.poses import similarity
 
 fake_matcher.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 NAMES = SCENE.names[:5]
 METRES = 10.0  # of a unit of the scene
 LATITUDE, LONGITUDE = 55.7, 13.2

@@ -22,9 +22,9 @@ TRAINED = ("xfeat", "lighterglue")  # recorded with the trained weights
 GOLDEN = [path for path in sorted(PARITY.glob("*.npz")) if golden.is_known(path)]
 
 needs_parity = pytest.mark.skipif(not GOLDEN, reason="../shared/parity is not there")
-# By default each network sees made-up pictures, and one the photographs and frames of the demo.
+# By default each network sees made-up pictures, and two small ones photographs.
 SLOW = {p.stem for p in GOLDEN if p.stem.endswith(("_full", "_real"))} - {
-    "dkm_real", "lighterglue_real", "xfeat_star_real",
+    "lighterglue_real", "xfeat_star_real",
 }  # fmt: skip
 limits = functools.cache(functools.partial(golden.tolerances, PARITY))
 
