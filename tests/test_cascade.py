@@ -23,6 +23,7 @@ from gim_hloc.pipelines import cascade, methods
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 from gim_hloc.types import ImageData, Matches, SparseEncoding
 
+pytestmark = pytest.mark.usefixtures("no_charts")
 LOST = SCENE.names[3:5]  # neighbours: what matches them is across as well as between them
 
 
