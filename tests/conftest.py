@@ -10,6 +10,7 @@ import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 
 from gim_hloc import workers
@@ -49,14 +50,13 @@ def forked_workers() -> Iterator[None]:
 
     A spawned worker imports for four seconds; those of a user are spawned (``spawned_workers``).
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([
+    forked.CONTEXT.set_forkserver_preload([
         "gim_hloc.pipelines.reconstruct", "gim_hloc.pipelines.localize",
         "gim_hloc.evaluation.zeb.run", "gim_hloc.training.video.propagation",
         "gim_hloc.training.trainer",
     ])  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "_CONTEXT", server)
+        patch.setattr(workers, "_CONTEXT", forked.CONTEXT)
         yield
 
 
