@@ -114,7 +114,6 @@ def test_workers_give_what_one_run_gives(pictures: Path, tmp_path: Path, where: 
         np.testing.assert_array_equal(prediction.points1, kept[1][name].points1)
 
 
-@pytest.mark.slow
 def test_a_shard_is_split_over_workers(pictures: Path, tmp_path: Path) -> None:
     options = RunOptions(matchers=("root_sift",), version="v", device="cpu")
     out = tmp_path / "out"
