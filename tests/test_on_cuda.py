@@ -269,7 +269,7 @@ def make_sift(device: torch.device, precision: str) -> Any:
     return registry.load("sift", device=str(device))
 
 
-def make_glue(name: str) -> Callable[[torch.device, str], Any]:
+def make_glue(name: str, **options: int) -> Callable[[torch.device, str], Any]:
     def make(device: torch.device, precision: str) -> Any:
         # Points are dropped on a GPU only where there are many.
         return registry.load(
@@ -279,6 +279,7 @@ def make_glue(name: str) -> Callable[[torch.device, str], Any]:
             width_confidence=-1.0,
             filter_threshold=1e-4,  # made-up weights are sure of little
             precision=precision,
+            **options,
         )
 
     return make
@@ -290,7 +291,8 @@ MAKERS: dict[str, Callable[[torch.device, str], Any]] = {
     "loftr": make_loftr,
     "sift": make_sift,
     "gim_lightglue": make_glue("gim_lightglue"),
-    "aliked_lightglue": make_glue("aliked_lightglue"),
+    "aliked_lightglue": make_glue("aliked_lightglue"),  # two pairs have nothing in common
+    "aliked_lightglue, every pair": make_glue("aliked_lightglue", min_distinct=0),
     "disk_lightglue": make_glue("disk_lightglue"),
 }
 

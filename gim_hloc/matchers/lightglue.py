@@ -33,7 +33,7 @@ class SparseOptions(DetectorOptions):
     width_confidence: float = 0.99  # drop points that are surely unmatchable; -1: never
     filter_threshold: float = 0.1  # lowest confidence of a match, in [0, 1]
     # Mutual nearest neighbours with a ratio below 0.85 among the strongest 512 keypoints of both; a
-    # pair with fewer shows nothing in common and is not matched. On a processor only.
+    # pair with fewer shows nothing in common and is not matched.
     min_distinct: Annotated[int, Field(ge=0)] = 0
     precision: Precision = "auto"  # of LightGlue; auto: float16 on CUDA, float32 elsewhere
 
@@ -103,9 +103,9 @@ class LightGlueMatcher(DetectorMatcher):
     @torch.inference_mode()
     def _unrelated(self, a: SparseEncoding, b: SparseEncoding) -> bool:
         """Whether the strongest keypoints of two images have nothing in common."""
-        if not self.options.min_distinct or self.device.type != "cpu":
+        if not self.options.min_distinct:
             return False
-        ends = (encoding.strongest(_STRONG).descriptors.float() for encoding in (a, b))
+        ends = (e.descriptors[:_STRONG].to(self.device).float() for e in (a, b))
         _, _, ratio = mutual_nearest_ratios(*ends)
         return int((ratio < _DISTINCT).sum()) < self.options.min_distinct
 
