@@ -281,7 +281,7 @@ def _incremental(job: MapJob, mapper: str, database: Path, folder: Path, options
     if mapper == "hierarchical":
         if not hasattr(pycolmap, "HierarchicalPipelineOptions"):
             raise InputError(
-                f"--mapper hierarchical needs pycolmap 4.1 or newer, this is {version()}."
+                f"--mapper hierarchical needs pycolmap 4.2 or newer, this is {version()}."
             )
         hierarchical = pycolmap.HierarchicalPipelineOptions()
         hierarchical.num_threads = job.threads
