@@ -65,6 +65,7 @@ def _work(
 ) -> None:
     torch.set_num_threads(1)
     fake_matcher.register()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     if step is not None:
         kill_at(step, number)
     if limit is not None:  # of every file; what is beyond fails as on a full disk
