@@ -9,6 +9,7 @@ from typing import Any
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec
+from gim_hloc.colmap.mapping import keep_intrinsics
 from gim_hloc.colmap.model import colmap_log
 
 
@@ -59,9 +60,6 @@ def sift_baseline(
         mapping = pycolmap.IncrementalPipelineOptions()
         mapping.random_seed = seed
         if given:
-            mapping.ba_refine_focal_length = False
-            mapping.ba_refine_extra_params = False
-            mapping.mapper.abs_pose_refine_focal_length = False
-            mapping.mapper.abs_pose_refine_extra_params = False
+            keep_intrinsics(mapping)
         models = pycolmap.incremental_mapping(database, images, output, options=mapping)
     return sorted(models.values(), key=lambda model: -model.num_reg_images())

@@ -316,6 +316,14 @@ def _non_empty(models: Mapping[int, Any]) -> list[Any]:
     return [model for model in models.values() if model.num_reg_images() >= 2]
 
 
+def keep_intrinsics(pipeline: Any) -> None:
+    """Let COLMAP's incremental mapper refine no intrinsics."""
+    pipeline.ba_refine_focal_length = False
+    pipeline.ba_refine_extra_params = False
+    pipeline.mapper.abs_pose_refine_focal_length = False
+    pipeline.mapper.abs_pose_refine_extra_params = False
+
+
 def _incremental_options(job: MapJob, *, relaxed: bool = False) -> Any:
     options = job.options
     pipeline = pycolmap.IncrementalPipelineOptions()
@@ -334,10 +342,7 @@ def _incremental_options(job: MapJob, *, relaxed: bool = False) -> Any:
         pipeline.snapshot_path = job.snapshots
         pipeline.snapshot_frames_freq = _SNAPSHOT_IMAGES
     if job.all_fixed:
-        pipeline.ba_refine_focal_length = False
-        pipeline.ba_refine_extra_params = False
-        pipeline.mapper.abs_pose_refine_focal_length = False
-        pipeline.mapper.abs_pose_refine_extra_params = False
+        keep_intrinsics(pipeline)
     if relaxed:
         pipeline.mapper.init_max_forward_motion = 1.0  # COLMAP: 0.95, no first pair in a street
         pipeline.mapper.init_min_num_inliers = 30

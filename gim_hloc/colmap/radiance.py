@@ -19,6 +19,7 @@ from gim_hloc.colmap.target import (
     Target,
     coloured_points,
     models_named,
+    read_ply,
     registered,
     used_cameras,
     write_ply,
@@ -235,9 +236,7 @@ def _add_dense_points(result: Any, target: Target) -> None:
             "--dense-points wants the dense cloud of the run, and it has none: make it first "
             "(gim-densify OUTPUT)."
         )
-    cloud = pycolmap.Reconstruction()
-    cloud.import_PLY(str(path))
-    xyz, rgb = coloured_points(cloud)
+    xyz, rgb = read_ply(path)
     if target.metres is not None:
         xyz = target.metres.similarity(xyz)
     chosen = np.random.default_rng(0).permutation(len(xyz))[:missing]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pycolmap
-import scipy  # its packages are loaded when they are used
 
 from gim_hloc.colmap.database import open_database
+from gim_hloc.tracks.base import components
 
 # Tracks an image keeps for mapping, longest first, and matches a pair keeps where it has them.
-# Measured (docs/performance.md): poses after refinement are those of all tracks from 300 on.
+# What it does to poses: docs/performance.md.
 TRACKS, PAIR_MATCHES = 500, 150
 _WORTH = 0.8  # a larger share than this would save nothing
 
@@ -30,52 +31,48 @@ def thin(database: Path, target: Path) -> bool:
     with open_database(database) as db:
         found = zip(*db.read_two_view_geometries(), strict=True)
         geometries = {pycolmap.pair_id_to_image_pair(pair): g for pair, g in found}
-        counts = {i.image_id: db.num_keypoints_for_image(i.image_id) for i in db.read_all_images()}
-    matches = {pair: np.asarray(g.inlier_matches, np.int64) for pair, g in geometries.items()}
-    kept = _of_long_tracks({p: m for p, m in matches.items() if len(m)}, counts)
+        names = {i.image_id: i.name for i in db.read_all_images()}
+        counts = {name: db.num_keypoints_for_image(i) for i, name in names.items()}
+    matches = {
+        (names[a], names[b]): np.asarray(geometry.inlier_matches, np.int64)
+        for (a, b), geometry in geometries.items()
+    }
+    kept = _of_long_tracks(matches, counts)
     if sum(k.sum() for k in kept.values()) > _WORTH * sum(map(len, matches.values())):
         return False
     shutil.copyfile(database, target)
     with open_database(target) as db:
-        for pair, keep in kept.items():
-            if not keep.all():
-                geometries[pair].inlier_matches = matches[pair][keep].astype(np.uint32)
-                db.update_two_view_geometry(*pair, geometries[pair])
+        for (a, b), geometry in geometries.items():
+            pair = names[a], names[b]
+            if not kept[pair].all():
+                geometry.inlier_matches = matches[pair][kept[pair]].astype(np.uint32)
+                db.update_two_view_geometry(a, b, geometry)
     return True
 
 
 def _of_long_tracks(
-    matches: dict[tuple[int, int], np.ndarray], counts: dict[int, int]
-) -> dict[tuple[int, int], np.ndarray]:
-    """Which matches (M,) of each pair are kept; keypoints of all images are numbered in a row."""
-    if not matches:
-        return {}
-    order = sorted(counts)
-    start = dict(zip(order, np.cumsum([0, *(counts[i] for i in order)]), strict=False))
-    ends = [
-        np.concatenate([start[pair[k]] + m[:, k] for pair, m in matches.items()]) for k in (0, 1)
-    ]
-    total = sum(counts.values())
-    graph = scipy.sparse.coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(total, total))
-    number, track = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    used = np.unique(np.concatenate(ends))  # sorted, and with it the images
-    image = np.repeat(np.arange(len(order)), [counts[i] for i in order])[used]
-    seen = np.unique(np.stack([track[used], image]), axis=1)
-    images, keypoints = (np.bincount(t, minlength=number) for t in (seen[0], track[used]))
-    length = images - len(order) * (keypoints > images)
-    chance = np.random.default_rng(0).random(number)  # among equals: spread over the image
-    keep = np.zeros(number, bool)
-    for index in range(len(order)):
-        own = seen[0, seen[1] == index]
-        keep[own[np.lexsort((chance[own], -length[own]))[:TRACKS]]] = True
+    matches: Mapping[tuple[str, str], np.ndarray], counts: Mapping[str, int]
+) -> dict[tuple[str, str], np.ndarray]:
+    """Which matches (M,) of each pair are kept, by the numbers of keypoints of all images."""
+    track, image, row = components(list(counts.values()), list(counts), matches)
+    own = np.unique(np.stack([image, track]), axis=1)  # an image's tracks, once each
+    images, keypoints = (np.bincount(t, minlength=1) for t in (own[1], track))
+    length = images - len(counts) * (keypoints > images)
+    chance = np.random.default_rng(0).random(len(length))  # among equals: spread over the image
+    order = np.lexsort((chance[own[1]], -length[own[1]], own[0]))
+    rank = np.arange(len(order)) - np.searchsorted(own[0], own[0])
+    keep = np.zeros(len(length), bool)
+    keep[own[1, order[rank < TRACKS]]] = True
+    numbers = {name: np.full(count, -1) for name, count in counts.items()}
+    for index, of_image in enumerate(numbers.values()):
+        of_image[row[image == index]] = track[image == index]
     kept = {}
-    for pair, rows in matches.items():
-        own = track[start[pair[0]] + rows[:, 0]]
-        chosen = keep[own]
-        rest = np.flatnonzero(~chosen)
-        more = rest[np.argsort(-length[own[rest]], kind="stable")]
-        chosen[more[: max(PAIR_MATCHES - int(chosen.sum()), 0)]] = True
-        kept[pair] = chosen
+    for (a, b), rows in matches.items():
+        tracks = numbers[a][rows[:, 0]]
+        kept[a, b] = keep[tracks]
+        rest = np.flatnonzero(~kept[a, b])
+        more = rest[np.argsort(-length[tracks[rest]], kind="stable")]
+        kept[a, b][more[: max(PAIR_MATCHES - int(kept[a, b].sum()), 0)]] = True
     return kept
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pycolmap
-import scipy  # its packages are loaded when they are used
 
+from gim_hloc.colmap.checks import shared_points
 from gim_hloc.colmap.improve import adjuster
 from gim_hloc.colmap.intrinsics import residual_variance
 
@@ -56,7 +56,7 @@ def pose_errors(
     if covariance is None:
         return {}
     found = {}
-    for image_id, other_id in _neighbours(model, ids).items():
+    for image_id, other_id in _neighbours(model).items():
         image, other = model.image(image_id), model.image(other_id)
         ends = other.cam_from_world(), image.cam_from_world()
         parts = [
@@ -98,16 +98,7 @@ def _relative(a: Any, b: Any, of_a: Any, of_both: Any, of_b: Any) -> np.ndarray:
     return joint
 
 
-def _neighbours(model: Any, ids: list[int]) -> dict[int, int]:
+def _neighbours(model: Any) -> dict[int, int]:
     """The image that shares most points with each."""
-    row = {image_id: i for i, image_id in enumerate(ids)}
-    seen = [
-        (row[element.image_id], column)
-        for column, point in enumerate(model.points3D.values())
-        for element in point.track.elements
-    ]
-    rows, columns = np.array(seen).T
-    table = scipy.sparse.coo_matrix((np.ones(len(rows)), (rows, columns))).tocsr()
-    shared = (table @ table.T).toarray()
-    np.fill_diagonal(shared, 0)
+    ids, shared = shared_points(model)
     return {ids[i]: ids[int(best)] for i, best in enumerate(shared.argmax(1)) if shared[i, best]}

@@ -100,7 +100,6 @@ class LightGlueMatcher(DetectorMatcher):
         """Match two encodings."""
         return self._match([(a, b)])[0]
 
-    @torch.inference_mode()
     def _unrelated(self, a: SparseEncoding, b: SparseEncoding) -> bool:
         """Whether the strongest keypoints of two images have nothing in common."""
         if not self.options.min_distinct:
