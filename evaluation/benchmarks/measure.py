@@ -92,6 +92,8 @@ def measured_run(
 ) -> Usage:
     """Run a program to its end; its output goes to ``log``.
 
+    Its bytecode is kept, as that of installed packages is: a checkout is compiled by its first run.
+
     Raises:
         BenchmarkError: it cannot be started or leaves with another code than 0.
     """
@@ -105,7 +107,7 @@ def measured_run(
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(environment or {})},
             )
         except OSError as error:
             raise BenchmarkError(f"cannot start {arguments[0]}: {error}") from error
