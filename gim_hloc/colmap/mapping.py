@@ -25,7 +25,6 @@ from gim_hloc.colmap.checks import (
 from gim_hloc.colmap.database import open_database, verified_components
 from gim_hloc.colmap.improve import bundle_adjust
 from gim_hloc.colmap.model import align, colmap_log, poses_of, rigid, version
-from gim_hloc.colmap.thinning import complete, thin
 from gim_hloc.errors import InputError, MappingError, some
 from gim_hloc.options import MapOptions, Mapper, PoseUse, RefineIntrinsics
 
@@ -263,20 +262,14 @@ def _map_once(job: MapJob, *, relaxed: bool) -> list[Any]:
                 _pin_cameras(model, job)
             return models
         options = _incremental_options(job, relaxed=relaxed)
-        prior = job.pose_use == "prior" and job.poses is not None
-        if prior:
+        if job.pose_use == "prior" and job.poses is not None:
             options.use_prior_position = True
             # One wrong prior must not bend all.
             options.use_robust_loss_on_prior_position = True
-        part = folder / "part.db"
-        thinned = not prior and thin(job.database, part)  # priors hold in mapping alone
-        models = _incremental(job, mapper, part if thinned else job.database, folder, options)
-        for model in models if thinned else ():
-            complete(model, job.database, options)
-        return models
+        return _incremental(job, mapper, folder, options)
 
 
-def _incremental(job: MapJob, mapper: str, database: Path, folder: Path, options: Any) -> list[Any]:
+def _incremental(job: MapJob, mapper: str, folder: Path, options: Any) -> list[Any]:
     """Models of COLMAP's incremental or hierarchical mapper."""
     if mapper == "hierarchical":
         if not hasattr(pycolmap, "HierarchicalPipelineOptions"):
@@ -286,7 +279,9 @@ def _incremental(job: MapJob, mapper: str, database: Path, folder: Path, options
         hierarchical = pycolmap.HierarchicalPipelineOptions()
         hierarchical.num_threads = job.threads
         hierarchical.incremental_options = options
-        return _non_empty(pycolmap.hierarchical_mapping(database, _NOWHERE, folder, hierarchical))
+        return _non_empty(
+            pycolmap.hierarchical_mapping(job.database, _NOWHERE, folder, hierarchical)
+        )
 
     model, registered = -1, 0
 
@@ -302,7 +297,7 @@ def _incremental(job: MapJob, mapper: str, database: Path, folder: Path, options
 
     return _non_empty(
         pycolmap.incremental_mapping(
-            database,
+            job.database,
             _NOWHERE,
             folder,
             options=options,
