@@ -39,6 +39,7 @@ Pair = tuple[str, str]
 # Steps that make something of the models: another model takes it away.
 OF_MODEL = ("export", "dense")
 
+_COLOUR_PX = 1600  # long side of what points get their colours from
 _GREY_BYTES = 2**29  # of grey values kept between the rounds of refinement; beyond, files are read
 
 
@@ -352,7 +353,10 @@ class Modelling:
                 elif known is not None:
                     colmap.align(model, known)
                 unread = colmap.extract_colours(
-                    model, lambda n: image_module.read_rgb(self.records[n], upright=False)
+                    model,
+                    lambda n: image_module.read_rgb(
+                        self.records[n], max_size=_COLOUR_PX, upright=False
+                    ),
                 )
                 if unread:
                     made.whole = False

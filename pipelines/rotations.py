@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 
-# A pair with this share of the fewer keypoints matched shows both images the same way up. Images
-# below it are only candidates, so too high a share costs time, not correctness.
-STRONG_SHARE = 0.15
+# A pair with this share of the fewer keypoints matched, or with so many, shows both images the same
+# way up. Images below it are only candidates: too high a bound costs time, not correctness.
+STRONG_SHARE, STRONG_SUM = 0.15, 200.0
 # A turn is believed when it gives so many times the confidence of the image as it is.
 BELIEVED_GAIN = 2.5
 # The least for matchers that have no bound for a pair of their own.
@@ -65,7 +65,8 @@ def weak_groups(
     strong = [
         (a, b)
         for (a, b), total in sums.items()
-        if total >= max(bound or STRONG_LEAST, share * min(keypoints[a], keypoints[b]))
+        if total
+        >= max(bound or STRONG_LEAST, min(share * min(keypoints[a], keypoints[b]), STRONG_SUM))
     ]
     linked: dict[str, dict[str, float]] = {name: {} for name in names}
     for (a, b), total in sums.items():

@@ -198,6 +198,24 @@ def test_settings_and_licences() -> None:
         load(subpixel="quadratic")
 
 
+def test_processors_with_bfloat16_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, precision in (
+        ({"avx512_bf16": False, "amx_bf16": False}, "float32"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({}, "float32"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
+        matcher = load()
+        assert matcher.settings()["match"]["precision"] == precision
+        assert matcher.dtype == getattr(torch, precision)
+        assert load(precision="float32").dtype == torch.float32
+    a, b = matcher.encode(data(texture(96, 128))), matcher.encode(data(texture(96, 128)[8:, 16:]))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    rough, exact = ({tuple(r) for r in m.match(a, b).indices.tolist()} for m in (load(), matcher))
+    assert len(rough & exact) >= 0.9 * len(exact) > 9
+
+
 def test_without_weights_the_message_says_what_to_get(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

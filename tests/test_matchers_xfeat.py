@@ -84,7 +84,7 @@ def test_a_low_cosine_is_no_match() -> None:
     assert len(matchers.load("xfeat", device="cpu").match(sparse(a), sparse(b))) == 0
 
 
-def test_all_keypoints_are_compared_where_the_strongest_agree(
+def test_all_keypoints_are_compared_where_the_strongest_leave_it_open(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compared = []
@@ -100,7 +100,13 @@ def test_all_keypoints_are_compared_where_the_strongest_agree(
     assert len(matcher.match(sparse(one), sparse(other))) < 8
     assert compared == [1024]
     assert len(matcher.match(sparse(one), sparse(again))) == 3000
-    assert compared == [1024, 1024, 3000]
+    assert compared == [1024, 1024, 2048, 3000]
+    assert len(matcher.match(sparse(one[:2000]), sparse(again[:50]))) == 50
+    assert compared[4:] == [1024, 2000]
+    for enough, found in ((1000, 1024), (1500, 2048), (2500, 3000)):
+        matcher = matchers.load("xfeat", device="cpu", enough=enough)
+        assert len(matcher.match(sparse(one), sparse(again))) == found
+    assert matchers.load("xfeat", device="cpu", quality="fast").options.enough == 300
 
 
 def test_lightglue_leaves_out_what_has_nothing_in_common(monkeypatch: pytest.MonkeyPatch) -> None:

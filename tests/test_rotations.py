@@ -63,6 +63,14 @@ def test_unsure_pairs_do_not_connect() -> None:
     assert alone.members == ("c",)
 
 
+def test_many_sure_matches_connect_whatever_share_of_the_keypoints_they_are() -> None:
+    sums = {("a", "b"): 900.0, ("b", "c"): 201.0, ("a", "c"): 1.0}
+    keypoints = dict.fromkeys("abc", 4096)
+    assert weak_groups("abc", sums, keypoints) == []
+    (alone,) = weak_groups("abc", sums | {("b", "c"): 199.0}, keypoints)
+    assert alone.members == ("c",)
+
+
 def test_a_folder_of_two_places_has_two_groups_to_be_turned_to() -> None:
     names = "abcdexyzt"  # t is an image of the smaller place
     keypoints = dict.fromkeys(names, 1000)

@@ -430,6 +430,10 @@ def align(model: Any, poses: Mapping[str, Pose]) -> None:
 def extract_colours(model: Any, colours: Callable[[str], np.ndarray]) -> list[str]:
     """Colour each point with the mean over its observations, nearest pixel of the stored image.
 
+    Args:
+        model: ``pycolmap.Reconstruction``.
+        colours: name -> (H, W, 3) stored pixels, which may be reduced.
+
     Returns:
         Names of images that could not be read.
     """
@@ -447,9 +451,10 @@ def extract_colours(model: Any, colours: Callable[[str], np.ndarray]) -> list[st
         observed = image.get_observation_points2D()
         if not observed:
             continue
-        xy = np.array([p.xy for p in observed])
-        columns = np.clip(xy[:, 0].astype(int), 0, pixels.shape[1] - 1)  # corner origin: floor
-        rows = np.clip(xy[:, 1].astype(int), 0, pixels.shape[0] - 1)
+        size = np.array(pixels.shape[1::-1])
+        stored = (image.camera.width, image.camera.height)
+        xy = np.array([p.xy for p in observed]) * size / stored
+        columns, rows = np.clip(xy.astype(int), 0, size - 1).T  # corner origin: floor
         values.append(pixels[rows, columns])
         seen += [p.point3D_id for p in observed]
     ids, group, counts = np.unique(seen, return_inverse=True, return_counts=True)

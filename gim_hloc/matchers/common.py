@@ -24,7 +24,7 @@ Precision = Literal["auto", "float32", "float16", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> str:
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     """The number format that "auto" means on a device."""
     if precision == "auto":
         return "float16" if device.type == "cuda" else "float32"

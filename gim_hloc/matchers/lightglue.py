@@ -35,7 +35,9 @@ class SparseOptions(DetectorOptions):
     # Mutual nearest neighbours with a ratio below 0.85 among the strongest 512 keypoints of both; a
     # pair with fewer shows nothing in common and is not matched.
     min_distinct: Annotated[int, Field(ge=0)] = 0
-    precision: Precision = "auto"  # of LightGlue; auto: float16 on CUDA, float32 elsewhere
+    # Of LightGlue; auto: float16 on CUDA, bfloat16 on processors with instructions for it, float32
+    # elsewhere.
+    precision: Precision = "auto"
 
 
 def _load_glue(
@@ -73,6 +75,15 @@ def _lightglue_key(key: str) -> str:
     return key
 
 
+def _precision(wanted: Precision, device: torch.device) -> Precision:
+    """Number format of LightGlue on a device."""
+    if wanted == "auto" and device.type == "cpu":
+        # PyTorch before 2.10 does not tell.
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+    return resolve_precision(wanted, device)
+
+
 class LightGlueMatcher(DetectorMatcher):
     """A detector with descriptors, and LightGlue.
 
@@ -83,7 +94,8 @@ class LightGlueMatcher(DetectorMatcher):
 
     def __init__(self, name: str, *, options: SparseOptions, device: torch.device) -> None:
         super().__init__(name, options=options, device=device)
-        self.dtype = resolve_dtype(options.precision, device)
+        self.precision = _precision(options.precision, device)
+        self.dtype = resolve_dtype(self.precision, device)
         glue_file = self.info.checkpoint[-1]  # GIM publishes both networks in one file
         self.glue: Any = _load_glue(
             self.info.descriptor_dim, self.paths[glue_file], options, device
@@ -93,8 +105,7 @@ class LightGlueMatcher(DetectorMatcher):
 
     def match_settings(self) -> dict[str, Any]:
         """See ``MatcherBase``; with the number format that "auto" stands for."""
-        resolved = resolve_precision(self.options.precision, self.device)
-        return super().match_settings() | {"precision": resolved}
+        return super().match_settings() | {"precision": self.precision}
 
     def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
         """Match two encodings."""

@@ -73,7 +73,7 @@ _DISK: Presets = {
     "precise": {"max_size": 1600, "max_keypoints": 4096},
 }
 _XFEAT: Presets = {
-    "fast": {"max_size": 1024, "max_keypoints": 4096},
+    "fast": {"max_size": 1024, "max_keypoints": 4096, "enough": 300},
     "base": {"max_size": 1600, "max_keypoints": 4096},
     "precise": {"max_size": 1600, "max_keypoints": 8192},
 }

@@ -20,7 +20,8 @@ from gim_hloc.options import Count, Share, options
 from gim_hloc.types import Encoding, ImageData, Matches, SparseEncoding, apply_affine
 
 # Keypoints come strongest first. So few tell that a pair shows nothing in common, in a sixteenth of
-# the time (docs/performance.md has how often that is wrong).
+# the time (docs/performance.md has how often that is wrong); then twice as many are compared, then
+# all.
 _STRONG = 1024
 
 
@@ -41,6 +42,8 @@ class XFeatOptions(DetectorOptions):
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
     # A pair that has fewer matches among the strongest 1024 keypoints of both is left at these.
     min_strong: Annotated[int, Field(ge=0)] = 8
+    # A pair with so many matches among the strongest ones of both is left at these; None: never.
+    enough: Count | None = None
 
 
 class XFeatMatcher(DetectorMatcher):
@@ -57,10 +60,12 @@ class XFeatMatcher(DetectorMatcher):
     def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
         """Match two encodings; score = probability that the match is right, from the ratio."""
         ends = [e.descriptors.to(self.device).float() for e in (a, b)]
-        found = self._nearest(*(descriptors[:_STRONG] for descriptors in ends))
-        if len(found[0]) >= self.options.min_strong and max(map(len, ends)) > _STRONG:
-            found = self._nearest(*ends)
-        index, ratio = found
+        every = max(map(len, ends))
+        for most in (_STRONG, 2 * _STRONG, every):
+            index, ratio = self._nearest(*(descriptors[:most] for descriptors in ends))
+            enough = self.options.enough is not None and len(index) >= self.options.enough
+            if enough or len(index) < self.options.min_strong or every <= most:
+                break
         # Measured (docs/accuracy.md): 0.95 of the matches are right at a ratio of 0.65, 0.87 at
         # 0.775, 0.74 at 0.875.
         return Matches.from_indices(a, b, index, 1 - ratio**8)
