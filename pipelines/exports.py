@@ -95,16 +95,16 @@ class Exports:
         """Make what is not there yet, and tell its notes. What fails leaves no old one behind.
 
         Returns:
-            The error of the last format that failed, or of what says a metre: a caller has more to
-            do than exports.
+            The error of the last format that failed: a caller has more to do than exports.
         """
-        try:
-            keys = {kind: self._key(kind) for kind in kinds}
-        except GimError as error:
-            return error
         failure: Exception | None = None
-        for kind, key in keys.items():
+        for kind in kinds:
             step = f"export {kind}"
+            try:
+                key = self._key(kind)
+            except GimError as error:  # a file of metres cannot be read: the old export stays
+                failure = error
+                continue
             facts = self.folder.facts(step, key)
             try:
                 if facts is None:
