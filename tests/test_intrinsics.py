@@ -11,7 +11,7 @@ import pytest
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, Scene, camera_errors, make_scene
 
 from gim_hloc import colmap
-from gim_hloc.colmap import CameraSpec, MapJob
+from gim_hloc.colmap import CameraSpec, MapJob, intrinsics
 from gim_hloc.options import CameraOptions, VerifyOptions
 
 CENTRE = np.array([WIDTH / 2, HEIGHT / 2])
@@ -114,6 +114,26 @@ def test_what_only_noise_tells_apart_stays_one_camera(tmp_path, case):
     grouped = colmap.map_scene(job_of(scene, tmp_path), split=True)
     assert [camera.names for camera in grouped.cameras] == [scene.names]
     assert not [note for note in grouped.notes if "focal length" in note]
+
+
+def test_cameras_are_not_parted_where_that_tears_the_model_apart(tmp_path, monkeypatch):
+    scene = make_scene(images=9, noise_px=0.4, arc_deg=80)
+    zoom(scene, [1.0, 1.4] * 4 + [1.0])
+    judged = []
+
+    def torn(model, notes):  # as a street of forward steps, whose focal lengths drift
+        judged.append(len({model.image(i).camera_id for i in model.reg_image_ids()}))
+        parts = [copy.deepcopy(model) for _ in range(judged[-1])]
+        for k, part in enumerate(parts if len(parts) > 1 else []):
+            frames = sorted(part.reg_frame_ids())
+            colmap.checks.deregister(part, frames[:2] if k else frames[2:])
+        return parts
+
+    monkeypatch.setattr(intrinsics, "split_at_weak_joints", torn)
+    grouped = colmap.map_scene(job_of(scene, tmp_path), split=True)
+    assert judged == [1, 2]
+    assert [camera.names for camera in grouped.cameras] == [scene.names]
+    assert colmap.read_cameras(tmp_path / "database.db", grouped.cameras) == list(grouped.cameras)
 
 
 def test_cameras_that_the_user_ordered_are_not_parted(tmp_path):

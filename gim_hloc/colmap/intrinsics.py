@@ -22,6 +22,7 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, guessed_again
+from gim_hloc.colmap.checks import num_supported, split_at_weak_joints
 from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, verified_components
 from gim_hloc.colmap.improve import adjuster, bundle_adjust
 from gim_hloc.colmap.mapping import ENOUGH, MapJob, Mapped, extend_models, quality, run_mapping
@@ -319,13 +320,15 @@ def _placed(grouped: Grouped) -> int:
     return int(grouped.models[0].num_reg_images()) if grouped.models else 0
 
 
-def _try_cameras(job: MapJob, cameras: Sequence[CameraSpec], *, keep: int) -> Mapped | None:
-    """Map with other cameras; the database gets them if at least ``keep`` images are placed."""
+def _try_cameras(
+    job: MapJob, cameras: Sequence[CameraSpec], better: Callable[[Sequence[Any]], bool]
+) -> Mapped | None:
+    """Map with other cameras; the database gets them if the models are ``better``."""
     other = job.database.with_name("database.other.db")
     try:
         copy_with_cameras(job.database, other, cameras)
         mapped = run_mapping(dataclasses.replace(job, cameras=cameras, database=other))
-        if mapped.models[0].num_reg_images() < keep:
+        if not better(mapped.models):
             return None
         os.replace(other, job.database)
         return mapped
@@ -342,7 +345,7 @@ def _without_priors(job: MapJob, before: Grouped) -> Grouped:
         return before
     cameras = [guessed_again(spec) if spec in doubted else spec for spec in job.cameras]
     placed = before.models[0].num_reg_images() if before.models else 0
-    mapped = _try_cameras(job, cameras, keep=placed + 1)
+    mapped = _try_cameras(job, cameras, lambda models: models[0].num_reg_images() > placed)
     if mapped is None:
         return before
     note = (
@@ -407,12 +410,20 @@ def _regroup(job: MapJob, before: Grouped) -> Grouped:
             + "; ".join(f"about {part.params[0]:.0f} px, {some(part.names, 3)}" for part in parts)
             + "."
         )
-    mapped = _try_cameras(job, cameras, keep=before.models[0].num_reg_images()) if notes else None
+    least = _held_together(before.models)
+    mapped = None
+    if notes:
+        mapped = _try_cameras(job, cameras, lambda models: _held_together(models) >= least)
     if mapped is None:
         return before
     for note in notes:
         logger.warning("%s", note)
     return Grouped(cameras=cameras, models=mapped.models, notes=[*notes, *mapped.notes])
+
+
+def _held_together(models: Sequence[Any]) -> int:
+    """Images with enough points in the largest part of the largest model: drift tears it apart."""
+    return max(num_supported(part) for part in split_at_weak_joints(models[0], []))
 
 
 @dataclass(frozen=True, kw_only=True)
