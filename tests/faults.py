@@ -34,7 +34,7 @@ MOMENTS: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
     "finalize": (store.H5Store, "get", 4, lambda self, *_: self.path.stem == "matches"),
     "verify": (Cache, "put", 5, lambda self, *_: self.path.stem == "database"),
     "database": (colmap, "write_database", 1, lambda *_, **__: True),
-    "map": (mapping, "_map_once", 1, lambda *_, **__: True),
+    "map": (mapping, "map_once", 1, lambda *_, **__: True),
     "refine": (colmap, "extract_colours", 1, lambda *_, **__: True),
     "export": (exports, "export_model", 2, lambda *_, **__: True),
     "report": (reconstruct, "write_report", 1, lambda *_, **__: True),

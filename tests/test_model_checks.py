@@ -325,7 +325,7 @@ def count_maps(monkeypatch: pytest.MonkeyPatch, sizes: list[int]) -> list[tuple[
         size = sizes[len(calls) - 1]
         return [model_of(make_scene(images=size, points=120))] if size else []
 
-    monkeypatch.setattr(mapping, "_map_once", attempt)
+    monkeypatch.setattr(mapping, "map_once", attempt)
     return calls
 
 
@@ -368,7 +368,7 @@ def test_images_with_hardly_a_point_do_not_make_an_attempt_better(
     for name in poor.names[4:]:
         keep_observations(poor, name, 5)
     models = iter([[model_of(make_scene(images=6, points=120))], [model_of(poor)], []])
-    monkeypatch.setattr(mapping, "_map_once", lambda job, relaxed: next(models))
+    monkeypatch.setattr(mapping, "map_once", lambda job, relaxed: next(models))
     assert colmap.run_mapping(ten).models[0].num_reg_images() == 6
 
 

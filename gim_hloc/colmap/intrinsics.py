@@ -25,7 +25,15 @@ from gim_hloc.colmap.cameras import CameraSpec, guessed_again
 from gim_hloc.colmap.checks import num_supported, split_at_weak_joints
 from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, verified_components
 from gim_hloc.colmap.improve import adjuster, bundle_adjust
-from gim_hloc.colmap.mapping import ENOUGH, MapJob, Mapped, extend_models, quality, run_mapping
+from gim_hloc.colmap.mapping import (
+    ENOUGH,
+    MapJob,
+    Mapped,
+    extend_models,
+    map_once,
+    quality,
+    run_mapping,
+)
 from gim_hloc.colmap.model import colmap_log, image_statistics
 from gim_hloc.errors import MappingError, some
 
@@ -384,13 +392,11 @@ def _regroup(job: MapJob, before: Grouped) -> Grouped:
     )
     try:
         copy_with_cameras(job.database, apart.database, apart.cameras)
-        models = run_mapping(apart).models
+        models = map_once(apart, relaxed=False)  # to see focal lengths, not to place all
         alone = _cameras_alone(models, apart, free=True)
         # Crops need their principal points; where these leave focal lengths vague, without.
         if any(one.error > _VAGUE for one in alone.values()):
             alone = _cameras_alone(models, apart, free=False)
-    except MappingError:
-        return before
     finally:
         apart.database.unlink(missing_ok=True)
     cameras: list[CameraSpec] = []

@@ -130,7 +130,7 @@ def run_mapping(job: MapJob) -> Mapped:
         MappingError: when no attempt gives a model.
     """
     components = verified_components(job.database)
-    first = _map_once(job, relaxed=False)
+    first = map_once(job, relaxed=False)
     kept: list[Any] = []
     notes: list[str] = []
     for component in components:
@@ -158,7 +158,7 @@ def _best_attempt(job: MapJob, first: list[Any], component: int) -> tuple[list[A
     tried: list[tuple[str, list[Any]]] = []
     work = 0  # images registered in all attempts: their time, the same on every machine
     for name, attempt, relaxed in _attempts(job):
-        models = _map_once(attempt, relaxed=relaxed) if tried else first
+        models = map_once(attempt, relaxed=relaxed) if tried else first
         if tried:  # what relaxed values join wrongly must not count as a larger model
             models = [part for model in models for part in split_at_weak_joints(model, [])]
         models.sort(key=quality, reverse=True)
@@ -251,7 +251,8 @@ def _pin_cameras(model: Any, job: MapJob) -> None:
         bundle_adjust(model, job.fixed, job.threads)
 
 
-def _map_once(job: MapJob, *, relaxed: bool) -> list[Any]:
+def map_once(job: MapJob, *, relaxed: bool) -> list[Any]:
+    """Models of one attempt, with COLMAP's usual or with relaxed values."""
     mapper = resolve_mapper(job.mapper, job.num_images)
     with _scratch(job) as folder:
         if mapper == "global":
