@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,23 @@ class Careful(Forgetful):
         return FakeMatcher.match(self, a, b)
 
 
+class Hasty(Forgetful):
+    """Leaves a pair at so many matches, as XFeat at its strongest keypoints."""
+
+    name = "fake_hasty"
+
+    def encode_settings(self) -> dict[str, Any]:
+        return {**super().encode_settings(), "matcher": Forgetful.name}
+
+    def match_settings(self) -> dict[str, Any]:
+        return {**super().match_settings(), "enough": self.options.enough}
+
+    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        matches, most = super().match(a, b), self.options.enough
+        assert matches.indices is not None
+        return Matches.from_indices(a, b, matches.indices[:most], matches.scores[:most])
+
+
 class Strong(FakeMatcher):
     """Has keypoints of its own: the points in another order, every fourth left out."""
 
@@ -67,7 +85,7 @@ class Strong(FakeMatcher):
         )  # fmt: skip
 
 
-for kind in (FakeMatcher, Forgetful, Careful, Strong):
+for kind in (FakeMatcher, Forgetful, Careful, Hasty, Strong):
     fake_matcher.register(kind)
 
 
@@ -224,6 +242,28 @@ def test_a_cascade_asks_the_next_matcher_only_where_there_is_doubt(tmp_path: Pat
         assert len(database_rows(tmp_path / "out", name)) == len(SCENE.keypoints[name])
     FakeMatcher.calls.clear()
     assert run(tmp_path, matcher="cascade", rescue="none").registered == len(SCENE.names)
+    assert FakeMatcher.calls == []
+
+
+@pytest.mark.parametrize(("many", "thorough"), [(4, False), (5, True)])
+def test_images_in_few_pairs_get_all_matches_of_these(
+    many: int, thorough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five images make four clear pairs each; two more make none."""
+    monkeypatch.setitem(methods.CASCADES, "cascade", ("fake_hasty", "fake_careful", "fake_strong"))
+    monkeypatch.setattr(cascade, "MANY_PAIRS", many)
+    options = {"matcher": "cascade", "rescue": "none", "matcher_options": ("enough=70",)}
+    assert run(tmp_path, **options).registered == len(SCENE.names)
+    others = [name for name in SCENE.names if name not in LOST]
+    with pycolmap.Database.open(tmp_path / "out" / "database.db") as database:
+        ids = {image.name: image.image_id for image in database.read_all_images()}
+        counts = {
+            len(database.read_two_view_geometry(ids[a], ids[b]).inlier_matches)
+            for a, b in itertools.combinations(others, 2)
+        }
+    assert counts == ({150} if thorough else {70})
+    FakeMatcher.calls.clear()
+    assert run(tmp_path, **options).registered == len(SCENE.names)
     assert FakeMatcher.calls == []
 
 
