@@ -11,7 +11,7 @@ import pytest
 from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, Scene, camera_errors, make_scene
 
 from gim_hloc import colmap
-from gim_hloc.colmap import CameraSpec, MapJob, intrinsics
+from gim_hloc.colmap import CameraSpec, MapJob, mapping
 from gim_hloc.options import CameraOptions, VerifyOptions
 
 CENTRE = np.array([WIDTH / 2, HEIGHT / 2])
@@ -129,9 +129,9 @@ def test_cameras_are_not_parted_where_that_tears_the_model_apart(tmp_path, monke
             colmap.checks.deregister(part, frames[:2] if k else frames[2:])
         return parts
 
-    monkeypatch.setattr(intrinsics, "split_at_weak_joints", torn)
+    monkeypatch.setattr(mapping, "split_at_weak_joints", torn)
     grouped = colmap.map_scene(job_of(scene, tmp_path), split=True)
-    assert judged == [1, 2]
+    assert set(judged) == {1, 2}
     assert [camera.names for camera in grouped.cameras] == [scene.names]
     assert colmap.read_cameras(tmp_path / "database.db", grouped.cameras) == list(grouped.cameras)
 

@@ -22,7 +22,6 @@ import numpy as np
 import pycolmap
 
 from gim_hloc.colmap.cameras import CameraSpec, guessed_again
-from gim_hloc.colmap.checks import num_supported, split_at_weak_joints
 from gim_hloc.colmap.database import copy_with_cameras, inlier_counts, verified_components
 from gim_hloc.colmap.improve import adjuster, bundle_adjust
 from gim_hloc.colmap.mapping import (
@@ -416,20 +415,15 @@ def _regroup(job: MapJob, before: Grouped) -> Grouped:
             + "; ".join(f"about {part.params[0]:.0f} px, {some(part.names, 3)}" for part in parts)
             + "."
         )
-    least = _held_together(before.models)
     mapped = None
-    if notes:
-        mapped = _try_cameras(job, cameras, lambda models: _held_together(models) >= least)
+    if notes:  # drifting focal lengths give as many images, in a model that falls apart
+        placed, _ = quality(before.models[0])
+        mapped = _try_cameras(job, cameras, lambda models: quality(models[0])[0] >= placed)
     if mapped is None:
         return before
     for note in notes:
         logger.warning("%s", note)
     return Grouped(cameras=cameras, models=mapped.models, notes=[*notes, *mapped.notes])
-
-
-def _held_together(models: Sequence[Any]) -> int:
-    """Images with enough points in the largest part of the largest model: drift tears it apart."""
-    return max(num_supported(part) for part in split_at_weak_joints(models[0], []))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,10 +186,12 @@ def _attempts(job: MapJob) -> list[tuple[str, MapJob, bool]]:
 def quality(model: Any) -> tuple[int, int]:
     """The better model has more images with enough points, then more observations.
 
-    Those of points in two images are no sign: relaxed mapping keeps them, the usual one does not.
+    Of a model that falls apart the largest part counts. Points in two images are no sign: relaxed
+    mapping keeps them, the usual one does not.
     """
-    lengths = (point.track.length() for point in model.points3D.values())
-    return num_supported(model), sum(length for length in lengths if length > 2)
+    part = max(split_at_weak_joints(model, []), key=num_supported)
+    lengths = (point.track.length() for point in part.points3D.values())
+    return num_supported(part), sum(length for length in lengths if length > 2)
 
 
 def _what_was_tried(
