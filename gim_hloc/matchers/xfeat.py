@@ -64,7 +64,8 @@ class XFeatMatcher(DetectorMatcher):
         for most in (_STRONG, 2 * _STRONG, every):
             index, ratio = self._nearest(*(descriptors[:most] for descriptors in ends))
             enough = self.options.enough is not None and len(index) >= self.options.enough
-            if enough or len(index) < self.options.min_strong or every <= most:
+            nothing = most == _STRONG and len(index) < self.options.min_strong
+            if enough or nothing or every <= most:
                 break
         # Measured (docs/accuracy.md): 0.95 of the matches are right at a ratio of 0.65, 0.87 at
         # 0.775, 0.74 at 0.875.
