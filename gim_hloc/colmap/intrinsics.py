@@ -292,8 +292,9 @@ def map_scene(job: MapJob, *, split: bool, start: Sequence[Any] = ()) -> Grouped
     Args:
         job: what is mapped.
         split: whether cameras may be parted.
-        start: models of the database before it grew. They are extended; a small set, or one of
-            which they still lack much, is mapped anew too, and the better model is kept.
+        start: models of the database before it grew. They are extended; a small set of which they
+            still lack an image, or a large one of which they lack much, is mapped anew too, and the
+            better model is kept.
 
     Raises:
         MappingError: as ``run_mapping``.
@@ -302,7 +303,8 @@ def map_scene(job: MapJob, *, split: bool, start: Sequence[Any] = ()) -> Grouped
     extended = Grouped(cameras=job.cameras, models=[], notes=[])
     if start:
         extended.models = extend_models(job, start).models
-        if component > _MAPPED_ANEW and _placed(extended) >= ENOUGH * component:
+        wanted = component if component <= _MAPPED_ANEW else ENOUGH * component
+        if quality(extended.models[0])[0] >= wanted:
             return extended
     failure: MappingError | None = None
     try:
@@ -320,11 +322,6 @@ def map_scene(job: MapJob, *, split: bool, start: Sequence[Any] = ()) -> Grouped
     if split:
         grouped = _regroup(dataclasses.replace(job, cameras=grouped.cameras), grouped)
     return grouped
-
-
-def _placed(grouped: Grouped) -> int:
-    """Images in the largest model."""
-    return int(grouped.models[0].num_reg_images()) if grouped.models else 0
 
 
 def _try_cameras(
