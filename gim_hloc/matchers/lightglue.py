@@ -79,7 +79,7 @@ def _precision(wanted: Precision, device: torch.device) -> Precision:
     """Number format of LightGlue on a device."""
     if wanted == "auto" and device.type == "cpu":
         # PyTorch before 2.10 does not tell.
-        has = getattr(torch.cpu, "get_capabilities", dict)()
+        has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
     return resolve_precision(wanted, device)
 
