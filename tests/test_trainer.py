@@ -23,11 +23,11 @@ import forked
 from training_driver import (
     Interrupted,
     Shift,
-    in_environment,
     make_config,
     make_data,
     read_table,
 )
+from training_driver import main as driver_main
 from training_scene import make_pairs
 
 from gim_hloc import weights
@@ -64,20 +64,7 @@ def drive(folder: Path, *arguments: str) -> int:
 
 
 def fork(folder: Path, *arguments: str, processes: int = 1) -> list[int | None]:
-    """Exit codes of processes in the environment that torchrun gives; it starts in ten seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
-    started = []
-    for rank in range(processes):
-        environment = {**both, "LOCAL_WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
-        texts = {name: str(value) for name, value in environment.items()}
-        given = texts if processes > 1 else {}
-        started.append(forked.start(in_environment, given, [str(folder), *arguments]))
-    for process in started:
-        process.join()
-    return [process.exitcode for process in started]
+    return forked.codes(driver_main, [str(folder), *arguments], processes=processes)
 
 
 def read(folder: Path, name: str = "last.ckpt") -> dict[str, Any]:
@@ -300,14 +287,23 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
         run(tmp_path / "two", **quick)
 
 
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of two processes under torchrun that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole-of-two")
+    assert drive(folder) == 0
+    return folder
+
+
 @pytest.mark.slow
-def test_two_processes_stopped_and_resumed_equal_uninterrupted(tmp_path: Path) -> None:
+def test_two_processes_stopped_and_resumed_equal_uninterrupted(
+    tmp_path: Path, whole_of_two: Path
+) -> None:
     """Batch normalisation too: without CUDA every process takes over process 0's statistics."""
-    assert drive(tmp_path / "whole") == 0
     assert 0 not in fork(tmp_path / "parts", "kill_at=9", processes=2)
     assert 0 < read(tmp_path / "parts")["train_step"] < 12
     assert fork(tmp_path / "parts", processes=2) == [0, 0]
-    assert_same(read(tmp_path / "whole"), read(tmp_path / "parts"))
+    assert_same(read(whole_of_two), read(tmp_path / "parts"))
 
 
 def test_initial_weights_are_a_path_or_a_known_name(
@@ -332,37 +328,32 @@ def test_initial_weights_are_a_path_or_a_known_name(
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_ends_the_others_with_one_message(tmp_path: Path) -> None:
+def test_a_machine_that_dies_ends_the_others_with_one_message(
+    tmp_path: Path, whole_of_two: Path
+) -> None:
     """Two launchers that find each other by address; all of the second machine is killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(DRIVER.parent)}
-
-    def machines(*arguments: str) -> list[subprocess.Popen[str]]:
-        return [
-            subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-                 f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}",
-                 "--max-restarts=0", str(DRIVER), str(tmp_path / "parts"), *arguments],
-                env=environment, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in (0, 1)
-        ]  # fmt: skip
-
-    both = machines("kill_at=9", "kill_rank=1", "signal=SIGKILL")
+    dying = ("kill_at=9", "kill_rank=1", "signal=SIGKILL")
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+             f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}",
+             "--max-restarts=0", str(DRIVER), str(tmp_path / "parts"), *dying],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
     errors = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [1, 1]
     found = next(line for line in errors[0].splitlines() if "PeerError: " in line)
     assert "Another process of this run has ended" in found
     assert "goes on from the state in" in found
     assert 0 < read(tmp_path / "parts")["train_step"] < 12
-    again = machines()
-    for process in again:
-        process.communicate(timeout=120)
-    assert [process.returncode for process in again] == [0, 0]
-    assert drive(tmp_path / "whole") == 0
-    assert_same(read(tmp_path / "whole"), read(tmp_path / "parts"))
+    assert fork(tmp_path / "parts", processes=2) == [0, 0]
+    assert_same(read(whole_of_two), read(tmp_path / "parts"))
 
 
 def test_only_lost_connections_are_lost_processes(tmp_path: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import tiny_models
 import torch
@@ -34,15 +33,6 @@ def read(folder: Path) -> dict[str, Any]:
     return state
 
 
-def drive(folder: Path, name: str, *arguments: str) -> None:
-    """Two processes under torchrun."""
-    script = Path(__file__).with_name("tiny_models.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", str(script), str(folder), name, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gim_dkm", "gim_lightglue", "gim_loftr", "gim_roma"])
 def test_two_processes_give_the_gradients_of_one(name: str, tmp_path: Path) -> None:
@@ -53,7 +43,8 @@ def test_two_processes_give_the_gradients_of_one(name: str, tmp_path: Path) -> N
     differently, and where a ReLU of random weights has its kink, a gradient follows suit.
     """
     changes = {"epochs": 1, "optimiser.clip_norm": 0, "optimiser.canonical_batch": 8}
-    drive(tmp_path / "two", name, *(f"{key}={value}" for key, value in changes.items()))
+    arguments = (name, tmp_path / "two", changes)
+    assert forked.codes(tiny_models.train_alone, *arguments, processes=2) == [0, 0]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,19 +1,14 @@
-"""Small configurations of the six models that can be trained, and runs with them.
-
-``python tiny_models.py OUT MODEL key=value ...``, or the same under torchrun, trains one on eight
-pairs of a made-up scene. Values are settings of the run.
-"""
+"""Small configurations of the six models that can be trained, and runs with them."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from training_driver import make_config
 from training_scene import make_pairs, overfit_set
 
@@ -104,7 +99,7 @@ def run(name: str, folder: Path, *, stop_at: int = 0, **changes: Any) -> TrainRe
     return train(make_config(**{**settings, **changes}), folder, build=build, data=lambda _: data)
 
 
-if __name__ == "__main__":
+def train_alone(name: str, folder: Path, changes: Mapping[str, Any]) -> int:
+    """The same as all that a process does; its exit code."""
     torch.set_num_threads(1)
-    given = {k: yaml.safe_load(v) for k, v in (a.split("=", 1) for a in sys.argv[3:])}
-    sys.exit(0 if run(sys.argv[2], Path(sys.argv[1]), **given).finished else 1)
+    return 0 if run(name, folder, **changes).finished else 1

@@ -186,11 +186,5 @@ def main(arguments: list[str]) -> int:
     return 0 if report.interrupted is None else 128 + report.interrupted
 
 
-def in_environment(environment: Mapping[str, str], arguments: list[str]) -> None:
-    """The same in a process that was forked."""
-    os.environ.update(environment)
-    sys.exit(main(arguments))
-
-
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
