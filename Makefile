@@ -7,7 +7,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP_ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt $(PIP_ARGS)
 DEMO_OUTPUT ?= demo-output
 PYTEST_ARGS ?=
 # Processes of the tests; some of the slow ones want 9 GB.
@@ -35,14 +36,14 @@ demo: $(VENV)/.installed
 # One thread each: two processes with two threads each get in each other's way on two cores.
 # Bytecode is kept whatever the environment says: to compile the tests takes twenty seconds.
 # worksteal keeps files in one process: fixtures are made once, networks of a gigabyte held once.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_JOBS)
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_JOBS) \
+	--dist worksteal
 test: $(VENV)/.installed-test
-	$(PYTEST) --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-# Longer cases: whole runs on real photographs, killed runs, the built wheel. Those of one
-# xdist_group share what a fixture takes minutes to make.
+# Longer cases: whole runs on real photographs, killed runs, the built wheel.
 test-slow: $(VENV)/.installed-test
-	$(PYTEST) -m slow --dist loadgroup $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # At most 8 minutes on an H200; GPU_CHECK_ARGS=--dry-run on a processor.
 gpu-check: $(VENV)/.installed-test

@@ -727,7 +727,6 @@ def read_poses_txt(path: Path) -> dict[str, Pose]:
 
 @pytest.mark.slow
 @pytest.mark.weights
-@pytest.mark.xdist_group("fountain")
 def test_photographs_are_localised_exactly(fountain: Path, data: Path) -> None:
     truth = colmap.model_cameras(data / "fountain-P11" / "gt")
     check_fountain(read_poses_txt(fountain / "out/poses.txt"), truth)
@@ -746,7 +745,6 @@ def test_photographs_are_localised_exactly(fountain: Path, data: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.weights
-@pytest.mark.xdist_group("fountain")
 def test_photographs_that_are_stored_turned_are_found(
     fountain: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -773,7 +771,6 @@ def test_photographs_that_are_stored_turned_are_found(
 
 @pytest.mark.slow
 @pytest.mark.weights
-@pytest.mark.xdist_group("fountain")
 def test_photographs_are_added_exactly(fountain: Path, data: Path) -> None:
     truth = colmap.model_cameras(data / "fountain-P11" / "gt")
     result = gim_hloc.reconstruct(
@@ -787,7 +784,6 @@ def test_photographs_are_added_exactly(fountain: Path, data: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.weights
-@pytest.mark.xdist_group("fountain")
 @pytest.mark.hloc
 def test_hlocs_localize_sfm_takes_our_files(
     hloc: test_hloc_interop.RealHloc, fountain: Path, data: Path, tmp_path: Path

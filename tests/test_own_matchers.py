@@ -36,15 +36,13 @@ from gim_hloc.pipelines.localize import Localizer, format_poses
 from gim_hloc.store import read_encoding
 
 hloc = test_hloc_real.hloc  # the fixture
+pytestmark = pytest.mark.usefixtures("no_charts")
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, FOCAL = 320, 240, 220.0
 STEP = 9.0  # px that the far plane moves from one image to the next; the near one moves twice it
 EXAMPLE = HERE.parent / "examples" / "own_matcher.py"
 SCENE = check.scene()
-BOTH = [
-    pytest.param(name, marks=pytest.mark.xdist_group(name), id=name)
-    for name in ("own_matcher:Orb", "flow_matcher.py:Flow")
-]
+BOTH = ("own_matcher:Orb", "flow_matcher.py:Flow")
 CAMERA = ["--intrinsics", f"SIMPLE_PINHOLE,{FOCAL},{WIDTH / 2},{HEIGHT / 2}"]
 TWO = ["--workers", "2"]
 MODULE = """
