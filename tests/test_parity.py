@@ -19,13 +19,14 @@ from parity import filled, golden, lightglue
 
 PARITY = SHARED / "parity"
 TRAINED = ("xfeat", "lighterglue")  # recorded with the trained weights
-GOLDEN = [path for path in sorted(PARITY.glob("*.npz")) if golden.is_known(path)]
+GOLDEN = sorted(  # by families, whose networks of a gigabyte are made once
+    filter(golden.family, PARITY.glob("*.npz")), key=lambda path: (golden.family(path), path)
+)
 
 needs_parity = pytest.mark.skipif(not GOLDEN, reason="../shared/parity is not there")
-# By default each network sees made-up pictures, and two small ones photographs.
-SLOW = {p.stem for p in GOLDEN if p.stem.endswith(("_full", "_real"))} - {
-    "lighterglue_real", "xfeat_star_real",
-}  # fmt: skip
+# By default each network but RoMa, of gigabytes, sees made-up pictures; two small ones photographs.
+SLOW = {p.stem for p in GOLDEN if p.stem.endswith(("_full", "_real"))}
+SLOW = SLOW - {"lighterglue_real", "xfeat_star_real"} | {"roma_synthetic"}
 limits = functools.cache(functools.partial(golden.tolerances, PARITY))
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = golden.tolerances(arguments.folder)
     failed, unknown = [], []
     for path in paths:
-        if not golden.is_known(path):
+        if not golden.family(path):
             unknown.append(path.stem)
             continue
         start = time.perf_counter()

@@ -137,9 +137,9 @@ def tolerances(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return content
 
 
-def is_known(path: Path) -> bool:
-    """Whether a network here makes the arrays of a file."""
-    return path.stem.partition("_")[0] in FAMILIES
+def family(path: Path) -> str | None:
+    """The module that makes the arrays of a file, if there is one."""
+    return FAMILIES.get(path.stem.partition("_")[0])
 
 
 @functools.lru_cache(maxsize=1)  # networks of a gigabyte: one family at a time
@@ -151,8 +151,7 @@ def check_file(path: Path, limits: Mapping[str, Mapping[str, Any]] | None = None
     """Run the network of a golden file and compare everything that the file holds."""
     try:
         golden = Golden(path)
-        family = FAMILIES[golden.name.partition("_")[0]]
-        module = importlib.import_module(f"{__package__}.{family}")
+        module = importlib.import_module(f"{__package__}.{family(path)}")
         with torch.no_grad():
             networks = _networks(module, Weights(path.parent, golden.seed))
             produced = module.produce(golden, networks)

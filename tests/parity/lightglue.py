@@ -188,13 +188,13 @@ def _intermediates(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.T
 
 def _matches(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.Tensor]:
     """Matches at both thresholds. Scores are those of all mutual pairs, whatever the threshold."""
-    matcher.filter_threshold = 0.0
-    mutual, confidence = matcher.match([(starts[0], starts[1])])[0]
-    produced: dict[str, torch.Tensor] = {}
+    found = {}
     for threshold in (0.1, 0.0):
         matcher.filter_threshold = threshold
-        index, score = matcher.match([(starts[0], starts[1])])[0]
-        name = f"th{threshold:g}"
+        found[f"th{threshold:g}"] = matcher.match([(starts[0], starts[1])])[0]
+    mutual, confidence = found["th0"]
+    produced: dict[str, torch.Tensor] = {}
+    for name, (index, score) in found.items():
         produced |= {f"{name}_matches": index, f"{name}_scores": score}
         for side, start in enumerate(starts):
             partner = torch.full((len(start.x),), -1)
