@@ -47,6 +47,7 @@ def test_sums_are_told_apart_by_place() -> None:
     assert mixed.spread(pairs) == {"related": [90.0], "unrelated": [3.0]}
 
 
+@pytest.mark.slow
 def test_a_bound_that_joins_places_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -408,6 +408,7 @@ def test_mirrored_images_are_left_out_by_name(
     assert f"EXIF orientation {orientation}" in row["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_turned_images_are_found_and_matched_upright(room: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
