@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -59,24 +60,33 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     return best
 
 
-def best_of(
+def shortlist(
     scores: np.ndarray, k: int, rerank: Callable[[np.ndarray], np.ndarray] | None = None
-) -> np.ndarray:
-    """Indices of the k best, as ``top_k``.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the 3 k best, as ``top_k``, and their scores.
 
     Args:
         scores: (N,) scores.
-        k: how many.
-        rerank: gives better scores of some indices (n,); it chooses among the 3 k that ``scores``
-            puts first, whose order decides among equals.
+        k: how many are wanted in the end.
+        rerank: gives better scores of some indices (n,); it orders the 3 k that ``scores`` puts
+            first, whose order decides among equals.
     """
+    found = top_k(scores, _SHORTLIST * k)
     if rerank is None:
-        return top_k(scores, k)
-    shortlist = top_k(scores, _SHORTLIST * k)
-    return shortlist[np.argsort(-rerank(shortlist), kind="stable")[:k]]
+        return found, scores[found]
+    better = rerank(found)
+    order = np.argsort(-better, kind="stable")
+    return found[order], better[order]
 
 
-def best_pairs(
+def best_of(
+    scores: np.ndarray, k: int, rerank: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """Indices of the k best of a ``shortlist``."""
+    return shortlist(scores, k, rerank)[0][:k]
+
+
+def ranked_pairs(
     names: Sequence[str],
     scores_of: Callable[[np.ndarray], np.ndarray],
     k: int,
@@ -84,20 +94,21 @@ def best_pairs(
     rows: np.ndarray | None = None,
     exclude: Iterable[Pair] = (),
     rerank: Callable[[int, np.ndarray], np.ndarray] | None = None,
-) -> list[Pair]:
-    """Pair each image with the k others of the highest score.
+) -> dict[Pair, tuple[int, float]]:
+    """Pair each image with the 3 k others of its shortlist.
 
     Args:
         names: N sorted, distinct names.
         scores_of: given row indices (B,), returns a new array of scores (B, N); minus infinity
             forbids a pair.
-        k: partners per image. An image may get more, when others choose it.
+        k: partners per image that are wanted in the end.
         rows: the images that choose partners; all if None.
         exclude: pairs that are settled already and take none of the k places.
-        rerank: (row, indices) -> better scores of these images for it; see ``best_of``.
+        rerank: (row, indices) -> better scores of these images for it; see ``shortlist``.
 
     Returns:
-        Sorted pairs.
+        Sorted pairs, each with its place on the list of one of its images, from 0 and the better
+        one of two, and its score likewise.
     """
     index = {name: i for i, name in enumerate(names)}
     settled: dict[int, list[int]] = {}
@@ -108,13 +119,27 @@ def best_pairs(
             settled.setdefault(j, []).append(i)
     if rows is None:
         rows = np.arange(len(names))
-    chosen: set[tuple[int, int]] = set()
+    ranked: dict[tuple[int, int], tuple[int, float]] = {}
     for start in range(0, len(rows), _SCORE_ROWS):
         block_rows = rows[start : start + _SCORE_ROWS]
         for i, scores in zip(block_rows.tolist(), scores_of(block_rows), strict=True):
             scores[i] = -np.inf
             scores[settled.get(i, [])] = -np.inf
-            best = best_of(scores, k, partial(rerank, i) if rerank is not None else None)
-            chosen.update((i, j) if i < j else (j, i) for j in best.tolist())
+            found = shortlist(scores, k, partial(rerank, i) if rerank is not None else None)
+            for place, (j, score) in enumerate(zip(*(x.tolist() for x in found), strict=True)):
+                pair = (i, j) if i < j else (j, i)
+                other = ranked.get(pair, (place, score))
+                ranked[pair] = min(place, other[0]), max(score, other[1])
     # Names are sorted, so index order is name order.
-    return [(names[i], names[j]) for i, j in sorted(chosen)]
+    return {(names[i], names[j]): ranked[i, j] for i, j in sorted(ranked)}
+
+
+def best_pairs(
+    names: Sequence[str], scores_of: Callable[[np.ndarray], np.ndarray], k: int, **how: Any
+) -> list[Pair]:
+    """Pair each image with the k others of the highest score; see ``ranked_pairs``.
+
+    An image may get more, when others choose it.
+    """
+    ranked = ranked_pairs(names, scores_of, k, **how)
+    return [pair for pair, (place, _) in ranked.items() if place < k]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from gim_hloc.errors import InputError, some
 from gim_hloc.geometry.graph import connected
 from gim_hloc.options import PairOptions
 from gim_hloc.pairs.base import Pair, canonical
+from gim_hloc.pairs.budget import Budget
 from gim_hloc.pairs.covisibility import covisibility
 from gim_hloc.pairs.exhaustive import exhaustive
 from gim_hloc.pairs.files import read_pairs
@@ -32,6 +33,8 @@ from gim_hloc.pairs.sequential import sequences, sequential
 from gim_hloc.pairs.spatial import Position, has_fix, spatial
 
 logger = logging.getLogger(__name__)
+
+FEWEST = 20  # partners per image, where their number is not given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class Selection:
     why: str  # one sentence for users
     counts: dict[str, int]  # pairs that each component found; pairs found twice count for both
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
+    left: int = 0  # so many pairs wait for what these show
+    budget: Budget | None = None  # that they are taken from; not kept
 
 
 def plan(options: PairOptions, names: Sequence[str], frames: Collection[str] = ()) -> Plan:
@@ -69,7 +74,7 @@ def plan(options: PairOptions, names: Sequence[str], frames: Collection[str] = (
         InputError: if the mode is unknown, or a file or model it needs is not given or missing.
     """
     n = len(set(names))
-    k = options.neighbours or min(50, max(20, round(math.sqrt(n))))
+    k = options.neighbours or min(50, max(FEWEST, round(math.sqrt(n))))
     components, files = _parse_mode(options.mode)
     why = ""
     if "auto" in components:
@@ -119,6 +124,7 @@ def select(
     load_image: ImageLoader | None = None,
     left_out: Collection[str] = (),
     frames: Collection[str] = (),
+    adaptive: bool = False,
 ) -> Selection:
     """Choose pairs.
 
@@ -132,6 +138,7 @@ def select(
             the image.
         left_out: images that exist but are not usable; a pair list may name them.
         frames: see ``plan``.
+        adaptive: half of the similar images wait, so that they can go where the graph is weak.
 
     Returns:
         The pairs, sorted, and what to tell the user about them.
@@ -141,7 +148,9 @@ def select(
     """
     names = sorted(set(names))
     chosen = plan(options, names, frames)
-    known = Known(options, names, chosen, local_descriptors, gps or {}, load_image, left_out)
+    known = Known(
+        options, names, chosen, local_descriptors, gps or {}, load_image, left_out, adaptive
+    )
     found, notes = known.found, known.notes
     # Retrieval comes last: it looks for what the name order did not give.
     for component in sorted(chosen.components, key=lambda c: c == "retrieval"):
@@ -153,13 +162,16 @@ def select(
     if nothing and union:
         others = " beyond those of the other modes" if len(chosen.components) > 1 else ""
         notes.append(f"No pair came from {' and '.join(nothing)}{others}.")
-    notes.extend(_connectivity_notes(names, union))
+    if known.budget is None:
+        notes.extend(connectivity_notes(names, union))
     selection = Selection(
         pairs=union,
         mode=chosen.mode,
         why=chosen.why,
         counts={component: len(found[component]) for component in chosen.components},
         notes=notes,
+        left=known.budget.left if known.budget else 0,
+        budget=known.budget,
     )
     logger.debug("%d pairs (%s): %s", len(union), selection.mode, selection.why)
     return selection
@@ -192,6 +204,8 @@ class Known:
         gps: see ``select``.
         load_image: see ``select``.
         left_out: see ``select``.
+        adaptive: see ``select``.
+        budget: of the pairs that wait.
         found: pairs of the strategies before.
         notes: for users, one sentence each.
     """
@@ -203,6 +217,8 @@ class Known:
     gps: Mapping[str, Position | None]
     load_image: ImageLoader | None
     left_out: Collection[str]
+    adaptive: bool = False
+    budget: Budget | None = None
     found: dict[str, list[Pair]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -241,16 +257,18 @@ def _sequential(known: Known) -> list[Pair]:
 
 def _retrieval(known: Known) -> list[Pair]:
     rows, local = known.descriptors
-    return retrieval(
-        known.names,
-        rows,
-        k=known.k,
-        min_score=known.options.min_score,
-        exclude=[
+    how: dict[str, Any] = {
+        "k": known.k,
+        "min_score": known.options.min_score,
+        "exclude": [
             p for name, found in known.found.items() if STRATEGIES[name].by_order for p in found
         ],
-        local=local,
-    )
+        "local": local,
+    }
+    if not known.adaptive:
+        return retrieval(known.names, rows, **how)
+    known.budget = Budget(known.names, rows, **how)
+    return known.budget.first
 
 
 def _listed(known: Known) -> list[Pair]:
@@ -450,7 +468,7 @@ STRATEGIES = {
 }
 
 
-def _connectivity_notes(names: list[str], pairs: list[Pair]) -> list[str]:
+def connectivity_notes(names: Sequence[str], pairs: Sequence[Pair]) -> list[str]:
     """What the pair graph forbids: images without pairs, and parts that cannot meet."""
     groups = connected(names, pairs)
     notes = []

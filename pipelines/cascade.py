@@ -17,6 +17,7 @@ from gim_hloc.errors import some
 from gim_hloc.geometry.graph import connected, hops
 from gim_hloc.matchers import registry
 from gim_hloc.options import Quality
+from gim_hloc.pairs.select import connectivity_notes
 from gim_hloc.pipelines.inputs import Inputs
 from gim_hloc.pipelines.layers import Layer, Layers
 from gim_hloc.pipelines.methods import Method
@@ -38,6 +39,8 @@ MANY_PAIRS = 6
 JOINTS = 4
 # Doubtful pairs of images that clear pairs connect over more than so many steps close loops.
 FAR = 3
+# Rounds in which pairs that wait are given to the weak places of the graph.
+ROUNDS = 3
 # The least sum of matchers that are not calibrated.
 LEAST = 30.0
 
@@ -58,6 +61,7 @@ class Cascade:
 
     def escalate(self) -> None:
         """Match what is in doubt with the next matchers."""
+        self._spend()
         same, other = self.inputs.levels[1:]
         names, first = self.inputs.names, self.layers.first
         sums = _relative(self.verifier.confidences(first), first.method)
@@ -71,6 +75,23 @@ class Cascade:
         stronger = self._matched(other, likely, sums)
         joined = [pair for pair in likely if stronger[pair] >= 1.0]
         self._matched(other, _around(joined, sums), stronger)
+
+    def _spend(self) -> None:
+        """Match of the pairs that wait those where the graph of verified ones is weak."""
+        first = self.layers.first
+        budget = first.selection.budget
+        if budget is None:
+            return
+        names = self.inputs.names
+        for _ in range(ROUNDS):
+            sums = _relative(self.verifier.confidences(first), first.method)
+            pairs = budget.weak([pair for pair, value in sums.items() if value >= 1.0])
+            first.add_pairs(pairs)
+            if not pairs:
+                break
+        sums = _relative(self.verifier.confidences(first), first.method)
+        first.add_pairs(budget.rest(_weak(names, sums, CLEAR)))
+        first.close_pairs(connectivity_notes(names, first.selection.pairs))
 
     def _thoroughly(self, sums: Sums) -> None:
         """Give pairs that were left at their strongest keypoints all, where images have few."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,19 +185,10 @@ class Correspondences:
     # ------------------------------------------------------------------------------------- pairs
 
     def choose_pairs(self) -> None:
-        """The pairs, and why these."""
-        key = digest(
-            [
-                to_mapping(self.inputs.pair_options),
-                [[name, self.photographs.source(name)] for name in self.names],
-                [_file_stamp(path) for path in self.inputs.plan.files],
-                self.method.feature_settings if self.inputs.plan.needs_descriptors else None,
-                self.inputs.added,
-            ]
-        )
-        facts = self.folder.facts("pairs", key)
+        """The pairs, and why these; half of the similar ones may wait (``add_pairs``)."""
+        facts = self.folder.facts("pairs", self._pairs_key())
         path = self.output / "pairs.txt"
-        if facts is not None:
+        if facts is not None and (self.inputs.part is not None or not facts.get("left")):
             listed = read_pairs(path, self.names)
             self.selection = Selection(pairs=listed, **facts)
         elif self.inputs.part is not None and self.inputs.plan.needs_descriptors:
@@ -208,11 +200,56 @@ class Correspondences:
             self.selection = self.inputs.select_pairs(
                 lambda: Lazy(self.names, lambda n: self.detected.get(n)[0]["descriptors"].T)
             )
-            if self.inputs.part is None:
-                with self.folder.making("pairs", key) as made:
-                    write_pairs(made.path / "pairs.txt", self.selection.pairs)
-                    made.facts = {k: v for k, v in vars(self.selection).items() if k != "pairs"}
+            self._keep_pairs()
         self.folder.notes += self.selection.notes
+
+    def _pairs_key(self) -> str:
+        inputs = self.inputs
+        facts = [
+            to_mapping(inputs.pair_options),
+            [[name, self.photographs.source(name)] for name in self.names],
+            [_file_stamp(path) for path in inputs.plan.files],
+            self.method.feature_settings if inputs.plan.needs_descriptors else None,
+            inputs.added,
+        ]
+        if inputs.adaptive:  # some were chosen by what was verified of the others
+            cameras = [spec.to_facts() for spec in inputs.cameras]
+            verification = to_mapping(self.options.verify), self.options.seed, inputs.poses_key()
+            facts += [self.method.match_settings, cameras, *verification]
+        return digest(facts)
+
+    def _keep_pairs(self) -> None:
+        if self.inputs.part is not None:
+            return
+        with self.folder.making("pairs", self._pairs_key()) as made:
+            write_pairs(made.path / "pairs.txt", self.selection.pairs)
+            made.facts = {
+                k: v for k, v in vars(self.selection).items() if k not in ("pairs", "budget")
+            }
+
+    def add_pairs(self, pairs: Iterable[Pair]) -> None:
+        """Match more pairs."""
+        self.selection.pairs[:] = sorted({*self.selection.pairs, *pairs})
+        self.match()
+
+    def close_pairs(self, notes: Sequence[str]) -> None:
+        """No more pairs come; later runs take them as they are."""
+        selection = self.selection
+        assert selection.budget is not None
+        taken, left = selection.budget.taken, selection.budget.left
+        first = len(selection.pairs) - taken.total()
+        told = (
+            f"Of {len(selection.pairs)} pairs, {first} were chosen before any was matched, "
+            f"{taken['joints']} to join groups of images that no verified pair connected, "
+            f"{taken['loops']} to close loops, and {taken['few']} for images in few clear pairs; "
+            f"{left} more were not needed."
+        )
+        logger.info("%s", told)
+        selection.counts.update(taken)
+        selection.notes.extend([told, *notes])
+        self.folder.notes.extend([told, *notes])
+        self.selection = dataclasses.replace(selection, left=0, budget=None)
+        self._keep_pairs()
 
     # ------------------------------------------------------------------------------------- match
 

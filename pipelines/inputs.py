@@ -543,6 +543,7 @@ class Inputs:
             load_image=self.photographs.read,
             left_out=[rejected.name for rejected in self.image_set.rejected],
             frames=self.frames,
+            adaptive=self.adaptive,
         )
         if self.base is not None:
             selection = dataclasses.replace(selection, pairs=self._extended(selection.pairs))
@@ -576,6 +577,18 @@ class Inputs:
                 detector_free=self.linker.detector_free,
                 overwrite=self.options.overwrite,
             )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether similar images that nobody asked for are matched where the graph is weak."""
+        chosen = self.pair_options
+        return (
+            len(self.levels) > 1
+            and self.base is None
+            and chosen.mode == "auto"
+            and not chosen.neighbours
+            and "retrieval" in self.plan.components
+        )
 
     @property
     def levels(self) -> tuple[str, ...]:

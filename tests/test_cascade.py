@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import pytest
 import torch
 from fake_matcher import SCENE, FakeMatcher, write_images
 from PIL import Image
-from synthetic import INTRINSICS, camera_errors
+from synthetic import INTRINSICS, camera_errors, make_scene
 
 import gim_hloc
 from gim_hloc import colmap
 from gim_hloc.geometry.graph import connected, hops
+from gim_hloc.pairs import read_pairs
 from gim_hloc.pipelines import cascade, methods
 from gim_hloc.pipelines.reconstruct import ReconstructResult
 from gim_hloc.types import ImageData, Matches, SparseEncoding
@@ -85,7 +87,41 @@ class Strong(FakeMatcher):
         )  # fmt: skip
 
 
-for kind in (FakeMatcher, Forgetful, Careful, Hasty, Strong):
+# Two places, photographed 8 times each from nearly one spot; 60 of 190 points are seen from both.
+PLACES = make_scene(
+    images=16, points=190, arc_deg=30, names=[f"{7919 * i**3 % 99991:05x}.jpg" for i in range(16)]
+)
+for k, name in enumerate(list(PLACES.names)):
+    seen = PLACES.points[name] < 125 if k < 8 else PLACES.points[name] >= 65
+    PLACES.points[name], PLACES.keypoints[name] = (
+        PLACES.points[name][seen],
+        PLACES.keypoints[name][seen],
+    )
+
+
+class OfPlaces(FakeMatcher):
+    """Knows the answer for two places, with descriptors that retrieval can tell apart."""
+
+    name = "fake_places"
+
+    def encode(self, image: ImageData) -> SparseEncoding:
+        self.calls.append(image.name)
+        ids = PLACES.points[image.name]
+        looks = np.random.default_rng(0).normal(size=(190, 16)).astype(np.float32)
+        return SparseEncoding.make(
+            name=image.name, size=image.size, network_size=image.network_size,
+            to_original=image.to_original, scores=torch.ones(len(ids)),
+            keypoints=torch.from_numpy(PLACES.keypoints[image.name]),
+            descriptors=torch.from_numpy(looks[ids]),
+        )  # fmt: skip
+
+    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
+        self.calls.append(f"{a.name}|{b.name}")
+        indices = torch.from_numpy(PLACES.matches(a.name, b.name).astype(np.int64))
+        return Matches.from_indices(a, b, indices, torch.ones(len(indices)))
+
+
+for kind in (FakeMatcher, Forgetful, Careful, Hasty, Strong, OfPlaces):
     fake_matcher.register(kind)
 
 
@@ -104,6 +140,22 @@ def run(folder: Path, **options: Any) -> ReconstructResult:
     fixed = {"intrinsics": INTRINSICS, "refine_keypoints": False, "rotations": "none"}
     output = options.pop("output", folder / "out")
     return gim_hloc.reconstruct(images, output, progress=False, **{**fixed, **options})
+
+
+def of_places(folder: Path, **options: Any) -> ReconstructResult:
+    images = folder / "images"
+    if not images.is_dir():
+        write_images(images, PLACES)
+    return run(folder, rescue="none", pair={"exhaustive_limit": 15}, **options)
+
+
+def joined(output: Path) -> tuple[int, list[int]]:
+    """Pairs of a database, and sizes of the groups that those with inliers connect."""
+    pairs = read_pairs(output / "pairs.txt", PLACES.names)
+    found = colmap.read_verification(output / "database.db", pairs)
+    good = [(pair.name0, pair.name1) for pair in found if pair.inliers]
+    assert len(found) == len(pairs)
+    return len(pairs), [len(group) for group in connected(PLACES.names, good)]
 
 
 def matched() -> list[str]:
@@ -275,6 +327,46 @@ def test_a_cascade_goes_on_to_other_keypoints(
     assert result.registered == len(SCENE.names)
     rotation, centre = camera_errors(poses(result), SCENE.poses)
     assert max(rotation / 0.01, centre / 1e-3) < 1
+
+
+def test_pairs_go_where_the_graph_is_weak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(methods.CASCADES, "cascade", ("fake_places",) * 3)
+    monkeypatch.setattr(sys.modules["gim_hloc.pairs.select"], "FEWEST", 6)
+    even, out = tmp_path / "even", tmp_path / "out"
+    of_places(tmp_path, matcher="fake_places", stop_after="verify", output=even)
+    budget, groups = joined(even)
+    assert groups == [8, 8]  # the 6 most similar images are of the same place
+
+    of_places(tmp_path, matcher="cascade", stop_after="rotations")  # as an array of jobs does
+    half = read_pairs(out / "pairs.txt", PLACES.names)
+    assert set(half) < set(read_pairs(even / "pairs.txt", PLACES.names))
+    FakeMatcher.calls.clear()
+    result = of_places(tmp_path, matcher="cascade")
+    count, groups = joined(out)
+    assert (groups, count <= budget) == ([16], True)
+    assert len(matched()) == count - len(half)
+    assert result.registered == 16
+    rotation, centre = camera_errors(poses(result), PLACES.poses)
+    assert max(rotation / 0.01, centre / 1e-3) < 1
+    selection = result.report["pair_selection"]
+    assert sum(selection["counts"].values()) == count
+    notes = [note for note in result.report["notes"] if "to join groups of images" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"Of {count} pairs, {len(half)} were chosen before")
+
+    FakeMatcher.calls.clear()
+    again = of_places(tmp_path, matcher="cascade")
+    assert FakeMatcher.calls == []
+    assert again.report["pair_selection"] == selection
+    assert again.report["pairs"] == result.report["pairs"]
+    assert notes[0] in again.report["notes"]
+    # Another verification may find other places weak; what was asked for stays as asked for.
+    of_places(tmp_path, matcher="cascade", stop_after="verify", verify={"min_num_inliers": 61})
+    assert joined(out)[1] == [8, 8]
+    of_places(tmp_path, matcher="cascade", stop_after="pairs", pairs="retrieval")
+    assert read_pairs(out / "pairs.txt", PLACES.names) == read_pairs(
+        even / "pairs.txt", PLACES.names
+    )
 
 
 @pytest.mark.parametrize(
