@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from gim_hloc.geometry.graph import connected, hops
-from gim_hloc.pairs.base import Pair, best_of, canonical, ranked_pairs
+from gim_hloc.pairs.base import Pair, canonical, ranked_pairs, shortlist
 from gim_hloc.pairs.retrieval import cosine_scores, mutual_neighbours
 
 _JOINTS = 4  # pairs a round between a group of images and all others
@@ -40,7 +41,7 @@ class Budget:
         *,
         k: int,
         min_score: float | None = None,
-        exclude: Iterable[Pair] = (),
+        exclude: Collection[Pair] = (),
         local: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self._k = k
@@ -52,7 +53,9 @@ class Budget:
         self.first = [pair for pair, (place, _) in self._ranked.items() if place < (k + 1) // 2]
         self.left = sum(place < k for place, _ in self._ranked.values()) - len(self.first)
         self.taken: Counter[str] = Counter()
-        self._chosen = {*exclude, *self.first}
+        self._place = {name: i for i, name in enumerate(self._names)}
+        self._partners: dict[str, set[str]] = {name: set() for name in self._names}
+        self._settle(itertools.chain(exclude, self.first))
         self._tried: list[Pair] = []  # loops of the last round
 
     def weak(self, verified: Collection[Pair]) -> list[Pair]:
@@ -68,52 +71,50 @@ class Budget:
         self._tried = self._take("loops", self._loops(hops(self._names, verified)))
         return [*joints, *self._tried]
 
-    def rest(self, names: Collection[str]) -> list[Pair]:
+    def rest(self, names: set[str]) -> list[Pair]:
         """All partners of these images."""
-        own = (p for p, (place, _) in self._ranked.items() if place < self._k)
-        return self._take("few", (p for p in own if p[0] in names or p[1] in names))
+        near = (pair for pair, (place, _) in self._ranked.items() if place < self._k)
+        return self._take("few", (pair for pair in near if not names.isdisjoint(pair)))
 
     def _take(self, why: str, pairs: Iterable[Pair]) -> list[Pair]:
-        taken = [pair for pair in pairs if pair not in self._chosen][: self.left]
-        self._chosen.update(taken)
+        taken = [pair for pair in pairs if pair[1] not in self._partners[pair[0]]][: self.left]
+        self._settle(taken)
         self.left -= len(taken)
         self.taken[why] += len(taken)
         return taken
+
+    def _settle(self, pairs: Iterable[Pair]) -> None:
+        for a, b in pairs:
+            self._partners[a].add(b)
+            self._partners[b].add(a)
 
     def _joints(self, groups: Sequence[set[str]]) -> list[Pair]:
         """The likeliest pairs between each group but the largest and all other images.
 
         In rounds, that is Borůvka's spanning tree.
         """
-        count, size = self._count, len(self._names)
-        place = {name: i for i, name in enumerate(self._names)}
         found: list[Pair] = []
         for group in groups[1:]:
-            rows = np.array(sorted(place[name] for name in group))
+            rows = np.array(sorted(self._place[name] for name in group))
             scores = self._scores_of(rows)
             scores[:, rows] = -np.inf
-            for a, b in self._chosen:
-                if (a in group) != (b in group):
-                    inside, outside = (place[a], place[b]) if a in group else (place[b], place[a])
-                    scores[np.searchsorted(rows, inside), outside] = -np.inf
-
-            def mutual(flat: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
-                assert count is not None
-                ends = zip(rows[flat // size].tolist(), flat % size, strict=True)
-                return np.array([count(i, np.array([j]))[0] for i, j in ends])
-
-            best = best_of(scores.ravel(), _JOINTS, mutual if count else None)
-            found += [(self._names[rows[f // size]], self._names[f % size]) for f in best.tolist()]
+            for row, own in zip(rows.tolist(), scores, strict=True):
+                own[[self._place[name] for name in self._partners[self._names[row]]]] = -np.inf
+            inside, others = np.divmod(shortlist(scores.ravel(), _JOINTS)[0], len(self._names))
+            ends = list(zip(rows[inside].tolist(), others.tolist(), strict=True))
+            if (count := self._count) is not None:
+                ends.sort(key=lambda pair: -count(pair[0], np.array(pair[1:]))[0])
+            found += [(self._names[i], self._names[j]) for i, j in ends[:_JOINTS]]
         return canonical(found)
 
     def _loops(self, apart: np.ndarray) -> list[Pair]:
         """The likeliest pairs that are far apart in the graph, each image in one at most."""
-        place = {name: i for i, name in enumerate(self._names)}
+        place = self._place
         found: list[Pair] = []
         busy: set[str] = set()
         for a, b in sorted(self._ranked, key=lambda pair: (-self._ranked[pair][1], pair)):
             far = _FAR < apart[place[a], place[b]] < np.inf
-            if far and (a, b) not in self._chosen and not busy.intersection((a, b)):
+            if far and b not in self._partners[a] and not busy.intersection((a, b)):
                 found.append((a, b))
                 busy.update((a, b))
         return found[: max(_JOINTS, len(self._names) // _LOOPS)]

@@ -23,10 +23,13 @@ from gim_hloc.pairs import (
     plan,
     read_pairs,
     register_descriptor,
+    retrieval,
     select,
     sequential,
+    vlad,
     write_pairs,
 )
+from gim_hloc.pairs.budget import Budget
 from gim_hloc.pairs.select import is_numbered
 
 FOX = Path(__file__).parents[2] / "shared" / "data" / "fox"
@@ -103,6 +106,41 @@ def test_auto_up_to_the_limit_is_exhaustive():
         assert chosen.why == "60 images, at most 60: every image with every other"
         assert not chosen.needs_descriptors
     assert select(PairOptions(), numbered(5)).pairs == exhaustive(numbered(5))
+
+
+def test_pairs_that_wait_close_loops_join_groups_and_help_weak_images():
+    names = unnumbered(41)
+    place = {name: i for i, name in enumerate(names[:40])}
+    seen = walk(names[:40]) | {names[40]: np.random.default_rng(1).normal(size=(60, 16))}
+    rows = vlad([seen[name] for name in sorted(names)], clusters=8)
+    how: dict[str, Any] = {"k": 6, "local": seen}
+    even = set(retrieval(sorted(names), rows, **how))
+    budget = Budget(sorted(names), rows, **how)
+    walked = [pair for pair in budget.first if names[40] not in pair]
+    near = [(a, b) for a, b in walked if abs(place[a] - place[b]) <= 2]
+    assert set(budget.first) < even
+    assert len(near) > 0.8 * len(walked)
+    left = budget.left
+    assert left == len(even) - len(budget.first)
+
+    found = budget.weak(near)
+    joints = [pair for pair in found if names[40] in pair]
+    assert len(joints) == budget.taken["joints"] == 4
+    loops = [pair for pair in found if names[40] not in pair]
+    assert len(loops) == budget.taken["loops"] == 5
+    assert len({name for pair in loops for name in pair}) == 10
+    assert all(abs(place[a] + place[b] - 39) <= 3 for a, b in loops)
+    assert budget.weak([*near, *loops])  # they verified: more are tried
+    tried = budget.taken["loops"]
+    assert tried > 5
+    assert all(names[40] in pair for pair in budget.weak(near))  # these did not
+    assert budget.taken["loops"] == tried
+    rest = budget.rest({names[3]})
+    assert set(rest) < even
+    assert all(names[3] in pair for pair in rest)
+    assert budget.left == left - budget.taken.total() > 0
+    budget.rest(set(names))
+    assert budget.left == 0
 
 
 def test_auto_above_the_limit():
