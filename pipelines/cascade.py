@@ -86,9 +86,9 @@ class Cascade:
         for _ in range(ROUNDS):
             sums = _relative(self.verifier.confidences(first), first.method)
             pairs = budget.weak([pair for pair, value in sums.items() if value >= 1.0])
-            first.add_pairs(pairs)
             if not pairs:
                 break
+            first.add_pairs(pairs)
         sums = _relative(self.verifier.confidences(first), first.method)
         first.add_pairs(budget.rest(_weak(names, sums, CLEAR)))
         first.close_pairs(connectivity_notes(names, first.selection.pairs))

@@ -229,8 +229,10 @@ class Correspondences:
 
     def add_pairs(self, pairs: Iterable[Pair]) -> None:
         """Match more pairs."""
-        self.selection.pairs[:] = sorted({*self.selection.pairs, *pairs})
-        self.match()
+        every = sorted({*self.selection.pairs, *pairs})
+        if every != self.selection.pairs:
+            self.selection.pairs[:] = every
+            self.match()
 
     def close_pairs(self, notes: Sequence[str]) -> None:
         """No more pairs come; later runs take them as they are."""
