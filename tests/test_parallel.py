@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import forked
 import pytest
 
+from gim_hloc.cli import merge, reconstruct
+from gim_hloc.evaluation.benchmarks import parallel
 from gim_hloc.evaluation.benchmarks.parallel import Comparison, ParallelOptions
 
 ROOM = Path(__file__).resolve().parents[1] / "examples" / "room" / "images"
 WITH_RAY = ("ray", "killed") if importlib.util.find_spec("ray") else ()
+COMMANDS = {"gim-reconstruct": reconstruct.main, "gim-merge": merge.main}
+
+
+def run(command: Sequence[str]) -> None:
+    program, *arguments = command
+    assert forked.codes(COMMANDS[Path(program).name], arguments) == [0]
 
 
 @pytest.mark.slow
-def test_all_ways_give_the_same_files(tmp_path: Path) -> None:
+def test_all_ways_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_run", run)  # forked: fifteen programs of four seconds' imports
     images = tmp_path / "images"
     images.mkdir()
     for photograph in sorted(ROOM.glob("*.jpg"))[:5]:
