@@ -679,8 +679,8 @@ def judge(
 
 
 FINAL: dict[str, dict[str, Any]] = {
-    "gim_loftr": {"steps": 200, "rate": 5e-3, "size": 4},
-    "gim_lightglue": {"steps": 150, "rate": 3e-3, "size": 4},
+    "gim_loftr": {"steps": 160, "rate": 5e-3, "size": 2},
+    "gim_lightglue": {"steps": 180, "rate": 3e-3, "size": 2},
     "aliked_lightglue": {"steps": 120, "rate": 3e-3, "size": 4},
     "disk_lightglue": {"steps": 120, "rate": 3e-3, "size": 4},
 }
