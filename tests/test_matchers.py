@@ -494,8 +494,8 @@ def test_real_pair_obeys_the_true_geometry(name: str, data: Path) -> None:
     from gim_hloc import images
 
     folder = data / "fountain-P11"
-    # At the strongest keypoints alone the ratio test has fewer rivals: 0.78 of the matches are right.
-    more: dict[str, Any] = {"enough": None} if name == "xfeat" else {}
+    # At the strongest keypoints alone the ratio test has fewer rivals: 0.78 of them are right.
+    more = {"enough": None} if name == "xfeat" else {}
     matcher = matchers.load(name, device="cpu", quality="fast", **more)
     names = ["0004.jpg", "0005.jpg"]
     records = {record.name: record for record in images.scan(folder / "images").images}
