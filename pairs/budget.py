@@ -12,8 +12,8 @@ from gim_hloc.geometry.graph import connected, hops
 from gim_hloc.pairs.base import Pair, canonical, ranked_pairs, shortlist
 from gim_hloc.pairs.retrieval import cosine_scores, mutual_neighbours
 
-_JOINTS = 4  # pairs a round between a group of images and all others
-_FAR = 3  # pairs of images that verified pairs connect over more than so many steps close loops
+JOINTS = 4  # likeliest pairs that are tried between a group of images and others
+FAR = 3  # pairs of images that verified pairs connect over more than so many steps close loops
 _LOOPS = 8  # one such pair a round for so many images
 
 
@@ -100,11 +100,11 @@ class Budget:
             scores[:, rows] = -np.inf
             for row, own in zip(rows.tolist(), scores, strict=True):
                 own[[self._place[name] for name in self._partners[self._names[row]]]] = -np.inf
-            inside, others = np.divmod(shortlist(scores.ravel(), _JOINTS)[0], len(self._names))
+            inside, others = np.divmod(shortlist(scores.ravel(), JOINTS)[0], len(self._names))
             ends = list(zip(rows[inside].tolist(), others.tolist(), strict=True))
             if (count := self._count) is not None:
                 ends.sort(key=lambda pair: -count(pair[0], np.array(pair[1:]))[0])
-            found += [(self._names[i], self._names[j]) for i, j in ends[:_JOINTS]]
+            found += [(self._names[i], self._names[j]) for i, j in ends[:JOINTS]]
         return canonical(found)
 
     def _loops(self, apart: np.ndarray) -> list[Pair]:
@@ -113,8 +113,8 @@ class Budget:
         found: list[Pair] = []
         busy: set[str] = set()
         for a, b in sorted(self._ranked, key=lambda pair: (-self._ranked[pair][1], pair)):
-            far = _FAR < apart[place[a], place[b]] < np.inf
+            far = FAR < apart[place[a], place[b]] < np.inf
             if far and b not in self._partners[a] and not busy.intersection((a, b)):
                 found.append((a, b))
                 busy.update((a, b))
-        return found[: max(_JOINTS, len(self._names) // _LOOPS)]
+        return found[: max(JOINTS, len(self._names) // _LOOPS)]

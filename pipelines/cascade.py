@@ -17,6 +17,7 @@ from gim_hloc.errors import some
 from gim_hloc.geometry.graph import connected, hops
 from gim_hloc.matchers import registry
 from gim_hloc.options import Quality
+from gim_hloc.pairs.budget import FAR, JOINTS
 from gim_hloc.pairs.select import connectivity_notes
 from gim_hloc.pipelines.inputs import Inputs
 from gim_hloc.pipelines.layers import Layer, Layers
@@ -33,12 +34,6 @@ Sums = Mapping[Pair, float]  # of confidences
 CLEAR, DOUBTFUL = 2.0, 0.5
 # An image with fewer clear pairs hangs on little; so many of its likeliest partners are tried.
 FEW_PAIRS, PARTNERS = 3, 6
-# Images in fewer clear pairs hang on the points of each of them: these are matched thoroughly.
-MANY_PAIRS = 6
-# Likeliest pairs between two groups of images that nothing joins.
-JOINTS = 4
-# Doubtful pairs of images that clear pairs connect over more than so many steps close loops.
-FAR = 3
 # Rounds in which pairs that wait are given to the weak places of the graph.
 ROUNDS = 3
 # The least sum of matchers that are not calibrated.
@@ -66,7 +61,6 @@ class Cascade:
         names, first = self.inputs.names, self.layers.first
         sums = _relative(self.verifier.confidences(first), first.method)
         raw = {pair: first.confidence(pair) / _bound(first.method) for pair in sums}
-        self._thoroughly(sums)
         weak = _weak(names, sums, CLEAR)
         likely = _likely(names, sums, raw, weak, CLEAR)
         sums = self._matched(same, likely | _worth_another_look(names, sums, raw, weak), sums)
@@ -92,22 +86,6 @@ class Cascade:
         sums = _relative(self.verifier.confidences(first), first.method)
         first.add_pairs(budget.rest(_weak(names, sums, CLEAR)))
         first.close_pairs(connectivity_notes(names, first.selection.pairs))
-
-    def _thoroughly(self, sums: Sums) -> None:
-        """Give pairs that were left at their strongest keypoints all, where images have few."""
-        method, first = self.inputs.thorough(), self.layers.first
-        if method is None:
-            return
-        few = _weak(self.inputs.names, sums, CLEAR, MANY_PAIRS)
-        pairs = [
-            pair
-            for pair in sums
-            if few.intersection(pair)
-            and len(first.rows(pair)) >= self.inputs.matcher.options.enough
-        ]
-        if pairs:
-            logger.info("%d pairs are matched thoroughly", len(pairs))
-            self.layers.of(method).cover(pairs)
 
     def _matched(self, name: str, pairs: Iterable[Pair], sums: Sums) -> dict[Pair, float]:
         """The sums of the pairs, those with another matcher's in their places where better."""
@@ -255,10 +233,10 @@ def _relative(sums: Sums, method: Method) -> dict[Pair, float]:
     return {pair: value / _bound(method) for pair, value in sums.items()}
 
 
-def _weak(names: Sequence[str], sums: Sums, least: float, pairs: int = FEW_PAIRS) -> set[str]:
+def _weak(names: Sequence[str], sums: Sums, least: float) -> set[str]:
     """Images in few good pairs."""
     counts = Counter(name for pair, value in sums.items() if value >= least for name in pair)
-    enough = min(pairs, len(names) - 1)
+    enough = min(FEW_PAIRS, len(names) - 1)
     return {name for name in names if counts[name] < enough}
 
 

@@ -606,13 +606,6 @@ class Inputs:
             )
         return self._others[name, quality]
 
-    def thorough(self) -> Method | None:
-        """The run's own method without its bound on matches, where it has one."""
-        if getattr(self.matcher.options, "enough", None) is None:
-            return None
-        device = str(self.matcher.device)
-        return load_method(self.options, self.levels[0], self.options.quality, device, enough=None)
-
     def bar(self, total: int | None, title: str, unit: str, done: int = 0) -> Any:
         """A progress bar."""
         return progress_bar(total, title, unit, done=done, show=self.show)

@@ -48,8 +48,7 @@ class Layer(Correspondences):
         return self.method.shares_keypoints(self.first.method)
 
     def _stored(self) -> Stored:
-        other = self.shared and self.method.name != self.first.method.name
-        return Stored(self.detected.path, most=STRONGEST if other else None)
+        return Stored(self.detected.path, most=STRONGEST if self.shared else None)
 
     def cover(self, pairs: Iterable[Pair]) -> None:
         """Match these pairs too."""

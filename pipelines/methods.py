@@ -89,7 +89,6 @@ def load_method(
     *,
     detect_as: Method | None = None,
     own: bool = True,
-    **more: Any,
 ) -> Method:
     """Load a matcher and what belongs to it.
 
@@ -100,7 +99,6 @@ def load_method(
         device: "auto" or a torch device.
         detect_as: a method whose keypoints are to be matched, if the matcher can.
         own: whether the run's options of its matcher are meant for this one.
-        **more: options of the matcher that differ from the run's.
 
     Raises:
         InputError: an option does not fit it, or the anchors' detector has no keypoints.
@@ -111,7 +109,7 @@ def load_method(
         for key in ("max_size", "max_keypoints")
         if (value := getattr(options, key)) is not None
     }
-    overrides = {**parse_matcher_options(options.matcher_options), **sizes, **more} if own else {}
+    overrides = {**parse_matcher_options(options.matcher_options), **sizes} if own else {}
     if detect_as is not None:
         overrides = detection_options(detect_as.detector)
     if not matchers.describe(name).has_keypoints:

@@ -29,7 +29,6 @@ class Options:
 
     seconds: float = 0.0  # a pair takes
     version: int = 0  # stands for any setting
-    enough: int | None = None  # bound of some subclasses on the matches of a pair
 
 
 class FakeMatcher(matchers.MatcherBase[SparseEncoding]):

@@ -70,6 +70,7 @@ def _work(
         kill_at(step, number)
     if limit is not None:  # of every file; what is beyond fails as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        sys.dont_write_bytecode = True  # Python would keep half of what it compiles
         most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most[1]))
     said = io.StringIO()

@@ -207,7 +207,7 @@ def test_a_file_that_grows_too_large_for_the_file_system(tmp_path: Path, mode: s
     )
     here = str(Path(__file__).parent)
     process = subprocess.run(
-        [sys.executable, "-c", code, here, str(tmp_path / "a.db"), mode],
+        [sys.executable, "-B", "-c", code, here, str(tmp_path / "a.db"), mode],
         capture_output=True,
         text=True,
     )

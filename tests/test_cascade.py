@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,23 +51,6 @@ class Careful(Forgetful):
 
     def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
         return FakeMatcher.match(self, a, b)
-
-
-class Hasty(Forgetful):
-    """Leaves a pair at so many matches, as XFeat at its strongest keypoints."""
-
-    name = "fake_hasty"
-
-    def encode_settings(self) -> dict[str, Any]:
-        return {**super().encode_settings(), "matcher": Forgetful.name}
-
-    def match_settings(self) -> dict[str, Any]:
-        return {**super().match_settings(), "enough": self.options.enough}
-
-    def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
-        matches, most = super().match(a, b), self.options.enough
-        assert matches.indices is not None
-        return Matches.from_indices(a, b, matches.indices[:most], matches.scores[:most])
 
 
 class Strong(FakeMatcher):
@@ -121,7 +103,7 @@ class OfPlaces(FakeMatcher):
         return Matches.from_indices(a, b, indices, torch.ones(len(indices)))
 
 
-for kind in (FakeMatcher, Forgetful, Careful, Hasty, Strong, OfPlaces):
+for kind in (FakeMatcher, Forgetful, Careful, Strong, OfPlaces):
     fake_matcher.register(kind)
 
 
@@ -294,28 +276,6 @@ def test_a_cascade_asks_the_next_matcher_only_where_there_is_doubt(tmp_path: Pat
         assert len(database_rows(tmp_path / "out", name)) == len(SCENE.keypoints[name])
     FakeMatcher.calls.clear()
     assert run(tmp_path, matcher="cascade", rescue="none").registered == len(SCENE.names)
-    assert FakeMatcher.calls == []
-
-
-@pytest.mark.parametrize(("many", "thorough"), [(4, False), (5, True)])
-def test_images_in_few_pairs_get_all_matches_of_these(
-    many: int, thorough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Five images make four clear pairs each; two more make none."""
-    monkeypatch.setitem(methods.CASCADES, "cascade", ("fake_hasty", "fake_careful", "fake_strong"))
-    monkeypatch.setattr(cascade, "MANY_PAIRS", many)
-    options = {"matcher": "cascade", "rescue": "none", "matcher_options": ("enough=70",)}
-    assert run(tmp_path, **options).registered == len(SCENE.names)
-    others = [name for name in SCENE.names if name not in LOST]
-    with pycolmap.Database.open(tmp_path / "out" / "database.db") as database:
-        ids = {image.name: image.image_id for image in database.read_all_images()}
-        counts = {
-            len(database.read_two_view_geometry(ids[a], ids[b]).inlier_matches)
-            for a, b in itertools.combinations(others, 2)
-        }
-    assert counts == ({150} if thorough else {70})
-    FakeMatcher.calls.clear()
-    assert run(tmp_path, **options).registered == len(SCENE.names)
     assert FakeMatcher.calls == []
 
 
