@@ -52,6 +52,7 @@ def results(task: Powers, where: Where, count: int = 12, chunk: int = 3) -> dict
         assert item not in found
         assert result.shape == (3,)
         found[item] = int(result[0])
+        task.taken(item)
 
     run(task, range(count), where, done, chunk=chunk)
     return found
@@ -88,10 +89,14 @@ def test_a_dead_workers_items_go_to_another_and_none_is_done_twice(
 def test_items_that_kill_every_worker_are_named_and_the_rest_is_kept(
     where: Where, tmp_path: Path
 ) -> None:
-    found: dict[int, Any] = {}
+    task, found = Powers(tmp_path / "n", dies_at=(4,)), set()
+
+    def done(item: int, result: Any) -> None:
+        found.add(item)
+        task.taken(item)
 
     with pytest.raises(OutputError, match=r"2 workers died on 4, 5, .* memory") as e:
-        run(Powers(tmp_path / "n", dies_at=(4,)), range(6), where, found.__setitem__, chunk=3)
+        run(task, range(6), where, done, chunk=3)
 
     assert 3 in found
     assert "kept" in str(e.value)

@@ -33,12 +33,27 @@ class Powers:
         for item in items:
             died = f"died {item}" in self.noted()
             if item in self.dies_at or (item in self.dies_once_at and not died):
+                self._wait_until_taken(item - 1)
                 self.note(f"died {item}")
                 os.kill(os.getpid(), signal.SIGKILL)
             if item == self.raises_at and self.error is not None:
                 raise self.error
             self.note(str(item))
             yield item, np.full(3, item**2)
+
+    def taken(self, item: int) -> None:
+        """The caller has this result."""
+        self.notes.with_suffix(f".taken{item}").touch()
+
+    def _wait_until_taken(self, item: int) -> None:
+        """What Ray still carries to the caller dies with the worker, and is rightly done anew."""
+        deadline = time.monotonic() + 60
+        while (
+            str(item) in self.noted()
+            and not self.notes.with_suffix(f".taken{item}").exists()
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.01)
 
     def note(self, text: str) -> None:
         with self.notes.open("a") as file:
