@@ -36,7 +36,7 @@ Entry = tuple[dict[str, np.ndarray], dict[str, Any]]  # datasets, attributes
 def digest(value: Any) -> str:
     """Short stable hash of a JSON-able value (keys sorted)."""
     text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:24]
 
 
 # --------------------------------------------------------------------------------------- h5 files

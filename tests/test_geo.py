@@ -17,9 +17,11 @@ from gim_hloc import colmap
 from gim_hloc.colmap.export import export_model
 from gim_hloc.colmap.target import write_ply
 from gim_hloc.errors import InputError
+from gim_hloc.files import read_text
 from gim_hloc.geometry.pose import fit_similarity
 from gim_hloc.pipelines._report_figures import plan_in_metres
 from gim_hloc.pipelines.previews import metres_rows
+from gim_hloc.store import digest
 from gim_hloc.surveys import read_control_points, read_positions
 
 pyproj = pytest.importorskip("pyproj", reason="pyproj is not installed")
@@ -358,6 +360,19 @@ def test_known_poses_and_a_distance() -> None:
         ),
         ("Lon;Lat;Image\n13.2;55.7;x/a.jpg\n", {"a.jpg": (55.7, 13.2, None)}),
         ("a.jpg\t55.7\t13.2\t-3\n", {"a.jpg": (55.7, 13.2, -3.0)}),
+        (  # Metashape's
+            "# System: WGS 84\n#Label,X/Longitude,Y/Latitude,Z/Altitude\na,13.2,55.7,20\n",
+            {"a.jpg": (55.7, 13.2, 20.0)},
+        ),
+        (  # exiftool -n -csv
+            "SourceFile,GPSLatitude,GPSLongitude,GPSAltitude\n./b.jpg,55.7,13.2,20\n",
+            {"b.jpg": (55.7, 13.2, 20.0)},
+        ),
+        ("name,lat,lon,Altitude (m)\na.jpg,55.7,13.2,20\n", {"a.jpg": (55.7, 13.2, 20.0)}),
+        ("a.jpg,,,\nb.jpg,55.7,13.2,nan\n", {"b.jpg": (55.7, 13.2, None)}),
+        ("a.jpg,55.7,\n", "is not 'name, latitude"),
+        ("name,latitude,longitude\n", "holds no position"),
+        ("a.jpg,nan,nan,nan\n", "holds no position"),
         ("a.jpg,55.7\n", "is not 'name, latitude"),
         ("a.jpg,155.7,13\n", "is not 'name, latitude"),
         ("c.jpg,55.7,13.2\n", "none of them is one of the run's"),
@@ -382,16 +397,63 @@ def test_lists_of_positions(text: str, found: Any, tmp_path: Path) -> None:
         ("+proj=utm +zone=10 +ellps=WGS84 +datum=WGS84 +units=m +no_defs", "EPSG:32610"),
         ("+proj=longlat +datum=WGS84", "EPSG:4326"),
         ("1 2 3 4 5 a.jpg", None),
+        ("EPSG:4258", None),  # degrees
+        ("EPSG:2263", None),  # feet
+        ("EPSG:4978", None),  # z is not up
+        ("EPSG:999999", None),
     ],
 )
 def test_systems_of_control_points(header: str, system: str | None, tmp_path: Path) -> None:
     path = tmp_path / "gcp_list.txt"
     path.write_text(f"{header}\n1 2 3 4 5 a.jpg\n")
     if system is None:
-        with pytest.raises(InputError, match="coordinate system"):
+        with pytest.raises(InputError, match=r"coordinate system|not in metres"):
             read_control_points(path, ["a.jpg"])
         return
     assert read_control_points(path, ["a.jpg"])[0] == system
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("EPSG:32632\n1 2 3 4 5 c.jpg\n", "c.jpg and others"),
+        ("EPSG:4326\n55.7 113.2 3 4 5 a.jpg\n", "is not 'x y z"),  # latitude first
+        ("EPSG:32632\n", "holds no control points"),
+    ],
+)
+def test_control_points_that_cannot_be_right(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "gcp_list.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_control_points(path, ["a.jpg"])
+
+
+def test_names_of_control_points_are_text_in_any_code(tmp_path: Path) -> None:
+    path = tmp_path / "gcp_list.txt"
+    path.write_bytes(b"EPSG:32632\n1 2 3 4 5 a.jpg K\xfcche\n")
+    (point,) = read_control_points(path, ["a.jpg"])[1]
+    point.name.encode()  # pages and plots are UTF-8
+    assert digest(read_text(path, "list"))  # keys of steps hold what a file says
+
+
+@pytest.mark.parametrize("crs", ["enu", "utm"])
+@pytest.mark.parametrize(("latitude", "longitude"), [(-17.0, 180.0), (0.0, 12.0)])
+def test_flights_across_the_ends_of_coordinates(
+    crs: Any, latitude: float, longitude: float, tmp_path: Path
+) -> None:
+    flight = Flight(2)
+    tags = wgs84(flight.centres - flight.centres.mean(0), (latitude, longitude, 0.0))
+    fixes = {n: (lat, lon, h) for n, (lat, lon, h) in zip(flight.names, tags.tolist(), strict=True)}
+    metres = colmap.metres_by_gps(flight.model, fixes, {}, crs)
+    scale, up = flight.errors(metres)
+    assert up < 0.1
+    assert scale < 2e-3  # UTM is longer near the ends of its zones
+    assert not metres.facts["wrong"]
+    metres.apply(flight.model)
+    export_model(flight.model, tmp_path, formats=("geo",), metres=metres)
+    rows = csv.DictReader((tmp_path / "geo/cameras.csv").open(newline=""))
+    read = np.array([[float(r["latitude"]), float(r["longitude"])] for r in rows])
+    np.testing.assert_allclose(read, tags[:, :2], atol=1e-6)
 
 
 def test_few_positions_are_refused() -> None:

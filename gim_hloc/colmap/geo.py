@@ -112,10 +112,8 @@ def metres_by_gps(
     wgs84 = np.array([[*fixes[name][:2], fixes[name][2] or 0.0] for name in names])
     known = np.array([fixes[name][2] is not None for name in names])
     heights = wgs84[known, 2]
-    origin = (
-        float(np.median(wgs84[:, 0]).round(6)), float(np.median(wgs84[:, 1]).round(6)),
-        float(np.median(heights).round(2)) if known.any() else 0.0,
-    )  # fmt: skip
+    latitude, longitude = _middle(wgs84).round(6).tolist()
+    origin = latitude, longitude, float(np.median(heights).round(2)) if known.any() else 0.0
     wgs84[~known, 2] = origin[2]
     positions, system, offset = _projected(wgs84, origin, crs)
     positions = positions.copy()
@@ -152,8 +150,18 @@ def positions_enu(fixes: Mapping[str, Fix]) -> dict[str, np.ndarray]:
     if not known:
         return {}
     wgs84 = np.array(list(known.values()), float)
-    positions = pycolmap.GPSTransform().ellipsoid_to_enu(wgs84, *np.median(wgs84, axis=0))
+    latitude, longitude = _middle(wgs84)
+    positions = pycolmap.GPSTransform().ellipsoid_to_enu(
+        wgs84, latitude, longitude, np.median(wgs84[:, 2])
+    )
     return dict(zip(known, np.asarray(positions), strict=True))
+
+
+def _middle(wgs84: np.ndarray) -> np.ndarray:
+    """Median latitude and longitude (2,), of longitudes that may lie on both sides of 180."""
+    first = wgs84[0, 1]
+    east = (wgs84[:, 1] - first + 180) % 360 - 180
+    return np.array([np.median(wgs84[:, 0]), (first + np.median(east) + 180) % 360 - 180])
 
 
 def _rms(values: np.ndarray) -> float | None:
@@ -168,9 +176,12 @@ def _projected(
     transform = pycolmap.GPSTransform()
     if crs == "enu":
         return np.asarray(transform.ellipsoid_to_enu(wgs84, *origin)), "ENU", np.zeros(3)
-    positions, zone = transform.ellipsoid_to_utm(wgs84)
-    offset = np.append(np.median(np.asarray(positions)[:, :2], axis=0).round(), 0.0)
-    return np.asarray(positions), f"EPSG:{32600 + zone if origin[0] >= 0 else 32700 + zone}", offset
+    found, zone = transform.ellipsoid_to_utm(wgs84)
+    positions = np.array(found)
+    south = (wgs84[:, 0] < 0).astype(float)  # northings of the south are 10000 km more
+    positions[:, 1] += 1e7 * (float(origin[0] < 0) - south)
+    offset = np.append(np.median(positions[:, :2], axis=0).round(), 0.0)
+    return positions, f"EPSG:{32600 + zone if origin[0] >= 0 else 32700 + zone}", offset
 
 
 def _held(
@@ -427,4 +438,6 @@ def _degrees(places: np.ndarray, metres: Metres) -> np.ndarray | None:
     zone = int(code) % 100 if code.isdigit() and code[:3] in ("326", "327") else 0
     if not 1 <= zone <= 60:
         return None
-    return np.asarray(transform.utm_to_ellipsoid(places, zone, code[:3] == "326"))
+    degrees = np.array(transform.utm_to_ellipsoid(places, zone, code[:3] == "326"))
+    degrees[:, 1] = (degrees[:, 1] + 180) % 360 - 180
+    return degrees
