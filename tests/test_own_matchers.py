@@ -323,19 +323,19 @@ BROKEN = {
         "protocol       failed: image_",
     ),
     "settings": ("def encode_settings(self): return [1]", "settings       failed: "),
-    "encode": ("def encode(self, image): return 3", "encode         failed: encode must return an"),
+    "encode": ("def encode(self, image): return 3", "encode must return an Encoding"),
     "match": (
         "def match(self, a, b): return None",
-        "match          failed: match must return Matc",
+        "match          failed: The matcher orb is of no use: match must return Matc",
     ),
     "numpy": (
         "def match(self, a, b):\n"
         "        return Matches(keypoints0=np.ones(9), keypoints1=1, scores=2)",
-        "match          failed: the matches' keypoints0 must be a tensor in main memory, not nd",
+        "the matches' keypoints0 must be a tensor, not nd",
     ),
     "batch": (
         "def match_batch(self, pairs): return None",
-        "batches        failed: match_batch must",
+        "match_batch must return a list of Matches",
     ),
 }
 
@@ -587,6 +587,36 @@ def test_what_is_wrong_is_one_line(name: str, capsys: pytest.CaptureFixture[str]
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
+    assert not Path("nowhere").exists()
+
+
+RESULTS = {
+    "none": ("match", "return None", "match must return Matches, not None"),
+    "encoding": ("encode", "return image.image", "encode must return an Encoding"),
+    "nan": ("match", "m.keypoints0[0] = float('nan')", "keypoints0 must be numbers"),
+    "scores": ("match", "m.scores /= 0", "scores must be numbers"),
+    "lengths": ("match", "m.keypoints1 = m.keypoints1[1:]", "keypoints1 must be "),
+    "rows": ("match", "m.indices += 10000", "indices must be rows of the keypoints"),
+    "keypoints": ("encode", "m.keypoints[0] = float('inf')", "keypoints must be numbers"),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.usefixtures("place")
+def test_results_of_no_use_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    method, change, said = RESULTS[name]
+    arguments = {"match": "a, b", "encode": "image"}[method]
+    Path(f"odd_{name}.py").write_text(
+        "from own_matcher import Orb\nclass Odd(Orb):\n"
+        f"    def {method}(self, {arguments}):\n        m = super().{method}({arguments})\n"
+        f"        {change}\n        return m\n"
+    )
+    matcher = f"odd_{name}.py:Odd"
+    assert match_command.main([*_pair(), "--out", "nowhere", "--matcher", matcher]) == 2
+    assert reconstruct.main(["photos", f"odd_{name}", "--matcher", matcher, *CAMERA]) == 2
+    for message in capsys.readouterr().err.split("error: ")[1:]:
+        assert message.startswith("The matcher orb is of no use: ")
+        assert said in message
     assert not Path("nowhere").exists()
 
 

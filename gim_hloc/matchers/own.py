@@ -12,14 +12,16 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from gim_hloc.engine import is_of_the_device
 from gim_hloc.errors import GimError, InputError
-from gim_hloc.types import Matcher, MatcherInfo
+from gim_hloc.types import Encoding, Matcher, MatcherInfo, Matches, SparseEncoding
 
 EXAMPLE = "examples/own_matcher.py"
 
@@ -115,7 +117,8 @@ def make(factory: Callable[..., Matcher], name: str, **options: Any) -> Matcher:
     matcher: Matcher = _guarded(factory, name, "when it was made")(**options)
     code = _joined([*_code_of(type(matcher)), *_code_of_factory(factory)])
     for method in {"encode", "match", "match_batch", "warp_batch"} & set(dir(matcher)):
-        setattr(matcher, method, _guarded(getattr(matcher, method), name, f"in {method}"))
+        checked = _checked(getattr(matcher, method), name, method)
+        setattr(matcher, method, _guarded(checked, name, f"in {method}"))
     for method in {"encode_settings", "match_settings"} & set(dir(matcher)):
         settings = _with_code(getattr(matcher, method), code)
         setattr(matcher, method, _guarded(settings, name, f"in {method}"))
@@ -137,6 +140,65 @@ def _guarded(method: Callable[..., Any], name: str, where: str) -> Callable[...,
             ) from error
 
     return call
+
+
+def _checked(method: Callable[..., Any], name: str, kind: str) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        found = method(*args, **options)
+        fault = _fault(kind, found, args)
+        if fault is not None:
+            raise GimError(
+                f"The matcher {name} is of no use: {fault}. What else it must keep: python -m "
+                "gim_hloc.matchers.check."
+            )
+        return found
+
+    return call
+
+
+def _fault(method: str, found: Any, args: tuple[Any, ...]) -> str | None:
+    """What is wrong with what a method returned, so that nobody can go on with it."""
+    if method == "match_batch":
+        (pairs,) = args
+        if not isinstance(found, list) or len(found) != len(pairs):
+            return "match_batch must return a list of Matches, one a pair"
+        each = (_fault("match", one, pair) for one, pair in zip(found, pairs, strict=True))
+        return next((fault for fault in each if fault is not None), None)
+    if method == "encode":
+        if not isinstance(found, Encoding):
+            return f"encode must return an Encoding, not {found!r:.60}"
+        if isinstance(found, SparseEncoding):
+            shapes = {"keypoints": (len(found), 2), "scores": (len(found),)}
+            return _fault_of_tensors(found, "the encoding's", shapes)
+    if method == "match":
+        if not isinstance(found, Matches):
+            return f"match must return Matches, not {found!r:.60}"
+        count = len(found.keypoints0) if isinstance(found.keypoints0, torch.Tensor) else -1
+        shapes = {"keypoints0": (count, 2), "keypoints1": (count, 2), "scores": (count,)}
+        if found.indices is not None:
+            shapes["indices"] = (count, 2)
+        fault = _fault_of_tensors(found, "the matches'", shapes)
+        if fault is None and found.indices is not None and count:
+            ends = torch.tensor([len(encoding) for encoding in args])
+            rows = found.indices.cpu()
+            if not bool(((rows >= 0) & (rows < ends)).all()):
+                return "indices must be rows of the keypoints"
+        return fault
+    return None
+
+
+def _fault_of_tensors(found: Any, whose: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    for name, shape in shapes.items():
+        value = getattr(found, name)
+        if not isinstance(value, torch.Tensor):
+            return f"{whose} {name} must be a tensor, not {type(value).__name__}"
+        if value.shape != shape:
+            wanted = ", ".join(str(n) for n in shape)
+            return f"{whose} {name} must be ({wanted}), not {tuple(value.shape)}"
+        if not bool(value.isfinite().all()):
+            return f"{whose} {name} must be numbers, not NaN or infinite"
+    return None
 
 
 def _with_code(settings: Callable[[], dict[str, Any]], code: str) -> Callable[[], dict[str, Any]]:
