@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +126,12 @@ class Exports:
         if FORMATS[kind].large:
             masks = [self.masks.find(name) for name in self.records] if self.masks else []
             stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in masks if p]
-            parts += [to_mapping(self.options), stamps]
+            # Links lead from where the folder is to where the images are.
+            parts += [
+                to_mapping(self.options),
+                stamps,
+                os.path.relpath(self.images, self.folder.path),
+            ]
         if FORMATS[kind].dense:
             parts += [{n: f for n, f in self.folder.files.items() if n.startswith(f"{DENSE}/")}]
         return digest(parts)
@@ -142,7 +148,7 @@ class Exports:
             found = read_poses(path, list(self.records))
             content = {n: [part.tolist() for part in pose] for n, pose in found.poses.items()}
         else:
-            content = read_text(path, by) if by != "scale" else None
+            content = read_text(path, f"file of --{by}") if by != "scale" else None
         return [by, str(where), self.options.crs, content]
 
     def _metres(self, kind: str, model: Any) -> colmap.Metres | None:
@@ -206,7 +212,7 @@ class ExportResult:
         output: folder of the run.
         files: that belong to the exports, relative to it.
         notes: what formats could not hold, and what else to know.
-        metres: of ``geo``: how metres were found for each model, with residuals.
+        metres: how they were found for each model, with residuals, where an option says so.
     """
 
     output: Path
@@ -259,11 +265,12 @@ def export(
         folder.save()
     if failure is not None:
         raise failure
+    made = [folder.steps[f"export {kind}"] for kind in options.to]
     return ExportResult(
         output=output,
-        files=[name for kind in options.to for name in folder.steps[f"export {kind}"]["files"]],
+        files=[name for step in made for name in step["files"]],
         notes=list(dict.fromkeys(folder.notes)),
-        metres=folder.steps.get("export geo", {}).get("facts", {}).get("metres", []),
+        metres=max((step["facts"]["metres"] for step in made), key=len),
     )
 
 

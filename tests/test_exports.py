@@ -144,6 +144,7 @@ def test_everything_can_be_in_metres(out: Path) -> None:
         return float(np.ptp(vertices["f2"]))
 
     own = extent()
+    assert export(out, to=("ply",), progress=False).metres == []  # those of geo are not its own
     assert export(out, to=("ply",), gps="exif", progress=False).files == ["export/0/points.ply"]
     assert extent() == pytest.approx(3 * METRES, rel=0.05)  # upright: heights
     assert own < METRES
@@ -184,6 +185,19 @@ def test_what_is_refused(place: Path, out: Path, tmp_path: Path, capsys: Any) ->
     assert NAMES[0] in capsys.readouterr().err
     assert not (out / "export/0/3dgs").exists()
     assert (out / "export/0/points.ply").is_file()
+
+
+def test_links_lead_to_where_the_images_are_now(place: Path, out: Path, tmp_path: Path) -> None:
+    linked = out / "export/0/nerfstudio/images"
+    for folder in ("moved", "moved again"):
+        images = Path(shutil.copytree(place / "images", tmp_path / folder))
+        export(out, to=("nerfstudio",), images=images, progress=False)
+        assert {path.resolve() for path in linked.iterdir()} == {images / name for name in NAMES}
+    with Image.open(images / NAMES[0]) as image:
+        image.resize((WIDTH // 2, HEIGHT // 2)).save(tmp_path / "moved" / NAMES[0])
+    for kind in ("nerfstudio", "realityscan", "openmvs"):
+        with pytest.raises(InputError, match=f"{NAMES[0]} has {WIDTH // 2} x"):
+            export(out, to=(kind,), images=tmp_path / "moved", progress=False)
 
 
 def test_gps_as_priors_of_the_mapping_gives_metres(place: Path, tmp_path: Path) -> None:

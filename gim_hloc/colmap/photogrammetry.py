@@ -332,7 +332,7 @@ def write_realityscan(model: Any, target: Target) -> list[str]:
         ]
     views = registered(model)
     written = plain_names([view.name for view in views], flat=True)
-    gather([view.name for view in views], written, target, folder)
+    gather(views, written, target, folder)
     for view in views:
         write_atomic(
             (folder / written[view.name]).with_suffix(".xmp"),

@@ -24,7 +24,7 @@ from gim_hloc.colmap.target import (
     used_cameras,
     write_ply,
 )
-from gim_hloc.colmap.undistort import pinhole, plain_names, undistort
+from gim_hloc.colmap.undistort import pinhole, plain_names, require_size, undistort
 from gim_hloc.errors import InputError, OutputError
 from gim_hloc.files import write_atomic
 from gim_hloc.images import check_names, map_in_threads, read_stored
@@ -257,7 +257,7 @@ def write_nerfstudio(model: Any, target: Target) -> list[str]:
         A note when a camera cannot be expressed, and nothing is written then; notes about names.
 
     Raises:
-        InputError: an image is missing, or cannot be read.
+        InputError: an image is missing, cannot be read or is not the camera's.
     """
     folder = target.folder / "nerfstudio"
     views, cameras = registered(model), used_cameras(model)
@@ -274,7 +274,7 @@ def write_nerfstudio(model: Any, target: Target) -> list[str]:
     # Reduced copies and their images meet by base names.
     bases = [PurePosixPath(name).name.lower() for name in names]
     written = plain_names(names, flat=len(set(bases)) < len(bases))
-    gather(names, written, target, folder / "images")
+    gather(views, written, target, folder / "images")
     masks = {} if target.mask is None else {name: target.mask(name) for name in names}
     masked = any(mask is not None for mask in masks.values())
     intrinsics = {camera_id: _nerfstudio_camera(c) for camera_id, c in cameras.items()}
@@ -318,36 +318,42 @@ def write_nerfstudio(model: Any, target: Target) -> list[str]:
     return [f"{folder}: {note}" for note in notes]
 
 
-def gather(names: Sequence[str], written: dict[str, str], target: Target, folder: Path) -> None:
+def gather(views: Sequence[Any], written: dict[str, str], target: Target, folder: Path) -> None:
     """Put images, name -> new name, into a folder: links, or JPEG and PNG of what few can read."""
     root = target.images or Path()
-    check_names(root, names)
+    check_names(root, [view.name for view in views])
     # ".." after a link leads to the parent of where the link points.
     place = (target.place or target.folder).resolve() / folder.relative_to(target.folder)
 
-    def put(name: str) -> None:
-        source, wanted = (root / name).resolve(), folder / written[name]
+    def put(view: Any) -> None:
+        source, new = (root / view.name).resolve(), written[view.name]
+        wanted = folder / new
         wanted.parent.mkdir(parents=True, exist_ok=True)
-        if PurePosixPath(name).suffix != PurePosixPath(written[name]).suffix or _odd(source):
-            save(read_stored(source)[0], wanted)
+        same_kind = PurePosixPath(view.name).suffix == PurePosixPath(new).suffix
+        size = _plain_size(source) if same_kind else None
+        if size is None:
+            pixels = read_stored(source)[0]
+            require_size(root / view.name, pixels.shape[1::-1], view.camera)
+            save(pixels, wanted)
             return
-        link = os.path.relpath(source, (place / written[name]).parent)
+        require_size(root / view.name, size, view.camera)
+        link = os.path.relpath(source, (place / new).parent)
         try:
             os.symlink(link, wanted)
         except OSError:  # a file system without links
             shutil.copyfile(source, wanted)
 
     workers = min(4, os.cpu_count() or 1)
-    map_in_threads(put, names, workers=workers, title="Images", progress=target.progress)
+    map_in_threads(put, views, workers=workers, title="Images", progress=target.progress)
 
 
-def _odd(path: Path) -> bool:
-    """Whether a file holds other pixels than 8-bit grey or RGB."""
+def _plain_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a file of 8-bit grey or RGB, None for others."""
     try:
         with Image.open(path) as image:
-            return image.mode not in _PLAIN_MODES
+            return image.size if image.mode in _PLAIN_MODES else None
     except (OSError, ValueError):  # what it is our reader may know, or say
-        return True
+        return None
 
 
 def _nerfstudio_camera(camera: Any) -> dict[str, float | int]:

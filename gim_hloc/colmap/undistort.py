@@ -128,11 +128,7 @@ def undistort(
         path, target = images / view.name, output / written[view.name]
         camera = cameras[view.camera_id]
         pixels, orientation = read_stored(path)
-        if pixels.shape[:2] != (camera.height, camera.width):
-            raise InputError(
-                f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, its camera in the model "
-                f"{camera.width} x {camera.height}: give the images that the model was made of."
-            )
+        require_size(path, pixels.shape[1::-1], camera)
         pixels = resample(pixels, places_of(view.camera_id))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +148,15 @@ def undistort(
         camera.model, camera.width, camera.height = spec.model, spec.width, spec.height
         camera.params = list(spec.params)
     return result, _notes(written, orientations, cameras, targets)
+
+
+def require_size(path: Path, size: Sequence[int], camera: Any) -> None:
+    """Refuse an image of another width and height than its camera's."""
+    if tuple(size) != (camera.width, camera.height):
+        raise InputError(
+            f"{path} has {size[0]} x {size[1]} pixels, its camera in the model {camera.width} x "
+            f"{camera.height}: give the images that the model was made of."
+        )
 
 
 def _move(view: Any, source: CameraSpec, target: CameraSpec) -> None:
