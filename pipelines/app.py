@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from gim_hloc import draw, images, matchers, pair_pictures
 from gim_hloc.errors import GimError, InputError
+from gim_hloc.files import natural_key
 from gim_hloc.matchers import registry
 from gim_hloc.pipelines.match_pair import MatchResult, match
 from gim_hloc.pipelines.options import AppOptions
@@ -200,9 +201,11 @@ class Work:
         self, files: Sequence[str], names: Sequence[str], quality: str
     ) -> Iterator[list[list[Any]]]:
         """Pairs of files, the first two, the next two, … by name, through several matchers."""
-        paths = sorted(self.check(files, 2), key=lambda path: path.name)
+        paths = sorted(self.check(files, 2), key=lambda path: natural_key(path.name))
+        if len(paths) % 2:
+            raise InputError(f"{len(paths)} files are no pairs: {paths[-1].name} has no partner.")
         self.check_pixels(paths)
-        pairs = list(zip(paths[::2], paths[1::2], strict=False))
+        pairs = list(zip(paths[::2], paths[1::2], strict=True))
         if not names:
             raise InputError("Choose a matcher.")
         rows: list[list[Any]] = []
@@ -230,9 +233,11 @@ class Work:
         work = self.place("run-")
         source = work / "images"
         source.mkdir()
-        for path in paths:
-            shutil.copyfile(path, source / path.name)
-        self.check_pixels([source / path.name for path in paths])
+        for number, path in enumerate(paths):
+            taken = (source / path.name).exists()  # dropped from two folders
+            name = f"{path.stem}-{number}{path.suffix}" if taken else path.name
+            shutil.copyfile(path, source / name)
+        self.check_pixels(list(source.iterdir()))
         out = work / "out"
         exports = [kind for kind in dict.fromkeys(("glb", export)) if kind != "none"]
         command = [sys.executable, "-m", "gim_hloc.cli.reconstruct", str(source), str(out)]

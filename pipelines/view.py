@@ -24,7 +24,7 @@ import numpy as np
 
 from gim_hloc import colmap, draw, images
 from gim_hloc.colmap import MapView, PointTable
-from gim_hloc.errors import GimError, InputError
+from gim_hloc.errors import GimError, InputError, OutputError
 from gim_hloc.pipelines.options import ViewOptions
 from gim_hloc.pipelines.run import HIDDEN, SNAPSHOTS, read_state, scanned
 
@@ -548,13 +548,18 @@ class Viewer:
 
         Raises:
             InputError: there is no Chromium, or it cannot draw.
+            OutputError: the file cannot be written.
         """
         browser = shutil.which("chromium") or shutil.which("google-chrome")
         if browser is None:
             raise InputError("--record needs Chromium or Chrome on the PATH.")
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 30, size)
+        if not writer.isOpened():
+            raise OutputError(
+                f"Cannot write {path}: give the name of an .mp4 file in a folder that is there."
+            )
         with _browser(browser, self.address):
             client = self._client()
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 30, size)
             try:
                 for eye, wxyz in _turntable(self.shown[0].scene, frames):
                     picture = client.get_render(

@@ -45,6 +45,21 @@ def test_uploads_are_bounded(work: Work, tmp_path: Path) -> None:
         work.check([str(heavy)], 1)
 
 
+def test_no_upload_is_lost(work: Work, tmp_path: Path) -> None:
+    for number, folder in enumerate("ab"):  # as Gradio keeps files that were dropped
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / "1.png"), np.full((300, 400), 90 * number, np.uint8))
+    same = [str(tmp_path / folder / "1.png") for folder in "ab"]
+    steps = work.reconstruct(same, "sift", "fast", "none", "page")
+    next(steps)
+    (source,) = tmp_path.glob("run-*/images")
+    grey = sorted(int(cv2.imread(str(path)).mean()) for path in source.iterdir())
+    steps.close()
+    assert grey == [0, 90]
+    with pytest.raises(InputError, match="has no partner"):
+        next(work.compare([*same, same[0]], ["sift"], "fast"))
+
+
 def test_folders_of_requests_go_in_time(work: Work) -> None:
     first = work.place("run-")
     (first / "result.zip").write_bytes(b"1")

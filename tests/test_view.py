@@ -12,7 +12,7 @@ import pycolmap
 import pytest
 
 from gim_hloc import colmap
-from gim_hloc.errors import InputError
+from gim_hloc.errors import GimError, InputError
 from gim_hloc.pipelines.options import ViewOptions
 from gim_hloc.pipelines.run import SNAPSHOTS
 from gim_hloc.pipelines.view import Viewer, nearest_to_ray, newest_model, read_scene
@@ -102,6 +102,11 @@ def test_a_camera_and_a_distance_are_shown(viewer: Viewer) -> None:
     distance = np.linalg.norm(scene.xyz[3] - scene.xyz[7])
     assert f"**{distance:.4f}**" in viewer.distance.content
     assert "gim-export" in viewer.distance.content
+
+
+def test_a_video_that_cannot_be_written_is_an_error(viewer: Viewer, tmp_path: Path) -> None:
+    with pytest.raises(GimError, match=r"Cannot write|needs Chromium"):
+        viewer.record(tmp_path / "missing" / "turn.mp4", frames=1)
 
 
 def test_a_growing_model_is_followed(model: Path, tmp_path: Path) -> None:
