@@ -40,60 +40,31 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# CUDA's autocast lists (aten/src/ATen/autocast_mode.h), by the names that Python calls.
-_LOWER = _words(
-    """
-    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear
-    matmul mm mv bmm addmm addmv addbmm baddbmm chain_matmul prelu einsum multi_dot
-    scaled_dot_product_attention
-    """
-)
+# CUDA's autocast lists (aten/src/ATen/autocast_mode.h), by the names that Python calls; these and
+# the lists below hold what our code calls.
+_PRODUCTS = _words("matmul mm mv bmm addmm baddbmm linear einsum")
+_LOWER = _PRODUCTS | _words("conv1d conv2d conv_transpose2d prelu scaled_dot_product_attention")
 _FLOAT = _words(
     """
-    acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow
-    softplus layer_norm native_layer_norm group_norm norm cosine_similarity nll_loss
-    cosine_embedding_loss hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss
-    mse_loss margin_ranking_loss soft_margin_loss triplet_margin_loss
-    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d
-    upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
-    _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa
-    prod softmax log_softmax cumprod cumsum vector_norm linalg_vector_norm linalg_matrix_norm
-    matrix_norm sum rms_norm
+    exp expm1 log log2 log1p reciprocal rsqrt tan pow softplus layer_norm group_norm norm
+    l1_loss smooth_l1_loss mse_loss binary_cross_entropy_with_logits cdist logsumexp
+    upsample_nearest2d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d
+    prod softmax log_softmax cumsum linalg_vector_norm sum
     """
 )
-_PROMOTE = _words(
-    """
-    addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler grid_sampler_2d index_put
-    tensordot scatter_add
-    """
-)
-_PRODUCTS = _words("matmul mm mv bmm addmm addmv addbmm baddbmm linear einsum")
+_PROMOTE = _words("atan2 cross grid_sampler tensordot")
 _LINALG = _words(
-    """
-    cholesky cholesky_ex cholesky_solve cholesky_inverse linalg_cholesky linalg_cholesky_ex
-    inv inv_ex linalg_inv solve solve_ex linalg_solve solve_triangular linalg_solve_triangular
-    lstsq linalg_lstsq svd svdvals linalg_svd qr linalg_qr eigh eigvalsh linalg_eigh eig
-    eigvals det slogdet linalg_det inverse pinverse pinv lu lu_factor lu_solve cdist
-    matrix_rank
-    """
+    "cholesky cholesky_ex cholesky_solve inv solve lstsq svd qr eigh eigvalsh det cdist"
 )
-_LINALG_WAITS = _words(
-    "cholesky inv solve linalg_cholesky linalg_inv linalg_solve eigh svd inverse lu"
-)
+_LINALG_WAITS = _words("linalg_cholesky linalg_inv linalg_solve linalg_eigh linalg_svd")
 # Functions that take no operand of another device, not even without dimensions.
 _STRICT = _LOWER | _words(
-    """
-    cat concat concatenate stack hstack vstack gather index_select scatter scatter_
-    scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_add index_add_ index_copy_
-    index_fill_ take_along_dim grid_sampler embedding batch_norm layer_norm searchsorted
-    bucketize multinomial masked_select masked_scatter_ cdist equal repeat_interleave
-    """
+    "cat stack hstack vstack gather index_select scatter scatter_reduce index_add cdist"
 )
 _WAITS = _words(
     """
-    item tolist __bool__ __int__ __float__ __index__ nonzero nonzero_numpy argwhere
-    masked_select _unique2 unique_dim unique_consecutive equal allclose is_nonzero bincount
-    histc
+    item tolist __bool__ __int__ __float__ __index__ nonzero argwhere masked_select _unique2
+    unique_dim equal allclose bincount
     """
 )
 
@@ -106,12 +77,6 @@ class CudaTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _call(func, args, kwargs or {})
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Files hold plain tensors."""
-        plain = _move(self.detach(), False, {})
-        with torch._C.DisableTorchFunction():
-            return plain.__reduce_ex__(protocol)
 
 
 class CudaParameter(CudaTensor, torch.nn.Parameter):
@@ -135,7 +100,7 @@ class FakeCuda(TorchFunctionMode):
     Attributes:
         synchronisations: how often the processor would have waited, by function.
         limit: bytes that may be in use; None for no limit.
-        events: "synchronize", "empty_cache" and "out of memory", in order.
+        events: "empty_cache" and "out of memory", in order.
         held: bytes in use whenever ``torch.cuda.empty_cache`` was called.
     """
 
@@ -145,7 +110,6 @@ class FakeCuda(TorchFunctionMode):
         super().__init__()
         self.limit = limit
         self.synchronisations: Counter[str] = Counter()
-        self.functions: Counter[str] = Counter()
         self.events: list[str] = []
         self.held: list[int] = []
         self._alive: dict[int, weakref.ref[Any]] = {}
@@ -217,10 +181,6 @@ def tag(value: Any) -> Any:
     """Say of tensors, or containers of them, that they are on the device."""
     if isinstance(value, torch.Tensor):
         if not isinstance(value, CudaTensor):
-            with torch._C.DisableTorchFunction():
-                layout = value.device.type
-            if layout != "cpu":  # "meta" stays
-                return value
             parameter = isinstance(value, torch.nn.Parameter)
             value.__class__ = CudaParameter if parameter else CudaTensor
             if FakeCuda.current is not None:
@@ -228,9 +188,6 @@ def tag(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         for part in value:
-            tag(part)
-    elif isinstance(value, dict):
-        for part in value.values():
             tag(part)
     return value
 
@@ -248,8 +205,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _on(device: Any) -> bool:
     """Whether a device argument means the pretended device."""
-    if isinstance(device, int):
-        return True
     return torch.device(device).type == "cuda"
 
 
@@ -284,12 +239,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     if device is not None:
         here = _on(device)
-        if name in ("tensor", "as_tensor", "asarray") and any(is_cuda(t) for t in tensors):
-            _waited(name)
         if here:
             kwargs = {**kwargs, "device": "cpu"}
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
         _check_generator(kwargs.get("generator"), here)
         result = _run(func, args, kwargs)
         if any(result is t for t in tensors):  # as_tensor
@@ -299,8 +250,6 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not tensors or name.startswith(("rand", "multinomial", "bernoulli", "normal")):
             _check_generator(kwargs.get("generator"), False)
         return _run(func, args, kwargs)
-    if FakeCuda.current is not None:
-        FakeCuda.current.functions[name] += 1
     if name not in _METADATA:
         _check_devices(name, tensors)
     _check_generator(kwargs.get("generator"), True)
@@ -333,13 +282,7 @@ def _compute(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return result.to(types.pop())
 
 
-_METADATA = _words(
-    """
-    _has_compatible_shallow_copy_type result_type can_cast promote_types is_tensor
-    is_floating_point size dim is_same_size view_as expand_as reshape_as zeros_like ones_like
-    empty_like full_like rand_like
-    """
-)
+_METADATA = _words("_has_compatible_shallow_copy_type view_as expand_as reshape_as")
 
 
 def _check_generator(generator: Any, here: bool) -> None:
@@ -379,13 +322,9 @@ def _autocast(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[s
     if not torch.is_autocast_enabled("cuda"):
         return args, kwargs
     plain = name if name.startswith("_upsample") else name.strip("_")
-    if name.startswith("__r"):
-        plain = plain.removeprefix("r")  # __rmatmul__, __rpow__
     if plain in _LOWER:
         dtype: torch.dtype = torch.get_autocast_dtype("cuda")
     elif plain in _FLOAT:
-        if kwargs.get("dtype") is not None:
-            return args, kwargs
         dtype = torch.float32
     elif plain in _PROMOTE:
         with torch._C.DisableTorchFunction():
@@ -428,11 +367,9 @@ def _property(name: str, func: Any, args: Any) -> Any:
 
 def _set(name: str, func: Any, args: Any) -> Any:
     tensor, value = args
-    if isinstance(value, torch.Tensor) and is_cuda(value) != is_cuda(tensor):
-        if name == "grad":
-            raise RuntimeError("assigned grad has data located on a different device (pretended)")
-        if name == "data":
-            tensor.__class__ = type(value)
+    elsewhere = isinstance(value, torch.Tensor) and is_cuda(value) != is_cuda(tensor)
+    if name == "grad" and elsewhere:
+        raise RuntimeError("assigned grad has data located on a different device (pretended)")
     return _run(func, args, {})
 
 
@@ -458,22 +395,15 @@ def _to(func: Any, args: Any, kwargs: Any) -> Any:
     elif isinstance(first, torch.dtype):
         options["dtype"] = first
     elif first is not None:
-        if torch.device(first).type not in ("cpu", "cuda"):
-            return _run(func, args, kwargs)
         here = _on(first)
     if rest and not isinstance(first, (torch.Tensor, torch.dtype)):
         names.insert(0, "dtype")
-    if "device" in options:  # .to(dtype, device=...)
-        here = _on(options.pop("device"))
     options |= {key: value for key, value in zip(names, rest, strict=False) if value is not None}
     return _move(tensor, here, options)
 
 
 def _move(tensor: torch.Tensor, here: bool, options: dict[str, Any]) -> Any:
     there = is_cuda(tensor)
-    with torch._C.DisableTorchFunction():
-        if tensor.device.type == "meta" and here:
-            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
     if there and not here:
         _waited("cpu")
     options = {key: value for key, value in options.items() if key != "non_blocking"}
@@ -485,10 +415,6 @@ def _move(tensor: torch.Tensor, here: bool, options: dict[str, Any]) -> Any:
 
 def _cpu(func: Any, args: Any, kwargs: Any) -> Any:
     return _move(args[0], False, {})
-
-
-def _cuda(func: Any, args: Any, kwargs: Any) -> Any:
-    return _move(args[0], True, {})
 
 
 def _pin(func: Any, args: Any, kwargs: Any) -> Any:
@@ -567,23 +493,17 @@ def _where(func: Any, args: Any, kwargs: Any) -> Any:
     return _run(func, args, kwargs)
 
 
-def _split(func: Any, args: Any, kwargs: Any) -> Any:
-    return tag(_run(func, args, kwargs)) if is_cuda(args[0]) else _run(func, args, kwargs)
-
-
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "numpy": _numpy,
     "__array__": _numpy,
     "__dlpack__": _numpy,
     "to": _to,
     "cpu": _cpu,
-    "cuda": _cuda,
     "pin_memory": _pin,
     "copy_": _copy,
     "__getitem__": _get_item,
     "__setitem__": _set_item,
     "where": _where,
-    "tensor_split": _split,
 }
 
 
@@ -608,47 +528,26 @@ def _patches(gpu: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
     )
     yield torch.utils.checkpoint, "_allowed_determinism_checks_to_fns", checks
 
-    def event(name: str) -> Callable[..., None]:
-        def note(*_: Any, **__: Any) -> None:
-            gpu.events.append(name)
-            if name == "synchronize":
-                gpu.waited(name)
-            if name == "empty_cache":
-                gpu.held.append(gpu.allocated())
-
-        return note
+    def empty_cache() -> None:
+        gpu.events.append("empty_cache")
+        gpu.held.append(gpu.allocated())
 
     total = 16 << 30
     answers: dict[str, Any] = {
         "is_available": True,
-        "is_initialized": True,
-        "device_count": 1,
-        "current_device": 0,
         "is_bf16_supported": True,
-        "get_device_name": "pretended",
-        "max_memory_allocated": 1 << 20,
-        "max_memory_reserved": 1 << 20,
         "memory_allocated": 1 << 20,
         "memory_reserved": 1 << 20,
-        "reset_peak_memory_stats": None,
-        "set_rng_state": None,
-        "set_rng_state_all": None,
         "manual_seed_all": None,
-        "manual_seed": None,
-        "set_device": None,
-        "get_device_capability": (9, 0),
     }
     for name, value in answers.items():
         yield torch.cuda, name, lambda *_, _value=value, **__: _value
-    yield torch.cuda, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8)
-    yield torch.cuda, "get_rng_state_all", lambda: [torch.zeros(16, dtype=torch.uint8)]
     yield (
         torch.cuda,
         "mem_get_info",
         lambda *_: ((gpu.limit or total) - (gpu.allocated() if gpu.limit else 0), total),
     )
-    for name in ("synchronize", "empty_cache"):
-        yield torch.cuda, name, event(name)
+    yield torch.cuda, "empty_cache", empty_cache
 
 
 class _AnyGenerator(type):
