@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from gim_hloc.images import Exif, ImageRecord
+from gim_hloc.poses import Pose
 
 WIDTH, HEIGHT, FOCAL = 800, 600, 700.0
 INTRINSICS = f"PINHOLE,{FOCAL},{FOCAL},{WIDTH / 2},{HEIGHT / 2}"
@@ -26,10 +28,45 @@ class Scene:
         points: name -> (N,) index of the 3D point of each keypoint.
     """
 
-    names: list[str]
-    poses: dict[str, tuple[np.ndarray, np.ndarray]]
-    keypoints: dict[str, np.ndarray]
-    points: dict[str, np.ndarray]
+    names: list[str] = field(default_factory=list)
+    poses: dict[str, Pose] = field(default_factory=dict)
+    keypoints: dict[str, np.ndarray] = field(default_factory=dict)
+    points: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def see(
+        self,
+        name: str,
+        pose: Pose,
+        xyz: np.ndarray,
+        *,
+        focal: float = FOCAL,
+        size: tuple[int, int] = (WIDTH, HEIGHT),
+        noise_px: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        """Add an image of points (N, 3), with noise and in any order if there is a generator."""
+        camera = xyz @ pose[0].T + pose[1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            xy_colmap = camera[:, :2] / camera[:, 2:] * focal + np.array(size) / 2
+        if rng is not None and noise_px:
+            xy_colmap += rng.normal(0, noise_px, xy_colmap.shape)
+        inside = (camera[:, 2] > 0.1) & (xy_colmap > 0).all(1) & (xy_colmap < size).all(1)
+        rows = np.flatnonzero(inside)
+        rows = rows if rng is None else rng.permutation(rows)
+        self.names.append(name)
+        self.poses[name] = pose
+        self.keypoints[name] = (xy_colmap[rows] - 0.5).astype(np.float32)
+        self.points[name] = rows
+
+    def beside(self, other: Scene, first_point: int = 10_000) -> Scene:
+        """Both scenes as one; the points of the other are counted from ``first_point``."""
+        points = {name: rows + first_point for name, rows in other.points.items()}
+        return Scene(
+            names=self.names + other.names,
+            poses=self.poses | other.poses,
+            keypoints=self.keypoints | other.keypoints,
+            points=self.points | points,
+        )
 
     def matches(self, a: str, b: str) -> np.ndarray:
         """True matches (M, 2) of two images."""
@@ -83,7 +120,7 @@ def make_scene(
     rng = np.random.default_rng(seed)
     xyz = rng.uniform(-1.5, 1.5, (points, 3))
     names = names or [f"image {i:02d} é.jpg" for i in range(images)]
-    scene = Scene(names=names, poses={}, keypoints={}, points={})
+    scene = Scene()
     for i, name in enumerate(names):
         angle = np.deg2rad(arc_deg) * i / max(1, len(names) - 1)
         centre = np.array([6 * np.sin(angle), 0.4 * np.cos(3 * angle), -6 * np.cos(angle)])
@@ -91,15 +128,7 @@ def make_scene(
         right = np.cross([0.0, 1.0, 0.0], forward)
         right /= np.linalg.norm(right)
         rotation = np.stack([right, np.cross(forward, right), forward])
-        translation = -rotation @ centre
-        camera = xyz @ rotation.T + translation
-        xy_colmap = camera[:, :2] / camera[:, 2:] * FOCAL + [WIDTH / 2, HEIGHT / 2]
-        xy_colmap += rng.normal(0, noise_px, xy_colmap.shape) if noise_px else 0
-        inside = (xy_colmap > 0).all(1) & (xy_colmap < [WIDTH, HEIGHT]).all(1)
-        order = rng.permutation(np.flatnonzero(inside))
-        scene.poses[name] = (rotation, translation)
-        scene.keypoints[name] = (xy_colmap[order] - 0.5).astype(np.float32)
-        scene.points[name] = order
+        scene.see(name, (rotation, -rotation @ centre), xyz, noise_px=noise_px, rng=rng)
     return scene
 
 
@@ -113,15 +142,7 @@ def make_rig_scene(moments: int = 6, *, seed: int = 0) -> tuple[Scene, list[dict
     xyz = np.random.default_rng(seed).uniform(-1.5, 1.5, (500, 3))  # those of ``make_scene``
     for n in range(moments):
         rotation, translation = left.poses[f"left/{n}.jpg"]
-        pose = turn @ rotation, turn @ translation + shift
-        camera = xyz @ pose[0].T + pose[1]
-        xy = camera[:, :2] / camera[:, 2:] * FOCAL + [WIDTH / 2, HEIGHT / 2]
-        inside = np.flatnonzero((xy > 0).all(1) & (xy < [WIDTH, HEIGHT]).all(1))
-        name = f"right/{n}.jpg"
-        left.names.append(name)
-        left.poses[name] = pose
-        left.keypoints[name] = (xy[inside] - 0.5).astype(np.float32)
-        left.points[name] = inside
+        left.see(f"right/{n}.jpg", (turn @ rotation, turn @ translation + shift), xyz)
     x, y, z, w = Rotation.from_matrix(turn).as_quat()
     cameras: list[dict[str, object]] = [
         {"image_prefix": "left/", "ref_sensor": True},
@@ -134,9 +155,7 @@ def make_rig_scene(moments: int = 6, *, seed: int = 0) -> tuple[Scene, list[dict
     return left, [{"cameras": cameras}]
 
 
-def camera_errors(
-    model: dict[str, tuple[np.ndarray, np.ndarray]], truth: dict[str, tuple[np.ndarray, np.ndarray]]
-) -> tuple[float, float]:
+def camera_errors(model: Mapping[str, Pose], truth: Mapping[str, Pose]) -> tuple[float, float]:
     """Largest relative rotation error in degrees, and centre error after Sim3 (share of extent)."""
     names = sorted(set(model) & set(truth))
     worst = 0.0
@@ -155,16 +174,22 @@ def camera_errors(
     return worst, float(np.linalg.norm(residual, axis=1).max() / np.ptp(y, axis=0).max())
 
 
-def write_cameras(poses: dict[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> Path:
-    """Poses (R, t), world to camera, as a COLMAP text model of one camera without points."""
+def write_cameras(
+    poses: Mapping[str, Pose],
+    folder: Path,
+    intrinsics: str = INTRINSICS,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+) -> Path:
+    """A COLMAP text model of one camera without points, written without COLMAP."""
     folder.mkdir(parents=True, exist_ok=True)
-    camera = f"1 PINHOLE {WIDTH} {HEIGHT} {FOCAL} {FOCAL} {WIDTH / 2} {HEIGHT / 2}\n"
+    model, *params = intrinsics.split(",")
+    camera = f"1 {model} {size[0]} {size[1]} {' '.join(params)}\n"
     lines = []
     for index, (name, (rotation, translation)) in enumerate(sorted(poses.items()), 1):
         x, y, z, w = Rotation.from_matrix(rotation).as_quat()
         pose = " ".join(repr(float(value)) for value in (w, x, y, z, *translation))
         lines += [f"{index} {pose} 1 {name}", ""]
     (folder / "cameras.txt").write_text(camera)
-    (folder / "images.txt").write_text("\n".join(lines) + "\n")
+    (folder / "images.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "points3D.txt").write_text("")
     return folder

@@ -232,13 +232,7 @@ def test_separate_scenes_give_models_largest_first(tmp_path: Path) -> None:
     one, two = (
         make_scene(images=n, seed=n, names=[f"{n}-{i}.jpg" for i in range(n)]) for n in (4, 7)
     )
-    both = Scene(
-        names=sorted(one.names + two.names),
-        poses={**one.poses, **two.poses},
-        keypoints={**one.keypoints, **two.keypoints},
-        points={**one.points, **{k: v + 10_000 for k, v in two.points.items()}},
-    )
-    result = run(both, tmp_path, intrinsics=INTRINSICS)
+    result = run(one.beside(two), tmp_path, intrinsics=INTRINSICS)
     assert [len(colmap.model_cameras(p)) for p in result.paths] == [7, 4]
     assert [p.name for p in result.paths] == ["0", "1"]
 

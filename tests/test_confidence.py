@@ -35,13 +35,7 @@ def two_places() -> tuple[Scene, list[tuple[str, str, np.ndarray, np.ndarray]]]:
         make_scene(images=3, points=300, seed=seed, names=[f"{letter}{i}.jpg" for i in range(3)])
         for seed, letter in ((0, "a"), (0, "b"))
     )
-    names = place.names + other.names
-    scene = Scene(
-        names=names,
-        poses={**place.poses, **other.poses},
-        keypoints={**place.keypoints, **other.keypoints},
-        points={**place.points, **other.points},
-    )
+    scene = place.beside(other, 0)
     entries = [
         (a, b, rows, np.full(len(rows), 3 / 4 if a[0] == b[0] else 1 / 16, np.float32))
         for a, b, rows in scene.all_matches()

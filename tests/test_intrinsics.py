@@ -31,17 +31,10 @@ def flight(*, noise_px: float = 0.3) -> Scene:
     """Twelve images straight down on flat ground, from one height."""
     rng = np.random.default_rng(0)
     ground = np.column_stack([rng.uniform(-4, 8, (1000, 2)), np.zeros(1000)])
-    scene = Scene(names=[f"{i:02d}.jpg" for i in range(12)], poses={}, keypoints={}, points={})
-    for i, name in enumerate(scene.names):
-        rotation = np.diag([1.0, -1.0, -1.0])
-        centre = np.array([1.5 * (i % 4), 1.5 * (i // 4), 5.0])
-        translation = -rotation @ centre
-        local = ground @ rotation.T + translation
-        xy = local[:, :2] / local[:, 2:] * FOCAL + CENTRE + rng.normal(0, noise_px, (1000, 2))
-        rows = np.flatnonzero((xy > 0).all(1) & (xy < 2 * CENTRE).all(1))
-        scene.poses[name] = rotation, translation
-        scene.keypoints[name] = (xy[rows] - 0.5).astype(np.float32)
-        scene.points[name] = rows
+    scene, rotation = Scene(), np.diag([1.0, -1.0, -1.0])
+    for i in range(12):
+        pose = rotation, -rotation @ np.array([1.5 * (i % 4), 1.5 * (i // 4), 5.0])
+        scene.see(f"{i:02d}.jpg", pose, ground, noise_px=noise_px, rng=rng)
     return scene
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fake_matcher import SCENE, FakeMatcher, write_images
 from scipy.spatial.transform import Rotation
-from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, camera_errors
+from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, camera_errors, write_cameras
 
 import gim_hloc
 from gim_hloc import colmap, store
@@ -52,21 +52,6 @@ def disturbed(degrees: float = 0.4, shift: float = 0.02) -> dict[str, Pose]:
         turn = Rotation.from_rotvec(np.deg2rad(degrees) * rng.normal(size=3)).as_matrix() @ pose[0]
         result[name] = (turn, -turn @ (centre(pose) + shift * rng.normal(size=3)))
     return result
-
-
-def write_colmap(folder: Path, poses: dict[str, Pose]) -> Path:
-    """A COLMAP text model without points, written without COLMAP."""
-    folder.mkdir(parents=True)
-    params = " ".join(map(str, PARAMS))
-    (folder / "cameras.txt").write_text(f"1 PINHOLE {WIDTH} {HEIGHT} {params}\n")
-    lines = []
-    for number, (name, (rotation, translation)) in enumerate(poses.items(), 1):
-        x, y, z, w = Rotation.from_matrix(rotation).as_quat()
-        values = " ".join(map(repr, map(float, (w, x, y, z, *translation))))
-        lines += [f"{number} {values} 1 {name}", ""]
-    (folder / "images.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "points3D.txt").write_text("")
-    return folder
 
 
 def write_nerfstudio(path: Path, poses: dict[str, Pose], *, per_frame: bool = False) -> Path:
@@ -110,7 +95,7 @@ def assert_poses(found: dict[str, Pose], expected: dict[str, Pose], tolerance: f
 @pytest.mark.parametrize("kind", ["colmap", "nerfstudio", "per_frame", "tum"])
 def test_every_format_gives_the_same_poses(kind: str, tmp_path: Path) -> None:
     if kind == "colmap":
-        path = write_colmap(tmp_path / "model", SCENE.poses)
+        path = write_cameras(SCENE.poses, tmp_path / "model")
     elif kind == "tum":
         path = write_tum(tmp_path / "t.txt", [SCENE.poses[n] for n in NAMES], [*range(len(NAMES))])
     else:
@@ -255,7 +240,7 @@ def test_verification_uses_the_known_poses(images: Path, tmp_path: Path) -> None
     rotation, translation = poses[NAMES[3]]
     turn = Rotation.from_euler("x", 3, degrees=True).as_matrix()  # about 37 px up
     poses[NAMES[3]] = (turn @ rotation, turn @ translation)
-    result = run(images, tmp_path / "out", model=write_colmap(tmp_path / "model", poses))
+    result = run(images, tmp_path / "out", model=write_cameras(poses, tmp_path / "model"))
     for row in result.report["pairs"]:
         wrong = NAMES[3] in (row["name0"], row["name1"])
         assert (row["inliers"] > 0.9 * row["matches"]) is not wrong, row
@@ -265,7 +250,7 @@ def test_verification_uses_the_known_poses(images: Path, tmp_path: Path) -> None
 def test_refined_poses_are_exact_and_in_the_given_world(images: Path, tmp_path: Path) -> None:
     given = disturbed()
     result = run(
-        images, tmp_path / "out", model=write_colmap(tmp_path / "model", given), poses="refine"
+        images, tmp_path / "out", model=write_cameras(given, tmp_path / "model"), poses="refine"
     )
     assert result.registered == len(NAMES)
     found = colmap.model_cameras(tmp_path / "out")
@@ -292,7 +277,7 @@ def test_priors_give_world_and_scale(images: Path, tmp_path: Path) -> None:
 
 def test_images_without_a_pose_are_registered_or_left_out(images: Path, tmp_path: Path) -> None:
     poses = {name: SCENE.poses[name] for name in NAMES if name not in (NAMES[2], NAMES[5])}
-    path = write_colmap(tmp_path / "model", poses)
+    path = write_cameras(poses, tmp_path / "model")
     result = run(images, tmp_path / "out", model=path, intrinsics=INTRINSICS)
     assert result.registered == len(NAMES)
     found = colmap.model_cameras(tmp_path / "out")
@@ -307,7 +292,7 @@ def test_images_without_a_pose_are_registered_or_left_out(images: Path, tmp_path
 
 def test_wrong_convention_is_suspected(images: Path, tmp_path: Path) -> None:
     inverted = {name: (r.T, centre((r, t))) for name, (r, t) in SCENE.poses.items()}
-    path = write_colmap(tmp_path / "model", inverted)
+    path = write_cameras(inverted, tmp_path / "model")
     with contextlib.suppress(MappingError):  # a few matches agree by chance
         run(images, tmp_path / "out", model=path)
     report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
@@ -315,7 +300,7 @@ def test_wrong_convention_is_suspected(images: Path, tmp_path: Path) -> None:
 
 
 def test_pairs_from_the_known_poses(images: Path, tmp_path: Path) -> None:
-    path = write_colmap(tmp_path / "model", SCENE.poses)
+    path = write_cameras(SCENE.poses, tmp_path / "model")
     result = run(
         images, tmp_path / "out", model=path, pairs="poses",
         pair=gim_hloc.pairs.PairOptions(neighbours=2),
@@ -422,7 +407,7 @@ def test_hlocs_files_with_known_poses(plain_images: Path, tmp_path: Path) -> Non
     poses = {
         (f"cam/{i}.jpg" if i < 4 else f"{i}.jpg"): SCENE.poses[name] for i, name in enumerate(NAMES)
     }
-    model = write_colmap(tmp_path / "model", poses)
+    model = write_cameras(poses, tmp_path / "model")
     result = imported(plain_images, tmp_path / "out", write_hloc(tmp_path), model=model)
     assert_poses(colmap.model_cameras(tmp_path / "out"), poses, 1e-14)
     assert result.report["summary"]["points"] > 125
@@ -455,7 +440,7 @@ def test_what_hlocs_files_lack_is_named(plain_images: Path, tmp_path: Path) -> N
 def test_commands_take_the_new_flags(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = write_colmap(tmp_path / "model", SCENE.poses)
+    model = write_cameras(SCENE.poses, tmp_path / "model")
     code = main([
         str(images), str(tmp_path / "out"), "--matcher", "fake", "--model", str(model), "--poses",
         "fixed", "--missing-poses", "leave-out", "--deterministic",

@@ -14,8 +14,7 @@ from gim_hloc import colmap
 from gim_hloc.colmap import checks, mapping
 from gim_hloc.errors import MappingError
 from gim_hloc.options import CameraOptions, MapOptions, VerifyOptions
-
-Pose = tuple[np.ndarray, np.ndarray]
+from gim_hloc.poses import Pose
 
 
 def look(centre: list[float], yaw: float = 0, pitch: float = 0, roll: float = 0) -> Pose:
@@ -25,30 +24,13 @@ def look(centre: list[float], yaw: float = 0, pitch: float = 0, roll: float = 0)
 
 
 def observe(
-    xyz: np.ndarray,
-    poses: list[Pose],
-    *,
-    focal: float = FOCAL,
-    noise: float = 0.5,
-    seed: int = 0,
-    prefix: str = "",
-    first_point: int = 0,
+    xyz: np.ndarray, poses: list[Pose], *, focal: float = FOCAL, noise: float = 0.5
 ) -> Scene:
     """A scene of given cameras and points, seen with noise (px)."""
-    rng = np.random.default_rng(seed)
-    scene = Scene(names=[], poses={}, keypoints={}, points={})
+    rng = np.random.default_rng(0)
+    scene = Scene()
     for index, pose in enumerate(poses):
-        name = f"{prefix}{index:02d}.jpg"
-        local = xyz @ pose[0].T + pose[1]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            xy = local[:, :2] / local[:, 2:] * focal + [WIDTH / 2, HEIGHT / 2]
-        xy += rng.normal(0, noise, xy.shape)
-        inside = (local[:, 2] > 0.1) & (xy > 0).all(1) & (xy < [WIDTH, HEIGHT]).all(1)
-        rows = rng.permutation(np.flatnonzero(inside))
-        scene.names.append(name)
-        scene.poses[name] = pose
-        scene.keypoints[name] = (xy[rows] - 0.5).astype(np.float32)
-        scene.points[name] = rows + first_point
+        scene.see(f"{index:02d}.jpg", pose, xyz, focal=focal, noise_px=noise, rng=rng)
     return scene
 
 
@@ -218,13 +200,7 @@ def two_places(common: int, points: int, images: int = 5) -> Scene:
                    names=[f"{k}-{i}.jpg" for i in range(images)])
         for k in (1, 2)
     )  # fmt: skip
-    both = Scene(
-        names=one.names + two.names,
-        poses={**one.poses, **two.poses},
-        keypoints={**one.keypoints, **two.keypoints},
-        points={**one.points, **{n: p + points - common for n, p in two.points.items()}},
-    )
-    return both
+    return one.beside(two, points - common)
 
 
 @pytest.mark.parametrize("common", [1, 8, 24])
@@ -390,13 +366,7 @@ def test_a_part_of_the_scene_that_mapping_left_is_tried_by_itself(tmp_path: Path
     """Photographs of another place map at once; a walk straight ahead needs relaxed values."""
     walk = street()
     other = make_scene(images=7, points=200, names=[f"other {i}" for i in range(7)])
-    other.points = {name: rows + 10_000 for name, rows in other.points.items()}
-    both = Scene(
-        names=walk.names + other.names,
-        poses=walk.poses | other.poses,
-        keypoints=walk.keypoints | other.keypoints,
-        points=walk.points | other.points,
-    )
+    both = walk.beside(other)
     mapped = colmap.run_mapping(job_of(both, tmp_path))
     sizes = sorted(model.num_reg_images() for model in mapped.models)
     assert sizes == [7, 7]

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from synthetic import write_cameras
 from torch.utils.data import DataLoader
 
 from gim_hloc.errors import InputError
@@ -384,25 +385,16 @@ def test_the_examples_room_is_a_source(room: Path) -> None:
 
 
 def test_colmap_workspaces(tmp_path: Path, views: list[View]) -> None:
-    (tmp_path / "sparse").mkdir()
-    focal, (width, height) = float(views[0].K[0, 0]), SIZE
     # The middle of an image is size / 2 from the corner of its first pixel.
-    camera = f"1 SIMPLE_PINHOLE {width} {height} {focal!r} {width / 2} {height / 2}"
-    (tmp_path / "sparse" / "cameras.txt").write_text(camera + "\n")
-    (tmp_path / "sparse" / "points3D.txt").write_text("")
-    lines = []
+    camera = f"SIMPLE_PINHOLE,{float(views[0].K[0, 0])!r},{SIZE[0] / 2},{SIZE[1] / 2}"
+    poses = {f"view{k}.png": (v.pose[:3, :3], v.pose[:3, 3]) for k, v in enumerate(views)}
+    write_cameras(poses, tmp_path / "sparse", camera, SIZE)
     (tmp_path / "stereo" / "depth_maps").mkdir(parents=True)
     for k, view in enumerate(views):
-        from scipy.spatial.transform import Rotation
-
-        x, y, z, w = Rotation.from_matrix(view.pose[:3, :3]).as_quat()
-        numbers = " ".join(repr(float(v)) for v in (w, x, y, z, *view.pose[:3, 3]))
-        lines += [f"{k + 1} {numbers} 1 view{k}.png", ""]
         write_image(tmp_path / "images" / f"view{k}.png", view.image)
         if k != 2:
             kind = "geometric" if k else "photometric"
             colmap_map(tmp_path / "stereo" / "depth_maps" / f"view{k}.png.{kind}.bin", view.depth)
-    (tmp_path / "sparse" / "images.txt").write_text("\n".join(lines) + "\n")
     spec = {
         "type": "colmap", "root": tmp_path, "box": BOX, "overlap": [0.0, 1.0],
         "split": "validation",
@@ -411,8 +403,8 @@ def test_colmap_workspaces(tmp_path: Path, views: list[View]) -> None:
     assert len(source) == 10  # of five images with depth
     np.testing.assert_allclose(source.load(0).K0, views[0].K, atol=1e-9)
     assert photometric_error(collate([source[k, 0] for k in range(4)])) < 0.02
-    text = camera.replace("SIMPLE_PINHOLE", "SIMPLE_RADIAL") + " 0.1\n"
-    (tmp_path / "sparse" / "cameras.txt").write_text(text)
+    radial = camera.replace("SIMPLE_PINHOLE", "SIMPLE_RADIAL") + ",0.1"
+    write_cameras(poses, tmp_path / "sparse", radial, SIZE)
     with pytest.raises(InputError, match="undistort"):
         build_source(spec)
 
