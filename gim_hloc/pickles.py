@@ -25,6 +25,7 @@ import numpy as np
 from gim_hloc.errors import InputError
 
 _CHECKPOINT_PICKLE = 256 << 20  # bytes; beyond it a pickle is no description of weights
+_ITEMS = 10_000_000  # of containers, and ten times the bytes of their pickle
 _UNPACKED = 1 << 30  # bytes of a compressed array that are unpacked whatever the ratio
 _RATIO = 100  # of compression beyond that
 
@@ -375,7 +376,7 @@ def _read_array(file: Any, size: int) -> np.ndarray:
 
 def _check_tree(value: Any, size: int) -> None:
     """Refuse what is far larger than its pickle: containers that hold others again and again."""
-    left, todo = 10_000_000 + 10 * size, [value]
+    left, todo = _ITEMS + 10 * size, [value]
     while todo:
         item = todo.pop()
         if isinstance(item, (Foreign, types.FunctionType)):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import hashlib
 import importlib.util
 import multiprocessing
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 
 from gim_hloc import workers
@@ -68,9 +71,33 @@ def forked_workers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def no_charts() -> Iterator[None]:
-    """For files of many small runs, of whose time the charts of the report take a fifth."""
+    """For files of many small runs, of whose time charts and pictures of pairs take a third."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gim_hloc.pipelines.report._chart", lambda name, build: None)
+        patch.setattr("gim_hloc.pipelines.report._Pictures.pairs", lambda pictures: [])
+        patch.setattr("gim_hloc.pipelines.report._Pictures.all_pairs", lambda pictures, names: None)
+        yield
+
+
+_CAST: dict[bytes, np.ndarray] = {}
+
+
+@pytest.fixture(scope="module")
+def rays_cast_once() -> Iterator[None]:
+    """For files of many runs on rendered scenes, whose matcher casts the same rays in each."""
+    from gim_hloc.evaluation.benchmarks.scene import Scene, View
+
+    plain = Scene.points
+
+    def points(scene: Scene, view: View, xy_px: np.ndarray) -> np.ndarray:
+        asked = pickle.dumps((scene.waves, scene.boxes, view, xy_px))
+        key = hashlib.sha256(asked).digest()
+        if key not in _CAST:
+            _CAST[key] = plain(scene, view, xy_px)
+        return _CAST[key].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scene, "points", points)
         yield
 
 

@@ -20,7 +20,7 @@ import test_hloc_interop
 from fake_matcher import FakeMatcher, write_images
 from PIL import Image
 from scipy.spatial.transform import Rotation
-from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH
+from synthetic import FOCAL, HEIGHT, INTRINSICS, WIDTH, write_cameras
 from test_reconstruct_dense import SEMIDENSE
 
 import gim_hloc
@@ -40,25 +40,11 @@ from gim_hloc.tracks.anchored import AnchoredOptions
 
 fake_matcher.register()
 synthetic_dense.register()
-pytestmark = pytest.mark.usefixtures("no_charts")
+pytestmark = pytest.mark.usefixtures("no_charts", "rays_cast_once")
 hloc = test_hloc_interop.hloc  # the fixture
 SCENE = synthetic.make_scene(images=8, points=300)
 QUERIES = [SCENE.names[2], SCENE.names[5]]
 MAPPED = [name for name in SCENE.names if name not in QUERIES]
-
-
-def write_truth(folder: Path, poses: dict[str, Pose], intrinsics: str, size: Any) -> Path:
-    """Poses as a COLMAP text model without points."""
-    folder.mkdir(parents=True)
-    model, *params = intrinsics.split(",")
-    (folder / "cameras.txt").write_text(f"1 {model} {size[0]} {size[1]} {' '.join(params)}\n")
-    lines = []
-    for number, (name, (rotation, translation)) in enumerate(poses.items(), 1):
-        values = " ".join(repr(float(v)) for v in (*quaternion(rotation), *translation))
-        lines += [f"{number} {values} 1 {name}", ""]
-    (folder / "images.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "points3D.txt").write_text("")
-    return folder
 
 
 def error(found: Pose, true: Pose) -> tuple[float, float]:
@@ -85,9 +71,7 @@ def place(_more_points: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / folder).mkdir()
         for name in names:
             shutil.copy(root / "all" / name, root / folder / name)
-    truth = write_truth(
-        root / "truth", {n: SCENE.poses[n] for n in MAPPED}, INTRINSICS, (WIDTH, HEIGHT)
-    )
+    truth = write_cameras({n: SCENE.poses[n] for n in MAPPED}, root / "truth")
     gim_hloc.reconstruct(
         root / "old", root / "map", matcher="fake", model=truth, deterministic=True, progress=False,
         refine_keypoints=False, max_size=None,
@@ -523,12 +507,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "new").mkdir()
     for name in queries:
         shutil.move(root / "images" / name, root / "new" / name)
-    write_truth(
-        root / "poses",
-        {n: p for n, p in scene.poses.items() if n not in queries},
-        "SIMPLE_PINHOLE,280,160,120",
-        (320, 240),
-    )
+    poses = {n: p for n, p in scene.poses.items() if n not in queries}
+    write_cameras(poses, root / "poses", "SIMPLE_PINHOLE,280,160,120", (320, 240))
     return root
 
 

@@ -45,6 +45,11 @@ def loaded() -> dict[str, matchers.Matcher]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def encodings() -> dict[str, SparseEncoding]:
+    return {}
+
+
 @pytest.fixture
 def matcher(request: pytest.FixtureRequest, loaded: dict[str, matchers.Matcher]):
     """One matcher on the processor, loaded once per name."""
@@ -81,6 +86,15 @@ def as_data(
     )
 
 
+@pytest.fixture
+def encoding(matcher, encodings: dict[str, SparseEncoding]) -> SparseEncoding:
+    """What a matcher sees in the whole picture, which it looks at once."""
+    name = matcher.info.name
+    if name not in encodings:
+        encodings[name] = matcher.encode(as_data(picture(), matcher))
+    return encodings[name]
+
+
 def residual(matches: Matches) -> torch.Tensor:
     return matches.keypoints1 - matches.keypoints0
 
@@ -89,11 +103,10 @@ def residual(matches: Matches) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("matcher", SPARSE, indirect=True)
-def test_identity(matcher) -> None:
-    a = matcher.encode(as_data(picture(), matcher))
-    matches = matcher.match(a, a)
-    assert len(a) > 60
-    assert len(matches) > 0.5 * len(a)
+def test_identity(matcher, encoding) -> None:
+    matches = matcher.match(encoding, encoding)
+    assert len(encoding) > 60
+    assert len(matches) > 0.5 * len(encoding)
     # SIFT's twins (one place, two orientations) may match each other: same place all the same.
     assert (residual(matches).norm(dim=1) < 1e-3).float().mean() > 0.99
 
@@ -135,17 +148,17 @@ def test_resized_copy_has_no_offset(matcher) -> None:
 
 
 @pytest.mark.parametrize("matcher", SPARSE, indirect=True)
-def test_turned_file(matcher) -> None:
+def test_turned_file(matcher, encoding) -> None:
     """EXIF orientation: the network sees the picture upright, keypoints are those of the file."""
     upright = picture()
     height, width = upright.shape[:2]
     # The file holds the picture turned by 90 degrees: stored x = y, stored y = width - 1 - x.
     to_stored = np.array([[0.0, 1, 0], [-1, 0, width - 1]])
-    a = matcher.encode(as_data(upright, matcher))
-    b = matcher.encode(as_data(upright, matcher, to_stored, (height, width)))
-    assert b.size == (height, width)
-    assert torch.allclose(b.keypoints, apply_affine(to_stored, a.keypoints), atol=1e-4)
-    matches = matcher.match(a, b)
+    turned = matcher.encode(as_data(upright, matcher, to_stored, (height, width)))
+    assert turned.size == (height, width)
+    expected = apply_affine(to_stored, encoding.keypoints)
+    assert torch.allclose(turned.keypoints, expected, atol=1e-4)
+    matches = matcher.match(encoding, turned)
     assert len(matches) > 40
     expected = apply_affine(to_stored, matches.keypoints0)
     assert ((matches.keypoints1 - expected).norm(dim=1) < 1e-3).float().mean() > 0.99
@@ -224,32 +237,30 @@ def restore(encoding: SparseEncoding) -> SparseEncoding:
 
 
 @pytest.mark.parametrize("matcher", SPARSE, indirect=True)
-def test_mask_keeps_the_best_inside(matcher) -> None:
+def test_mask_keeps_the_best_inside(matcher, encoding) -> None:
     """The mask acts before the cut to the best: the budget is spent inside."""
     image = picture()
     mask = np.zeros(image.shape[:2], bool)
     mask[:, 128:] = True
-    encoding = matcher.encode(as_data(image, matcher, mask=mask))
-    free = matcher.encode(as_data(image, matcher))
-    right = free.keypoints[free.keypoints[:, 0].round() >= 128]
-    assert len(encoding) > 0
-    assert (encoding.keypoints[:, 0] >= 127).all()
+    masked = matcher.encode(as_data(image, matcher, mask=mask))
+    right = encoding.keypoints[encoding.keypoints[:, 0].round() >= 128]
+    assert len(masked) > 0
+    assert (masked.keypoints[:, 0] >= 127).all()
     if matcher.info.name != "root_sift":  # the benchmark cuts before it looks at the mask
-        assert len(encoding) >= 0.95 * len(right)
-    if len(free) < 350:  # nothing was cut: the mask must not create keypoints either
-        assert len(encoding) <= len(right) + 3
+        assert len(masked) >= 0.95 * len(right)
+    if len(encoding) < 350:  # nothing was cut: the mask must not create keypoints either
+        assert len(masked) <= len(right) + 3
 
 
 @pytest.mark.parametrize("matcher", SPARSE, indirect=True)
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_image_without_texture(matcher, value: float) -> None:
+def test_image_without_texture(matcher, encoding, value: float) -> None:
     flat = matcher.encode(as_data(np.full((96, 160, 3), value, np.float32), matcher))
     assert flat.keypoints.shape == (0, 2)
     assert flat.descriptors.shape == (0, matcher.info.descriptor_dim)
-    full = matcher.encode(as_data(picture(), matcher))
     for matches in (
-        matcher.match(flat, full),
-        matcher.match(full, flat),
+        matcher.match(flat, encoding),
+        matcher.match(encoding, flat),
         matcher.match(flat, flat),
     ):
         assert len(matches) == 0
@@ -259,13 +270,12 @@ def test_image_without_texture(matcher, value: float) -> None:
 
 @pytest.mark.parametrize("matcher", SPARSE, indirect=True)
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (17, 9), (33, 31)])
-def test_tiny_image(matcher, size: tuple[int, int]) -> None:
+def test_tiny_image(matcher, encoding, size: tuple[int, int]) -> None:
     width, height = size
-    encoding = matcher.encode(as_data(picture(64, 64)[:height, :width], matcher))
-    assert (encoding.keypoints >= -0.5).all()
-    assert (encoding.keypoints <= torch.tensor([width - 0.5, height - 0.5])).all()
-    other = matcher.encode(as_data(picture(), matcher))
-    matcher.match(encoding, other)
+    tiny = matcher.encode(as_data(picture(64, 64)[:height, :width], matcher))
+    assert (tiny.keypoints >= -0.5).all()
+    assert (tiny.keypoints <= torch.tensor([width - 0.5, height - 0.5])).all()
+    matcher.match(tiny, encoding)
 
 
 # ---------------------------------------------------------------- many pairs

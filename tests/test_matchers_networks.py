@@ -173,7 +173,8 @@ def test_lightglue_is_kornias(state, encodings, depth: float, width: float) -> N
 
 @needs_weights
 @pytest.mark.parametrize(
-    ("depth", "width", "pruning_min"), [*((*pair, -1) for pair in CONFIDENCES), (-1, 0.99, 150)]
+    ("depth", "width", "pruning_min"),
+    [(0.95, 0.99, -1), (-1, -1, -1), (-1, 0.99, 150), (0.8, 0.9, -1)],
 )
 def test_padded_batch_is_one_by_one(
     state, encodings, depth: float, width: float, pruning_min: int

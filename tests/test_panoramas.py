@@ -19,6 +19,7 @@ from gim_hloc.pipelines import panoramas
 from gim_hloc.pipelines.panoramas import NUM_VIEWS, render_view, turn, view_side
 
 fake_matcher.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 WIDTH = 512
 XMP = (
     b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description "
@@ -58,20 +59,15 @@ def make_panoramas(count: int, points: int = 900) -> tuple[Scene, dict[str, Any]
     xyz = rng.normal(size=(points, 3)) * [1, 0.3, 1]
     xyz *= rng.uniform(3, 6, (points, 1)) / np.linalg.norm(xyz, axis=1, keepdims=True)
     side = view_side(WIDTH)
-    scene, truth = Scene(names=[], poses={}, keypoints={}, points={}), {}
+    scene, truth = Scene(), {}
     for n in range(count):
         rotation = Rotation.from_euler("yx", [25 * n, 3 * n], degrees=True).as_matrix()
         shift = -rotation @ np.array([0.9 * n - 1.5, 0.1 * (n % 2), 0.4 * np.sin(n)])
         truth[f"pano{n}.jpg"] = (rotation, shift)
         for number in range(NUM_VIEWS):
             name = f"views/{side}/{number}/pano{n}.jpg"
-            camera = (xyz @ rotation.T + shift) @ turn(number).T
-            with np.errstate(divide="ignore", invalid="ignore"):
-                xy = camera[:, :2] / camera[:, 2:] * (side / 2) + side / 2
-            inside = np.flatnonzero((camera[:, 2] > 0.1) & (xy > 0).all(1) & (xy < side).all(1))
-            scene.names.append(name)
-            scene.keypoints[name] = (xy[inside] - 0.5).astype(np.float32)
-            scene.points[name] = inside
+            pose = turn(number) @ rotation, turn(number) @ shift
+            scene.see(name, pose, xyz, focal=side / 2, size=(side, side))
     return scene, truth
 
 

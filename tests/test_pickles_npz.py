@@ -105,6 +105,12 @@ def test_code_is_refused_by_name_and_does_not_run(tmp_path: Path) -> None:
     assert marker.exists()  # NumPy's own reader runs it: the test can fail
 
 
+@pytest.fixture
+def few_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds itself is gone through for less than the five seconds of a user."""
+    monkeypatch.setattr("gim_hloc.pickles._ITEMS", 100_000)
+
+
 @pytest.mark.parametrize(
     "payload",
     [
@@ -120,6 +126,7 @@ def test_code_is_refused_by_name_and_does_not_run(tmp_path: Path) -> None:
         b"",
     ],
 )
+@pytest.mark.usefixtures("few_items")
 def test_made_up_pickles_are_refused(tmp_path: Path, payload: bytes) -> None:
     with pytest.raises(InputError, match=r"bad\.npz"):
         read_npz(with_payload(tmp_path / "bad.npz", payload))
@@ -193,6 +200,7 @@ def nested(levels: int) -> bytes:
         b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS'AAAAAAAA'\ntb.",
     ],
 )
+@pytest.mark.usefixtures("few_items")
 def test_bombs_in_pickles_are_refused(tmp_path: Path, payload: bytes) -> None:
     with pytest.raises(InputError, match=r"bad\.npz"):
         read_npz(with_payload(tmp_path / "bad.npz", payload))

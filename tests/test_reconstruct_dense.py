@@ -33,7 +33,7 @@ from gim_hloc.tracks.anchored import AnchoredOptions
 from gim_hloc.types import Matches
 
 synthetic_dense.register()
-pytestmark = pytest.mark.usefixtures("no_charts")
+pytestmark = pytest.mark.usefixtures("no_charts", "rays_cast_once")
 SEMIDENSE = "synthetic_semidense"
 
 

@@ -32,6 +32,7 @@ from gim_hloc.pipelines.reconstruct import ReconstructResult
 
 pytest.importorskip("av", reason="PyAV reads videos")
 fake_matcher.register()
+pytestmark = pytest.mark.usefixtures("no_charts")
 
 
 def moving(

@@ -114,12 +114,10 @@ def _demo(
         size = (image.shape[-1], image.shape[-2])
         starts.append(matcher.start(points.xy, size, points.descriptors))
     produced: dict[str, torch.Tensor] = {}
-    for threshold in (0.1, 0.0):
-        matcher.filter_threshold = threshold
-        index, score = matcher.match([(starts[0], starts[1])])[0]
+    for name, (index, score) in _both(matcher, starts).items():
         ends = [keypoints[0][index[:, 0]], keypoints[1][index[:, 1]]]
-        produced[f"th{threshold:g}_match_points"] = torch.cat(ends, 1)
-        produced[f"th{threshold:g}_match_scores"] = score
+        produced[f"{name}_match_points"] = torch.cat(ends, 1)
+        produced[f"{name}_match_scores"] = score
     return produced
 
 
@@ -186,12 +184,16 @@ def _intermediates(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.T
     }
 
 
+def _both(matcher: LightGlue, starts: list[Start]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Matches at both thresholds, of one run: the threshold only chooses among mutual pairs."""
+    matcher.filter_threshold = 0.0
+    ((index, score),) = matcher.match([(starts[0], starts[1])])
+    return {"th0.1": (index[score > 0.1], score[score > 0.1]), "th0": (index, score)}
+
+
 def _matches(matcher: LightGlue, starts: list[Start]) -> dict[str, torch.Tensor]:
     """Matches at both thresholds. Scores are those of all mutual pairs, whatever the threshold."""
-    found = {}
-    for threshold in (0.1, 0.0):
-        matcher.filter_threshold = threshold
-        found[f"th{threshold:g}"] = matcher.match([(starts[0], starts[1])])[0]
+    found = _both(matcher, starts)
     mutual, confidence = found["th0"]
     produced: dict[str, torch.Tensor] = {}
     for name, (index, score) in found.items():
