@@ -472,6 +472,12 @@ class Localizer(_LoadedMap):
             values["intrinsics"] = _intrinsics(camera)
         options = replace(self.options, values)
         record = image_module.one(image, "query", min_size=options.min_image_size)
+        size = tuple(getattr(camera, name, 0) for name in ("width", "height"))
+        if size not in ((0, 0), record.size):
+            raise InputError(
+                f"{record.name} has {record.width} x {record.height} pixels, the camera "
+                f"{size[0]} x {size[1]}: give the one of the image as it is stored."
+            )
         root = record.path.parent
         with tempfile.TemporaryDirectory(prefix="gim-hloc-") as output:
             run = _Localization(self, options, root, Path(output, "out"), False, record)

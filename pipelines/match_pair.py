@@ -147,7 +147,7 @@ class MatchResult:
             InputError: an unknown format.
             OutputError: the folder cannot be written.
         """
-        return _save(self, Path(folder), formats, pictures=pictures)
+        return _save(self, as_path(folder, "folder"), formats, pictures=pictures)
 
 
 def match(
@@ -190,6 +190,8 @@ def match(
     """
     if not isinstance(fit, FitOptions | None):
         raise InputError(f"fit is {fit!r}; it must be FitOptions or None.")
+    if rotations not in get_args(Rotations):
+        raise InputError(f"rotations is {rotations!r}; choose one of auto, none.")
     seconds: dict[str, float] = {}
     with timed(seconds, "read"):
         records = _open_pair(a, b)

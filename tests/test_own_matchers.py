@@ -19,6 +19,7 @@ from typing import Any
 import cv2
 import h5py
 import numpy as np
+import pycolmap
 import pytest
 import test_hloc_real
 import torch
@@ -141,6 +142,10 @@ def test_a_localizer_gives_what_the_command_gives(scene: Path, own: str) -> None
             assert localizer.localize(np.zeros((HEIGHT, WIDTH)), camera).pose is None
         with pytest.raises(InputError, match="camera is 3; it must be"):
             localizer.localize("queries/2.5.png", 3)
+        size = {"width": WIDTH // 2, "height": HEIGHT // 2}
+        half = pycolmap.Camera(model="PINHOLE", params=[9] * 4, **size)
+        with pytest.raises(InputError, match=f"pixels, the camera {WIDTH // 2} x"):
+            localizer.localize("queries/2.5.png", half)
 
 
 def test_a_map_runs_no_code_to_find_similar_images(scene: Path) -> None:

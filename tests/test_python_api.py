@@ -163,6 +163,7 @@ def test_images_of_pillow_that_cannot_be_used(pair: tuple[Path, Path], matcher: 
         ({"fit": 3}, "fit is 3; it must be FitOptions or None"),
         ({"matcher": "sift", "quality": "best"}, "Unknown quality 'best'"),
         ({"matcher": "sift", "ratio": "x"}, "ratio"),
+        ({"rotations": False}, "rotations is False; choose one of auto, none"),
         ({"mask0": 3}, "mask0 is 3; it must be a path"),
         ({"mask1": np.zeros((9, 9))}, "mask1 is .*; it must be a path"),
         ({"mask1": __file__, "mask_erode": "much"}, "mask_erode is 'much'; it must be a number"),
@@ -194,6 +195,8 @@ def test_wrong_types_are_input_errors(call: Any, said: str) -> None:
 
 
 def test_a_match_in_a_notebook(from_files: Any) -> None:
+    with pytest.raises(InputError, match="folder is None; it must be a path"):
+        from_files.save(None)
     text = repr(from_files)
     assert text.startswith("MatchResult(one.png - two.png: ")
     assert len(text) < 300
