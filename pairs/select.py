@@ -267,8 +267,9 @@ def _retrieval(known: Known) -> list[Pair]:
     }
     if not known.adaptive:
         return retrieval(known.names, rows, **how)
-    known.budget = Budget(known.names, rows, **how)
-    return known.budget.first
+    budget = Budget(known.names, rows, **how)
+    known.budget = budget if budget.left else None  # of few images no pair waits
+    return budget.first
 
 
 def _listed(known: Known) -> list[Pair]:

@@ -143,6 +143,14 @@ def test_pairs_that_wait_close_loops_join_groups_and_help_weak_images():
     assert budget.left == 0
 
 
+def test_of_few_images_no_pair_waits():
+    for count, waits in ((4, False), (40, True)):
+        names = unnumbered(count)
+        options = PairOptions(mode="retrieval", neighbours=6)
+        chosen = select(options, names, local_descriptors=lambda n=names: walk(n), adaptive=True)
+        assert (chosen.budget is not None) == waits == (chosen.left > 0)
+
+
 def test_auto_above_the_limit():
     chosen = plan(PairOptions(), numbered(61))
     assert chosen.mode == "sequential+retrieval"
