@@ -42,11 +42,18 @@ def test_mutual_nearest_and_rivals(counts: tuple[int, int]) -> None:
     else:
         second = whole[index[:, 0]].topk(2).values[:, 1]
         assert torch.allclose(rival.double(), second, atol=1e-6)
-    again, same, either = nearest.mutual_nearest_but_one(a, b)
-    assert torch.equal(again, index)
-    assert torch.equal(same, cosine)
-    back = nearest.rivals(b[index[:, 1]], a, index[:, 0])
-    assert torch.allclose(either, rival.maximum(back), atol=1e-6)
+    either = rival.maximum(nearest.rivals(b[index[:, 1]], a, index[:, 0]))
+    growing = nearest.Nearest(a, b)
+    for most in (1, 2, 300, 301, 900, None):
+        more = growing.among(most)
+        alone = nearest.Nearest(a[:most], b[:most]).among()
+        assert torch.equal(more[0], alone[0])
+        assert all(
+            torch.allclose(one, other, atol=1e-6) for one, other in zip(more, alone, strict=True)
+        )
+    assert torch.equal(more[0], index)
+    assert torch.allclose(more[1], cosine, atol=1e-6)
+    assert torch.allclose(more[2], either, atol=1e-6)
 
 
 def test_equal_descriptors_are_matched_once() -> None:
@@ -89,11 +96,12 @@ def test_all_keypoints_are_compared_where_the_strongest_leave_it_open(
 ) -> None:
     compared = []
 
-    def counted(*ends: torch.Tensor) -> Any:
-        compared.append(len(ends[0]))
-        return nearest.mutual_nearest_ratios(*ends)
+    class Counted(nearest.Nearest):
+        def among(self, most: int | None = None) -> Any:
+            compared.append(most)
+            return super().among(most)
 
-    monkeypatch.setattr(xfeat, "mutual_nearest_ratios", counted)
+    monkeypatch.setattr(xfeat, "Nearest", Counted)
     one, other = unit(3000, 10), unit(3000, 11)
     again = F.normalize(one + 0.02 * unit(3000, 12))
     matcher = matchers.load("xfeat", device="cpu")
@@ -102,7 +110,10 @@ def test_all_keypoints_are_compared_where_the_strongest_leave_it_open(
     assert len(matcher.match(sparse(one), sparse(again))) == 3000
     assert compared == [1024, 1024, 2048, 3000]
     assert len(matcher.match(sparse(one[:2000]), sparse(again[:50]))) == 50
-    assert compared[4:] == [1024, 2000]
+    assert compared[4:] == [1024, 2048]
+    few = torch.cat([again[:10], other[10:]])  # enough for 1024 keypoints, not for 2048
+    assert len(matcher.match(sparse(one), sparse(few))) == 10
+    assert compared[6:] == [1024, 2048]
     for enough, found in ((1000, 1024), (1500, 2048), (2500, 3000)):
         matcher = matchers.load("xfeat", device="cpu", enough=enough)
         assert len(matcher.match(sparse(one), sparse(again))) == found

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from gim_hloc import weights
 from gim_hloc.matchers.common import Precision, resolve_dtype, resolve_precision
-from gim_hloc.matchers.nearest import mutual_nearest_ratios
+from gim_hloc.matchers.nearest import Nearest, ratio
 from gim_hloc.matchers.sparse import DetectorMatcher, DetectorOptions, no_matches
 from gim_hloc.networks.lightglue import LightGlue, sizes_of
 from gim_hloc.networks.superpoint import SuperPoint
@@ -116,8 +116,8 @@ class LightGlueMatcher(DetectorMatcher):
         if not self.options.min_distinct:
             return False
         ends = (e.descriptors[:_STRONG].to(self.device).float() for e in (a, b))
-        _, _, ratio = mutual_nearest_ratios(*ends)
-        return int((ratio < _DISTINCT).sum()) < self.options.min_distinct
+        _, cosine, rival = Nearest(*ends).among()
+        return int((ratio(cosine, rival) < _DISTINCT).sum()) < self.options.min_distinct
 
     def match_batch(self, pairs: Sequence[tuple[SparseEncoding, SparseEncoding]]) -> list[Matches]:
         """Match many pairs: at once on a GPU, one by one on a processor (padding costs time)."""

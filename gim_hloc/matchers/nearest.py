@@ -21,47 +21,88 @@ def mutual_nearest(
     Returns:
         indices (K, 2) int64 and dot products (K,), ordered by the index in image 0.
     """
-    index, similarity, _ = mutual_nearest_but_one(descriptors0, descriptors1)
+    index, similarity, _ = Nearest(descriptors0, descriptors1).among()
     return index, similarity
 
 
-def mutual_nearest_but_one(
-    descriptors0: torch.Tensor, descriptors1: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``mutual_nearest``, and (K,) the larger dot product of either with another.
+class Nearest:
+    """Mutual nearest neighbours among the first rows of both, for more and more of them.
 
-    Each product is looked at once: of a column, what is no row's nearest comes from the blocks, and
-    the rest from the rows' nearest.
+    Each product is made and looked at once. Of a row its nearest and the value of the next one are
+    kept, of a column the best value that is no row's nearest.
+
+    Args:
+        descriptors0: (M, D).
+        descriptors1: (N, D).
     """
-    if min(len(descriptors0), len(descriptors1)) == 0:
-        nothing = descriptors0.new_empty(0)
-        return torch.empty(0, 2, dtype=torch.long, device=nothing.device), nothing, nothing
-    below = descriptors0.new_full((len(descriptors1),), -torch.inf)
-    found = []
-    for _, similarity in _similarities(descriptors0, descriptors1):
-        index = _argmax(similarity)[:, None]
-        best = similarity.gather(1, index)
-        similarity.scatter_(1, index, -torch.inf)
-        found.append((index[:, 0], best[:, 0], similarity.amax(1)))
-        below = torch.maximum(below, similarity.amax(0))
-    nearest, best0, second0 = (torch.cat(part) for part in zip(*found, strict=True))
-    claimed = torch.full_like(below, -torch.inf).scatter_reduce(0, nearest, best0, "amax")
-    rows = ((best0 == claimed[nearest]) & (best0 >= below[nearest])).nonzero()[:, 0]
-    first = torch.full_like(below, len(best0), dtype=torch.long)
-    first.scatter_reduce_(0, nearest[rows], rows, reduce="amin")
-    rows = rows[first[nearest[rows]] == rows]
-    others = best0.index_fill(0, rows, -torch.inf)
-    below.scatter_reduce_(0, nearest, others, "amax")
-    columns = nearest[rows]
-    return torch.stack([rows, columns], 1), best0[rows], second0[rows].maximum(below[columns])
+
+    def __init__(self, descriptors0: torch.Tensor, descriptors1: torch.Tensor) -> None:
+        self._ends = descriptors0, descriptors1
+        self._seen = 0, 0
+        none = descriptors0.new_full((len(descriptors0), 2), -torch.inf)
+        self._best, self._second = none.T.contiguous()
+        self._nearest = torch.zeros_like(self._best, dtype=torch.long)
+        self._below = descriptors1.new_full((len(descriptors1),), -torch.inf)
+
+    def among(self, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pairs of which each is the other's nearest, among the first rows of both.
+
+        Args:
+            most: so many rows, no fewer than in the call before; None: all.
+
+        Returns:
+            indices (K, 2) int64 and dot products (K,), ordered by the index in image 0, and (K,)
+            the larger dot product of either with another.
+        """
+        old0, old1 = self._seen
+        new0, new1 = self._seen = len(self._best[:most]), len(self._below[:most])
+        self._look(slice(0, old0), slice(old1, new1))
+        self._look(slice(old0, new0), slice(0, new1))
+        return self._mutual(new0, new1)
+
+    def _look(self, rows: slice, columns: slice) -> None:
+        one, other = self._ends[0][rows], self._ends[1][columns]
+        if not len(one) or not len(other):
+            return
+        for block, similarity in _similarities(one, other):
+            index = _argmax(similarity)[:, None]
+            best = similarity.gather(1, index)
+            similarity.scatter_(1, index, -torch.inf)
+            self._below[columns] = torch.maximum(self._below[columns], similarity.amax(0))
+            here = slice(rows.start + block.start, rows.start + block.start + len(best))
+            self._take(here, index[:, 0] + columns.start, best[:, 0], similarity.amax(1))
+
+    def _take(
+        self, rows: slice, index: torch.Tensor, best: torch.Tensor, second: torch.Tensor
+    ) -> None:
+        """Rows' nearest among some columns, where other columns may have been looked at before."""
+        before, was = self._best[rows], self._nearest[rows]
+        nearer = best > before
+        lost = torch.where(nearer, was, index)
+        self._below.scatter_reduce_(0, lost, before.minimum(best), "amax")
+        self._second[rows] = self._second[rows].maximum(second).maximum(before.minimum(best))
+        self._nearest[rows] = torch.where(nearer, index, was)
+        self._best[rows] = before.maximum(best)
+
+    def _mutual(self, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if not m or not n:
+            nothing = self._best[:0]
+            return nothing.new_empty((0, 2), dtype=torch.long), nothing, nothing
+        best, nearest, below = self._best[:m], self._nearest[:m], self._below[:n].clone()
+        claimed = torch.full_like(below, -torch.inf).scatter_reduce(0, nearest, best, "amax")
+        rows = ((best == claimed[nearest]) & (best >= below[nearest])).nonzero()[:, 0]
+        first = torch.full_like(below, m, dtype=torch.long)
+        first.scatter_reduce_(0, nearest[rows], rows, reduce="amin")
+        rows = rows[first[nearest[rows]] == rows]
+        below.scatter_reduce_(0, nearest, best.index_fill(0, rows, -torch.inf), "amax")
+        columns = nearest[rows]
+        rival = self._second[rows].maximum(below[columns])
+        return torch.stack([rows, columns], 1), best[rows], rival
 
 
-def mutual_nearest_ratios(
-    descriptors0: torch.Tensor, descriptors1: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``mutual_nearest`` of unit vectors, and (K,) the distance over that of the nearer rival."""
-    index, cosine, rival = mutual_nearest_but_one(descriptors0, descriptors1)
-    return index, cosine, distance(cosine) / distance(rival).clamp(min=1e-6)
+def ratio(cosine: torch.Tensor, rival: torch.Tensor) -> torch.Tensor:
+    """Distance of unit vectors over that of the nearer rival."""
+    return distance(cosine) / distance(rival).clamp(min=1e-6)
 
 
 def rivals(

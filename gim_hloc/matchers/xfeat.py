@@ -12,7 +12,7 @@ from pydantic import Field
 from gim_hloc import weights
 from gim_hloc.matchers.common import MatcherBase, weight_files
 from gim_hloc.matchers.lightglue import LightGlueMatcher
-from gim_hloc.matchers.nearest import mutual_nearest, mutual_nearest_ratios
+from gim_hloc.matchers.nearest import Nearest, mutual_nearest, ratio
 from gim_hloc.matchers.registry import describe
 from gim_hloc.matchers.sparse import DetectorMatcher, DetectorOptions
 from gim_hloc.networks.xfeat import CELL, Cells, XFeat
@@ -40,7 +40,7 @@ class XFeatOptions(DetectorOptions):
     min_cosine: float = 0.82  # of matched descriptors, exclusive; -1 switches the test off
     # Nearest over second nearest distance, in both images; 1 switches the test off.
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
-    # A pair that has fewer matches among the strongest 1024 keypoints of both is left at these.
+    # A pair that has fewer matches for 1024 of the strongest keypoints of both is left at these.
     min_strong: Annotated[int, Field(ge=0)] = 8
     # A pair with so many matches among the strongest ones of both is left at these; None: never.
     enough: Count | None = None
@@ -59,24 +59,26 @@ class XFeatMatcher(DetectorMatcher):
     @torch.inference_mode()
     def match(self, a: SparseEncoding, b: SparseEncoding) -> Matches:
         """Match two encodings; score = probability that the match is right, from the ratio."""
-        ends = [e.descriptors.to(self.device).float() for e in (a, b)]
-        every = max(map(len, ends))
+        nearest = Nearest(*(e.descriptors.to(self.device).float() for e in (a, b)))
+        every = max(len(a), len(b))
         for most in (_STRONG, 2 * _STRONG, every):
-            index, ratio = self._nearest(*(descriptors[:most] for descriptors in ends))
+            index, ratios = self._tested(*nearest.among(most))
             enough = self.options.enough is not None and len(index) >= self.options.enough
-            nothing = most == _STRONG and len(index) < self.options.min_strong
+            nothing = len(index) * _STRONG < self.options.min_strong * most
             if enough or nothing or every <= most:
                 break
         # Measured (docs/accuracy.md): 0.95 of the matches are right at a ratio of 0.65, 0.87 at
         # 0.775, 0.74 at 0.875.
-        return Matches.from_indices(a, b, index, 1 - ratio**8)
+        return Matches.from_indices(a, b, index, 1 - ratios**8)
 
-    def _nearest(self, *ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (K, 2) of mutual nearest neighbours that pass both tests, and their ratios (K,)."""
-        index, cosine, ratio = mutual_nearest_ratios(*ends)
-        keep = ratio < self.options.ratio if self.options.ratio < 1 else ratio <= 1
+    def _tested(
+        self, index: torch.Tensor, cosine: torch.Tensor, rival: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (K, 2) of neighbours that pass both tests, and their ratios (K,)."""
+        ratios = ratio(cosine, rival)
+        keep = ratios < self.options.ratio if self.options.ratio < 1 else ratios <= 1
         keep &= cosine > self.options.min_cosine
-        return index[keep], ratio[keep]
+        return index[keep], ratios[keep]
 
 
 class XFeatLighterGlue(LightGlueMatcher):
