@@ -430,9 +430,10 @@ class Correspondences:
             for group in groups:
                 if not found.keys() & set(group.members):
                     turn = rotations.best_rotation(group, confidence, bound, judged_anew=cascade)
-                    found.update(dict.fromkeys(group.members, turn) if turn else {})
+                    if turn is not None:
+                        found.update(dict.fromkeys(group.members, turn))
                 bar.update()
-        return found
+        return {name: turn for name, turn in found.items() if turn}
 
     # -------------------------------------------------------------------------------------- link
 

@@ -21,7 +21,8 @@ Pair = tuple[str, str]
 # A pair with this share of the fewer keypoints matched, or with so many, shows both images the same
 # way up. Images below it are only candidates: too high a bound costs time, not correctness.
 STRONG_SHARE, STRONG_SUM = 0.15, 200.0
-# A turn is believed when it gives so many times the confidence of the image as it is.
+# A turn is believed when it gives so many times the confidence of the image as it is. One that has so
+# many times the least as it is, by the matcher that judges, is not tried in other turns.
 BELIEVED_GAIN = 2.5
 # The least for matchers that have no bound for a pair of their own.
 STRONG_LEAST = 30
@@ -95,8 +96,8 @@ def best_rotation(
     bound: float | None = None,
     *,
     judged_anew: bool = False,
-) -> int:
-    """Quarter turns clockwise that make a group match the larger one; 0 when none does.
+) -> int | None:
+    """Quarter turns clockwise that make a group match the larger one; None when none does.
 
     Args:
         group: of ``weak_groups``.
@@ -109,12 +110,14 @@ def best_rotation(
     linked = group.links[name]
     others = sorted(linked, key=lambda n: (-linked[n], n))[:3]
     before = sum(linked[other] for other in others)
+    least = bound * len(others) if bound else BELIEVED_LEAST
     if judged_anew:
         before = confidence(name, 0, others)
-    least = bound * len(others) if bound else BELIEVED_LEAST
+        if before >= BELIEVED_GAIN * least:
+            return 0
     totals: dict[int, float] = {}
     for turn in (1, 2, 3):
         totals[turn] = confidence(name, turn, others)
         logger.debug("%s turned by %d degrees: %.1f", name, 90 * turn, totals[turn])
     best = max(totals, key=lambda turn: totals[turn])
-    return best if totals[best] >= max(least, BELIEVED_GAIN * before) else 0
+    return best if totals[best] >= max(least, BELIEVED_GAIN * before) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gim_hloc.pipelines.rotations import WeakGroup, best_rotation, weak_groups
 
@@ -44,15 +44,32 @@ def test_the_turn_with_most_matches_is_taken() -> None:
 
 
 def test_small_gains_are_not_believed() -> None:
-    assert best_rotation(group(a=100, b=90), lambda *_: 400) == 0  # 2.1 times
+    assert best_rotation(group(a=100, b=90), lambda *_: 400) is None  # 2.1 times
     assert best_rotation(group(a=100, b=90), lambda *_: 480) == 1
-    assert best_rotation(group(a=1, b=2), lambda *_: 50) == 0  # too few to tell
+    assert best_rotation(group(a=1, b=2), lambda *_: 50) is None  # too few to tell
 
 
 def test_a_turn_must_reach_the_matchers_bound_for_a_pair() -> None:
     weak = group(a=1, b=2)  # unrelated images: many matches in some turn, but unsure ones
-    assert best_rotation(weak, lambda *_: 99.0, bound=50) == 0
+    assert best_rotation(weak, lambda *_: 99.0, bound=50) is None
     assert best_rotation(weak, lambda *_: 100.0, bound=50) == 1
+
+
+def test_an_image_that_the_judge_matches_as_it_is_is_not_turned() -> None:
+    asked: list[int] = []
+
+    def count(before: int) -> Callable[[str, int, Sequence[str]], int]:
+        def confidence(name: str, turn: int, others: Sequence[str]) -> int:
+            asked.append(turn)
+            return 500 if turn == 3 else before
+
+        return confidence
+
+    weak = group(a=1, b=2)  # so the first matcher said
+    assert best_rotation(weak, count(100), bound=20, judged_anew=True) == 0
+    assert asked == [0]
+    assert best_rotation(weak, count(99), bound=20, judged_anew=True) == 3
+    assert asked[1:] == [0, 1, 2, 3]
 
 
 def test_unsure_pairs_do_not_connect() -> None:
