@@ -66,9 +66,9 @@ def test_an_image_that_the_judge_matches_as_it_is_is_not_turned() -> None:
         return confidence
 
     weak = group(a=1, b=2)  # so the first matcher said
-    assert best_rotation(weak, count(100), bound=20, judged_anew=True) == 0
+    assert best_rotation(weak, count(40), bound=20, judged_anew=True) == 0
     assert asked == [0]
-    assert best_rotation(weak, count(99), bound=20, judged_anew=True) == 3
+    assert best_rotation(weak, count(39), bound=20, judged_anew=True) == 3
     assert asked[1:] == [0, 1, 2, 3]
 
 
