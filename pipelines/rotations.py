@@ -21,8 +21,8 @@ Pair = tuple[str, str]
 # A pair with this share of the fewer keypoints matched, or with so many, shows both images the same
 # way up. Images below it are only candidates: too high a bound costs time, not correctness.
 STRONG_SHARE, STRONG_SUM = 0.15, 200.0
-# A turn is believed when it gives so many times the confidence of the image as it is. One that has the
-# least as it is, by the matcher that judges, is not tried in other turns.
+# A turn is believed when it gives so many times the confidence of the image as it is. An image that
+# has the least as it is, by the matcher that judges, is not tried in other turns.
 BELIEVED_GAIN = 2.5
 # The least for matchers that have no bound for a pair of their own.
 STRONG_LEAST = 30
