@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 import pycolmap
 import pytest
-from synthetic import HEIGHT, WIDTH, make_scene
-from test_known_poses import PARAMS, assert_poses, write_colmap, write_nerfstudio, write_tum
+from synthetic import HEIGHT, WIDTH, make_scene, write_cameras
+from test_known_poses import PARAMS, assert_poses, write_nerfstudio, write_tum
 
 from gim_hloc import colmap, matchers
 from gim_hloc.colmap.undistort import undistort
@@ -90,7 +90,7 @@ def test_names_win_over_globs(tmp_path: Path) -> None:
 
 
 def test_cameras_of_a_binary_model(tmp_path: Path) -> None:
-    model = colmap.read_model(write_colmap(tmp_path / "text", SCENE.poses))
+    model = colmap.read_model(write_cameras(SCENE.poses, tmp_path / "text"))
     folder = tmp_path / "run" / "sparse" / "0"
     folder.mkdir(parents=True)
     model.write(folder)
@@ -186,7 +186,7 @@ def test_trajectories_that_may_be_shifted_are_refused(tmp_path: Path) -> None:
 
 def test_images_txt_with_one_line_an_image(tmp_path: Path) -> None:
     for count in (len(NAMES), len(NAMES) - 1, 1):
-        folder = write_colmap(tmp_path / f"m{count}", {n: SCENE.poses[n] for n in NAMES[:count]})
+        folder = write_cameras({n: SCENE.poses[n] for n in NAMES[:count]}, tmp_path / f"m{count}")
         path = folder / "images.txt"
         path.write_text("".join(line + "\n" for line in path.read_text().split("\n") if line))
         found = read_poses(folder, NAMES)
@@ -199,14 +199,14 @@ def test_images_txt_with_one_line_an_image(tmp_path: Path) -> None:
 
 
 def test_images_txt_without_the_last_empty_line(tmp_path: Path) -> None:
-    folder = write_colmap(tmp_path / "m", {n: SCENE.poses[n] for n in NAMES})
+    folder = write_cameras({n: SCENE.poses[n] for n in NAMES}, tmp_path / "m")
     path = folder / "images.txt"
     path.write_text(path.read_text().rstrip("\n") + "\n")
     assert_poses(read_poses(folder, NAMES).poses, {n: SCENE.poses[n] for n in NAMES}, 1e-12)
 
 
 def test_images_txt_keeps_observations_and_blanks_in_names(tmp_path: Path) -> None:
-    folder = write_colmap(tmp_path / "m", {"a b 3.jpg": SCENE.poses[NAMES[0]]})
+    folder = write_cameras({"a b 3.jpg": SCENE.poses[NAMES[0]]}, tmp_path / "m")
     lines = (folder / "images.txt").read_text().split("\n")
     second = lines[0].replace("1 ", "2 ", 1).replace("a b 3.jpg", "12")
     lines[1] = "10.5 20.5 -1 30 40 -1"
@@ -219,7 +219,7 @@ def test_images_txt_keeps_observations_and_blanks_in_names(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("length", [0.9, 1.05, 2.0, 0.0, float("nan")])
 def test_quaternions_of_another_length(length: float, tmp_path: Path) -> None:
-    folder = write_colmap(tmp_path / "m", SCENE.poses)
+    folder = write_cameras(SCENE.poses, tmp_path / "m")
     lines = (folder / "images.txt").read_text().split("\n")
     fields = lines[2].split()
     fields[1:5] = [repr(float(value) * length) for value in fields[1:5]]
@@ -375,7 +375,7 @@ def test_what_is_no_file_of_poses_intrinsics_or_pairs(kind: str, tmp_path: Path)
     else:
         with pytest.raises(InputError, match=r"p\.txt"):
             read_pairs(pairs, ["a"])
-    model = write_colmap(tmp_path / "m", SCENE.poses)
+    model = write_cameras(SCENE.poses, tmp_path / "m")
     (model / "images.txt").unlink()
     hostile(model / "images.txt", kind)
     with pytest.raises(InputError, match="m"):
@@ -669,7 +669,7 @@ def test_flipped_bytes_are_an_error_or_numbers(which: int, hlocs: Any, tmp_path:
 def test_names_that_lead_out_of_the_folder(name: str, tmp_path: Path) -> None:
     """A model is somebody's file: what it names is neither read nor written elsewhere."""
     poses = {name: SCENE.poses[NAMES[0]], "b.jpg": SCENE.poses[NAMES[1]]}
-    model = write_colmap(tmp_path / "in" / "model", poses)
+    model = write_cameras(poses, tmp_path / "in" / "model")
     (tmp_path / "in" / "images").mkdir()
     with pytest.raises(InputError, match="is not a path relative to"):
         undistort(tmp_path / "in" / "images", colmap.read_model(model), tmp_path / "in" / "out")
