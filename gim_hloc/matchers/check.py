@@ -27,9 +27,9 @@ from gim_hloc import images, workers
 from gim_hloc.errors import GimError
 from gim_hloc.geometry.warp import Warp, transform
 from gim_hloc.matchers.common import parse_matcher_options
+from gim_hloc.matchers.own import fault
 from gim_hloc.matchers.registry import Loader
 from gim_hloc.types import (
-    Encoding,
     ImageData,
     ImageOptions,
     Kind,
@@ -53,6 +53,11 @@ def require(holds: bool, what: str) -> None:
     """Say what is to be done where something does not hold."""
     if not holds:
         raise BrokenPromiseError(what)
+
+
+def usable(wrong: str | None) -> None:
+    """Refuse what every run refuses of another's matcher."""
+    require(wrong is None, str(wrong))
 
 
 # ------------------------------------------------------------------------------------ the pictures
@@ -154,7 +159,7 @@ class _Contract:
 
     def encode(self) -> None:
         found = self.encoded("a")
-        require(isinstance(found, Encoding), f"encode must return an Encoding, not {found!r:.60}")
+        usable(fault("encode", found, ()))
         require(found.name == "a.png", "the encoding must have the image's name")
         require(found.size == (WIDTH, HEIGHT), "the encoding must have the image's size")
         if self.info.kind != "sparse":
@@ -164,7 +169,6 @@ class _Contract:
         count = len(found)
         require(count >= _LEAST, f"{count} keypoints of a picture full of corners; find more")
         self.within(found.keypoints, "keypoints")
-        require(found.scores.shape == (count,), "scores must be (N,)")
         require(
             bool((found.scores[1:] <= found.scores[:-1]).all()),
             "keypoints must be sorted, the highest score first",
@@ -179,10 +183,7 @@ class _Contract:
         require(self.info.descriptor_dim in (None, width), f"info.descriptor_dim must be {width}")
 
     def within(self, xy: torch.Tensor, what: str) -> None:
-        require(
-            xy.dtype == torch.float32 and xy.ndim == 2 and xy.shape[1] == 2,
-            f"{what} must be (N, 2) float32, not {tuple(xy.shape)} {xy.dtype}",
-        )
+        require(xy.dtype == torch.float32, f"{what} must be float32, not {xy.dtype}")
         low, high = xy.min(0).values, xy.max(0).values
         inside = (low >= -0.5).all() and (high <= torch.tensor([WIDTH, HEIGHT]) - 0.5).all()
         require(
@@ -204,7 +205,7 @@ class _Contract:
     def match(self) -> None:
         a, b = self.pair("shifted")
         found = self.matcher.match(a, b)
-        require(isinstance(found, Matches), f"match must return Matches, not {found!r:.60}")
+        usable(fault("match", found, (a, b)))
         tensors(found, "the matches'", "keypoints0", "keypoints1", "scores")
         count = len(found)
         require(count >= _LEAST, f"{count} matches of a picture and its shifted copy; find more")
@@ -219,13 +220,7 @@ class _Contract:
             rows: Any = found.indices
             require(rows is not None, "sparse matchers give indices: use Matches.from_indices")
             tensors(found, "the matches'", "indices")
-            require(
-                rows.shape == (count, 2) and rows.dtype == torch.int64, "indices must be (M, 2)"
-            )
-            require(
-                bool((rows >= 0).all() and (rows < torch.tensor([len(a), len(b)])).all()),
-                "indices must be rows of the keypoints",
-            )
+            require(rows.dtype == torch.int64, f"indices must be int64, not {rows.dtype}")
             twice = max(int(rows[:, side].bincount().max()) for side in (0, 1))
             require(twice == 1, "a keypoint must be matched once at most")
         if self.info.kind == "dense":

@@ -39,8 +39,8 @@ class Nearest:
     def __init__(self, descriptors0: torch.Tensor, descriptors1: torch.Tensor) -> None:
         self._ends = descriptors0, descriptors1
         self._seen = 0, 0
-        none = descriptors0.new_full((len(descriptors0), 2), -torch.inf)
-        self._best, self._second = none.T.contiguous()
+        self._best = descriptors0.new_full((len(descriptors0),), -torch.inf)
+        self._second = self._best.clone()
         self._nearest = torch.zeros_like(self._best, dtype=torch.long)
         self._below = descriptors1.new_full((len(descriptors1),), -torch.inf)
 

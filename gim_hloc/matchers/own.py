@@ -146,10 +146,10 @@ def _checked(method: Callable[..., Any], name: str, kind: str) -> Callable[..., 
     @functools.wraps(method)
     def call(*args: Any, **options: Any) -> Any:
         found = method(*args, **options)
-        fault = _fault(kind, found, args)
-        if fault is not None:
+        wrong = fault(kind, found, args)
+        if wrong is not None:
             raise GimError(
-                f"The matcher {name} is of no use: {fault}. What else it must keep: python -m "
+                f"The matcher {name} is of no use: {wrong}. What else it must keep: python -m "
                 "gim_hloc.matchers.check."
             )
         return found
@@ -157,14 +157,14 @@ def _checked(method: Callable[..., Any], name: str, kind: str) -> Callable[..., 
     return call
 
 
-def _fault(method: str, found: Any, args: tuple[Any, ...]) -> str | None:
+def fault(method: str, found: Any, args: tuple[Any, ...]) -> str | None:
     """What is wrong with what a method returned, so that nobody can go on with it."""
     if method == "match_batch":
         (pairs,) = args
         if not isinstance(found, list) or len(found) != len(pairs):
             return "match_batch must return a list of Matches, one a pair"
-        each = (_fault("match", one, pair) for one, pair in zip(found, pairs, strict=True))
-        return next((fault for fault in each if fault is not None), None)
+        each = (fault("match", one, pair) for one, pair in zip(found, pairs, strict=True))
+        return next((wrong for wrong in each if wrong is not None), None)
     if method == "encode":
         if not isinstance(found, Encoding):
             return f"encode must return an Encoding, not {found!r:.60}"
@@ -178,13 +178,13 @@ def _fault(method: str, found: Any, args: tuple[Any, ...]) -> str | None:
         shapes = {"keypoints0": (count, 2), "keypoints1": (count, 2), "scores": (count,)}
         if found.indices is not None:
             shapes["indices"] = (count, 2)
-        fault = _fault_of_tensors(found, "the matches'", shapes)
-        if fault is None and found.indices is not None and count:
+        wrong = _fault_of_tensors(found, "the matches'", shapes)
+        if wrong is None and found.indices is not None and count:
             ends = torch.tensor([len(encoding) for encoding in args])
             rows = found.indices.cpu()
             if not bool(((rows >= 0) & (rows < ends)).all()):
                 return "indices must be rows of the keypoints"
-        return fault
+        return wrong
     return None
 
 
